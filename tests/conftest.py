@@ -1,0 +1,22 @@
+"""Fixtures: where to run, a fixed seed, and memory that reads as NaN until it is written."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels can run on the CPU
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # also fills every torch.empty with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
