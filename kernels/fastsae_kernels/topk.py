@@ -1,0 +1,122 @@
+"""The k largest entries of each row, exactly, ties to the lowest index.
+
+    topk(pre, k, by)    values, indices: [N, F] -> [N, K], largest first
+
+An entry among the k largest lies in one of the k groups whose maxima are largest: otherwise k
+larger maxima would stand above it. So one pass takes the maximum of each group of G entries, the
+k best groups are found among F / G maxima (by the same method), and the k best entries among
+their k G members. Group g holds entries g, g + M, g + 2 M, ... (M groups): neighbours in memory
+belong to different groups, so the pass needs no sum across a vector register.
+
+Shapes: N tokens, F latents, K kept.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._launch import check_matrix
+
+By = Literal["value", "abs"]
+
+# --- reference: the specification -----------------------------------------------------------
+
+
+def topk_reference(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:
+    """[N, F] -> [N, K], [N, K]"""
+    rank = pre.abs() if by == "abs" else pre
+    indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    values = pre.gather(1, indices)
+    return values if by == "abs" else values.relu(), indices
+
+
+# --- torch path: what runs without a GPU ----------------------------------------------------
+
+
+def _topk_indices_torch(pre: Tensor, k: int, by: By) -> Tensor:
+    """Indices of the k largest of each row, largest first, ties to the lowest index."""
+    # One more than asked for: a tie between places k and k + 1 is as good as one inside.
+    indices = _largest(pre, min(k + 1, pre.shape[1]), by)
+    rank = _rank(pre.gather(1, indices), by)
+    tied = (rank[:, 1:] == rank[:, :-1]).any(1).nonzero()[:, 0]
+    indices = indices[:, :k]
+    if tied.numel():
+        indices[tied] = _lowest_of_equals(_rank(pre[tied], by), rank[tied, k - 1 : k], k)
+    return indices
+
+
+def _rank(pre: Tensor, by: By) -> Tensor:
+    return pre.abs() if by == "abs" else pre
+
+
+def _largest(pre: Tensor, k: int, by: By) -> Tensor:
+    """Indices of k largest entries of each row, largest first, ties in any order."""
+    N, F = pre.shape
+    G = _group_size(F, k)
+    if G == 1:
+        return _rank(pre, by).topk(k).indices
+    M = F // G
+    groups = pre[:, : M * G].unflatten(1, (G, M))
+    maxima = groups.amax(1)
+    if by == "abs":
+        maxima = torch.maximum(maxima, groups.amin(1).neg_())
+    best = _largest(maxima, k, "value")
+    steps = torch.arange(0, M * G, M, device=pre.device)
+    members = (best[:, None, :] + steps[:, None]).flatten(1)
+    if M * G < F:  # the last entries, in no group, are always looked at
+        rest = torch.arange(M * G, F, device=pre.device).expand(N, -1)
+        members = torch.cat([members, rest], dim=1)
+    return members.gather(1, _rank(pre.gather(1, members), by).topk(k).indices)
+
+
+def _group_size(F: int, k: int) -> int:
+    """Entries per group; 1 where looking at every entry costs no more than grouping."""
+    return max(G for G in (1, 4, 8) if G == 1 or F >= 4 * k * G)
+
+
+def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
+    """The stable choice in rows whose k-th largest rank, least [N, 1], is known: -> [N, K]."""
+    above, equal = ~(rank <= least), rank == least
+    vacant = k - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1) <= vacant))
+    indices = chosen.nonzero()[:, 1].view(-1, k)
+    order = rank.gather(1, indices).sort(dim=1, descending=True, stable=True).indices
+    return indices.gather(1, order)
+
+
+# --- public ---------------------------------------------------------------------------------
+
+
+def check_k(k: int, F: int) -> None:
+    if not 1 <= k <= F:
+        raise ValueError(f"k must be between 1 and d_sae = {F}, got {k}")
+
+
+def topk_indices(pre: Tensor, k: int, by: By = "value") -> Tensor:
+    """Where the k largest entries of each row are: [N, F] -> int64 [N, K], largest first.
+
+    by="abs" ranks magnitudes. Equal entries come in the order of their indices, and the lowest
+    indices win the last places. ValueError unless 1 <= k <= F.
+    """
+    check_matrix("pre", pre)
+    check_k(k, pre.shape[1])
+    if by not in ("value", "abs"):
+        raise ValueError(f'by must be "value" or "abs", got {by!r}')
+    if not pre.shape[0]:
+        return pre.new_empty(0, k, dtype=torch.int64)
+    # Few rows at a time, so that what is picked from them stays in the cache.
+    return torch.cat([_topk_indices_torch(rows, k, by) for rows in pre.detach().split(256)])
+
+
+def topk(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row, exactly: [N, F] -> values [N, K], indices int64 [N, K].
+
+    by="value" keeps the k largest pre-activations and sets negative ones to 0 (TopK,
+    arXiv:2406.04093); by="abs" keeps the k largest magnitudes with their signs (AbsTopK,
+    arXiv:2510.00404). Largest first; ties to the lowest index. Differentiable in pre. Reads pre
+    once. ValueError unless 1 <= k <= F.
+    """
+    indices = topk_indices(pre, k, by)
+    values = pre.gather(1, indices)
+    return values if by == "abs" else values.relu(), indices
