@@ -1,0 +1,71 @@
+"""Frozen dataclass trees to plain JSON values and back, strictly."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass tree as a dict of JSON values."""
+    return {
+        field.name: _to_json(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def from_dict(cls: type[T], values: Any, where: str = "") -> T:
+    """The dataclass that to_dict made values from.
+
+    Raises ValueError that names an unknown key, a missing one, or a value of the wrong type.
+    """
+    name = where or cls.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be an object, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{name} has no setting {key!r}; its settings are {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING
+        if key not in values and required and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name} lacks the setting {key!r}")
+    return cls(**{key: _from_json(hints[key], v, f"{name}.{key}") for key, v in values.items()})
+
+
+def _from_json(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = [a for a in arguments if a is not type(None)]
+        return _from_json(hint, value, where)
+    if origin is typing.Literal:
+        right = value in arguments
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_from_json(arguments[0], item, where) for item in value)
+    elif hint is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+    elif hint is Path:
+        right = isinstance(value, str)
+    else:
+        right = type(value) is hint
+    if not right:
+        allowed = arguments if origin is typing.Literal else getattr(hint, "__name__", hint)
+        raise ValueError(f"{where} must be {allowed}, got {value!r}")
+    return Path(value) if hint is Path else value
