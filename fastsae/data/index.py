@@ -1,0 +1,98 @@
+"""The index of a folder of activation shards: `index.json`, written last, checked when read."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsae.files import read_json, write_json
+
+VERSION = 1
+DTYPES = ("float32", "bfloat16", "float16")
+INDEX = "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    file: str
+    """Name of a safetensors file in the index's folder."""
+
+    tokens: int
+    """Rows it holds."""
+
+    sha256: str
+    """Of the whole file, in hex."""
+
+    def __post_init__(self):
+        if self.file in ("", "..") or Path(self.file).name != self.file or "\\" in self.file:
+            raise ValueError(f"shard file {self.file!r} is not the name of a file in the folder")
+        if self.tokens < 1:
+            raise ValueError(f"shard {self.file} says it holds {self.tokens} tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What a folder of shards holds."""
+
+    shape: list[int]
+    """Rows of all shards, and their width d_in."""
+
+    dtype: str
+    """float32, bfloat16 or float16."""
+
+    shards: list[Shard]
+    """In row order."""
+
+    mean: list[float]
+    """Mean row."""
+
+    mean_square: float
+    """Mean of the squared entries."""
+
+    norm: dict[str, float]
+    """mean, std, min and max of the row norms."""
+
+    model: str | None = None
+    """Model the activations come from."""
+
+    hookpoint: str | None = None
+    """Path of the module whose output they are."""
+
+    harvest: dict[str, Any] | None = None
+    """Everything that determined the rows, to recognise the same harvest asked for again."""
+
+    version: int = VERSION
+    """Version of the format."""
+
+    def __post_init__(self):
+        if len(self.shape) != 2 or self.dtype not in DTYPES:
+            raise ValueError(f"shape {self.shape} or dtype {self.dtype!r} is not one of shards")
+        total = sum(shard.tokens for shard in self.shards)
+        if total != self.shape[0] or len(self.mean) != self.shape[1]:
+            raise ValueError(
+                f"shape is {self.shape} but the shards hold {total} tokens "
+                f"and the mean has {len(self.mean)} entries"
+            )
+
+
+def write_index(folder: Path, index: Index) -> None:
+    write_json(folder / INDEX, dataclasses.asdict(index))
+
+
+def read_index(folder: Path) -> Index:
+    """Reads and checks `index.json`; a ValueError names the file and what is wrong with it."""
+    path = folder / INDEX
+    raw = read_json(path)
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path}: expected format version {VERSION}, found {version}")
+    try:
+        return Index(**{**raw, "shards": [Shard(**shard) for shard in raw["shards"]]})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not an index of shards: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

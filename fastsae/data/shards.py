@@ -1,0 +1,275 @@
+"""Activations on disk, mapped into memory: folders of shards, and plain arrays."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int, Int64
+from torch import Tensor
+
+from fastsae.data.index import INDEX, Index, Shard, read_index, sha256
+from fastsae.data.mapped import FLOATS, Mapped, map_npy, map_safetensors, to_float32
+from fastsae.data.moments import Moments
+from fastsae.data.prefetch import Batches, Window, checked
+from fastsae.data.shuffle import Cursor, Shuffle
+
+WINDOW_BYTES = 128_000_000  # data being drawn from, and resident, at one time
+LABELS = ("token_ids", "positions", "documents")
+
+
+class Contexts(NamedTuple):
+    """Where rows come from: their token, its place in its window of text, and the document."""
+
+    token_ids: Int[Tensor, " N"]
+    positions: Int[Tensor, " N"]
+    documents: Int[Tensor, " N"]
+
+
+class _File(NamedTuple):
+    path: Path
+    activations: Mapped
+    labels: dict[str, Mapped]
+    sha256: str | None
+
+
+class ActivationShards:
+    """Activations in a folder that `harvest` or `ShardWriter` wrote, or in plain files.
+
+    Plain data is an .npy file, a .safetensors file with a single tensor, or a folder of either;
+    each holds a two-dimensional float array [tokens, d_in]. Nothing is read before it is asked
+    for, and about `WINDOW_BYTES` stay resident. A file that is missing, cut short or at odds with
+    the index is a ValueError that names it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._index = read_index(self.path) if (self.path / INDEX).is_file() else None
+        if self._index is None:
+            self._files = [_open_plain(file) for file in _plain_files(self.path)]
+        else:
+            self._files = [_open_shard(self.path, s, self._index) for s in self._index.shards]
+        first = self._files[0].activations
+        for file in self._files:
+            found = (file.activations.array.shape[1], file.activations.dtype)
+            if found != (first.array.shape[1], first.dtype):
+                raise ValueError(
+                    f"{file.path}: width and dtype are {found}, those of "
+                    f"{self._files[0].path.name} are {(first.array.shape[1], first.dtype)}"
+                )
+        self.d_in = int(first.array.shape[1])
+        self.dtype = first.dtype
+        self._row_bytes = self.d_in * first.array.itemsize
+        lengths = [len(file.activations.array) for file in self._files]
+        self._starts = np.cumsum([0, *lengths])
+        self.n_tokens = int(self._starts[-1])
+        if not self.n_tokens or not self.d_in:
+            raise ValueError(f"{self.path} holds no activations: {self.n_tokens} x {self.d_in}")
+        self.model = self._index.model if self._index else None
+        self.hookpoint = self._index.hookpoint if self._index else None
+        self._verified: set[int] = set()
+
+    @cached_property
+    def _summary(self) -> dict[str, Any]:
+        if self._index:
+            names = ("mean", "mean_square", "norm")
+            return {name: getattr(self._index, name) for name in names}
+        moments = Moments(self.d_in)
+        for start in range(0, self.n_tokens, 4096):
+            rows = np.arange(start, min(start + 4096, self.n_tokens))
+            moments.add(checked(self._gather(rows), rows, self.where))
+        return moments.summary()
+
+    @property
+    def mean(self) -> Float[Tensor, " d_in"]:
+        """The mean row. Plain data is read through once for it."""
+        return torch.tensor(self._summary["mean"], dtype=torch.float32)
+
+    @property
+    def mean_square(self) -> float:
+        """The mean over all entries of their square. Plain data is read through once for it."""
+        return self._summary["mean_square"]
+
+    @property
+    def norm(self) -> dict[str, float]:
+        """Mean, std, min and max of the row norms. Plain data is read through once for it."""
+        return self._summary["norm"]
+
+    @cached_property
+    def heldout(self) -> "ActivationShards | None":
+        """Activations set aside for evaluation: the sub-folder `heldout`, if there is one."""
+        folder = self.path / "heldout"
+        return ActivationShards(folder) if (folder / INDEX).is_file() else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash that tells other data apart: of the index, or of plain files' names, sizes
+        and shapes (not of their values)."""
+        digest = hashlib.sha256()
+        if self._index:
+            digest.update((self.path / INDEX).read_bytes())
+        for file in self._files if not self._index else []:
+            array = file.activations.array
+            digest.update(f"{file.path.name} {array.shape} {file.activations.dtype}\n".encode())
+            digest.update(f"{file.path.stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
+        """The rows at `indices`, in that order; a ValueError if one is out of range."""
+        wanted = indices.numpy().astype(np.int64, copy=False)
+        self._check_range(wanted)
+        return torch.from_numpy(self._gather(wanted))
+
+    def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
+        """`n` rows, or all if there are fewer, drawn without replacement: same seed, same rows."""
+        generator = np.random.Generator(np.random.PCG64(seed))
+        wanted = generator.choice(self.n_tokens, min(n, self.n_tokens), replace=False)
+        return torch.from_numpy(checked(self._gather(wanted), wanted, self.where))
+
+    def contexts(self, indices: Int[Tensor, " N"]) -> Contexts:
+        """Tokens, positions and documents of the rows at `indices`. Plain data has none."""
+        if not self._index:
+            raise ValueError(f"{self.path} is plain data and holds no token ids")
+        wanted = indices.numpy().astype(np.int64, copy=False)
+        self._check_range(wanted)
+        out = {name: torch.empty(len(wanted), dtype=torch.int64) for name in LABELS}
+        for number, places, local in self._split(wanted):
+            for name in LABELS:
+                self._files[number].labels[name].copy(local, out[name].numpy(), places)
+        return Contexts(**out)
+
+    def where(self, row: int) -> str:
+        """The file that holds a row, and the row's number in that file, for messages."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return f"{self._files[number].path.name} row {row - int(self._starts[number])}"
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        cursor: Cursor | None = None,
+        pin_memory: bool = False,
+        depth: int = 2,
+    ) -> Batches:
+        """Endless shuffled batches, loaded ahead by a thread; from `cursor` they go on exactly.
+
+        The order depends on `seed` and the epoch only. Each shard's SHA-256 is compared with the
+        index when the shard is first touched; as blocks come from everywhere, that is soon.
+        """
+        order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // self._row_bytes)
+        size = min(order.window_rows, self.n_tokens)
+        buffer = np.empty((size, self.d_in), self._files[0].activations.array.dtype)
+
+        def load(rows: Int64[np.ndarray, " window"]) -> Window:
+            self._verify_touched(rows)
+            window = self._copy(rows, buffer[: len(rows)])
+            return lambda picks: to_float32(window[picks], self.dtype)
+
+        return Batches(
+            order,
+            load,
+            self.where,
+            batch_size=batch_size,
+            cursor=cursor,
+            pin_memory=pin_memory,
+            depth=depth,
+        )
+
+    def verify(self) -> None:
+        """Compares every shard's SHA-256 with the index; a ValueError names one that differs."""
+        if not self._index:
+            raise ValueError(f"{self.path} is plain data: it has no SHA-256 to compare with")
+        self._verify(range(len(self._files)))
+
+    def _verify(self, numbers: range | list[int]) -> None:
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda number: sha256(self._files[number].path), numbers)
+            for number, digest in zip(numbers, found, strict=True):
+                file = self._files[number]
+                if file.sha256 != digest:
+                    raise ValueError(
+                        f"{file.path} was edited: SHA-256 {file.sha256} expected from the "
+                        f"index, {digest} found"
+                    )
+                self._verified.add(number)
+
+    def _verify_touched(self, rows: Int64[np.ndarray, " N"]) -> None:
+        if self._index and len(self._verified) < len(self._files):
+            touched = {number for number, _, _ in self._split(rows)}
+            self._verify(sorted(touched - self._verified))
+
+    def _gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+        out = np.empty((len(rows), self.d_in), self._files[0].activations.array.dtype)
+        return to_float32(self._copy(rows, out), self.dtype)
+
+    def _copy(self, rows: Int64[np.ndarray, " N"], out: np.ndarray) -> np.ndarray:
+        for number, places, local in self._split(rows):
+            self._files[number].activations.copy(local, out, places)
+        return out
+
+    def _split(
+        self, rows: Int64[np.ndarray, " N"]
+    ) -> Iterator[tuple[int, Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]]:
+        """For each file touched: its number, the places in `rows` of those it holds, and their
+        numbers in it, rising."""
+        order = np.argsort(rows, kind="stable")
+        numbers = np.searchsorted(self._starts, rows[order], side="right") - 1
+        touched, firsts = np.unique(numbers, return_index=True)
+        for number, places in zip(touched.tolist(), np.split(order, firsts[1:]), strict=True):
+            yield number, places, rows[places] - self._starts[number]
+
+    def _check_range(self, rows: Int64[np.ndarray, " N"]) -> None:
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_tokens:
+            raise ValueError(
+                f"rows must be from 0 to {self.n_tokens - 1}, got {rows.min()} to {rows.max()}"
+            )
+
+
+def _open_shard(folder: Path, shard: Shard, index: Index) -> _File:
+    path = folder / shard.file
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, but {INDEX} lists it")
+    tensors = map_safetensors(path)
+    expected = {"activations": (index.dtype, (shard.tokens, index.shape[1]))}
+    expected |= {name: ("int32", (shard.tokens,)) for name in LABELS}
+    found = {name: (mapped.dtype, mapped.array.shape) for name, mapped in tensors.items()}
+    if found != expected:
+        raise ValueError(f"{path}: {expected} expected from {INDEX}, {found} found")
+    labels = {name: tensors[name] for name in LABELS}
+    return _File(path, tensors["activations"], labels, shard.sha256)
+
+
+def _plain_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds neither an {INDEX} nor .npy or .safetensors files")
+    return files
+
+
+def _open_plain(path: Path) -> _File:
+    if path.suffix == ".npy":
+        mapped = map_npy(path)
+    elif path.suffix == ".safetensors":
+        tensors = map_safetensors(path)
+        if len(tensors) != 1:
+            raise ValueError(
+                f"{path} holds {len(tensors)} tensors and there is no {INDEX} that lists it; "
+                f"plain data has a single tensor per file"
+            )
+        (mapped,) = tensors.values()
+    else:
+        raise ValueError(f"{path}: plain data is .npy or .safetensors, or a folder of them")
+    if mapped.array.ndim != 2 or mapped.dtype not in FLOATS.values():
+        raise ValueError(
+            f"{path}: expected a two-dimensional float array, "
+            f"found shape {mapped.array.shape} of {mapped.dtype}"
+        )
+    return _File(path, mapped, {}, None)
