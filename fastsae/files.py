@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: JSON and safetensors, written atomically, never pickled."""
+"""JSON and safetensors files that are either whole or absent; nothing is ever pickled."""
 
 import json
 import os

@@ -12,20 +12,22 @@ arXiv:2406.04093, A.2). Their encoder rows are trained as well as their decoder 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastsae.nn.sae import SAE
+from fastsae.codes import Codes
+from fastsae.nn import SAE
 
 
 class TrainingLoss(NamedTuple):
-    """A loss and what it is made of; each a scalar on the device of the data."""
+    """A loss, what it is made of (scalars on the data's device), and the codes it saw."""
 
     loss: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
     auxk: Float[Tensor, ""]
     l0: Float[Tensor, ""]
+    codes: Codes
 
 
 def training_loss(
@@ -35,22 +37,27 @@ def training_loss(
     auxk_coef: float = 1 / 32,
     k_aux: int | None = None,
 ) -> TrainingLoss:
-    """The loss of one batch, differentiable in every parameter.
+    """The loss of one batch; `.loss` is differentiable in every parameter.
 
     `dead` marks latents that have not fired for long; k_aux of them (by default d_in / 2) per
-    token reconstruct what the live ones left over. Raises ValueError if k_aux < 1.
+    token reconstruct what the live ones left over. Raises ValueError if k_aux < 1, if auxk_coef
+    < 0, or if x is not [N, d_in].
     """
+    if auxk_coef < 0:
+        raise ValueError(f"auxk_coef must be at least 0, got {auxk_coef}")
     codes = sae.encode(x)
     residual = x - sae.decode(codes)
     loss = fvu = residual.square().sum() / total_variance(x)
     auxk = torch.zeros_like(fvu)
-    if dead is not None and auxk_coef:
-        rows = dead.nonzero()[:, 0]
-        if len(rows):
-            k_aux = default_k_aux(sae.d_in) if k_aux is None else k_aux
-            auxk = auxk_loss(sae, sae.centre(x), residual.detach(), rows, k_aux)
-            loss = fvu + auxk_coef * min(len(rows) / k_aux, 1.0) * auxk
-    return TrainingLoss(loss, fvu.detach(), auxk.detach(), codes.l0())
+    rows = torch.empty(0) if dead is None else dead.nonzero()[:, 0]
+    if len(rows) and auxk_coef:
+        k_aux = default_k_aux(sae.d_in) if k_aux is None else k_aux
+        residual = residual.detach()
+        parts = sae.W_enc[rows], sae.b_enc[rows], sae.W_dec[rows]
+        error = auxk_error(sae.centre(x), residual, *parts, k_aux, sae.activation.signed)
+        auxk = error / total_variance(residual)
+        loss = fvu + auxk_weight(auxk_coef, len(rows), k_aux) * auxk
+    return TrainingLoss(loss, fvu.detach(), auxk.detach(), codes.l0(), codes)
 
 
 def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
@@ -63,29 +70,30 @@ def default_k_aux(d_in: int) -> int:
     return max(d_in // 2, 1)
 
 
-def auxk_loss(
-    sae: SAE,
+def auxk_weight(auxk_coef: float, n_dead: int, k_aux: int) -> float:
+    """The weight of the aux loss, smaller while there are fewer than k_aux dead latents."""
+    return auxk_coef * min(n_dead / k_aux, 1.0)
+
+
+def auxk_error(
     centred: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_in"],
-    dead: Int[Tensor, " n_dead"],
+    W_enc: Float[Tensor, "n_dead d_in"],
+    b_enc: Float[Tensor, " n_dead"],
+    W_dec: Float[Tensor, "n_dead d_in"],
     k_aux: int,
+    signed: bool,
 ) -> Float[Tensor, ""]:
-    """How badly the k_aux best dead latents of each token reconstruct the residual.
+    """Summed squared error of the k_aux best dead latents of each token on the residual.
 
     Dense products on the slice of dead rows: with k_aux near d_in / 2, gathers would cost more.
     """
     if k_aux < 1:
         raise ValueError(f"k_aux must be at least 1, got {k_aux}")
-    pre = linear(centred, sae.W_enc[dead], sae.b_enc[dead])
-    recon = sparsest(pre, min(k_aux, len(dead)), sae.activation.signed) @ sae.W_dec[dead]
-    return (recon - residual).square().sum() / total_variance(residual)
-
-
-def sparsest(pre: Float[Tensor, "N F"], k: int, signed: bool) -> Float[Tensor, "N F"]:
-    """Dense codes with all but the k best-ranked entries of each row at 0."""
-    if k < pre.shape[1]:
-        rank = pre.abs() if signed else pre
-        keep = torch.zeros_like(pre, dtype=torch.bool)
-        keep.scatter_(1, rank.detach().topk(k, sorted=False).indices, True)
-        pre = pre * keep
-    return pre if signed else pre.relu()
+    pre = linear(centred, W_enc, b_enc)
+    if k_aux < pre.shape[1]:
+        rank = (pre.abs() if signed else pre).detach()
+        best = rank.topk(k_aux, sorted=False).indices
+        pre = pre * torch.zeros_like(pre).scatter_(1, best, 1.0)
+    codes = pre if signed else pre.relu()
+    return (codes @ W_dec - residual).square().sum()
