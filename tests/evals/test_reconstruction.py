@@ -1,0 +1,163 @@
+"""Reconstruction: each number against its formula on dense float64 arrays, and known limits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastsae.config import to_dict
+from fastsae.data import ActivationShards
+from fastsae.evals import reconstruction
+from fastsae.nn import SAE, AbsTopK, TopK
+
+D = 24
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    """Correlated rows, far from the origin as activations are."""
+    generator = np.random.default_rng(0)
+    mix = generator.normal(size=(D, D)) * np.geomspace(3, 0.1, D)[:, None]
+    return (generator.normal(size=(1000, D)) @ mix + 20).astype(np.float32)
+
+
+@pytest.fixture
+def data(x, tmp_path) -> ActivationShards:
+    np.save(tmp_path / "x.npy", x)
+    return ActivationShards(tmp_path / "x.npy")
+
+
+def identity() -> SAE:
+    sae = SAE(D, D, AbsTopK(D))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(D))
+        sae.W_dec.copy_(torch.eye(D))
+    return sae
+
+
+def expected(sae: SAE, x: np.ndarray, ranks: list[int]) -> dict:
+    """The definitions, one line each."""
+    with torch.no_grad():
+        codes = sae.encode(torch.from_numpy(x))
+        z, recon = codes.to_dense().double().numpy(), sae.decode(codes).double().numpy()
+    x = x.astype(np.float64)
+    size = np.linalg.norm(x, axis=1), np.linalg.norm(recon, axis=1)
+    variance, u = np.linalg.eigh(np.cov(x.T, bias=True))
+    order = np.argsort(-variance)
+    kept = np.maximum(0, 1 - np.var((x - recon) @ u, axis=0) / np.var(x @ u, axis=0))[order]
+    return {
+        "tokens": len(x),
+        "fvu": ((x - recon) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "mse": ((x - recon) ** 2).mean(),
+        "l0": (z != 0).sum(1).mean(),
+        "dead_fraction": ((z != 0).sum(0) == 0).mean(),
+        "dense_fraction": ((z != 0).mean(0) > 0.1).mean(),
+        "cosine": ((x * recon).sum(1) / (size[0] * size[1])).mean(),
+        "relative_norm": (size[1] / size[0]).mean(),
+        "pc_retention": {str(r): kept[:r].mean() for r in ranks},
+    }
+
+
+@pytest.mark.parametrize("activation", [TopK(4), AbsTopK(4)])
+@pytest.mark.parametrize("batch_size", [1, 300, 4096])
+def test_matches_the_definitions(activation, batch_size, x, data):
+    sae = SAE(D, 70, activation)
+    found = to_dict(reconstruction(sae, data, batch_size=batch_size, pc_ranks=[1, 5, D]))
+    wanted = expected(sae, x, [1, 5, D])
+    assert found.keys() == wanted.keys()
+    for name in wanted:  # the sae runs in float32, where the batch size changes the rounding
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-7), name
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_signed_codes_count_as_active(data):
+    sae = identity()
+    with torch.no_grad():
+        sae.W_enc.neg_()  # the data is positive: every code is negative
+        sae.W_dec.neg_()
+    found = reconstruction(sae, data)
+    assert (found.l0, found.dead_fraction, found.dense_fraction) == (D, 0, 1)
+
+
+def test_perfect_reconstruction(data):
+    found = reconstruction(identity(), data)
+    assert (found.fvu, found.mse, found.relative_norm) == (0, 0, 1)
+    assert found.cosine == pytest.approx(1, abs=1e-12)
+    assert found.pc_retention == {"12": 1, "16": 1, "24": 1}  # d_in / 2, 16, and 64 cut to d_in
+
+
+def test_zero_reconstruction(x, data):
+    sae = identity()
+    with torch.no_grad():
+        sae.W_dec.zero_()
+    found = reconstruction(sae, data, pc_ranks=[4])
+    assert found.pc_retention["4"] == pytest.approx(0, abs=1e-10)
+    assert found.mse == pytest.approx(float((x.astype(np.float64) ** 2).mean()))
+    assert (found.cosine, found.relative_norm) == (0, 0)
+
+
+def test_first_tokens_only(x, data):
+    sae = SAE(D, 70, TopK(4))
+    found = reconstruction(sae, data, max_tokens=101, batch_size=50, pc_ranks=[3], progress=True)
+    wanted = expected(sae, x[:101], [3])
+    assert found.tokens == 101
+    assert found.fvu == pytest.approx(wanted["fvu"], rel=1e-5)
+    assert found.pc_retention == pytest.approx(wanted["pc_retention"], rel=1e-5)
+    assert reconstruction(sae, data, max_tokens=10**9).tokens == len(x)
+
+
+def test_directions_without_variance_are_left_out(tmp_path):
+    """Six rows span five directions: rank 16 is the mean over those five."""
+    x = np.random.default_rng(1).normal(size=(6, D)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    sae = SAE(D, 70, TopK(4))
+    found = reconstruction(sae, ActivationShards(tmp_path / "x.npy"), pc_ranks=[16])
+    assert found.pc_retention["16"] == pytest.approx(
+        expected(sae, x, [5])["pc_retention"]["5"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sae": SAE(D + 1, 70, TopK(4))}, "d_in = 25, the data has rows of 24"),
+        ({"sae": SAE(D, 70, TopK(4), d_out=3)}, "transcoder"),
+        ({"max_tokens": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"pc_ranks": [0]}, "at least 1"),
+        ({"max_tokens": 1}, "all the same"),
+    ],
+)
+def test_bad_input(change, message, data):
+    arguments = {"sae": SAE(D, 70, TopK(4)), "data": data, **change}
+    with pytest.raises(ValueError, match=message):
+        reconstruction(**arguments)
+
+
+def test_rows_that_are_not_numbers_are_named(x, tmp_path):
+    x[7, 3] = np.nan
+    np.save(tmp_path / "bad.npy", x)
+    with pytest.raises(ValueError, match="bad.npy row 7"):
+        reconstruction(SAE(D, 70, TopK(4)), ActivationShards(tmp_path / "bad.npy"), batch_size=5)
+
+
+def test_equal_rows_have_no_variance(tmp_path):
+    np.save(tmp_path / "x.npy", np.full((7, D), 0.3, np.float32))
+    with pytest.raises(ValueError, match="all the same"):
+        reconstruction(SAE(D, 70, TopK(4)), ActivationShards(tmp_path / "x.npy"), batch_size=3)
+
+
+class Nothing:
+    d_in, n_tokens = D, 0
+
+    def rows(self, indices):
+        raise AssertionError("there are no rows")
+
+    def where(self, row):
+        raise AssertionError("there are no rows")
+
+
+def test_no_rows():
+    with pytest.raises(ValueError, match="at least 1"):
+        reconstruction(SAE(D, 70, TopK(4)), Nothing())
