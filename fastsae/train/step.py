@@ -19,6 +19,7 @@ from fastsae.losses import TrainingLoss, auxk_error, auxk_weight, total_variance
 from fastsae.nn import SAE
 from fastsae_kernels import decode, gather_dot
 from fastsae_kernels.sparse import latent_major, sum_runs
+from fastsae_kernels.workspace import buffer
 
 from .optim import Adam, normalise_rows_, remove_parallel_
 
@@ -57,12 +58,13 @@ def fused_step(
     shadow: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> TrainingLoss:
     """The same update without a graph; `shadow`, a bf16 copy of W_enc, is kept up to date."""
-    centred = x - sae.b_dec
+    centred = buffer("centred", *x.shape, x.dtype, x.device)
+    variance = torch.linalg.vector_norm(torch.sub(x, x.mean(0), out=centred)).square()
+    torch.sub(x, sae.b_dec, out=centred)
     codes = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow)
     values, indices, d_sae = codes
     error = decode(values, indices, sae.W_dec).sub_(centred)
-    variance = total_variance(x)
-    loss = fvu = error.square().sum() / variance
+    loss = fvu = torch.linalg.vector_norm(error).square() / variance
     rows = torch.empty(0) if dead is None or not auxk_coef else dead.nonzero()[:, 0]
     aux = auxk_gradients(sae, centred, -error, rows, auxk_coef, k_aux) if len(rows) else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_MEGABYTES = os.environ.get("FASTSAE_BUFFER_MB")
+BUFFER_MB = os.environ.get("FASTSAE_BUFFER_MB")
 
 _local = threading.local()
 
@@ -32,28 +32,6 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _local.interpreted = False
-
-
-def buffer_bytes(device: torch.device) -> int:
-    """How large a buffer of pre-activations may be: FASTSAE_BUFFER_MB, or 512 MB (CPU: 256 MB)."""
-    if _MEGABYTES is not None:
-        return int(_MEGABYTES) << 20
-    return (256 if device.type == "cpu" else 512) << 20
-
-
-def buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [rows, columns] tensor, the same memory at every call of a CPU thread.
-
-    Fresh memory costs a page fault per 4 KB, which for a buffer of pre-activations is a tenth of
-    the product that fills it. CUDA's caching allocator has no such cost.
-    """
-    if device.type != "cpu":
-        return torch.empty(rows, columns, dtype=dtype, device=device)
-    size = rows * columns * dtype.itemsize
-    memory = getattr(_local, "memory", None)
-    if memory is None or memory.numel() < size:
-        memory = _local.memory = torch.empty(size, dtype=torch.uint8)
-    return memory[:size].view(dtype).view(rows, columns)
 
 
 def check_codes(values: Tensor | None, indices: Tensor, F: int) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import buffer, buffer_bytes, check_matrix
+from ._launch import check_matrix
 from .sparse import decode, gather_dot, scatter_outer
 from .topk import By, check_k, topk_indices, topk_reference
+from .workspace import buffer, buffer_bytes
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -44,7 +45,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Te
     if not N:
         return values, indices
     chunk = _chunk_tokens(N, F, x.element_size(), x.device)
-    pre = buffer(chunk, F, x.dtype, x.device)
+    pre = buffer("pre", chunk, F, x.dtype, x.device)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         h = torch.addmm(b, x[rows], W.t(), out=pre[: rows.stop - start])

@@ -1,0 +1,34 @@
+"""Memory that is used again at every step."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from ._launch import BUFFER_MB
+
+_local = threading.local()
+
+
+def buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised [rows, columns] tensor: on a CPU, each name's is one memory per thread.
+
+    Its content lasts until the name is asked for again. Fresh memory costs a page fault per 4 KB,
+    which can be a tenth of the time of the product that fills it. CUDA's caching allocator has no
+    such cost, so there the tensor is a new one.
+    """
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    size = rows * columns * dtype.itemsize
+    memory = vars(_local).get(name)
+    if memory is None or memory.numel() < size:
+        memory = torch.empty(size, dtype=torch.uint8)
+        setattr(_local, name, memory)
+    return memory[:size].view(dtype).view(rows, columns)
+
+
+def buffer_bytes(device: torch.device) -> int:
+    """How large a buffer of pre-activations may be: FASTSAE_BUFFER_MB, or 512 MB (CPU: 256 MB)."""
+    if BUFFER_MB is not None:
+        return int(BUFFER_MB) << 20
+    return (256 if device.type == "cpu" else 512) << 20
