@@ -5,20 +5,17 @@
 An entry among the k largest lies in one of the k groups whose maxima are largest: otherwise k
 larger maxima would stand above it. So one pass takes the maximum of each group of G entries, the
 k best groups are found among F / G maxima (by the same method), and the k best entries among
-their k G members. Group g holds entries g, g + M, g + 2 M, ... (M groups): neighbours in memory
+their k G members. On a CPU group g holds entries g, g + M, g + 2 M, ...: neighbours in memory
 belong to different groups, so the pass needs no sum across a vector register.
 
-Shapes: N tokens, F latents, K kept.
+Shapes: N tokens, F latents, K kept, G entries per group, M groups.
 """
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ._launch import check_matrix
-
-By = Literal["value", "abs"]
+from ._launch import check_matrix, use_triton
+from ._topk_kernel import DTYPES, MOST, By, launch_topk
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -39,7 +36,8 @@ def _topk_indices_torch(pre: Tensor, k: int, by: By) -> Tensor:
     # One more than asked for: a tie between places k and k + 1 is as good as one inside.
     indices = _largest(pre, min(k + 1, pre.shape[1]), by)
     rank = _rank(pre.gather(1, indices), by)
-    tied = (rank[:, 1:] == rank[:, :-1]).any(1).nonzero()[:, 0]
+    tied = ~(rank[:, 1:] < rank[:, :-1]).all(1)  # or NaN, which equals NaN here
+    tied = tied.nonzero()[:, 0]
     indices = indices[:, :k]
     if tied.numel():
         indices[tied] = _lowest_of_equals(_rank(pre[tied], by), rank[tied, k - 1 : k], k)
@@ -72,12 +70,14 @@ def _largest(pre: Tensor, k: int, by: By) -> Tensor:
 
 def _group_size(F: int, k: int) -> int:
     """Entries per group; 1 where looking at every entry costs no more than grouping."""
-    return max(G for G in (1, 4, 8) if G == 1 or F >= 4 * k * G)
+    return max(G for G in (1, 4, 8) if G == 1 or 4 * k * G <= F)
 
 
 def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
     """The stable choice in rows whose k-th largest rank, least [N, 1], is known: -> [N, K]."""
-    above, equal = ~(rank <= least), rank == least
+    above, equal = rank > least, rank == least
+    nan, least_nan = rank.isnan(), least.isnan()
+    above, equal = above | (nan & ~least_nan), equal | (nan & least_nan)
     vacant = k - above.sum(1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(1) <= vacant))
     indices = chosen.nonzero()[:, 1].view(-1, k)
@@ -105,6 +105,8 @@ def topk_indices(pre: Tensor, k: int, by: By = "value") -> Tensor:
         raise ValueError(f'by must be "value" or "abs", got {by!r}')
     if not pre.shape[0]:
         return pre.new_empty(0, k, dtype=torch.int64)
+    if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
+        return launch_topk(pre.detach().contiguous(), k, by)
     # Few rows at a time, so that what is picked from them stays in the cache.
     return torch.cat([_topk_indices_torch(rows, k, by) for rows in pre.detach().split(256)])
 

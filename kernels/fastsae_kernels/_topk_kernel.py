@@ -1,0 +1,207 @@
+"""The kernel of topk.py: the k largest entries of each row in one read of it.
+
+The maxima of M groups stay in registers. Bisecting for a key that at least k of them reach takes
+the place of sorting them; the entries that reach it, k and a few, are gathered from the winning
+groups and ranked by (key, -index), which has no ties. Where ties make more of them than there is
+room for, bisecting over the row itself finds exactly k. Keys are integers in the order of the
+entries as they are in memory, so no two passes can disagree.
+
+A group takes V neighbours (one vector load) out of every M V entries.
+Shapes: N tokens, F latents, K kept, M groups.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+By = Literal["value", "abs"]
+
+# --- kernel: all tensors row-major ----------------------------------------------------------
+
+_LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
+"""Below every packed (key, index)."""
+
+
+@triton.jit
+def _load_ranks(row_ptr, column, F, ABS: tl.constexpr):
+    """Entries as float32 to be ranked; those beyond the row rank no higher than any in it."""
+    if ABS:
+        return tl.abs(tl.load(row_ptr + column, mask=column < F, other=0.0).to(tl.float32))
+    return tl.load(row_ptr + column, mask=column < F, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _key(x, SHIFT: tl.constexpr):
+    """int32 in the order of float32 x, -0.0 equal to 0.0, NaN above all.
+
+    SHIFT drops the low bits that x's dtype in memory does not have.
+    """
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+    return tl.where(x == x, key, (0x7F800000 >> SHIFT) + 1)
+
+
+@triton.jit
+def _pack(key, column):
+    """int64 in the order of key, then of falling column."""
+    return (key.to(tl.int64) << 32) + (0x7FFFFFFF - column)
+
+
+@triton.jit
+def _group_maxima(
+    row_ptr, F, M: tl.constexpr, V: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr
+):
+    """Largest key of each group -> [M]"""
+    tile = tl.arange(0, M)[:, None] * V + tl.arange(0, V)[None, :]
+    best = _load_ranks(row_ptr, tile, F, ABS)
+    for start in range(M * V, F, M * V):
+        x = _load_ranks(row_ptr, start + tile, F, ABS)
+        best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    return tl.max(_key(best, SHIFT), axis=1)
+
+
+@triton.jit
+def _reached_by(keys, k):
+    """A key that at least k of keys reach: exactly k, unless ties forbid it."""
+    low, high = tl.min(keys).to(tl.int64), tl.max(keys).to(tl.int64) + 1
+    count = tl.sum((keys >= low).to(tl.int32))
+    while (high - low > 1) & (count != k):
+        middle = (low + high) >> 1
+        above = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32))
+        low, high = tl.where(above >= k, middle, low), tl.where(above >= k, high, middle)
+        count = tl.where(above >= k, above, count)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _pack_candidates(
+    row_ptr, group_ptr, packed_ptr, maxima, low, F,
+    M: tl.constexpr, V: tl.constexpr, CAPACITY: tl.constexpr, ABS: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Pack the entries that reach low, in any order; count them, though room is limited."""
+    won = maxima >= low
+    tl.store(group_ptr + tl.cumsum(won.to(tl.int32)) - 1, tl.arange(0, M), mask=won)
+    tl.debug_barrier()
+    member = tl.arange(0, CAPACITY * V)
+    inside = member // V < tl.sum(won.to(tl.int32))
+    first = tl.load(group_ptr + member // V, mask=inside, other=0) * V + member % V
+    count = 0
+    for start in range(0, F, M * V):
+        column = start + first
+        key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
+        reach = inside & (column < F) & (key >= low)
+        place = count + tl.cumsum(reach.to(tl.int32)) - 1
+        tl.store(packed_ptr + place, _pack(key, column), mask=reach & (place < CAPACITY))
+        count += tl.sum(reach.to(tl.int32))
+    return count
+
+
+@triton.jit
+def _count(row_ptr, F, least, BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr):
+    """How many entries of the row have a key of at least `least`."""
+    count = 0
+    for start in range(0, F, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
+        count += tl.sum(((key >= least) & (column < F)).to(tl.int32))
+    return count
+
+
+@triton.jit
+def _pack_exactly(
+    row_ptr, packed_ptr, low, high, F, k,
+    BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Pack the k largest entries of a row, k or more of which reach low and none high."""
+    low, high = low.to(tl.int64), high.to(tl.int64)
+    sure = 0  # entries that reach high: fewer than k
+    while high - low > 1:
+        middle = (low + high) >> 1
+        above = _count(row_ptr, F, middle.to(tl.int32), BLOCK, ABS, SHIFT)
+        low, high = tl.where(above >= k, middle, low), tl.where(above >= k, high, middle)
+        sure = tl.where(above >= k, sure, above)
+    low = low.to(tl.int32)
+    packed, tied = 0, 0
+    for start in range(0, F, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
+        equal = (key == low) & (column < F)
+        early = tied + tl.cumsum(equal.to(tl.int32)) <= k - sure
+        chosen = ((key > low) & (column < F)) | (equal & early)
+        place = packed + tl.cumsum(chosen.to(tl.int32)) - 1
+        tl.store(packed_ptr + place, _pack(key, column), mask=chosen)
+        packed += tl.sum(chosen.to(tl.int32))
+        tied += tl.sum(equal.to(tl.int32))
+
+
+@triton.jit
+def _topk_kernel(
+    pre_ptr, group_ptr, packed_ptr, out_ptr, F, k,
+    M: tl.constexpr, V: tl.constexpr, CAPACITY: tl.constexpr, ABS: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    row_ptr = pre_ptr + n * F
+    packed_ptr += n * CAPACITY
+    maxima = _group_maxima(row_ptr, F, M, V, ABS, SHIFT)
+    low, high = _reached_by(maxima, k), tl.max(maxima) + 1
+    count = tl.sum((maxima >= low).to(tl.int32))  # so many candidates at least
+    if count <= CAPACITY:
+        count = _pack_candidates(
+            row_ptr, group_ptr + n * CAPACITY, packed_ptr, maxima, low, F,
+            M, V, CAPACITY, ABS, SHIFT,
+        )  # fmt: skip
+    if count > CAPACITY:
+        tl.debug_barrier()
+        _pack_exactly(row_ptr, packed_ptr, low, high, F, k, M, ABS, SHIFT)
+        count = tl.minimum(count, k)
+    tl.debug_barrier()
+    slot = tl.arange(0, CAPACITY)
+    mine = tl.load(packed_ptr + slot, mask=slot < count, other=_LOWEST)
+    if CAPACITY <= 512:
+        rank = tl.zeros((CAPACITY,), dtype=tl.int32)
+        for start in range(0, count, 16):
+            other = start + tl.arange(0, 16)
+            theirs = tl.load(packed_ptr + other, mask=other < count, other=_LOWEST)
+            rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), axis=1)
+    else:
+        mine, rank = tl.sort(mine, descending=True), slot
+    tl.store(out_ptr + n * k + rank, 0x7FFFFFFF - (mine & 0x7FFFFFFF), mask=rank < k)
+
+
+# --- launcher -------------------------------------------------------------------------------
+
+DTYPES = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Input dtypes of the kernel, and how many low bits of a float32 each does not have."""
+
+MOST = 1024
+"""The largest k of the kernel: it keeps at least 4 k maxima in registers."""
+
+
+def blocks(F: int, k: int, itemsize: int) -> tuple[int, int, int]:
+    """M, V and the room for candidates: twice k, where random rows need 1.2 k at most."""
+    least, most = 4 * triton.next_power_of_2(k), triton.next_power_of_2(F)
+    M = min(most, max(least, min(2048, triton.next_power_of_2(math.isqrt(F * k)))))
+    V = min(16 // itemsize, 16384 // M, most // M)
+    return M, V, max(16, least // 2)
+
+
+def warps(M: int, V: int) -> int:
+    return min(8, max(1, M * V // 1024))
+
+
+def launch_topk(pre: Tensor, k: int, by: By) -> Tensor:
+    """Indices of the k largest of each row, largest first: contiguous [N, F] -> int64 [N, K]"""
+    N, F = pre.shape
+    M, V, capacity = blocks(F, k, pre.element_size())
+    groups = torch.empty(N, capacity, dtype=torch.int32, device=pre.device)
+    packed = torch.empty(N, capacity, dtype=torch.int64, device=pre.device)
+    out = torch.empty(N, k, dtype=torch.int64, device=pre.device)
+    shape = (F, k, M, V, capacity, by == "abs", DTYPES[pre.dtype])
+    _topk_kernel[(N,)](pre, groups, packed, out, *shape, num_warps=warps(M, V))
+    return out
