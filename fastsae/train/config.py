@@ -1,0 +1,108 @@
+"""What a training run is made of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastsae.nn import SAE, AbsTopK, TopK
+
+ACTIVATIONS = {"topk": TopK, "abstopk": AbsTopK}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a run; the defaults train on the demo's activations in a few minutes."""
+
+    data: Path | None = None
+    """Activations to train on: a folder from `fastsae harvest`, or .npy or .safetensors files.
+    Without it, activations of a small transformer over Python's own library are made and used."""
+
+    out: Path = Path("runs/sae")
+    """Folder for the run's results; it must not hold another run."""
+
+    d_sae: int = 4096
+    """Latents in the dictionary."""
+
+    k: int = 32
+    """Active latents per token."""
+
+    activation: Literal["topk", "abstopk"] = "topk"
+    """Which pre-activations are kept: the k largest, or the k of largest magnitude, signed."""
+
+    steps: int | None = None
+    """Optimisation steps; by default one pass over the data, but at least 600."""
+
+    batch_size: int = 4096
+    """Tokens per step."""
+
+    lr: float | None = None
+    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 16384)."""
+
+    warmup: int | None = None
+    """Steps over which the learning rate rises; by default a twentieth of all, at most 1000."""
+
+    decay: float = 0.2
+    """Last part of the run over which the learning rate falls to 0."""
+
+    seed: int = 0
+    """Seed of initialisation and shuffling: the same seed gives the same bits."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+
+    encoder_precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 finds candidates for the active latents in half precision and ranks them in fp32:
+    faster where the processor has bf16 instructions, and almost always the same choice."""
+
+    dead_after: int | None = None
+    """Tokens without firing after which a latent counts as dead; by default 10 million, or an
+    eighth of the run if that is less."""
+
+    auxk_coef: float = 1 / 32
+    """Weight of the loss that revives dead latents; 0 turns it off."""
+
+    k_aux: int | None = None
+    """Dead latents per token that take part in it; by default d_in / 2."""
+
+    step: Literal["auto", "fused", "autograd"] = "auto"
+    """How a step is computed; auto takes the fused step wherever it applies."""
+
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept: the last ones."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Also log to TensorBoard, in OUT/tensorboard."""
+
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases."""
+
+    def __post_init__(self):
+        at_least_one = ("d_sae", "k", "steps", "batch_size", "checkpoint_every", "k_aux")
+        for name in (*at_least_one, "keep_checkpoints", "log_every", "dead_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.k > self.d_sae:
+            raise ValueError(f"k must be between 1 and d_sae = {self.d_sae}, got {self.k}")
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.warmup is not None and self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be between 0 and 1, got {self.decay}")
+        if not self.auxk_coef >= 0:
+            raise ValueError(f"auxk_coef must be at least 0, got {self.auxk_coef}")
+        if self.auxk_coef == 0 and self.k_aux is not None:
+            raise ValueError(f"k_aux = {self.k_aux} has no effect with auxk_coef = 0")
+        if self.encoder_precision == "bf16" and self.step == "autograd":
+            raise ValueError('encoder_precision "bf16" needs the fused step, got step "autograd"')
+
+    def build(self, d_in: int) -> SAE:
+        """The SAE to be trained, on activations of width d_in."""
+        return SAE(d_in, self.d_sae, ACTIVATIONS[self.activation](self.k))

@@ -1,0 +1,112 @@
+"""Where a run's numbers go: metrics.jsonl, the progress bar, TensorBoard, Weights & Biases."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastsae.files import write_atomically
+
+from .config import TrainConfig
+
+
+class Log:
+    """Open it with `with`; each line goes to every place that is switched on."""
+
+    def __init__(self, config: TrainConfig, steps: int, first_step: int):
+        self.path = config.out / "metrics.jsonl"
+        keep_lines(self.path, first_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self._live)
+        self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
+        self._wandb = _wandb(config) if config.wandb else None
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Record a line; `step` and `tokens` say where it belongs."""
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        self._show(line)
+        numbers = {name: value for name, value in line.items() if name not in ("step", "tokens")}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log({**numbers, "tokens": line["tokens"]}, step=line["step"])
+
+    def _show(self, line: dict[str, Any]) -> None:
+        shown = {
+            "FVU": f"{line['fvu']:.4f}",
+            "L0": f"{line['l0']:.1f}",
+            "dead": f"{line['dead_fraction']:.1%}",
+            "tok/s": f"{line['tokens_per_second']:,.0f}",
+        }
+        if "gpu_watts" in line:
+            shown["GPU"] = (
+                f"{line['gpu_memory_gb']:.1f}GB {line['gpu_utilisation']:.0%} "
+                f"{line['gpu_watts']:.0f}W"
+            )
+        if self._live:
+            self._bar.set_postfix(shown)
+        else:
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            left = line["seconds"] / line["step"] * (self._bar.total - line["step"])
+            print(
+                f"step {line['step']}/{self._bar.total}  {text}  ETA {left:.0f}s", file=sys.stderr
+            )
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; one cut short by a crash is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drop from a metrics file what came after the step that a run goes on from."""
+    lines = [line for line in read_lines(path) if line["step"] <= last_step]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _tensorboard(config: TrainConfig, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard = True needs: pip install 'fastsae[log]'") from None
+    return SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
+
+
+def _wandb(config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"wandb = {config.wandb!r} needs: pip install 'fastsae[log]'") from None
+    run = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=config.wandb, name=config.out.name, id=run, resume="allow")

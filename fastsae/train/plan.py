@@ -1,0 +1,44 @@
+"""The choices that a config leaves open, made for the data and the machine at hand."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastsae.losses import default_k_aux
+from fastsae.nn import TopK
+
+from .config import TrainConfig
+from .optim import default_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do where its config says None or auto; the fields mean what they do there."""
+
+    steps: int
+    device: Literal["cpu", "cuda"]
+    step: Literal["fused", "autograd"]
+    lr: float
+    warmup: int
+    dead_after: int
+    k_aux: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, d_in: int, n_tokens: int) -> "Plan":
+        """Raises ValueError for a choice that the SAE or the machine does not allow."""
+        gpu = torch.cuda.is_available()
+        if config.device == "cuda" and not gpu:
+            raise ValueError("device is cuda, but there is no CUDA GPU here: use cpu or auto")
+        steps = config.steps or max(600, n_tokens // config.batch_size)
+        eighth = max(steps * config.batch_size // 8, 1)
+        fits = isinstance(config.build(d_in).activation, TopK)
+        return cls(
+            steps=steps,
+            device=("cuda" if gpu else "cpu") if config.device == "auto" else config.device,
+            step=("fused" if fits else "autograd") if config.step == "auto" else config.step,
+            lr=default_lr(config.d_sae) if config.lr is None else config.lr,
+            warmup=min(1000, steps // 20) if config.warmup is None else config.warmup,
+            dead_after=config.dead_after or min(10_000_000, eighth),
+            k_aux=config.k_aux or default_k_aux(d_in),
+        )

@@ -1,0 +1,104 @@
+"""Everything a run needs to go on as if it had never stopped."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.data import Cursor
+from fastsae.losses import TrainingLoss
+from fastsae.nn import SAE
+
+from .optim import Adam
+
+
+@dataclass
+class TrainState:
+    """The weights, the optimizer, the counters, and where in the data the run stands."""
+
+    sae: SAE
+    adam: Adam
+    tokens_since_fired: Tensor
+    """int64 [d_sae]: tokens seen since each latent was last active."""
+    scale: float
+    """The constant that activations are multiplied by before training."""
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Time spent in the training loop, over all its runs."""
+    cursor: Cursor = field(default_factory=Cursor)
+    window: Tensor = field(default_factory=lambda: torch.zeros(5))
+    """[5]: sums of loss, FVU, aux-k and L0 since the last logged line, and their number."""
+    logged: tuple[int, float] = (0, 0.0)
+    """Tokens and seconds at the last logged line."""
+
+    @classmethod
+    def fresh(cls, sae: SAE, scale: float) -> "TrainState":
+        counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+        adam, window = Adam(dict(sae.named_parameters())), torch.zeros(5, device=counters.device)
+        return cls(sae, adam, counters, scale, window=window)
+
+    def advance(self, result: TrainingLoss, batch_size: int, cursor: Cursor) -> None:
+        """Count a step that has been made."""
+        self.step += 1
+        self.tokens += batch_size
+        self.cursor = cursor
+        self.tokens_since_fired += batch_size
+        self.tokens_since_fired.masked_fill_(result.codes.fired(), 0)
+        self.window += torch.stack([*result[:4], torch.ones_like(result.loss)])
+
+    def metrics(self, dead_after: int) -> dict[str, float | int]:
+        """The averages since the last call, as one line for the log."""
+        loss, fvu, auxk, l0, count = self.window.tolist()
+        self.window.zero_()
+        tokens, seconds = self.tokens - self.logged[0], self.seconds - self.logged[1]
+        self.logged = self.tokens, self.seconds
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": loss / count,
+            "fvu": fvu / count,
+            "auxk": auxk / count,
+            "l0": l0 / count,
+            "dead_fraction": (self.tokens_since_fired >= dead_after).float().mean().item(),
+            "lr": self.adam.lr,
+            "tokens_per_second": tokens / seconds,
+            "seconds": self.seconds,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps in safetensors."""
+        return {
+            **{f"sae.{name}": t for name, t in self.sae.state_dict().items()},
+            **{f"adam.{name}": t for name, t in self.adam.state_dict().items()},
+            "tokens_since_fired": self.tokens_since_fired,
+            "window": self.window,
+            "rng": torch.get_rng_state(),
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint keeps in JSON."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "logged": self.logged,
+            "scale": self.scale,
+            "cursor": self.cursor._asdict(),
+        }
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Take over a checkpoint; ValueError if it is of other shapes."""
+        for name, target in self.tensors().items():
+            source = tensors.get(name)
+            if source is None or source.shape != target.shape:
+                found = "nothing" if source is None else list(source.shape)
+                raise ValueError(
+                    f"the checkpoint must hold {name} of shape {list(target.shape)}, got {found}"
+                )
+            if name != "rng":
+                target.copy_(source)
+        torch.set_rng_state(tensors["rng"])
+        self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
+        self.scale, self.cursor = meta["scale"], Cursor(**meta["cursor"])
+        self.logged = tuple(meta["logged"])
