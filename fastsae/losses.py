@@ -53,8 +53,9 @@ def training_loss(
     if len(rows) and auxk_coef:
         k_aux = default_k_aux(sae.d_in) if k_aux is None else k_aux
         residual = residual.detach()
-        parts = sae.W_enc[rows], sae.b_enc[rows], sae.W_dec[rows]
-        error = auxk_error(sae.centre(x), residual, *parts, k_aux, sae.activation.signed)
+        W_enc, b_enc, W_dec = sae.W_enc[rows], sae.b_enc[rows], sae.W_dec[rows]
+        signed = sae.activation.signed
+        error = auxk_error(sae.centre(x), residual, W_enc, b_enc, W_dec, k_aux, signed)
         auxk = error / total_variance(residual)
         loss = fvu + auxk_weight(auxk_coef, len(rows), k_aux) * auxk
     return TrainingLoss(loss, fvu.detach(), auxk.detach(), codes.l0(), codes)

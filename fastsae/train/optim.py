@@ -49,7 +49,7 @@ class Adam:
         """Move some rows of a parameter down their gradient."""
         tensors = (self.parameters[name], self.first[name], self.second[name])
         parameter, first, second = ([t[rows]] for t in tensors)
-        torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls  # noqa: SLF001
+        torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls  # pyright: ignore
             parameter,
             [gradient],
             first,

@@ -58,7 +58,7 @@ def fused_step(
     shadow: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> TrainingLoss:
     """The same update without a graph; `shadow`, a bf16 copy of W_enc, is kept up to date."""
-    centred = buffer("centred", *x.shape, x.dtype, x.device)
+    centred = buffer("centred", x.shape, x.dtype, x.device)
     variance = torch.linalg.vector_norm(torch.sub(x, x.mean(0), out=centred)).square()
     torch.sub(x, sae.b_dec, out=centred)
     codes = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow)
@@ -131,8 +131,10 @@ def auxk_gradients(
     k_aux: int,
 ) -> AuxKGradients:
     """Differentiate the aux loss on the slice of dead rows, a chunk of tokens at a time."""
-    leaves = [W[rows].requires_grad_() for W in (sae.W_enc, sae.b_enc, sae.W_dec)]
-    sums = [torch.zeros_like(leaf) for leaf in leaves]
+    leaves = W_enc, b_enc, W_dec = [
+        W[rows].requires_grad_() for W in (sae.W_enc, sae.b_enc, sae.W_dec)
+    ]
+    d_W_enc, d_b_enc, d_W_dec = sums = [torch.zeros_like(leaf) for leaf in leaves]
     loss, d_b_dec = residual.new_zeros(()), torch.zeros_like(sae.b_dec)
     variance = total_variance(residual)
     weight = auxk_weight(auxk_coef, len(rows), k_aux)
@@ -140,10 +142,10 @@ def auxk_gradients(
     for c, r in zip(centred.split(chunk), residual.split(chunk), strict=True):
         with torch.enable_grad():
             c = c.detach().requires_grad_()
-            part = auxk_error(c, r, *leaves, k_aux, sae.activation.signed) / variance
+            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, sae.activation.signed) / variance
         *gradients, d_centred = torch.autograd.grad(part, [*leaves, c])
         loss += part.detach()
         d_b_dec.sub_(d_centred.sum(0), alpha=weight)
-        for total, gradient in zip(sums, gradients, strict=True):
-            total.add_(gradient, alpha=weight)
-    return AuxKGradients(rows, loss, *sums, d_b_dec)
+        for d_leaf, gradient in zip(sums, gradients, strict=True):
+            d_leaf.add_(gradient, alpha=weight)
+    return AuxKGradients(rows, loss, d_W_enc, d_b_enc, d_W_dec, d_b_dec)

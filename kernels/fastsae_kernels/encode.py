@@ -45,7 +45,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Te
     if not N:
         return values, indices
     chunk = _chunk_tokens(N, F, x.element_size(), x.device)
-    pre = buffer("pre", chunk, F, x.dtype, x.device)
+    pre = buffer("pre", (chunk, F), x.dtype, x.device)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         h = torch.addmm(b, x[rows], W.t(), out=pre[: rows.stop - start])

@@ -1,0 +1,70 @@
+"""What every benchmark shares: the shapes, a fair clock, and a stamp of where it ran."""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+SHAPES = {  # tokens, d_in, d_sae, k
+    "a": (4096, 384, 4096, 32),
+    "b": (4096, 768, 12288, 32),
+    "c": (4096, 768, 24576, 32),
+    "d": (2048, 1024, 65536, 64),
+}
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each run, one of each per round, after one uncounted round.
+
+    Taking turns spreads a change in the machine's speed over all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for counted in [False] + [True] * rounds:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if counted:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(times), 2),
+        "min": round(min(times), 2),
+        "max": round(max(times), 2),
+    }
+
+
+def peak_megabytes() -> float:
+    """Peak resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def stamp() -> dict[str, Any]:
+    """The machine, the versions and the commit that a result belongs to."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in lines),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": subprocess.getoutput("git describe --always --dirty --exclude '*'"),
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**stamp(), **result}, indent=1) + "\n")
+    return path

@@ -1,0 +1,69 @@
+"""The yardstick: a TopK SAE in plain dense PyTorch, as most trainers write it.
+
+The same recipe as fastsae's (arXiv:2406.04093), so that the same data and seed give the same model
+up to rounding: linear, torch.topk, scatter, dense decode, dense aux-k, autograd, fused Adam.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fastsae.nn import SAE
+
+
+class DenseTopK(nn.Module):
+    """Starts from a copy of an SAE's weights."""
+
+    def __init__(self, sae: SAE):
+        super().__init__()
+        self.k = sae.activation.cfg.k
+        self.W_enc, self.b_enc = clone(sae.W_enc), clone(sae.b_enc)
+        self.W_dec, self.b_dec = clone(sae.W_dec), clone(sae.b_dec)
+
+    def loss(self, x: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Tensor, Tensor]:
+        """FVU plus aux-k / 32, FVU alone, and which latents fired."""
+        pre = linear(x - self.b_dec, self.W_enc, self.b_enc)
+        codes = largest(pre, self.k)
+        residual = x - (codes @ self.W_dec + self.b_dec)
+        loss = fvu = residual.square().sum() / total_variance(x)
+        n_dead = int(dead.sum())
+        if n_dead:
+            k = min(k_aux, n_dead)
+            aux_codes = largest(pre.masked_fill(~dead, -torch.inf), k)
+            left = residual.detach()
+            auxk = (aux_codes @ self.W_dec - left).square().sum() / total_variance(left)
+            loss = fvu + auxk / 32 * min(n_dead / k_aux, 1)
+        return loss, fvu.detach(), (codes > 0).any(0)
+
+
+def clone(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone())
+
+
+def largest(pre: Tensor, k: int) -> Tensor:
+    values, indices = pre.topk(k)
+    return torch.zeros_like(pre).scatter(1, indices, values.relu())
+
+
+def total_variance(x: Tensor) -> Tensor:
+    return (x - x.mean(0)).square().sum()
+
+
+def dense_step(
+    model: DenseTopK, adam: torch.optim.Adam, x: Tensor, dead: Tensor, k_aux: int
+) -> tuple[Tensor, Tensor]:
+    """One optimisation step; returns the FVU before it and which latents fired."""
+    loss, fvu, fired = model.loss(x, dead, k_aux)
+    adam.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        W, gradient = model.W_dec, model.W_dec.grad
+        assert gradient is not None
+        gradient -= (gradient * W).sum(1, keepdim=True) * W
+        adam.step()
+        W /= W.norm(dim=1, keepdim=True)
+    return fvu, fired
+
+
+def dense_adam(model: DenseTopK, lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)

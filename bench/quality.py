@@ -1,0 +1,77 @@
+"""Held-out FVU of `fastsae train` on the demo, against a dense PyTorch trainer of the same recipe.
+
+Same activations, order, initialisation, schedule and aux-k; the dense trainer is bench/dense.py.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae import SAE
+from fastsae.data import ActivationShards, demo_shards
+from fastsae.evals import reconstruction
+from fastsae.nn import init_from_data
+from fastsae.train import TrainConfig, Trainer
+from fastsae.train.optim import schedule
+from fastsae.train.plan import Plan
+from fastsae.train.trainer import SAMPLE_TOKENS
+
+from .common import write
+from .dense import DenseTopK, dense_adam, dense_step
+
+
+def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
+    """The SAE that dense PyTorch trains, for activations as they are."""
+    plan = Plan.of(config, source.d_in, source.n_tokens)
+    scale = source.mean_square**-0.5
+    sample = source.sample(SAMPLE_TOKENS, config.seed) * scale
+    generator = torch.Generator().manual_seed(config.seed)
+    sae = init_from_data(config.build(source.d_in), sample, generator)
+    model = DenseTopK(sae)
+    adam = dense_adam(model, plan.lr)
+    unfired = torch.zeros(config.d_sae, dtype=torch.int64)
+    with source.batches(config.batch_size, config.seed) as batches:
+        for step in range(plan.steps):
+            factor = schedule(step, plan.steps, plan.warmup, config.decay)
+            adam.param_groups[0]["lr"] = plan.lr * factor
+            dead = unfired >= plan.dead_after
+            x = next(batches).x * scale
+            _, fired = dense_step(model, adam, x, dead, plan.k_aux)
+            unfired = (unfired + config.batch_size).masked_fill(fired, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            sae.get_parameter(name).copy_(parameter)
+    return sae.fold_scale_(scale)
+
+
+def bench(steps: int) -> None:
+    source = demo_shards()
+    heldout = source.heldout
+    assert heldout is not None
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        exact = TrainConfig(steps=steps, out=Path(folder) / "fp32")
+        low = TrainConfig(steps=steps, out=Path(folder) / "bf16", encoder_precision="bf16")
+        ways = {
+            "fastsae": lambda: Trainer(exact, source).fit(),
+            "fastsae bf16": lambda: Trainer(low, source).fit(),
+            "dense": lambda: train_dense(exact, source),
+        }
+        for name, train in ways.items():
+            start = time.perf_counter()
+            sae = train()
+            seconds = time.perf_counter() - start
+            result = reconstruction(sae, heldout)
+            results[name] = {
+                "held-out FVU": round(result.fvu, 5),
+                "never active": round(result.dead_fraction, 5),
+                "L0": round(result.l0, 3),
+                "seconds": round(seconds, 1),
+            }
+            print(name, results[name], flush=True)
+    setting = {"steps": steps, "batch_size": exact.batch_size, "d_sae": exact.d_sae, "k": exact.k}
+    tokens = {"train_tokens": source.n_tokens, "heldout_tokens": heldout.n_tokens}
+    print(write("quality-cpu", {**setting, **tokens, "results": results}))

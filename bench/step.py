@@ -1,0 +1,103 @@
+"""One whole training step against dense PyTorch and the machine's floor.
+
+The floor is what no step can avoid: the encoder's product, and Adam reading and writing each
+parameter and its two moments once (24 bytes), at the speed this machine copies memory.
+"""
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from fastsae import SAE, TopK
+from fastsae.train.optim import Adam
+from fastsae.train.step import fused_step
+
+from .common import SHAPES, interleaved, peak_megabytes, summary, write
+from .dense import DenseTopK, dense_adam, dense_step
+
+WAYS = ("fastsae", "fastsae bf16", "dense")
+
+
+def fastsae_run(sae: SAE, x: torch.Tensor, shadow: torch.Tensor | None):
+    adam = Adam(dict(sae.named_parameters()))
+    dead = torch.zeros(sae.d_sae, dtype=torch.bool)
+
+    def run() -> None:
+        adam.begin_step(1e-4)
+        fused_step(sae, adam, x, dead, 1 / 32, sae.d_in // 2, shadow)
+
+    return run
+
+
+def runs(shape: str, ways: tuple[str, ...]) -> dict[str, Any]:
+    """What is timed at a shape, by name, each on weights of its own."""
+    N, d_in, d_sae, k = SHAPES[shape]
+    torch.manual_seed(0)
+    x = torch.randn(N, d_in)
+
+    def tied() -> SAE:
+        sae = SAE(d_in, d_sae, TopK(k))
+        sae.W_enc.data.copy_(sae.W_dec.data)
+        return sae
+
+    made: dict[str, Any] = {}
+    if "fastsae" in ways:
+        made["fastsae"] = fastsae_run(tied(), x, None)
+    if "fastsae bf16" in ways:
+        sae = tied()
+        made["fastsae bf16"] = fastsae_run(sae, x, sae.W_enc.detach().bfloat16())
+    if "dense" in ways:
+        model = DenseTopK(tied())
+        adam = dense_adam(model, 1e-4)
+        dead = torch.zeros(d_sae, dtype=torch.bool)
+        made["dense"] = lambda: dense_step(model, adam, x, dead, d_in // 2)
+    return made
+
+
+def floor(shape: str) -> dict[str, Any]:
+    """The two parts of the floor."""
+    N, d_in, d_sae, _ = SHAPES[shape]
+    x, W, out = torch.randn(N, d_in), torch.randn(d_sae, d_in), torch.empty(N, d_sae)
+    state = torch.randn(6, d_sae, d_in)  # both matrices with two moments each
+    copy = torch.empty_like(state)
+    return {
+        "encoder product": lambda: torch.mm(x, W.t(), out=out),
+        "Adam's bytes": lambda: copy.copy_(state),
+    }
+
+
+def measure(shape: str, rounds: int) -> dict[str, Any]:
+    times = interleaved({**floor(shape), **runs(shape, WAYS)}, rounds)
+    result = {name: summary(values) for name, values in times.items()}
+    least = result["encoder product"]["median"] + result["Adam's bytes"]["median"]
+    result["floor"] = {"median": round(least, 2)}
+    for name in WAYS:
+        result[name]["of floor"] = round(result[name]["median"] / least, 3)
+    for name in WAYS:  # alone in a process, for its memory
+        command = [sys.executable, "-m", "bench.step", shape, name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        result[name]["peak MB"] = round(float(output))
+    return result
+
+
+def bench(shapes: list[str], rounds: int) -> None:
+    results = {}
+    print(
+        f"{'shape':<6}{'floor':>9}{'fastsae':>10}{'':>8}{'bf16':>10}{'':>8}{'dense':>10}   peak MB"
+    )
+    for shape in shapes:
+        r = results[shape] = measure(shape, rounds)
+        cells = "".join(f"{r[w]['median']:>10.1f}{r[w]['of floor']:>7.2f}x" for w in WAYS)
+        peaks = " / ".join(str(r[w]["peak MB"]) for w in WAYS)
+        print(f"{shape:<6}{r['floor']['median']:>9.1f}{cells}   {peaks}", flush=True)
+    print(write("step-cpu", {"unit": "ms", "rounds": rounds, "shapes": results}))
+
+
+if __name__ == "__main__":
+    shape, way = sys.argv[1:]
+    (run,) = runs(shape, (way,)).values()
+    for _ in range(3):
+        run()
+    print(peak_megabytes())
