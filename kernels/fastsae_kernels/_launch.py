@@ -27,11 +27,17 @@ def interpreted() -> Iterator[None]:
     """
     if not INTERPRET:
         raise ValueError("set TRITON_INTERPRET=1 before importing fastsae_kernels")
+    outer = getattr(_local, "interpreted", False)
     _local.interpreted = True
     try:
         yield
     finally:
-        _local.interpreted = False
+        _local.interpreted = outer
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is no less than n."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def check_codes(values: Tensor | None, indices: Tensor, F: int) -> None:

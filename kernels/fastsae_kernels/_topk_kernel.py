@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import power_of_2
+
 By = Literal["value", "abs"]
 
 # --- kernel: all tensors row-major ----------------------------------------------------------
@@ -41,8 +43,8 @@ def _key(x, SHIFT: tl.constexpr):
     SHIFT drops the low bits that x's dtype in memory does not have.
     """
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
-    return tl.where(x == x, key, (0x7F800000 >> SHIFT) + 1)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(x == x, ordered, 0x7FC00000) >> SHIFT
 
 
 @triton.jit
@@ -185,8 +187,8 @@ MOST = 1024
 
 def blocks(F: int, k: int, itemsize: int) -> tuple[int, int, int]:
     """M, V and the room for candidates: twice k, where random rows need 1.2 k at most."""
-    least, most = 4 * triton.next_power_of_2(k), triton.next_power_of_2(F)
-    M = min(most, max(least, min(2048, triton.next_power_of_2(math.isqrt(F * k)))))
+    least, most = 4 * power_of_2(k), power_of_2(F)
+    M = min(most, max(least, min(2048, power_of_2(math.isqrt(F * k)))))
     V = min(16 // itemsize, 16384 // M, most // M)
     return M, V, max(16, least // 2)
 
@@ -203,5 +205,5 @@ def launch_topk(pre: Tensor, k: int, by: By) -> Tensor:
     packed = torch.empty(N, capacity, dtype=torch.int64, device=pre.device)
     out = torch.empty(N, k, dtype=torch.int64, device=pre.device)
     shape = (F, k, M, V, capacity, by == "abs", DTYPES[pre.dtype])
-    _topk_kernel[(N,)](pre, groups, packed, out, *shape, num_warps=warps(M, V))
+    _topk_kernel[(N,)](pre, groups, packed, out, *shape, num_warps=warps(M, V))  # pyright: ignore[reportCallIssue]
     return out

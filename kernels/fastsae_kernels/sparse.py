@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ._launch import check_codes, check_matrix, use_triton
+from ._launch import check_codes, check_matrix, power_of_2, use_triton
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -72,15 +72,19 @@ def _decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
 
 def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.float64):  # sampled_addmm knows no half precision
-        rows = zip(x.split(64), indices.split(64), strict=True)
-        return torch.cat([(W[i].float() @ t.float()[:, :, None])[:, :, 0] for t, i in rows]).to(x)
-    N, K = indices.shape
+    (N, K), F = indices.shape, W.shape[0]
+    wide = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
+    # sampled_addmm knows one dtype, no half precision, and no more entries than a dense matrix has.
+    if not x.dtype == W.dtype == wide or K > F:
+        rows = zip(x.to(wide).split(64), indices.split(64), strict=True)
+        return torch.cat([(W[i].to(wide) @ t[:, :, None])[:, :, 0] for t, i in rows]).to(x)
     start = torch.arange(0, N * K + 1, K, dtype=indices.dtype)
     zeros = x.new_zeros(N * K)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(start, indices.flatten(), zeros, (N, W.shape[0]))
+        pattern = torch.sparse_csr_tensor(
+            start, indices.flatten(), zeros, (N, F), check_invariants=False
+        )
     return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values().view(N, K)
 
 
@@ -99,63 +103,69 @@ def sum_runs(values: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int
 
 
 @triton.jit
-def _decode_kernel(v_ptr, i_ptr, W_ptr, out_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _decode_kernel(
+    v_ptr, i_ptr, W_ptr, out_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
+):
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_D,), dtype=ACC)
     for k in range(K):
         f = tl.load(i_ptr + n * K + k).to(tl.int64)
-        v = tl.load(v_ptr + n * K + k).to(tl.float32)
-        acc += v * tl.load(W_ptr + f * D + d, mask=d < D, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + n * K + k).to(ACC)
+        acc += v * tl.load(W_ptr + f * D + d, mask=d < D, other=0.0).to(ACC)
     tl.store(out_ptr + n * D + d, acc, mask=d < D)
 
 
 @triton.jit
-def _gather_dot_kernel(x_ptr, i_ptr, W_ptr, out_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _gather_dot_kernel(
+    x_ptr, i_ptr, W_ptr, out_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
+):
     n = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1)
     f = tl.load(i_ptr + n * K + k).to(tl.int64)
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_D,), dtype=ACC)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
-        acc += x * tl.load(W_ptr + f * D + d, mask=d < D, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
+        acc += x * tl.load(W_ptr + f * D + d, mask=d < D, other=0.0).to(ACC)
     tl.store(out_ptr + n * K + k, tl.sum(acc))
 
 
 @triton.jit
 def _scatter_outer_kernel(
-    v_ptr, entry_ptr, token_ptr, start_ptr, x_ptr, out_ptr, D, BLOCK_D: tl.constexpr
-):
+    v_ptr, entry_ptr, token_ptr, start_ptr, x_ptr, out_ptr, D,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     f = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_D,), dtype=ACC)
     for run in range(tl.load(start_ptr + f), tl.load(start_ptr + f + 1)):
-        v = tl.load(v_ptr + tl.load(entry_ptr + run)).to(tl.float32)
+        v = tl.load(v_ptr + tl.load(entry_ptr + run)).to(ACC)
         n = tl.load(token_ptr + run).to(tl.int64)
-        acc += v * tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+        acc += v * tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
     tl.store(out_ptr + f * D + d, acc, mask=d < D)
 
 
 # --- launchers ------------------------------------------------------------------------------
 
 
-def _block_d(D: int) -> int:
-    return min(1024, triton.next_power_of_2(D))
+def _constants(x: Tensor) -> tuple[int, tl.dtype]:
+    """Columns of x per program, and the dtype to accumulate in."""
+    return min(1024, power_of_2(x.shape[1])), tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def _launch_decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), D = indices.shape, W.shape[1]
     out = W.new_empty(N, D)
-    grid = (N, triton.cdiv(D, _block_d(D)))
-    _decode_kernel[grid](values, indices, W, out, D, K, _block_d(D))
+    BLOCK_D, ACC = _constants(W)
+    _decode_kernel[(N, -(-D // BLOCK_D))](values, indices, W, out, D, K, BLOCK_D, ACC)
     return out
 
 
 def _launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), D = indices.shape, W.shape[1]
     out = x.new_empty(N, K)
-    _gather_dot_kernel[(N, K)](x, indices, W, out, D, K, _block_d(D))
+    _gather_dot_kernel[(N, K)](x, indices, W, out, D, K, *_constants(x))
     return out
 
 
@@ -163,8 +173,9 @@ def _launch_scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) ->
     D = x.shape[1]
     entry, token, start = latent_major(indices, F)
     out = x.new_empty(F, D)
-    grid = (F, triton.cdiv(D, _block_d(D)))
-    _scatter_outer_kernel[grid](values, entry, token, start, x, out, D, _block_d(D))
+    BLOCK_D, ACC = _constants(x)
+    grid = (F, -(-D // BLOCK_D))
+    _scatter_outer_kernel[grid](values, entry, token, start, x, out, D, BLOCK_D, ACC)
     return out
 
 

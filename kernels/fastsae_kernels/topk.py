@@ -25,7 +25,7 @@ def topk_reference(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tenso
     rank = pre.abs() if by == "abs" else pre
     indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
     values = pre.gather(1, indices)
-    return values if by == "abs" else values.relu(), indices
+    return values * (values != 0) if by == "abs" else values.relu(), indices
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------
@@ -116,9 +116,9 @@ def topk(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:
 
     by="value" keeps the k largest pre-activations and sets negative ones to 0 (TopK,
     arXiv:2406.04093); by="abs" keeps the k largest magnitudes with their signs (AbsTopK,
-    arXiv:2510.00404). Largest first; ties to the lowest index. Differentiable in pre. Reads pre
-    once. ValueError unless 1 <= k <= F.
+    arXiv:2510.00404). Largest first; ties to the lowest index. Differentiable in pre: an entry of
+    value 0 gets no gradient. Reads pre once. ValueError unless 1 <= k <= F.
     """
     indices = topk_indices(pre, k, by)
     values = pre.gather(1, indices)
-    return values if by == "abs" else values.relu(), indices
+    return values * (values != 0) if by == "abs" else values.relu(), indices

@@ -1,0 +1,63 @@
+"""Tolerances that nobody has to choose."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def assert_no_worse(op: Callable, reference: Callable, *args: Any, factor: float = 2.0) -> None:
+    """Raise AssertionError unless op errs at most factor times as much as its reference.
+
+    Both run on the same arguments; the error is the largest distance from the reference in
+    float64. Holds for every output and for the gradient of every floating tensor among args, and
+    one rounding of the result is allowed on top. Integer outputs must equal the reference's.
+    """
+    got = _run(op, args)
+    same, exact = _run(reference, args), _run(reference, args, torch.float64)
+    assert got.keys() == same.keys()
+    for name, a in got.items():
+        s, e = same[name], exact[name]
+        assert (a.shape, a.dtype) == (s.shape, s.dtype), f"{name}: {a.shape} {a.dtype}"
+        if not a.is_floating_point():
+            assert torch.equal(a, s), f"{name} differs"
+        elif a.numel():
+            error, allowed = (a - e).abs().max(), (s - e).abs().max()
+            rounding = torch.finfo(a.dtype).eps * e.abs().max()
+            assert error <= factor * allowed + rounding, (
+                f"{name}: error {error:.1e} > {factor} * {allowed:.1e} + {rounding:.1e}"
+            )
+
+
+def _run(fn: Callable, args: tuple, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Outputs of fn and its gradients by name, computed in dtype if one is given."""
+    args = tuple(
+        a.detach().to(dtype or a.dtype).requires_grad_() if _is_float(a) else a for a in args
+    )
+    result = fn(*args)
+    outs = result if isinstance(result, tuple) else (result,)
+    named = {f"output {n}": out for n, out in enumerate(outs)}
+    leaves = {f"gradient {n}": a for n, a in enumerate(args) if _is_float(a)}
+    differentiable = [out for out in outs if out.requires_grad]
+    if differentiable:
+        weights = [_weights(out) for out in differentiable]
+        gradients = torch.autograd.grad(
+            differentiable,
+            list(leaves.values()),
+            weights,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        named |= dict(zip(leaves, gradients, strict=True))
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def _is_float(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
+def _weights(out: Tensor) -> Tensor:
+    """What out's gradient starts from: of both signs, and the same number in every dtype."""
+    steps = torch.arange(out.numel(), device=out.device) * 5 % 17 - 8
+    return (steps / 8).to(out.dtype).view(out.shape)
