@@ -17,8 +17,10 @@ def geometric_median(
     """
     median = x.mean(0)
     for _ in range(steps):
-        distance = (x - median).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-        weight = distance.reciprocal()
+        distance = (x - median).norm(dim=1)
+        if not distance.any():
+            break
+        weight = distance.clamp_min(torch.finfo(x.dtype).eps * distance.mean()).reciprocal()
         moved = weight @ x / weight.sum()
         still = (moved - median).norm() <= tolerance * distance.mean()
         median = moved

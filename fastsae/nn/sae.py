@@ -60,7 +60,7 @@ class SAE(nn.Module):
         return decode(codes.values, codes.indices, self.W_dec) + self.b_dec
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        return self.decode(self.encode(x)).view(*x.shape[:-1], -1)
+        return self.decode(self.encode(x)).view(*x.shape[:-1], len(self.b_dec))
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> "SAE":

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import SAE, AbsTopK, TopK
+
+
+@pytest.mark.parametrize("activation", [TopK(3), AbsTopK(3)], ids=["topk", "abstopk"])
+@pytest.mark.parametrize("d_out", [None, 5])
+def test_save_and_load(tmp_path, activation, d_out):
+    sae = SAE(8, 16, activation, d_out)
+    sae.save(tmp_path)
+    again = fastsae.load(tmp_path)
+    x = torch.randn(4, 8)
+    assert again.activation.cfg == activation.cfg
+    assert torch.equal(again(x), sae(x))
+
+
+def test_leading_dimensions_are_kept():
+    sae = SAE(8, 16, TopK(3))
+    x = torch.randn(2, 3, 8)
+    assert sae(x).shape == (2, 3, 8)
+    assert torch.equal(sae(x).view(-1, 8), sae(x.view(-1, 8)))
+    assert sae(x[:, :0]).shape == (2, 0, 8)
+
+
+def test_codes_agree_with_their_dense_form():
+    sae = SAE(8, 16, AbsTopK(3))
+    codes = sae.encode(torch.randn(10, 8))
+    dense = codes.to_dense()
+    torch.testing.assert_close(dense @ sae.W_dec + sae.b_dec, sae.decode(codes))
+    assert codes.l0() == 3
+    assert (dense < 0).any()
+    assert torch.equal(codes.fired(), (dense != 0).any(0))
+
+
+def test_activation_of_all_pre_activations_is_the_same():
+    sae = SAE(8, 16, TopK(3))
+    x = torch.randn(10, 8)
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    assert torch.equal(sae.activation(pre).indices, sae.encode(x).indices)
+
+
+def test_folded_scale():
+    sae, scale = SAE(8, 16, TopK(3)).double(), 0.3
+    with torch.no_grad():
+        sae.b_enc.normal_()
+        sae.b_dec.normal_()
+    x = torch.randn(10, 8).double()
+    expected = sae(scale * x) / scale
+    torch.testing.assert_close(sae.fold_scale_(scale)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SAE(8, 16, TopK(17)), "k must be between 1 and d_sae = 16, got 17"),
+        (lambda: TopK(0), "k must be at least 1, got 0"),
+        (lambda: SAE(0, 16, TopK(1)), "d_in must be at least 1, got 0"),
+        (
+            lambda: SAE(8, 16, TopK(1)).encode(torch.ones(2, 7)),
+            r"x must end in d_in = 8, got shape",
+        ),
+    ],
+)
+def test_nonsense_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is not the config of a fastsae.sae.1 file"),
+        ({"d_sea": 3}, r"unknown or missing \['d_sea'\]"),
+        ({"d_sae": 17}, "must hold"),
+        ({"activation": {"name": "softmax"}}, "activation must be one of topk, got 'softmax'"),
+        ({"activation": {"name": "topk", "by": "size"}}, "topk.by must be"),
+        ({"activation": {"name": "topk", "kk": 3}}, "topk has no setting 'kk'"),
+    ],
+)
+def test_a_foreign_config_is_refused(tmp_path, change, message):
+    SAE(8, 16, TopK(3)).save(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        fastsae.load(tmp_path)

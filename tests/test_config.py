@@ -1,0 +1,44 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from fastsae.config import from_dict, to_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.5
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    size: int
+    path: Path | None = None
+    mode: Literal["a", "b"] = "a"
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_round_trip():
+    config = Outer(size=3, path=Path("x/y"), mode="b", inner=Inner(rate=2, names=("p", "q")))
+    assert from_dict(Outer, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 1, "sise": 2}, "Outer has no setting 'sise'; its settings are size, path"),
+        ({"size": 1, "inner": {"rat": 1.0}}, r"Outer.inner has no setting 'rat'"),
+        ({}, "Outer lacks the setting 'size'"),
+        ({"size": "1"}, r"Outer.size must be int, got '1'"),
+        ({"size": True}, r"Outer.size must be int, got True"),
+        ({"size": 1, "mode": "c"}, r"Outer.mode must be \('a', 'b'\), got 'c'"),
+        ({"size": 1, "inner": {"rate": "fast"}}, r"Outer.inner.rate must be float, got 'fast'"),
+        ([1], r"Outer must be an object, got \[1\]"),
+    ],
+)
+def test_what_does_not_fit_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(Outer, values)

@@ -1,0 +1,43 @@
+"""Imports point down: a module may import its own package and the floors below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FLOORS = [
+    {"fastsae_kernels"},
+    {"fastsae.config", "fastsae.codes", "fastsae.files"},
+    {"fastsae.nn"},
+    {"fastsae.losses"},
+    {"fastsae.data", "fastsae.checkpoint"},
+    {"fastsae.evals"},
+    {"fastsae.train"},
+    {"fastsae.cli", "fastsae"},
+]
+FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
+ROOT = Path(__file__).parents[1]
+FILES = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "fastsae").rglob("*.py")]
+
+
+def part(module: str) -> str:
+    """The name in FLOORS that a module belongs to."""
+    return next(p for p in (".".join(module.split(".")[:2]), module.split(".")[0]) if p in FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    names = path.relative_to(ROOT).with_suffix("").parts
+    own = part(".".join(names[1:] if names[0] == "kernels" else names).removesuffix(".__init__"))
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for module in modules:
+            if module and module.split(".")[0] in ("fastsae", "fastsae_kernels"):
+                other = part(module)
+                assert other == own or FLOOR[other] < FLOOR[own], f"{own} may not import {other}"
+
+
+def test_only_one_module_reads_the_environment():
+    readers = [path.name for path in FILES if "os.environ" in path.read_text()]
+    assert set(readers) <= {"_launch.py", "demo.py"}  # demo.py: $XDG_CACHE_HOME
