@@ -1,9 +1,12 @@
 """Activations: harvest them from a model, keep them in shards, draw shuffled batches."""
 
+from fastsae.data.demo import demo_shards
+from fastsae.data.harvest import HarvestConfig, harvest
 from fastsae.data.prefetch import Batch, Batches
 from fastsae.data.shards import ActivationShards, Contexts
 from fastsae.data.shuffle import Cursor
 from fastsae.data.source import ActivationSource
+from fastsae.data.synthetic import Synthetic
 from fastsae.data.writer import ShardWriter
 
 __all__ = [
@@ -13,5 +16,9 @@ __all__ = [
     "Batches",
     "Contexts",
     "Cursor",
+    "HarvestConfig",
     "ShardWriter",
+    "Synthetic",
+    "demo_shards",
+    "harvest",
 ]

@@ -1,16 +1,17 @@
 """The index of a folder of activation shards: `index.json`, written last, checked when read."""
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
+from fastsae.config import from_dict, to_dict
 from fastsae.files import read_json, write_json
 
 VERSION = 1
-DTYPES = ("float32", "bfloat16", "float16")
 INDEX = "index.json"
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +33,36 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Norm:
+    """How long the rows are."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Index:
     """What a folder of shards holds."""
 
-    shape: list[int]
+    shape: tuple[int, ...]
     """Rows of all shards, and their width d_in."""
 
-    dtype: str
-    """float32, bfloat16 or float16."""
+    dtype: Dtype
+    """Of the activations."""
 
-    shards: list[Shard]
+    shards: tuple[Shard, ...]
     """In row order."""
 
-    mean: list[float]
+    mean: tuple[float, ...]
     """Mean row."""
 
     mean_square: float
     """Mean of the squared entries."""
 
-    norm: dict[str, float]
-    """mean, std, min and max of the row norms."""
+    norm: Norm
+    """Statistics of the row norms."""
 
     model: str | None = None
     """Model the activations come from."""
@@ -59,25 +70,25 @@ class Index:
     hookpoint: str | None = None
     """Path of the module whose output they are."""
 
-    harvest: dict[str, Any] | None = None
+    harvest: dict | None = None
     """Everything that determined the rows, to recognise the same harvest asked for again."""
 
     version: int = VERSION
     """Version of the format."""
 
     def __post_init__(self):
-        if len(self.shape) != 2 or self.dtype not in DTYPES:
-            raise ValueError(f"shape {self.shape} or dtype {self.dtype!r} is not one of shards")
         total = sum(shard.tokens for shard in self.shards)
-        if total != self.shape[0] or len(self.mean) != self.shape[1]:
+        if not self.shards:
+            raise ValueError("it lists no shards")
+        if self.shape != (total, len(self.mean)):
             raise ValueError(
-                f"shape is {self.shape} but the shards hold {total} tokens "
+                f"shape is {list(self.shape)} but the shards hold {total} tokens "
                 f"and the mean has {len(self.mean)} entries"
             )
 
 
 def write_index(folder: Path, index: Index) -> None:
-    write_json(folder / INDEX, dataclasses.asdict(index))
+    write_json(folder / INDEX, to_dict(index))
 
 
 def read_index(folder: Path) -> Index:
@@ -88,9 +99,9 @@ def read_index(folder: Path) -> Index:
     if version != VERSION:
         raise ValueError(f"{path}: expected format version {VERSION}, found {version}")
     try:
-        return Index(**{**raw, "shards": [Shard(**shard) for shard in raw["shards"]]})
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not an index of shards: {error}") from error
+        return from_dict(Index, raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def sha256(path: Path) -> str:

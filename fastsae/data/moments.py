@@ -1,10 +1,18 @@
 """Statistics of a stream of activations, accumulated in float64."""
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
+
+from fastsae.data.index import Norm
+
+
+class Summary(NamedTuple):
+    mean: tuple[float, ...]
+    mean_square: float
+    norm: Norm
 
 
 class Moments:
@@ -28,17 +36,16 @@ class Moments:
         self._smallest = min(self._smallest, float(norms.min()))
         self._largest = max(self._largest, float(norms.max()))
 
-    def summary(self) -> dict[str, Any]:
-        """`mean` (a list of d_in), `mean_square` over all entries, and `norm`: mean, std, min, max
-        of the row norms. Needs at least one row."""
+    def summary(self) -> Summary:
+        """Mean row, mean square over all entries, and the row norms. Needs at least one row."""
         norm, square = (float(total) / self.n_tokens for total in self._norms)
-        return {
-            "mean": (self._sum / self.n_tokens).tolist(),
-            "mean_square": square / len(self._sum),
-            "norm": {
-                "mean": norm,
-                "std": math.sqrt(max(0.0, square - norm * norm)),
-                "min": self._smallest,
-                "max": self._largest,
-            },
-        }
+        return Summary(
+            mean=tuple((self._sum / self.n_tokens).tolist()),
+            mean_square=square / len(self._sum),
+            norm=Norm(
+                mean=norm,
+                std=math.sqrt(max(0.0, square - norm * norm)),
+                min=self._smallest,
+                max=self._largest,
+            ),
+        )

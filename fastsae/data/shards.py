@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
-from fastsae.data.index import INDEX, Index, Shard, read_index, sha256
+from fastsae.data.index import INDEX, Index, Norm, Shard, read_index, sha256
 from fastsae.data.mapped import FLOATS, Mapped, map_npy, map_safetensors, to_float32
-from fastsae.data.moments import Moments
+from fastsae.data.moments import Moments, Summary
 from fastsae.data.prefetch import Batches, Window, checked
 from fastsae.data.shuffle import Cursor, Shuffle
 
@@ -64,20 +64,24 @@ class ActivationShards:
         self.d_in = int(first.array.shape[1])
         self.dtype = first.dtype
         self._row_bytes = self.d_in * first.array.itemsize
-        lengths = [len(file.activations.array) for file in self._files]
-        self._starts = np.cumsum([0, *lengths])
+        self._starts = np.cumsum([0, *(len(file.activations.array) for file in self._files)])
         self.n_tokens = int(self._starts[-1])
         if not self.n_tokens or not self.d_in:
             raise ValueError(f"{self.path} holds no activations: {self.n_tokens} x {self.d_in}")
         self.model = self._index.model if self._index else None
         self.hookpoint = self._index.hookpoint if self._index else None
+        self.fingerprint = _fingerprint(self.path, self._files)
+        """A short hash that tells other data apart: of the index, or of plain files' names, sizes
+        and shapes (not of their values)."""
+        heldout = self.path / "heldout"
+        self.heldout = ActivationShards(heldout) if (heldout / INDEX).is_file() else None
+        """Activations set aside for evaluation: the sub-folder `heldout`, if there is one."""
         self._verified: set[int] = set()
 
     @cached_property
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self) -> Summary:
         if self._index:
-            names = ("mean", "mean_square", "norm")
-            return {name: getattr(self._index, name) for name in names}
+            return Summary(self._index.mean, self._index.mean_square, self._index.norm)
         moments = Moments(self.d_in)
         for start in range(0, self.n_tokens, 4096):
             rows = np.arange(start, min(start + 4096, self.n_tokens))
@@ -87,36 +91,17 @@ class ActivationShards:
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
         """The mean row. Plain data is read through once for it."""
-        return torch.tensor(self._summary["mean"], dtype=torch.float32)
+        return torch.tensor(self._summary.mean, dtype=torch.float32)
 
     @property
     def mean_square(self) -> float:
         """The mean over all entries of their square. Plain data is read through once for it."""
-        return self._summary["mean_square"]
+        return self._summary.mean_square
 
     @property
-    def norm(self) -> dict[str, float]:
-        """Mean, std, min and max of the row norms. Plain data is read through once for it."""
-        return self._summary["norm"]
-
-    @cached_property
-    def heldout(self) -> "ActivationShards | None":
-        """Activations set aside for evaluation: the sub-folder `heldout`, if there is one."""
-        folder = self.path / "heldout"
-        return ActivationShards(folder) if (folder / INDEX).is_file() else None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A short hash that tells other data apart: of the index, or of plain files' names, sizes
-        and shapes (not of their values)."""
-        digest = hashlib.sha256()
-        if self._index:
-            digest.update((self.path / INDEX).read_bytes())
-        for file in self._files if not self._index else []:
-            array = file.activations.array
-            digest.update(f"{file.path.name} {array.shape} {file.activations.dtype}\n".encode())
-            digest.update(f"{file.path.stat().st_size}\n".encode())
-        return digest.hexdigest()[:16]
+    def norm(self) -> Norm:
+        """Statistics of the row norms. Plain data is read through once for them."""
+        return self._summary.norm
 
     def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
         """The rows at `indices`, in that order; a ValueError if one is out of range."""
@@ -227,6 +212,15 @@ class ActivationShards:
             raise ValueError(
                 f"rows must be from 0 to {self.n_tokens - 1}, got {rows.min()} to {rows.max()}"
             )
+
+
+def _fingerprint(path: Path, files: list[_File]) -> str:
+    if (path / INDEX).is_file():
+        about = (path / INDEX).read_bytes()
+    else:
+        sizes = [(f.path.name, f.path.stat().st_size, f.activations.array.shape) for f in files]
+        about = repr(sizes).encode()
+    return hashlib.sha256(about).hexdigest()[:16]
 
 
 def _open_shard(folder: Path, shard: Shard, index: Index) -> _File:

@@ -1,14 +1,15 @@
 """What the trainer asks of data, whether it lies on disk or is made up as it is needed."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 from torch import Tensor
 
 from fastsae.data.prefetch import Batches
 from fastsae.data.shuffle import Cursor
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """Activations to train on: `ActivationShards`, `Synthetic`, or anything shaped like them."""
 
@@ -35,6 +36,14 @@ class ActivationSource(Protocol):
     @property
     def heldout(self) -> "ActivationSource | None":
         """Rows set aside for evaluation."""
+        ...
+
+    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
+        """The rows of these numbers, in this order."""
+        ...
+
+    def where(self, row: int) -> str:
+        """A row's name for people: its file, and its number there."""
         ...
 
     def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:

@@ -1,13 +1,13 @@
 """Writes activation shards as they arrive."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsae.data.index import DTYPES, INDEX, Index, Shard, sha256, write_index
+from fastsae.data.index import DTYPES, INDEX, Dtype, Index, Shard, sha256, write_index
 from fastsae.data.moments import Moments
 from fastsae.files import write_tensors
 
@@ -84,9 +84,14 @@ class ShardWriter:
             raise ValueError(f"no rows to write to {self.folder}")
         if self._pending:
             self._flush()
-        shape = [self.n_tokens, self.d_in]
-        about = {**self._about, **self._moments.summary()}
-        write_index(self.folder, Index(shape=shape, dtype=self.dtype, shards=self._shards, **about))
+        index = Index(
+            shape=(self.n_tokens, self.d_in),
+            dtype=cast(Dtype, self.dtype),
+            shards=tuple(self._shards),
+            **self._moments.summary()._asdict(),
+            **self._about,
+        )
+        write_index(self.folder, index)
 
     def _flush(self) -> None:
         rows = {name: torch.cat([p[name] for p in self._pending]) for name in self._pending[0]}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsae.data import ActivationShards, Cursor, ShardWriter
+from fastsae.data import ActivationShards, ActivationSource, Cursor, ShardWriter
 from fastsae.data.index import sha256
 
 N, D = 1000, 8
@@ -46,7 +46,8 @@ def edit(path: Path, row: int, value: float, honest: bool):
 
 @pytest.mark.parametrize("done", [0, 1, 3, 7, 8, 25])
 def test_resume_equals_an_uninterrupted_run(shards: ActivationShards, done: int):
-    with shards.batches(128, seed=3) as batches:
+    source: ActivationSource = shards
+    with source.batches(128, seed=3) as batches:
         whole = list(islice(batches, 30))
     cursor = whole[done - 1].cursor if done else None
     if cursor:

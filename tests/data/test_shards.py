@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastsae.data import ActivationShards, ShardWriter
-from fastsae.data.index import sha256
+from fastsae.data.index import Dtype, sha256
 
 N, D = 700, 12
 
 
-def write(folder: Path, x: torch.Tensor, *, dtype: str = "float32", rows_per_shard: int = 200):
+def write(folder: Path, x: torch.Tensor, *, dtype: Dtype = "float32", rows_per_shard: int = 200):
     size = rows_per_shard * (x.shape[1] * getattr(torch, dtype).itemsize + 12)
     writer = ShardWriter(
         folder, x.shape[1], dtype=dtype, model="m", hookpoint="h", shard_bytes=size
@@ -37,7 +37,7 @@ def edit_index(folder: Path, **changes: object):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_rows_come_back_as_stored(tmp_path: Path, x: torch.Tensor, dtype: str):
+def test_rows_come_back_as_stored(tmp_path: Path, x: torch.Tensor, dtype: Dtype):
     shards = write(tmp_path, x, dtype=dtype)
     stored = x.to(getattr(torch, dtype)).float()
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
@@ -53,7 +53,7 @@ def test_rows_come_back_as_stored(tmp_path: Path, x: torch.Tensor, dtype: str):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_statistics_are_those_of_the_stored_rows(tmp_path: Path, x: torch.Tensor, dtype: str):
+def test_statistics_are_those_of_the_stored_rows(tmp_path: Path, x: torch.Tensor, dtype: Dtype):
     shards = write(tmp_path, x, dtype=dtype)
     exact = x.to(getattr(torch, dtype)).double()
     norms = exact.norm(dim=1)
@@ -61,7 +61,7 @@ def test_statistics_are_those_of_the_stored_rows(tmp_path: Path, x: torch.Tensor
     assert torch.equal(shards.mean, exact.mean(0).float())
     expected = {"mean": norms.mean(), "std": norms.std(correction=0)}
     expected |= {"min": norms.min(), "max": norms.max()}
-    assert shards.norm == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-9)
+    assert vars(shards.norm) == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-9)
 
 
 def test_plain_files_are_data_too(tmp_path: Path, x: torch.Tensor):
@@ -214,9 +214,11 @@ def test_no_path_in_the_index_leaves_the_folder(tmp_path: Path, x: torch.Tensor,
     [
         ({"version": 9}, "expected format version 1, found 9"),
         ({"shape": [N + 1, D]}, r"shape is \[701, 12\] but the shards hold 700 tokens"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"dtype": "int8"}, "dtype must be .*float16.*, got 'int8'"),
         ({"surprise": 1}, "surprise"),
         ({"shards": [{"file": "shard-00000.safetensors"}]}, "tokens"),
+        ({"shards": []}, "it lists no shards"),
+        ({"mean_square": "1"}, "mean_square must be float"),
     ],
 )
 def test_an_edited_index_is_refused(

@@ -1,0 +1,250 @@
+"""Runs a model over text and keeps what one of its modules puts out."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastsae.config import to_dict
+from fastsae.data.index import DTYPES, INDEX, Dtype, read_index
+from fastsae.data.model import TextWindows, hidden_at, load_model, load_tokenizer, module_at
+from fastsae.data.shards import ActivationShards
+from fastsae.data.text import dataset_documents, file_documents, text_files
+from fastsae.data.writer import ShardWriter
+
+GROUP_BATCHES = 4  # batches whose windows are sorted by length together, and held at one time
+HELDOUT_WINDOWS = 256  # a document is held out as a whole, or in runs of so many windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """Which activations to harvest, and where to."""
+
+    model: str
+    """A Hugging Face model folder or hub id."""
+
+    hookpoint: str
+    """Path of the module whose output is kept: `encoder.layer.3`, `model.layers.12`."""
+
+    out: Path
+    """Folder for the shards; held-out ones go to its sub-folder `heldout`."""
+
+    text: tuple[str, ...] = ()
+    """Text files, folders or globs. A .jsonl file holds an object with a "text" per line."""
+
+    dataset: str | None = None
+    """In place of `text`: a data set's hub id or folder."""
+
+    dataset_config: str | None = None
+    """Configuration of the data set, where it has several."""
+
+    dataset_split: str = "train"
+    """Split of the data set."""
+
+    text_column: str = "text"
+    """Column of the data set that holds the text."""
+
+    context_length: int = 128
+    """Tokens the model sees at a time, special tokens included; longer documents are cut."""
+
+    max_tokens: int | None = None
+    """Stops at the first window with which so many tokens, not held out, are harvested."""
+
+    max_document_tokens: int | None = None
+    """Takes so many tokens of each document, from its beginning."""
+
+    heldout_fraction: float = 0.05
+    """Share of the documents to set aside for evaluation."""
+
+    dtype: Dtype = "float32"
+    """Of the activations on disk."""
+
+    model_dtype: Dtype = "float32"
+    """Of the model's weights and arithmetic."""
+
+    device: str = "cpu"
+    """Where the model runs."""
+
+    batch_tokens: int = 8192
+    """Tokens per forward pass, padding included."""
+
+    def __post_init__(self):
+        if bool(self.text) == bool(self.dataset):
+            raise ValueError(
+                f"give either text or dataset, got text {self.text} and dataset {self.dataset!r}"
+            )
+        for name in ("dtype", "model_dtype"):
+            if getattr(self, name) not in DTYPES:
+                allowed = ", ".join(DTYPES)
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("context_length", "max_tokens", "max_document_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.batch_tokens < self.context_length:
+            raise ValueError(
+                f"batch_tokens must be at least context_length = {self.context_length}, "
+                f"got {self.batch_tokens}"
+            )
+        if not 0 <= self.heldout_fraction < 1:
+            raise ValueError(
+                f"heldout_fraction must be at least 0 and below 1, got {self.heldout_fraction}"
+            )
+        used = self.text and (self.dataset_config, self.dataset_split, self.text_column)
+        if used and used != (None, "train", "text"):
+            raise ValueError("dataset_config, dataset_split and text_column need a dataset")
+
+
+class _Window(NamedTuple):
+    ids: list[int]
+    document: int
+    heldout: bool
+
+
+def harvest(config: HarvestConfig, progress: bool = True) -> ActivationShards:
+    """Runs the model over the text, and writes the hookpoint's output for every token of it.
+
+    Padding and special tokens are left out. A folder that already holds this very harvest is
+    opened and returned; one that holds another is a ValueError. A harvest that is killed leaves
+    no index, and starts over.
+    """
+    files = text_files(config.text)
+    request = _request(config, files)
+    if (config.out / INDEX).exists():
+        return _existing(config.out, request)
+    (config.out / "heldout" / INDEX).unlink(missing_ok=True)  # of a harvest killed near its end
+    model = load_model(config.model, config.device, config.model_dtype)
+    module = module_at(model, config.hookpoint)
+    windows = TextWindows(load_tokenizer(config.model), config.context_length, model)
+    writers: dict[bool, ShardWriter] = {}
+    with tqdm(total=config.max_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
+        for group in _groups(config, windows, _documents(config, files)):
+            rows = _run(model, module, windows, group, config)
+            for heldout in {window.heldout for window in group}:
+                if heldout not in writers:
+                    folder = config.out / "heldout" if heldout else config.out
+                    writers[heldout] = _writer(folder, rows[0].shape[1], config, request)
+                written = _append(writers[heldout], windows, group, rows, heldout)
+                bar.update(0 if heldout else written)
+    if False not in writers:
+        raise ValueError(f"the text holds no tokens: {config.text or config.dataset}")
+    for heldout in sorted(writers, reverse=True):  # the index of the whole is the last file
+        if writers[heldout].n_tokens:
+            writers[heldout].finish()
+    return ActivationShards(config.out)
+
+
+def _request(config: HarvestConfig, files: list[Path]) -> dict[str, Any]:
+    """What determines the rows: a harvest asked for with the same needs no second run."""
+    request = to_dict(config)
+    for name in ("out", "device", "batch_tokens"):
+        del request[name]
+    listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+    return {**request, "files": hashlib.sha256(listing.encode()).hexdigest()}
+
+
+def _existing(out: Path, request: dict[str, Any]) -> ActivationShards:
+    found = read_index(out).harvest or {}
+    other = [name for name in request if found.get(name) != request[name]]
+    if other:
+        raise ValueError(
+            f"{out} already holds other activations: {other[0]} is {found.get(other[0])!r} there, "
+            f"{request[other[0]]!r} asked for; give a new folder"
+        )
+    return ActivationShards(out)
+
+
+def _documents(config: HarvestConfig, files: list[Path]) -> Iterator[str]:
+    if config.dataset is None:
+        return file_documents(files)
+    return dataset_documents(
+        config.dataset,
+        config=config.dataset_config,
+        split=config.dataset_split,
+        text_column=config.text_column,
+    )
+
+
+def _groups(
+    config: HarvestConfig, windows: TextWindows, documents: Iterator[str]
+) -> Iterator[list[_Window]]:
+    """Windows of consecutive documents, up to the budget, as many at a time as are held."""
+    group: list[_Window] = []
+    size, taken = 0, 0
+    for number, text in enumerate(documents):
+        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+        for place, ids in enumerate(windows.cut(text, config.max_document_tokens)):
+            part = place // HELDOUT_WINDOWS
+            heldout = _draw(digest, part) < config.heldout_fraction and (number, part) != (0, 0)
+            group.append(_Window(ids, number, heldout))
+            size += len(ids)
+            taken += 0 if heldout else windows.kept(ids)
+            if config.max_tokens is not None and taken >= config.max_tokens:
+                yield group
+                return
+            if size >= GROUP_BATCHES * config.batch_tokens:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _draw(digest: bytes, part: int) -> float:
+    """A number in [0, 1) that depends on the text only, so that copies of it stay together."""
+    drawn = hashlib.sha256(digest + part.to_bytes(8, "little")).digest()
+    return int.from_bytes(drawn[:6], "little") / 2**48
+
+
+def _run(
+    model: nn.Module,
+    module: nn.Module,
+    windows: TextWindows,
+    group: list[_Window],
+    config: HarvestConfig,
+) -> list[Float[Tensor, "_ d_in"]]:
+    """Each window's kept rows. Windows of one length share a batch, to run without padding."""
+    rows: dict[int, Tensor] = {}
+    longest_first = sorted(range(len(group)), key=lambda i: -len(group[i].ids))
+    while longest_first:
+        fit = config.batch_tokens // len(group[longest_first[0]].ids)
+        members, longest_first = longest_first[:fit], longest_first[fit:]
+        batch = windows.batch([group[i].ids for i in members])
+        hidden = hidden_at(model, module, batch)
+        hidden = hidden.to("cpu", getattr(torch, config.dtype))
+        rows |= {i: hidden[place][batch.keep[place]] for place, i in enumerate(members)}
+    return [rows[i] for i in range(len(group))]
+
+
+def _writer(folder: Path, d_in: int, config: HarvestConfig, request: dict[str, Any]) -> ShardWriter:
+    return ShardWriter(
+        folder,
+        d_in,
+        dtype=config.dtype,
+        model=config.model,
+        hookpoint=config.hookpoint,
+        harvest=request,
+    )
+
+
+def _append(
+    writer: ShardWriter,
+    windows: TextWindows,
+    group: list[_Window],
+    rows: list[Float[Tensor, "_ d_in"]],
+    heldout: bool,
+) -> int:
+    """Writes one side's rows of a group in the order of the text; returns how many."""
+    chosen = [i for i, window in enumerate(group) if window.heldout == heldout]
+    labels: list[Int[Tensor, "3 _"]] = []
+    for i in chosen:
+        places = [p for p, token in enumerate(group[i].ids) if token not in windows.special]
+        ids = [group[i].ids[p] for p in places]
+        labels.append(torch.tensor([ids, places, [group[i].document] * len(ids)]).view(3, -1))
+    token_ids, positions, documents = torch.cat(labels, 1).long()
+    writer.append(torch.cat([rows[i] for i in chosen]), token_ids, positions, documents)
+    return len(token_ids)

@@ -1,0 +1,186 @@
+"""Hugging Face models: loading, finding a module, reading or replacing what it puts out."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TokenBatch(NamedTuple):
+    """B windows of text, padded on the right to T tokens."""
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B T"]
+    keep: Bool[Tensor, "B T"]
+    """False for padding and special tokens."""
+
+
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> "PreTrainedModel":
+    """Loads a model folder or hub id for inference: a causal language model with its head, any
+    other as `AutoModel` does. What cannot be loaded is a ValueError."""
+    with _transformers() as transformers:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} asked for, but there is no CUDA device; use cpu")
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        with _loading(name):
+            config = transformers.AutoConfig.from_pretrained(name)
+            causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+            is_causal = not causal.isdisjoint(config.architectures or [])
+            auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
+            model = auto.from_pretrained(name, dtype=getattr(torch, dtype))
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False).to(torch.device(device))
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer of a model folder or hub id. A missing one is a ValueError."""
+    with _transformers() as transformers, _loading(name):
+        return transformers.AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _transformers() -> Iterator[Any]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("models need transformers: pip install 'fastsae[hf]'") from error
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"cannot load {name!r} as a Hugging Face folder or id: {reason}"
+        ) from error
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path such as `encoder.layer.3`; a ValueError names the nearest."""
+    names = [name for name, _ in model.named_modules() if name]
+    if path in names:
+        return model.get_submodule(path)
+    near = [name for name in names if name.endswith(f".{path}")]
+    near = near or difflib.get_close_matches(path, names, n=5, cutoff=0.4)
+    near = near or [name for name, _ in model.named_children()]
+    raise ValueError(f"{type(model).__name__} has no module {path!r}; nearest: {', '.join(near)}")
+
+
+def hidden_of(output: Any) -> Float[Tensor, "B T d_in"]:
+    """The hidden states in what a module returned: the tensor itself, or a tuple's first entry."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"the hookpoint's output must be [batch, tokens, width], found {found}")
+    return hidden
+
+
+@contextmanager
+def splice(
+    module: nn.Module, replace: Callable[[Float[Tensor, "B T d_in"]], Float[Tensor, "B T d_in"]]
+) -> Iterator[None]:
+    """While active, the module puts out `replace(hidden)` where it would put out `hidden`."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        replaced = replace(hidden_of(output))
+        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Reached(Exception):
+    """Ends a forward pass once its hidden states are known."""
+
+
+def hidden_at(model: nn.Module, module: nn.Module, batch: TokenBatch) -> Float[Tensor, "B T d_in"]:
+    """The hidden states that `module` puts out. The layers after it are not run."""
+    captured: list[Tensor] = []
+
+    def capture(hidden: Tensor) -> Tensor:
+        captured.append(hidden)
+        raise _Reached
+
+    device = next(model.parameters()).device
+    with torch.no_grad(), splice(module, capture):
+        try:
+            model(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+            )
+        except _Reached:
+            return captured[0]
+    raise ValueError(f"the model ran without ever calling its {type(module).__name__}")
+
+
+class TextWindows:
+    """Cuts text into windows of tokens the way the model expects them: special tokens around each.
+
+    `context_length` counts the special tokens; one that the model or tokenizer cannot take is a
+    ValueError.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        context_length: int,
+        model: "PreTrainedModel | None" = None,
+    ):
+        longest = min(
+            tokenizer.model_max_length,
+            getattr(model and model.config, "max_position_embeddings", None) or context_length,
+        )
+        if context_length > longest:
+            raise ValueError(f"context_length is {context_length}, the model takes up to {longest}")
+        self._tokenizer = tokenizer
+        self.special = frozenset(tokenizer.all_special_ids)
+        self._pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        whole, bare = tokenizer("a")["input_ids"], self._ids("a")
+        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        self._prefix, self._suffix = whole[:start], whole[start + len(bare) :]
+        self.text_tokens = context_length - len(self._prefix) - len(self._suffix)
+        if self.text_tokens < 1:
+            raise ValueError(f"context_length {context_length} leaves no room for text")
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def cut(self, text: str, max_tokens: int | None = None) -> list[list[int]]:
+        """The windows of a text, in order, without overlap; of its first `max_tokens` if given."""
+        ids, size = self._ids(text)[:max_tokens], self.text_tokens
+        starts = range(0, len(ids), size)
+        return [[*self._prefix, *ids[i : i + size], *self._suffix] for i in starts]
+
+    def kept(self, window: list[int]) -> int:
+        """How many tokens of a window are text, not special."""
+        return sum(token not in self.special for token in window)
+
+    def batch(self, windows: list[list[int]]) -> TokenBatch:
+        """Windows padded on the right to the longest."""
+        lengths = torch.tensor([len(window) for window in windows])
+        width = int(lengths.max())
+        rows = [window + [self._pad] * (width - len(window)) for window in windows]
+        ids = torch.tensor(rows)
+        mask = torch.arange(width) < lengths[:, None]
+        keep = mask & ~torch.isin(ids, torch.tensor(sorted(self.special), dtype=ids.dtype))
+        return TokenBatch(ids, mask.long(), keep)
