@@ -30,7 +30,11 @@ _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
 @triton.jit
 def _load_ranks(row_ptr, column, F, ABS: tl.constexpr):
-    """Entries as float32 to be ranked; those beyond the row rank no higher than any in it."""
+    """Entries as float32 to be ranked.
+
+    Those beyond the row rank no higher than any in it and behind its equals, and k are kept of F:
+    none of them can win, so nobody has to mask them again.
+    """
     if ABS:
         return tl.abs(tl.load(row_ptr + column, mask=column < F, other=0.0).to(tl.float32))
     return tl.load(row_ptr + column, mask=column < F, other=float("-inf")).to(tl.float32)
@@ -96,7 +100,7 @@ def _pack_candidates(
     for start in range(0, F, M * V):
         column = start + first
         key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
-        reach = inside & (column < F) & (key >= low)
+        reach = inside & (key >= low)
         place = count + tl.cumsum(reach.to(tl.int32)) - 1
         tl.store(packed_ptr + place, _pack(key, column), mask=reach & (place < CAPACITY))
         count += tl.sum(reach.to(tl.int32))
@@ -110,7 +114,7 @@ def _count(row_ptr, F, least, BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.
     for start in range(0, F, BLOCK):
         column = start + tl.arange(0, BLOCK)
         key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
-        count += tl.sum(((key >= least) & (column < F)).to(tl.int32))
+        count += tl.sum((key >= least).to(tl.int32))
     return count
 
 
@@ -132,9 +136,9 @@ def _pack_exactly(
     for start in range(0, F, BLOCK):
         column = start + tl.arange(0, BLOCK)
         key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
-        equal = (key == low) & (column < F)
+        equal = key == low
         early = tied + tl.cumsum(equal.to(tl.int32)) <= k - sure
-        chosen = ((key > low) & (column < F)) | (equal & early)
+        chosen = (key > low) | (equal & early)
         place = packed + tl.cumsum(chosen.to(tl.int32)) - 1
         tl.store(packed_ptr + place, _pack(key, column), mask=chosen)
         packed += tl.sum(chosen.to(tl.int32))
