@@ -59,22 +59,9 @@ class Batches:
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
         self._error: Exception | None = None
         stop = threading.Event()
-
-        loaded: list[tuple[tuple[int, int], Window]] = []
-
-        def produce(cursor: Cursor) -> Batch:
-            pieces, cursor = order.take(cursor, batch_size)
-            parts: list[np.ndarray] = []
-            for piece in pieces:
-                if not loaded or loaded[0][0] != piece.window:
-                    loaded[:] = [(piece.window, load(piece.rows))]
-                x = loaded[0][1](piece.picks)
-                parts.append(checked(x, piece.rows[piece.picks], where))
-            x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
-            return Batch(x.pin_memory() if pin_memory else x, cursor)
-
+        loader = _Loader(order, load, where, batch_size, pin_memory)
         thread = threading.Thread(
-            target=_run, args=(produce, start, self._queue, stop), name="batches", daemon=True
+            target=_run, args=(loader, start, self._queue, stop), name="batches", daemon=True
         )
         # The thread holds no reference to self: an iterator that is dropped unclosed closes too.
         self._finalizer = weakref.finalize(self, _shut, thread, self._queue, stop)
@@ -104,15 +91,42 @@ class Batches:
         self.close()
 
 
+class _Loader:
+    """Makes the batch that follows a cursor, keeping the window that it draws from."""
+
+    def __init__(
+        self,
+        order: Shuffle,
+        load: Load,
+        where: Callable[[int], str],
+        batch_size: int,
+        pin_memory: bool,
+    ):
+        self.order, self.load, self.where = order, load, where
+        self.batch_size, self.pin_memory = batch_size, pin_memory
+        self._loaded: tuple[tuple[int, int], Window] | None = None
+
+    def batch(self, cursor: Cursor) -> Batch:
+        pieces, cursor = self.order.take(cursor, self.batch_size)
+        parts: list[np.ndarray] = []
+        for piece in pieces:
+            if self._loaded is None or self._loaded[0] != piece.window:
+                self._loaded = (piece.window, self.load(piece.rows))
+            x = self._loaded[1](piece.picks)
+            parts.append(checked(x, piece.rows[piece.picks], self.where))
+        x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return Batch(x.pin_memory() if self.pin_memory else x, cursor)
+
+
 def _run(
-    produce: Callable[[Cursor], Batch],
+    loader: _Loader,
     cursor: Cursor,
     ready: "queue.Queue[Batch | Exception]",
     stop: threading.Event,
 ) -> None:
     while not stop.is_set():
         try:
-            batch = produce(cursor)
+            batch = loader.batch(cursor)
         except Exception as error:  # crosses to the consumer, which raises it
             ready.put(error)
             return

@@ -64,12 +64,15 @@ def test_tuple_outputs_are_understood(bert: Path):
     module = module_at(model, "encoder.layer.0.attention")
     ids = torch.arange(12).view(1, 12)
     seen: list[object] = []
-    module.register_forward_hook(lambda module, args, output: seen.append(output))
-    with splice(module, lambda hidden: hidden * 2):
-        model(ids)
-    model(ids)
-    doubled, plain = (entry for entry in seen)
-    assert isinstance(doubled, tuple) and isinstance(plain, tuple)
+
+    for factor in (1, 2):
+        with splice(module, lambda hidden, factor=factor: hidden * factor):
+            after = module.register_forward_hook(lambda module, args, output: seen.append(output))
+            model(ids)
+            after.remove()
+    plain, doubled = seen
+    assert isinstance(plain, tuple) and isinstance(doubled, tuple)
+    assert torch.equal(doubled[0], 2 * plain[0]) and len(doubled) == len(plain)
 
 
 def test_windows_cover_the_text_once(gpt2: Path, bert: Path):
