@@ -2,31 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from fastsae.codes import Codes
 from fastsae.data.prefetch import checked
+from fastsae.data.source import ActivationSource
 from fastsae.nn.sae import SAE
 
 DENSE = 0.1  # a latent active on more than this fraction of the tokens is dense
-
-
-@runtime_checkable  # for the type checks in tests
-class Rows(Protocol):
-    """Activations that can be read in their own order: `ActivationShards`, or alike."""
-
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def n_tokens(self) -> int: ...
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]: ...
-    def where(self, row: int) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +53,7 @@ class Reconstruction:
 @torch.no_grad()
 def reconstruction(
     sae: SAE,
-    data: Rows,
+    data: ActivationSource,
     *,
     max_tokens: int | None = None,
     batch_size: int = 4096,
@@ -99,7 +87,7 @@ def reconstruction(
     return totals.summary(ranks)
 
 
-def check_fits(sae: SAE, data: Rows) -> None:
+def check_fits(sae: SAE, data: ActivationSource) -> None:
     """ValueError unless sae reconstructs activations such as those in data."""
     if sae.d_out is not None:
         raise ValueError("a transcoder does not reconstruct its input: give an autoencoder")
@@ -185,7 +173,9 @@ class _Covariance:
         return self.products / self.tokens - mean.outer(mean)
 
 
-def _in_order(data: Rows, tokens: int, batch_size: int) -> Iterator[Float32[Tensor, "N d_in"]]:
+def _in_order(
+    data: ActivationSource, tokens: int, batch_size: int
+) -> Iterator[Float32[Tensor, "N d_in"]]:
     for start in range(0, tokens, batch_size):
         rows = torch.arange(start, min(start + batch_size, tokens))
         x = data.rows(rows)

@@ -1,0 +1,66 @@
+"""Windows of text, rebuilt from what shards say of their rows."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from fastsae.data.model import TextWindows, TokenBatch
+from fastsae.data.shards import ActivationShards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCAN = 1 << 18  # rows whose contexts are held at one time
+
+
+def stored_batches(
+    data: ActivationShards,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_windows: int | None,
+    batch_size: int,
+) -> Iterator[TokenBatch]:
+    """Batches of `max_windows` windows spread evenly over data, or of all.
+
+    Shards hold text tokens only. The special tokens around them are put back the way they were
+    put there; one inside the text is lost: the unknown token, or else another special one, stands
+    in for it.
+    """
+    text = TextWindows(tokenizer, tokenizer.model_max_length)
+    before, after = _frame(text)
+    unknown: Any = tokenizer.unk_token_id
+    stand_in = min(text.special, default=0) if unknown is None else unknown
+
+    def window(start: int, stop: int) -> list[int]:
+        token_ids, positions, _ = data.contexts(torch.arange(start, stop))
+        ids = before + [stand_in] * (int(positions[-1]) + 1 - len(before))
+        for place, token in zip(positions.tolist(), token_ids.tolist(), strict=True):
+            ids[place] = token
+        return ids + after
+
+    bounds = [*_starts(data).tolist(), data.n_tokens]
+    n = len(bounds) - 1
+    wanted = n if max_windows is None else min(max_windows, n)
+    for first in range(0, wanted, batch_size):
+        chosen = [i * n // wanted for i in range(first, min(first + batch_size, wanted))]
+        yield text.batch([window(*bounds[i : i + 2]) for i in chosen])
+
+
+def _starts(data: ActivationShards) -> Int64[np.ndarray, " windows"]:
+    """The rows at which windows begin: in another document, or where the position falls back."""
+    starts = [np.zeros(1, np.int64)]
+    for first in range(1, data.n_tokens, SCAN):
+        rows = torch.arange(first - 1, min(first + SCAN, data.n_tokens))
+        _, positions, documents = (label.numpy() for label in data.contexts(rows))
+        begins = (np.diff(positions) <= 0) | (np.diff(documents) != 0)
+        starts.append(first + np.flatnonzero(begins))
+    return np.concatenate(starts)
+
+
+def _frame(text: TextWindows) -> tuple[list[int], list[int]]:
+    """The special tokens before and after the text of every window."""
+    (window,) = text.cut("a")
+    kept = [place for place, token in enumerate(window) if token not in text.special]
+    return window[: kept[0]], window[kept[-1] + 1 :]
