@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from ._launch import check_matrix
 from .sparse import decode, gather_dot, scatter_outer
-from .topk import By, check_k, topk_indices, topk_reference
+from .topk import By, check_choice, topk_indices, topk_reference
 from .workspace import buffer, buffer_bytes
 
 # --- reference: the specification -----------------------------------------------------------
@@ -127,7 +127,7 @@ def encode_topk(
     """
     check_matrix("x", x)
     check_matrix("W_enc", W_enc, columns=x.shape[1])
-    check_k(k, W_enc.shape[0])
+    check_choice(k, by, W_enc.shape[0])
     if b_enc.shape != W_enc.shape[:1]:
         raise ValueError(f"b_enc must have shape {[W_enc.shape[0]]}, got {list(b_enc.shape)}")
     if not x.dtype == W_enc.dtype == b_enc.dtype:

@@ -37,20 +37,15 @@ def _run(fn: Callable, args: tuple, dtype: torch.dtype | None = None) -> dict[st
     )
     result = fn(*args)
     outs = result if isinstance(result, tuple) else (result,)
-    named = {f"output {n}": out for n, out in enumerate(outs)}
-    leaves = {f"gradient {n}": a for n, a in enumerate(args) if _is_float(a)}
-    differentiable = [out for out in outs if out.requires_grad]
-    if differentiable:
-        weights = [_weights(out) for out in differentiable]
+    leaves = [a for a in args if _is_float(a)]
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    through = [out for out in outs if out.requires_grad]
+    if through:
         gradients = torch.autograd.grad(
-            differentiable,
-            list(leaves.values()),
-            weights,
-            allow_unused=True,
-            materialize_grads=True,
+            through, leaves, [_weights(out) for out in through], materialize_grads=True
         )
-        named |= dict(zip(leaves, gradients, strict=True))
-    return {name: tensor.detach() for name, tensor in named.items()}
+    named = {f"output {n}": out.detach() for n, out in enumerate(outs)}
+    return named | {f"gradient {n}": gradient for n, gradient in enumerate(gradients)}
 
 
 def _is_float(a: Any) -> bool:

@@ -88,9 +88,12 @@ def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
 # --- public ---------------------------------------------------------------------------------
 
 
-def check_k(k: int, F: int) -> None:
+def check_choice(k: int, by: By, F: int) -> None:
+    """Raise ValueError unless k of F entries can be chosen by this rank."""
     if not 1 <= k <= F:
         raise ValueError(f"k must be between 1 and d_sae = {F}, got {k}")
+    if by not in ("value", "abs"):
+        raise ValueError(f'by must be "value" or "abs", got {by!r}')
 
 
 def topk_indices(pre: Tensor, k: int, by: By = "value") -> Tensor:
@@ -100,9 +103,7 @@ def topk_indices(pre: Tensor, k: int, by: By = "value") -> Tensor:
     indices win the last places. ValueError unless 1 <= k <= F.
     """
     check_matrix("pre", pre)
-    check_k(k, pre.shape[1])
-    if by not in ("value", "abs"):
-        raise ValueError(f'by must be "value" or "abs", got {by!r}')
+    check_choice(k, by, pre.shape[1])
     if not pre.shape[0]:
         return pre.new_empty(0, k, dtype=torch.int64)
     if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:

@@ -16,7 +16,7 @@ from fastsae_kernels.testing import assert_no_worse
 SHAPES = [  # N, K, F, D
     (1, 1, 1, 1),
     (7, 3, 20, 33),  # nothing is a power of two
-    (16, 8, 64, 128),
+    (6, 8, 40, 128),
     (5, 4, 9, 1030),  # D spans two blocks
     (0, 4, 8, 16),
     (3, 0, 8, 16),
@@ -70,7 +70,7 @@ def test_dtypes_may_differ(device, dtype, other):
 
 
 def test_one_latent_in_many_tokens(device):
-    v, i, x, _ = make((300, 2, 5, 3), device=device)
+    v, i, x, _ = make((200, 2, 5, 3), device=device)
     i[:, 0] = 3
     assert_no_worse(scatter_outer, scatter_outer_reference, v, i, x, 5)
 
@@ -86,7 +86,7 @@ def test_int32_indices_and_any_strides(device):
 
 
 def test_same_bits_twice(device):
-    v, i, x, W = make((40, 8, 6, 33), device=device)
+    v, i, x, W = make((10, 8, 6, 33), device=device)
     assert torch.equal(decode(v, i, W), decode(v, i, W))
     assert torch.equal(gather_dot(x, i, W), gather_dot(x, i, W))
     assert torch.equal(scatter_outer(v, i, x, 6), scatter_outer(v, i, x, 6))

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 
 from fastsae_kernels import topk
 from fastsae_kernels.testing import assert_no_worse
-from fastsae_kernels.topk import topk_indices, topk_reference
+from fastsae_kernels.topk import By, topk_indices, topk_reference
 
 BY = pytest.mark.parametrize("by", ["value", "abs"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,7 +16,7 @@ SHAPES = [  # N, F, k
     (3, 37, 37),
     (2, 1000, 1),
     (3, 2049, 40),
-    (2, 6000, 100),  # more than one entry of a group per pass of the kernel
+    (2, 6000, 60),  # more than one entry of a group per pass of the kernel
     (0, 16, 2),
 ]
 INF, NAN = float("inf"), float("nan")
@@ -38,7 +38,7 @@ def rows(kind: str, N: int, F: int) -> torch.Tensor:
     return torch.randn(N, F)
 
 
-def assert_as_reference(pre: torch.Tensor, k: int, by="value") -> None:
+def assert_as_reference(pre: torch.Tensor, k: int, by: By = "value") -> None:
     values, indices = topk(pre, k, by)
     expected, places = topk_reference(pre, k, by)
     assert torch.equal(indices, places)
@@ -56,7 +56,7 @@ def test_values_indices_and_gradient(device, shape, dtype, by):
 
 @BY
 @pytest.mark.parametrize("kind", ["integers", "negative", "constant", "zeros", "block"])
-@pytest.mark.parametrize("F, k", [(33, 33), (700, 5), (5000, 20)])
+@pytest.mark.parametrize("F, k", [(33, 33), (3000, 20)])
 def test_ties_go_to_the_lowest_index(device, kind, F, k, by):
     assert_as_reference(rows(kind, 6, F).to(device), k, by)
     assert_as_reference(rows(kind, 6, F).to(device, torch.bfloat16), k, by)
@@ -64,7 +64,7 @@ def test_ties_go_to_the_lowest_index(device, kind, F, k, by):
 
 @BY
 def test_duplicates_across_the_last_place(device, by):
-    pre = torch.randn(4, 500)
+    pre = torch.randn(2, 500)
     pre[:, ::7] = pre.sort(descending=True).values[:, 9:10]  # the tenth, 72 times over
     for k in (9, 10, 11, 40):
         assert_as_reference(pre.to(device), k, by)

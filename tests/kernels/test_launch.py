@@ -1,0 +1,102 @@
+import threading
+
+import pytest
+import torch
+
+from fastsae_kernels import _launch
+from fastsae_kernels._launch import (
+    INTERPRET,
+    check_codes,
+    check_matrix,
+    interpreted,
+    power_of_2,
+    use_triton,
+)
+from fastsae_kernels.testing import assert_no_worse
+from fastsae_kernels.workspace import buffer, buffer_bytes
+
+needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="TRITON_INTERPRET is not set")
+CPU = torch.device("cpu")
+
+
+@needs_interpreter
+def test_kernels_run_on_the_cpu_only_where_asked_for():
+    x = torch.ones(1)
+    assert not use_triton(x)
+    with interpreted():
+        with interpreted():
+            assert use_triton(x)
+        assert use_triton(x)
+    with pytest.raises(KeyError), interpreted():
+        raise KeyError
+    assert not use_triton(x)
+
+
+@needs_interpreter
+def test_other_threads_are_not_affected():
+    seen = []
+    with interpreted():
+        thread = threading.Thread(target=lambda: seen.append(use_triton(torch.ones(1))))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+
+
+def test_the_interpreter_must_have_been_chosen(monkeypatch):
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 before"), interpreted():
+        pass
+
+
+@pytest.mark.parametrize(("n", "least"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_power_of_2(n, least):
+    assert power_of_2(n) == least
+
+
+def test_codes_and_matrices_that_fit_are_accepted():
+    check_codes(torch.ones(2, 3), torch.full((2, 3), 4), 5)
+    check_codes(None, torch.empty(0, 3, dtype=torch.int32), 5)
+    check_matrix("x", torch.ones(2, 3), rows=2, columns=3)
+
+
+def test_errors_say_what_was_given_and_what_is_allowed():
+    with pytest.raises(ValueError, match=r"x must .* \[2, any\], got torch.float32 .* \[3, 3\]"):
+        check_matrix("x", torch.ones(3, 3), rows=2)
+    with pytest.raises(ValueError, match=r"lie in \[0, 5\), got 0 to 7"):
+        check_codes(None, torch.tensor([[0, 7]]), 5)
+
+
+def test_a_buffer_is_reused_and_grows():
+    first = buffer("test", (4, 8), torch.float32, CPU)
+    assert first.shape == (4, 8) and first.is_contiguous()
+    assert buffer("test", (2, 8), torch.bfloat16, CPU).data_ptr() == first.data_ptr()
+    assert buffer("other", (4, 8), torch.float32, CPU).data_ptr() != first.data_ptr()
+    assert buffer("test", (40, 80), torch.float32, CPU).shape == (40, 80)
+
+
+def test_size_of_the_buffer(monkeypatch):
+    monkeypatch.setattr("fastsae_kernels.workspace.BUFFER_MB", None)
+    assert buffer_bytes(CPU) == 256 << 20
+    assert buffer_bytes(torch.device("cuda")) == 512 << 20
+    monkeypatch.setattr("fastsae_kernels.workspace.BUFFER_MB", "3")
+    assert buffer_bytes(CPU) == 3 << 20
+
+
+def test_assert_no_worse_sees_what_is_wrong():
+    x = torch.randn(5, 4)
+
+    def double(x):
+        return x + x, torch.arange(4)
+
+    assert_no_worse(lambda x: (2 * x, torch.arange(4)), double, x)
+    assert_no_worse(lambda x: x.detach().sign(), lambda x: x.sign(), x[:0])
+    wrong = {
+        "gradient": lambda x: double(x.detach()),
+        "output 0": lambda x: (2.001 * x, torch.arange(4)),
+        "output 1": lambda x: (2 * x, torch.arange(1, 5)),
+        "gradient 0": lambda x: (x + x.detach(), torch.arange(4)),
+        "error nan": lambda x: (2 * x + torch.where(x == x[0, 0], torch.nan, 0), torch.arange(4)),
+    }
+    for name, op in wrong.items():
+        with pytest.raises(AssertionError, match=name):
+            assert_no_worse(op, double, x)
