@@ -36,7 +36,8 @@ class TrainConfig:
     """Tokens per step."""
 
     lr: float | None = None
-    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 16384)."""
+    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 16384), and up to 5 times that in runs
+    of under 15000 steps."""
 
     warmup: int | None = None
     """Steps over which the learning rate rises; by default a twentieth of all, at most 1000."""

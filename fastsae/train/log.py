@@ -19,11 +19,11 @@ class Log:
     def __init__(self, config: TrainConfig, steps: int, first_step: int):
         self.path = config.out / "metrics.jsonl"
         keep_lines(self.path, first_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self._live = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self._live)
         self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
         self._wandb = _wandb(config) if config.wandb else None
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self._live)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def advance(self) -> None:
         self._bar.update()
@@ -96,17 +96,13 @@ def keep_lines(path: Path, last_step: int) -> None:
 
 
 def _tensorboard(config: TrainConfig, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard = True needs: pip install 'fastsae[log]'") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
 
 
 def _wandb(config: TrainConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(f"wandb = {config.wandb!r} needs: pip install 'fastsae[log]'") from None
+    import wandb
+
     run = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=config.wandb, name=config.out.name, id=run, resume="allow")

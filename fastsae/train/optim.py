@@ -11,9 +11,15 @@ BETAS = (0.9, 0.999)
 EPS = 6.25e-10
 
 
-def default_lr(d_sae: int) -> float:
-    """The field's rule: 2e-4 at 16384 latents, falling with the square root of their number."""
-    return 2e-4 / math.sqrt(d_sae / 2**14)
+def default_lr(d_sae: int, steps: int) -> float:
+    """The field's rule for long runs, 2e-4 / sqrt(d_sae / 16384); more where time is short.
+
+    A run of under 15000 steps ends far from where it could at that rate; its rate is higher by
+    the square root of what it lacks, at most 5 times (our choice: at 600 steps on the demo's
+    activations, FVU falls by 0.06 from 1 to 5 times, and latents start to die at 10 times).
+    """
+    short = min(max(math.sqrt(15_000 / steps), 1.0), 5.0)
+    return 2e-4 / math.sqrt(d_sae / 2**14) * short
 
 
 def schedule(step: int, steps: int, warmup: int, decay: float) -> float:

@@ -1,6 +1,7 @@
 """The choices that a config leaves open, made for the data and the machine at hand."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -30,6 +31,9 @@ class Plan:
         gpu = torch.cuda.is_available()
         if config.device == "cuda" and not gpu:
             raise ValueError("device is cuda, but there is no CUDA GPU here: use cpu or auto")
+        for name in ("tensorboard", "wandb"):
+            if getattr(config, name) and find_spec(name) is None:
+                raise ValueError(f"{name} is not installed: pip install 'fastsae[log]'")
         steps = config.steps or max(600, n_tokens // config.batch_size)
         eighth = max(steps * config.batch_size // 8, 1)
         fits = isinstance(config.build(d_in).activation, TopK)
@@ -37,7 +41,7 @@ class Plan:
             steps=steps,
             device=("cuda" if gpu else "cpu") if config.device == "auto" else config.device,
             step=("fused" if fits else "autograd") if config.step == "auto" else config.step,
-            lr=default_lr(config.d_sae) if config.lr is None else config.lr,
+            lr=default_lr(config.d_sae, steps) if config.lr is None else config.lr,
             warmup=min(1000, steps // 20) if config.warmup is None else config.warmup,
             dead_after=config.dead_after or min(10_000_000, eighth),
             k_aux=config.k_aux or default_k_aux(d_in),

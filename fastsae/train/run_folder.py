@@ -49,10 +49,8 @@ def check_same(config: TrainConfig, fingerprint: str) -> None:
     found, wanted = read_json(path), _document(config, fingerprint)
     if found.get("fingerprint") != fingerprint:
         raise ValueError(f"{path} was written for other data than {config.data or 'the demo'}")
-    if found != wanted:
-        changed = [
-            key for key in wanted["config"] if found["config"].get(key) != wanted["config"][key]
-        ]
+    changed = [key for key, value in wanted["config"].items() if found["config"].get(key) != value]
+    if changed:
         raise ValueError(f"{path} differs from this run in {', '.join(changed)}")
 
 

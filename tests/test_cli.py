@@ -1,0 +1,278 @@
+"""The command line as its user meets it: real processes, real signals, one-line errors."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastsae import SAE, TopK
+from fastsae.data import ActivationShards, ShardWriter
+from fastsae.train.log import read_lines
+
+COMMAND = [sys.executable, "-c", "from fastsae.cli import main; main()"]
+SMALL = ["--d-sae", "512", "--k", "8", "--batch-size", "256", "--lr", "0.003", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of shards: 3000 activations of width 32."""
+    path = tmp_path_factory.mktemp("shards") / "data"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
+    labels = torch.zeros(3, 3000, dtype=torch.int32)
+    writer = ShardWriter(path, 32, dtype="float32", shard_bytes=100_000)
+    writer.append(x, *labels)
+    writer.finish()
+    return path
+
+
+def fastsae(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def sae_files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((out / "sae").iterdir())}
+
+
+def wait_for_lines(process: subprocess.Popen, out: Path, lines: int) -> None:
+    """Until the run has logged so many lines, or has ended."""
+    while process.poll() is None and len(read_lines(out / "metrics.jsonl")) < lines:
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = fastsae("train", "--data", data, "--out", out, "--steps", 120, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "FVU" in done.stdout
+    assert str(out / "sae") in done.stdout
+    return out
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, whole, tmp_path):
+    out = tmp_path / "run"
+    settings = ["--steps", "120", "--checkpoint-every", "2", *SMALL]
+    arguments = ["train", "--data", str(data), "--out", str(out), *settings]
+    moments = random.Random(7)
+    for target in (0, 15, 45, 80):
+        process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL)
+        wait_for_lines(process, out, target)
+        time.sleep(moments.random() * 0.03)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run must have been under way"
+        if (out / "config.json").exists() and "--resume" not in arguments:
+            arguments.append("--resume")
+    done = fastsae(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert sae_files(out) == sae_files(whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_exit(data, whole, tmp_path, signum):
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(data), "--out", str(out), "--steps", "120", *SMALL]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    wait_for_lines(process, out, 20)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    message = errors.splitlines()[-1]
+    step = int(message.split("stopped at step ")[1].split()[0])
+    assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert f"--resume --out {out}" in message
+    assert fastsae("train", "--resume", "--out", out).returncode == 0
+    assert sae_files(out) == sae_files(whole)
+
+
+def test_a_finished_run_can_be_resumed_and_says_the_same(whole):
+    before = sae_files(whole)
+    again = fastsae("train", "--resume", "--out", whole)
+    assert again.returncode == 0
+    assert "FVU" in again.stdout
+    assert sae_files(whole) == before
+
+
+def one_line_error(*arguments, **options) -> str:
+    done = fastsae(*arguments, **options)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastsae: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def damaged(data: Path, tmp_path: Path, change) -> Path:
+    """A copy of the data folder after change(copy)."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in data.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    change(copy)
+    return copy
+
+
+def truncate(folder: Path) -> None:
+    shard = sorted(folder.glob("shard-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-8])
+
+
+def edit(folder: Path) -> None:
+    shard = sorted(folder.glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-20000] ^= 1
+    shard.write_bytes(content)
+
+
+def drop_index(folder: Path) -> None:
+    (folder / "index.json").write_text("{}")
+
+
+def nan_row(folder: Path) -> None:
+    x = ActivationShards(folder).rows(torch.arange(3000))
+    for path in folder.iterdir():
+        path.unlink()
+    x[77, 3] = torch.nan
+    np.save(folder / "x.npy", x.numpy())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, "shard-00001.safetensors"),
+        (edit, "shard-00001.safetensors"),
+        (drop_index, "index.json"),
+        (nan_row, "row 77"),
+    ],
+)
+def test_bad_data(data, tmp_path, change, message):
+    folder = damaged(data, tmp_path, change)
+    out = tmp_path / "run"
+    assert message in one_line_error("train", "--data", folder, "--out", out, "--steps", 40, *SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--k", "513"], "k must be between 1 and d_sae = 512, got 513"),
+        (["--k", "0"], "k must be at least 1, got 0"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--out", "/sys/fastsae-run"], "/sys/fastsae-run"),
+        (["--resume"], "holds no run to resume"),
+    ],
+)
+def test_bad_settings(data, tmp_path, settings, message):
+    arguments = ["--data", data, "--out", tmp_path / "run", *SMALL, *settings]
+    assert message in one_line_error("train", *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(data, tmp_path):
+    arguments = ["--data", data, "--out", tmp_path / "run", "--device", "cuda"]
+    assert "there is no CUDA GPU here" in one_line_error("train", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_another_run(data, whole):
+    before = sae_files(whole)
+    message = one_line_error("train", "--data", data, "--out", whole, *SMALL)
+    assert "already holds a run" in message
+    assert "--resume" in message
+    assert sae_files(whole) == before
+
+
+def test_a_folder_that_holds_something_else(data, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    message = one_line_error("train", "--data", data, "--out", tmp_path, *SMALL)
+    assert "is not empty and holds no run" in message
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_resuming_with_other_settings(whole):
+    message = one_line_error("train", "--resume", "--out", whole, "--k", 9)
+    assert "k = 9 differs from the run to be resumed, which has 8" in message
+
+
+def test_resuming_on_other_data(whole, tmp_path, data):
+    config = json.loads((whole / "config.json").read_text())
+    other = tmp_path / "other.npy"
+    np.save(other, np.random.randn(3000, 32).astype("f4"))
+    out = tmp_path / "run"
+    out.mkdir()
+    config["config"]["data"] = str(other)
+    (out / "config.json").write_text(json.dumps(config))
+    assert "other data" in one_line_error("train", "--resume", "--out", out)
+
+
+def test_an_unknown_key_in_a_config(whole, tmp_path):
+    config = json.loads((whole / "config.json").read_text())
+    config["config"]["learning_rate"] = 0.1
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config))
+    assert "no setting 'learning_rate'" in one_line_error("train", "--resume", "--out", out)
+
+
+def limit_file_size() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+
+def test_a_disk_that_takes_no_more(data, tmp_path):
+    """Every write beyond 150 kB fails, as on a full disk: a checkpoint does not fit."""
+    out = tmp_path / "run"
+    arguments = ["train", "--data", data, "--out", out, "--checkpoint-every", 5, "--steps", 40]
+    message = one_line_error(*arguments, *SMALL, preexec_fn=limit_file_size)
+    assert "state.safetensors" in message
+    assert not list((out / "checkpoints").iterdir()), "nothing half-written may be left"
+    assert fastsae("train", "--resume", "--out", out).returncode == 0
+
+
+def test_two_processes_in_one_folder(data, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(data), "--out", str(out), "--steps", "5000", *SMALL]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL)
+    try:
+        wait_for_lines(process, out, 1)
+        assert "another process" in one_line_error(*arguments, "--resume")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_eval_of_data_of_another_width(data, tmp_path):
+    SAE(16, 64, TopK(4)).save(tmp_path / "sae")
+    message = one_line_error("eval", tmp_path / "sae", "--data", data)
+    assert "d_in = 16" in message
+    assert "32" in message
+
+
+def test_eval_writes_its_numbers(data, whole):
+    done = fastsae("eval", whole, "--data", data)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((whole / "eval.json").read_text())["reconstruction"]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert found["fvu"] == pytest.approx(summary["fvu"])
+    assert "FVU" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["", "train", "harvest", "eval"])
+def test_help(command):
+    done = fastsae(*command.split(), "--help", env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 0
+    assert "usage: fastsae" in done.stdout
+
+
+def test_an_unknown_command():
+    assert "must be one of train, harvest, eval, got 'fly'" in one_line_error("fly")

@@ -1,0 +1,195 @@
+"""Whole small runs: they learn, they can be resumed exactly, and they stop when they should."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import fastsae
+from fastsae.checkpoint import list_checkpoints
+from fastsae.data import ActivationShards, Synthetic
+from fastsae.files import read_tensors
+from fastsae.train import TrainConfig, Trainer
+from fastsae.train.log import read_lines
+
+SMALL = {"d_sae": 64, "k": 4, "batch_size": 200, "lr": 3e-3, "log_every": 5}
+
+
+@pytest.fixture
+def config(tmp_path, activations):
+    return lambda **settings: TrainConfig(
+        **{"data": activations, "out": tmp_path / "run", "steps": 40, **SMALL, **settings}
+    )
+
+
+def fit(config, resume=False):
+    return Trainer(config, ActivationShards(config.data)).fit(resume)
+
+
+@pytest.mark.parametrize("activation", ["topk", "abstopk"])
+@pytest.mark.parametrize("step", ["fused", "autograd"])
+def test_a_run_leaves_what_it_promises(config, activation, step):
+    config = config(activation=activation, step=step, steps=200)
+    sae = fit(config)
+    summary = json.loads((config.out / "summary.json").read_text())
+    lines = read_lines(config.out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(5, 201, 5))
+    assert summary["fvu"] < 0.3 < lines[0]["fvu"]
+    assert summary["tokens"] == 200 * 200
+    assert summary["step_path"] == step
+    assert {"l0", "dead_fraction", "tokens_per_second", "seconds"} <= summary.keys()
+    assert (config.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    again = fastsae.load(config.out / "sae")
+    x = torch.from_numpy(np.load(config.data)[:50])
+    assert torch.equal(again(x), sae(x))
+    error = (x - again(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert error < 0.5, "the saved SAE must take activations as they are"
+
+
+def test_both_ways_give_the_same_curve(config, tmp_path):
+    curves = []
+    for step in ("fused", "autograd"):
+        run = config(step=step, out=tmp_path / step, dead_after=2000)
+        fit(run)
+        curves.append([line["loss"] for line in read_lines(run.out / "metrics.jsonl")])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+
+
+def test_a_planted_dictionary_is_recovered(tmp_path):
+    source = Synthetic(d_in=32, n_latents=48, active=2, n_tokens=20_000, noise=0.0, seed=3)
+    config = TrainConfig(
+        out=tmp_path / "run", d_sae=96, k=2, steps=500, batch_size=512, lr=3e-3, dead_after=20_000
+    )
+    sae = Trainer(config, source).fit()
+    assert source.recovery(sae.W_dec.detach()) > 0.9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_bits(config, tmp_path, precision):
+    files = []
+    for name in ("one", "two"):
+        run = config(out=tmp_path / name, encoder_precision=precision, dead_after=2000)
+        fit(run)
+        files.append((run.out / "sae" / "sae.safetensors").read_bytes())
+    assert files[0] == files[1]
+    other = config(out=tmp_path / "other", seed=1)
+    fit(other)
+    assert (other.out / "sae" / "sae.safetensors").read_bytes() != files[0]
+
+
+class Stop(Exception):
+    pass
+
+
+class StoppingShards(ActivationShards):
+    """Real data whose stream breaks off after some batches, as a lost disk would."""
+
+    def __init__(self, path, batches: int):
+        super().__init__(path)
+        self.left = batches
+
+    def batches(self, *arguments, **settings):
+        stream = super().batches(*arguments, **settings)
+        taken = type(stream).__next__
+
+        class Breaking:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exc):
+                stream.close()
+
+            def __next__(breaking):
+                if not self.left:
+                    raise Stop
+                self.left -= 1
+                return taken(stream)
+
+        return Breaking()
+
+
+@pytest.mark.parametrize("stops", [[1], [7, 20], [23, 1, 1]])
+def test_resuming_changes_no_bit(config, tmp_path, stops):
+    settings = {"checkpoint_every": 3, "dead_after": 2000}
+    whole = config(out=tmp_path / "whole", **settings)
+    fit(whole)
+    broken = config(out=tmp_path / "broken", **settings)
+    for number, batches in enumerate(stops):
+        with pytest.raises(Stop):
+            Trainer(broken, StoppingShards(broken.data, batches)).fit(resume=number > 0)
+    fit(broken, resume=True)
+    for name in ("sae/sae.safetensors", "sae/config.json"):
+        assert (broken.out / name).read_bytes() == (whole.out / name).read_bytes()
+    timing = ("seconds", "tokens_per_second")
+    curves = [
+        [{k: v for k, v in line.items() if k not in timing} for line in read_lines(out)]
+        for out in (whole.out / "metrics.jsonl", broken.out / "metrics.jsonl")
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_only_the_last_checkpoints_are_kept(config):
+    run = config(checkpoint_every=10, keep_checkpoints=2)
+    fit(run)
+    names = [path.name for path in list_checkpoints(run.out / "checkpoints")]
+    assert names == ["step-00000030", "step-00000040"]
+
+
+def test_nan_in_the_data_names_step_shard_and_row(config, tmp_path, activations, monkeypatch):
+    monkeypatch.setattr("fastsae.train.trainer.SAMPLE_TOKENS", 10)
+
+    class Known(ActivationShards):
+        mean_square = 1.0  # as an index gives it: reading all of a plain file would find the NaN
+
+    x = np.load(activations)
+    x[1234, 5] = np.nan
+    np.save(tmp_path / "bad.npy", x)
+    run = config(checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"step \d+: data holds NaN or Inf: bad.npy row 1234"):
+        Trainer(run, Known(tmp_path / "bad.npy")).fit()
+    assert_finite(list_checkpoints(run.out / "checkpoints")[-1])
+
+
+def assert_finite(checkpoint):
+    tensors = read_tensors(checkpoint / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_a_loss_that_overflows_stops_the_run(config):
+    run = config(lr=1e30, warmup=0, checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"the loss is NaN or Inf at step \d+"):
+        fit(run)
+    assert_finite(list_checkpoints(run.out / "checkpoints")[-1])
+
+
+def test_tensorboard(config):
+    run = config(tensorboard=True)
+    fit(run)
+    assert list((run.out / "tensorboard").glob("events.*"))
+
+
+def test_wandb_offline(config, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = config(wandb="fastsae-test")
+    monkeypatch.setenv("WANDB_DIR", str(run.out.parent))
+    fit(run)
+    assert list(run.out.parent.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"k": 65}, "k must be between 1 and d_sae = 64, got 65"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
+        ({"auxk_coef": 0.0, "k_aux": 8}, "k_aux = 8 has no effect with auxk_coef = 0"),
+        ({"encoder_precision": "bf16", "step": "autograd"}, "needs the fused step"),
+    ],
+)
+def test_nonsense_settings_are_refused(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
