@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from ._launch import check_matrix
 from .sparse import decode, gather_dot, scatter_outer
-from .topk import By, check_choice, topk_indices, topk_reference
+from .topk import By, Ties, check_choice, topk_indices, topk_reference
 from .workspace import buffer, buffer_bytes
 
 # --- reference: the specification -----------------------------------------------------------
@@ -37,7 +37,9 @@ def _chunk_tokens(N: int, F: int, itemsize: int, device: torch.device) -> int:
     return -(-N // -(-N // most))
 
 
-def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
+def _select(
+    x: Tensor, W: Tensor, b: Tensor, k: int, by: By, ties: Ties = "lowest"
+) -> tuple[Tensor, Tensor]:
     """Pre-activations that k of each row's ranks pick: [N, D], [F, D], [F] -> [N, K], [N, K]."""
     N, F = x.shape[0], W.shape[0]
     values = x.new_empty(N, k)
@@ -49,7 +51,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Te
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         h = torch.addmm(b, x[rows], W.t(), out=pre[: rows.stop - start])
-        indices[rows] = topk_indices(h, k, by)
+        indices[rows] = topk_indices(h, k, by, ties=ties)
         torch.gather(h, 1, indices[rows], out=values[rows])
     return values, indices
 
@@ -60,7 +62,7 @@ def _select_rescored(
     """The same from candidates of a product with the shadow, ranked by their exact values."""
     low = shadow.dtype
     spare = min(k + max(8, k // 2), W.shape[0])
-    _, candidates = _select(x.to(low), shadow, b.to(low), spare, by)
+    _, candidates = _select(x.to(low), shadow, b.to(low), spare, by, ties="any")
     candidates = candidates.sort(dim=1).values  # so that ties go to the lowest latent
     h = gather_dot(x, candidates, W) + b[candidates]
     place = topk_indices(h, k, by)

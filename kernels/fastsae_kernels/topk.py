@@ -11,11 +11,15 @@ belong to different groups, so the pass needs no sum across a vector register.
 Shapes: N tokens, F latents, K kept, G entries per group, M groups.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ._launch import check_matrix, use_triton
 from ._topk_kernel import DTYPES, MOST, By, launch_topk
+
+Ties = Literal["lowest", "any"]
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -53,7 +57,7 @@ def _largest(pre: Tensor, k: int, by: By) -> Tensor:
     N, F = pre.shape
     G = _group_size(F, k)
     if G == 1:
-        return _rank(pre, by).topk(k).indices
+        return _best(_rank(pre, by), k)
     M = F // G
     groups = pre[:, : M * G].unflatten(1, (G, M))
     maxima = groups.amax(1)
@@ -65,12 +69,22 @@ def _largest(pre: Tensor, k: int, by: By) -> Tensor:
     if M * G < F:  # the last entries, in no group, are always looked at
         rest = torch.arange(M * G, F, device=pre.device).expand(N, -1)
         members = torch.cat([members, rest], dim=1)
-    return members.gather(1, _rank(pre.gather(1, members), by).topk(k).indices)
+    return members.gather(1, _best(_rank(pre.gather(1, members), by), k))
 
 
 def _group_size(F: int, k: int) -> int:
     """Entries per group; 1 where looking at every entry costs no more than grouping."""
-    return max(G for G in (1, 4, 8) if G == 1 or 4 * k * G <= F)
+    return 8 if F // k >= 160 else 4 if F // k >= 16 else 1
+
+
+def _best(rank: Tensor, k: int) -> Tensor:
+    """Indices of k largest; NaN is larger than any number."""
+    integer = {2: torch.int16, 4: torch.int32}.get(rank.itemsize)
+    if integer is not None and not rank.sum().isnan():
+        # Integers of the same order as the numbers: comparing them takes two thirds of the time.
+        bits = rank.contiguous().view(integer)
+        rank = bits ^ ((bits >> (8 * rank.itemsize - 1)) & torch.iinfo(integer).max)
+    return rank.topk(k).indices
 
 
 def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
@@ -96,11 +110,12 @@ def check_choice(k: int, by: By, F: int) -> None:
         raise ValueError(f'by must be "value" or "abs", got {by!r}')
 
 
-def topk_indices(pre: Tensor, k: int, by: By = "value") -> Tensor:
+def topk_indices(pre: Tensor, k: int, by: By = "value", *, ties: Ties = "lowest") -> Tensor:
     """Where the k largest entries of each row are: [N, F] -> int64 [N, K], largest first.
 
     by="abs" ranks magnitudes. Equal entries come in the order of their indices, and the lowest
-    indices win the last places. ValueError unless 1 <= k <= F.
+    indices win the last places; with ties="any", for those who rank again, neither is promised.
+    ValueError unless 1 <= k <= F.
     """
     check_matrix("pre", pre)
     check_choice(k, by, pre.shape[1])
@@ -109,7 +124,8 @@ def topk_indices(pre: Tensor, k: int, by: By = "value") -> Tensor:
     if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
         return launch_topk(pre.detach().contiguous(), k, by)
     # Few rows at a time, so that what is picked from them stays in the cache.
-    return torch.cat([_topk_indices_torch(rows, k, by) for rows in pre.detach().split(256)])
+    choose = _topk_indices_torch if ties == "lowest" else _largest
+    return torch.cat([choose(rows, k, by) for rows in pre.detach().split(256)])
 
 
 def topk(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:
