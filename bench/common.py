@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -47,7 +46,9 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def peak_megabytes() -> float:
     """Peak resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
 def stamp() -> dict[str, Any]:

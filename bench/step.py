@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastsae import SAE, TopK
+from fastsae.train.memory import keep_freed_memory
 from fastsae.train.optim import Adam
 from fastsae.train.step import fused_step
 
@@ -83,6 +84,7 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
 
 
 def bench(shapes: list[str], rounds: int) -> None:
+    keep_freed_memory()  # as the trainer does; it helps dense PyTorch as well
     results = {}
     print(
         f"{'shape':<6}{'floor':>9}{'fastsae':>10}{'':>8}{'bf16':>10}{'':>8}{'dense':>10}   peak MB"
@@ -97,6 +99,7 @@ def bench(shapes: list[str], rounds: int) -> None:
 
 if __name__ == "__main__":
     shape, way = sys.argv[1:]
+    keep_freed_memory()
     (run,) = runs(shape, (way,)).values()
     for _ in range(3):
         run()

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -23,9 +24,8 @@ class Codes(NamedTuple):
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
         """Which latents are active for at least one token."""
-        fired = self.values.new_zeros(self.d_sae)
-        fired.index_fill_(0, self.indices[self.active], 1.0)
-        return fired.bool()
+        hits = torch.zeros(self.d_sae, device=self.values.device)
+        return hits.index_add_(0, self.indices.flatten(), self.active.flatten().float()).bool()
 
     def to_dense(self) -> Float[Tensor, "N d_sae"]:
         """The same codes with every inactive latent written out as 0."""

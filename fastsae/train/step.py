@@ -19,7 +19,6 @@ from fastsae.losses import TrainingLoss, auxk_error, auxk_weight, total_variance
 from fastsae.nn import SAE
 from fastsae_kernels import decode, gather_dot
 from fastsae_kernels.sparse import latent_major, sum_runs
-from fastsae_kernels.workspace import buffer
 
 from .optim import Adam, normalise_rows_, remove_parallel_
 
@@ -58,8 +57,8 @@ def fused_step(
     shadow: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> TrainingLoss:
     """The same update without a graph; `shadow`, a bf16 copy of W_enc, is kept up to date."""
-    centred = buffer("centred", x.shape, x.dtype, x.device)
-    variance = torch.linalg.vector_norm(torch.sub(x, x.mean(0), out=centred)).square()
+    centred = x - x.mean(0)
+    variance = torch.linalg.vector_norm(centred).square()
     torch.sub(x, sae.b_dec, out=centred)
     codes = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow)
     values, indices, d_sae = codes
@@ -81,9 +80,10 @@ def fused_step(
     adam.update("b_dec", d_b_dec)
 
     runs = latent_major(indices, d_sae)
+    weights, d_weights = values.flatten()[runs.entry], d_values.flatten()[runs.entry]
     for block in row_blocks(sae.W_dec):
-        d_W_dec = sum_runs(values, d_recon, runs, block.start, block.stop)
-        d_W_enc = sum_runs(d_values, centred, runs, block.start, block.stop)
+        d_W_dec = sum_runs(weights, d_recon, runs, block.start, block.stop)
+        d_W_enc = sum_runs(d_weights, centred, runs, block.start, block.stop)
         if aux:
             aux.add_to_(d_W_enc, d_W_dec, block)
         remove_parallel_(d_W_dec, sae.W_dec[block])

@@ -17,6 +17,7 @@ from .curves import plot_curves
 from .gpu import GpuMeter
 from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
+from .memory import keep_freed_memory
 from .optim import schedule
 from .plan import Plan
 from .run_folder import begin, check_same, claimed, latest
@@ -48,6 +49,7 @@ class Trainer:
         NaN or Inf in data or loss; `Interrupted` after a SIGINT or SIGTERM, once it has saved.
         """
         config = self.config
+        keep_freed_memory()
         with claimed(config.out), Interrupts() as interrupts:
             state = self.start(resume)
             if config.encoder_precision == "bf16":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-BUFFER_MB = os.environ.get("FASTSAE_BUFFER_MB")
+_BUFFER_MB = os.environ.get("FASTSAE_BUFFER_MB")
 
 _local = threading.local()
 
@@ -38,6 +38,18 @@ def interpreted() -> Iterator[None]:
 def power_of_2(n: int) -> int:
     """The least power of two that is no less than n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def buffer_bytes(device: torch.device) -> int:
+    """How many pre-activations may exist at a time: FASTSAE_BUFFER_MB, or 512 MB (CPU: 256 MB)."""
+    if _BUFFER_MB is not None:
+        return int(_BUFFER_MB) << 20
+    return (256 if device.type == "cpu" else 512) << 20
+
+
+def rows_in_cache(F: int, itemsize: int) -> int:
+    """How many rows of F entries a CPU works on at a time: 8 MB, but no fewer than 256."""
+    return max(256, (8 << 20) // (F * itemsize))
 
 
 def check_codes(values: Tensor | None, indices: Tensor, F: int) -> None:

@@ -46,22 +46,21 @@ class LatentMajor(NamedTuple):
     """The N * K entries of a code in latent order, each latent's in token order."""
 
     entry: Tensor
-    """[N * K]: where the entry stood in the flattened [N, K] code."""
+    """int64 [N * K]: where the entry stood in the flattened [N, K] code."""
 
     token: Tensor
-    """[N * K]: the token it belongs to."""
+    """int32 [N * K]: the token it belongs to."""
 
     start: Tensor
-    """[F + 1]: latent f owns entries start[f] up to start[f + 1]."""
+    """int32 [F + 1]: latent f owns entries start[f] up to start[f + 1]."""
 
 
 def latent_major(indices: Tensor, F: int) -> LatentMajor:
     """Sort the entries of a code by latent, stably: [N, K] -> LatentMajor."""
-    latent, entry = indices.flatten().sort(stable=True)
-    start = torch.searchsorted(
-        latent, torch.arange(F + 1, device=latent.device, dtype=latent.dtype)
-    )
-    return LatentMajor(entry, entry // max(indices.shape[1], 1), start)
+    latent, entry = indices.flatten().int().sort(stable=True)  # int32 sorts in half the time
+    each = torch.arange(F + 1, device=latent.device, dtype=torch.int32)
+    start = torch.searchsorted(latent, each, out_int32=True)
+    return LatentMajor(entry, (entry // max(indices.shape[1], 1)).int(), start)
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------
@@ -88,15 +87,17 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values().view(N, K)
 
 
-def sum_runs(values: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int) -> Tensor:
-    """Rows first to last of scatter_outer, for a caller that keeps the sorted entries.
+def sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int) -> Tensor:
+    """Rows first to last of scatter_outer, for a caller that keeps the entries in latent order.
 
-    values [N, K], x [N, D] -> [last - first, D]. A block of rows at a time stays in the cache.
+    weights [N * K] = values.flatten()[runs.entry] in x's dtype, x [N, D] -> [last - first, D].
+    A block of rows at a time stays in the cache.
     """
     low, high = int(runs.start[first]), int(runs.start[last])
-    weights = values.flatten()[runs.entry[low:high]].to(x.dtype)
     offsets = runs.start[first:last] - low
-    return embedding_bag(runs.token[low:high], x, offsets, per_sample_weights=weights, mode="sum")
+    return embedding_bag(
+        runs.token[low:high], x, offsets, per_sample_weights=weights[low:high], mode="sum"
+    )
 
 
 # --- kernels: all tensors row-major ---------------------------------------------------------
@@ -231,7 +232,8 @@ class _ScatterOuter(torch.autograd.Function):
             return x.new_zeros(F, x.shape[1])
         if use_triton(x):
             return _launch_scatter_outer(values, indices, x, F)
-        return sum_runs(values, x, latent_major(indices, F), 0, F)
+        runs = latent_major(indices, F)
+        return sum_runs(values.flatten()[runs.entry].to(x.dtype), x, runs, 0, F)
 
     @staticmethod
     def backward(ctx, g):  # g: [F, D]

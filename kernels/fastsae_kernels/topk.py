@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._launch import check_matrix, use_triton
+from ._launch import check_matrix, rows_in_cache, use_triton
 from ._topk_kernel import DTYPES, MOST, By, launch_topk
 
 Ties = Literal["lowest", "any"]
@@ -38,7 +38,7 @@ def topk_reference(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tenso
 def _topk_indices_torch(pre: Tensor, k: int, by: By) -> Tensor:
     """Indices of the k largest of each row, largest first, ties to the lowest index."""
     # One more than asked for: a tie between places k and k + 1 is as good as one inside.
-    indices = _largest(pre, min(k + 1, pre.shape[1]), by)
+    indices = _largest(pre, min(k + 1, pre.shape[1]), by, ordered=True)
     rank = _rank(pre.gather(1, indices), by)
     tied = ~(rank[:, 1:] < rank[:, :-1]).all(1)  # or NaN, which equals NaN here
     tied = tied.nonzero()[:, 0]
@@ -52,12 +52,12 @@ def _rank(pre: Tensor, by: By) -> Tensor:
     return pre.abs() if by == "abs" else pre
 
 
-def _largest(pre: Tensor, k: int, by: By) -> Tensor:
-    """Indices of k largest entries of each row, largest first, ties in any order."""
+def _largest(pre: Tensor, k: int, by: By, ordered: bool = False) -> Tensor:
+    """Indices of k largest entries of each row; ordered: largest first, ties in any order."""
     N, F = pre.shape
     G = _group_size(F, k)
     if G == 1:
-        return _best(_rank(pre, by), k)
+        return _best(_rank(pre, by), k, ordered)
     M = F // G
     groups = pre[:, : M * G].unflatten(1, (G, M))
     maxima = groups.amax(1)
@@ -69,7 +69,7 @@ def _largest(pre: Tensor, k: int, by: By) -> Tensor:
     if M * G < F:  # the last entries, in no group, are always looked at
         rest = torch.arange(M * G, F, device=pre.device).expand(N, -1)
         members = torch.cat([members, rest], dim=1)
-    return members.gather(1, _best(_rank(pre.gather(1, members), by), k))
+    return members.gather(1, _best(_rank(pre.gather(1, members), by), k, ordered))
 
 
 def _group_size(F: int, k: int) -> int:
@@ -77,14 +77,18 @@ def _group_size(F: int, k: int) -> int:
     return 8 if F // k >= 160 else 4 if F // k >= 16 else 1
 
 
-def _best(rank: Tensor, k: int) -> Tensor:
+def _best(rank: Tensor, k: int, ordered: bool) -> Tensor:
     """Indices of k largest; NaN is larger than any number."""
     integer = {2: torch.int16, 4: torch.int32}.get(rank.itemsize)
-    if integer is not None and not rank.sum().isnan():
-        # Integers of the same order as the numbers: comparing them takes two thirds of the time.
-        bits = rank.contiguous().view(integer)
-        rank = bits ^ ((bits >> (8 * rank.itemsize - 1)) & torch.iinfo(integer).max)
-    return rank.topk(k).indices
+    if integer is None or rank.sum().isnan():
+        return rank.topk(k, sorted=ordered).indices
+    # Bits compare as numbers do, in two thirds of the time, but negative ones the other way round.
+    bits = rank.contiguous().view(integer)
+    best = bits.topk(k, sorted=ordered)
+    if best.values.amin() < 0:
+        sign = bits >> (8 * rank.itemsize - 1)
+        best = (bits ^ (sign & torch.iinfo(integer).max)).topk(k, sorted=ordered)
+    return best.indices
 
 
 def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
@@ -125,7 +129,8 @@ def topk_indices(pre: Tensor, k: int, by: By = "value", *, ties: Ties = "lowest"
         return launch_topk(pre.detach().contiguous(), k, by)
     # Few rows at a time, so that what is picked from them stays in the cache.
     choose = _topk_indices_torch if ties == "lowest" else _largest
-    return torch.cat([choose(rows, k, by) for rows in pre.detach().split(256)])
+    some = pre.detach().split(rows_in_cache(pre.shape[1], pre.itemsize))
+    return torch.cat([choose(rows, k, by) for rows in some])
 
 
 def topk(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from fastsae_kernels import _launch
 from fastsae_kernels._launch import (
     INTERPRET,
+    buffer_bytes,
     check_codes,
     check_matrix,
     interpreted,
@@ -13,7 +14,6 @@ from fastsae_kernels._launch import (
     use_triton,
 )
 from fastsae_kernels.testing import assert_no_worse
-from fastsae_kernels.workspace import buffer, buffer_bytes
 
 needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="TRITON_INTERPRET is not set")
 CPU = torch.device("cpu")
@@ -66,19 +66,11 @@ def test_errors_say_what_was_given_and_what_is_allowed():
         check_codes(None, torch.tensor([[0, 7]]), 5)
 
 
-def test_a_buffer_is_reused_and_grows():
-    first = buffer("test", (4, 8), torch.float32, CPU)
-    assert first.shape == (4, 8) and first.is_contiguous()
-    assert buffer("test", (2, 8), torch.bfloat16, CPU).data_ptr() == first.data_ptr()
-    assert buffer("other", (4, 8), torch.float32, CPU).data_ptr() != first.data_ptr()
-    assert buffer("test", (40, 80), torch.float32, CPU).shape == (40, 80)
-
-
 def test_size_of_the_buffer(monkeypatch):
-    monkeypatch.setattr("fastsae_kernels.workspace.BUFFER_MB", None)
+    monkeypatch.setattr("fastsae_kernels._launch._BUFFER_MB", None)
     assert buffer_bytes(CPU) == 256 << 20
     assert buffer_bytes(torch.device("cuda")) == 512 << 20
-    monkeypatch.setattr("fastsae_kernels.workspace.BUFFER_MB", "3")
+    monkeypatch.setattr("fastsae_kernels._launch._BUFFER_MB", "3")
     assert buffer_bytes(CPU) == 3 << 20
 
 
