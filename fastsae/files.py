@@ -53,9 +53,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, in the order of their names, to a safetensors file."""
+    """Write tensors, in the order of their names, to a safetensors file; OSError if it fails."""
     whole = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_atomically(path, lambda temporary: save_file(whole, temporary))
+    try:
+        write_atomically(path, lambda temporary: save_file(whole, temporary))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

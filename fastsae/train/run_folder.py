@@ -66,6 +66,9 @@ def resumed_config(given: TrainConfig) -> TrainConfig:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path} is not the config of a {FORMAT} folder")
     stored = from_dict(TrainConfig, document.get("config"), str(path))
+    stored = dataclasses.replace(stored, out=given.out)
+    if given.data is not None:
+        given = dataclasses.replace(given, data=given.data.resolve())
     for field in dataclasses.fields(TrainConfig):
         value, kept = getattr(given, field.name), getattr(stored, field.name)
         if value not in (field.default, kept):
@@ -73,7 +76,7 @@ def resumed_config(given: TrainConfig) -> TrainConfig:
                 f"{field.name} = {value} differs from the run to be resumed, "
                 f"which has {kept}: leave it out, or choose another --out"
             )
-    return dataclasses.replace(stored, out=given.out)
+    return stored
 
 
 def latest(out: Path) -> Path | None:
@@ -85,4 +88,6 @@ def latest(out: Path) -> Path | None:
 def _document(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
     settings = to_dict(config)
     del settings["out"]  # the folder may be moved
+    if config.data is not None:
+        settings["data"] = str(config.data.resolve())
     return {"format": FORMAT, "config": settings, "fingerprint": fingerprint}
