@@ -47,11 +47,25 @@ def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
     return sae.fold_scale_(scale)
 
 
+@torch.no_grad()
+def bf16_agreement(sae: SAE, data: ActivationShards) -> float:
+    """Share of the active entries that candidates from a bf16 product leave as they are."""
+    shadow, same, active = sae.W_enc.bfloat16(), 0, 0
+    for rows in torch.arange(data.n_tokens).split(4096):
+        centred = sae.centre(data.rows(rows))
+        exact = sae.activation.encode(centred, sae.W_enc, sae.b_enc)
+        low = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow)
+        same += int(((exact.to_dense() != 0) & (low.to_dense() != 0)).sum())
+        active += int(exact.active.sum())
+    return same / active
+
+
 def bench(steps: int) -> None:
     source = demo_shards()
     heldout = source.heldout
     assert heldout is not None
     results: dict[str, Any] = {}
+    agreement = 0.0
     with tempfile.TemporaryDirectory() as folder:
         exact = TrainConfig(steps=steps, out=Path(folder) / "fp32")
         low = TrainConfig(steps=steps, out=Path(folder) / "bf16", encoder_precision="bf16")
@@ -72,6 +86,10 @@ def bench(steps: int) -> None:
                 "seconds": round(seconds, 1),
             }
             print(name, results[name], flush=True)
+            if name == "fastsae":
+                agreement = bf16_agreement(sae, heldout)
     setting = {"steps": steps, "batch_size": exact.batch_size, "d_sae": exact.d_sae, "k": exact.k}
     tokens = {"train_tokens": source.n_tokens, "heldout_tokens": heldout.n_tokens}
-    print(write("quality-cpu", {**setting, **tokens, "results": results}))
+    print(f"bf16 candidates keep {agreement:.5%} of the active entries")
+    found = {"results": results, "bf16_agreement": agreement}
+    print(write("quality-cpu", {**setting, **tokens, **found}))

@@ -26,19 +26,19 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    for leftover in (temporary, final):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         write_tensors(temporary / "state.safetensors", tensors)
         write_json(temporary / "state.json", {"format": FORMAT, "step": step, **meta})
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(temporary))  # a name that is no checkpoint's, in case of a crash
     return final
 
 

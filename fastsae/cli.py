@@ -11,10 +11,11 @@ import tyro
 
 from fastsae.config import to_dict
 from fastsae.data import ActivationShards, HarvestConfig, demo_shards, harvest
+from fastsae.device import choose_device
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import read_json, write_json
 from fastsae.nn import load
-from fastsae.train import Interrupted, TrainConfig, Trainer, resumed_config
+from fastsae.train import Interrupted, TrainConfig, Trainer, resumed_config, stored_config
 
 T = TypeVar("T")
 
@@ -75,7 +76,12 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {given}")
     else:
         command, act = COMMANDS[name]
-        act(tyro.cli(command, prog=f"fastsae {name}", args=rest))
+        parsed = tyro.cli(command, prog=f"fastsae {name}", args=rest)
+        if isinstance(parsed, Train) and parsed.resume:  # what is not given is as it was
+            stored = Train(resume=True, **vars(stored_config(parsed.out)))
+            parsed = tyro.cli(Train, prog=f"fastsae {name}", args=rest, default=stored)
+            resumed_config(plain(TrainConfig, parsed))
+        act(parsed)
 
 
 def usage() -> str:
@@ -92,9 +98,8 @@ def usage() -> str:
 
 def train(command: Train) -> None:
     config = plain(TrainConfig, command)
-    if command.resume:
-        config = resumed_config(config)
-    source = demo_shards() if config.data is None else ActivationShards(config.data)
+    device = choose_device(config.device)  # before minutes are spent on the demo's data
+    source = demo_shards(device=device) if config.data is None else ActivationShards(config.data)
     Trainer(config, source).fit(command.resume)
     print(run_table(config.out))
 

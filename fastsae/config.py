@@ -68,4 +68,4 @@ def _from_json(hint: Any, value: Any, where: str) -> Any:
     if not right:
         allowed = arguments if origin is typing.Literal else getattr(hint, "__name__", hint)
         raise ValueError(f"{where} must be {allowed}, got {value!r}")
-    return Path(value) if hint is Path else value
+    return Path(str(value)) if hint is Path else value

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from fastsae.codes import Codes
 from fastsae.nn import SAE
+from fastsae_kernels.topk import topk_indices
 
 
 class TrainingLoss(NamedTuple):
@@ -32,7 +33,7 @@ class TrainingLoss(NamedTuple):
 
 def training_loss(
     sae: SAE,
-    x: Float[Tensor, "N d_in"],
+    x: Float[Tensor, "... d_in"],
     dead: Bool[Tensor, " d_sae"] | None = None,
     auxk_coef: float = 1 / 32,
     k_aux: int | None = None,
@@ -41,17 +42,24 @@ def training_loss(
 
     `dead` marks latents that have not fired for long; k_aux of them (by default d_in / 2) per
     token reconstruct what the live ones left over. Raises ValueError if k_aux < 1, if auxk_coef
-    < 0, or if x is not [N, d_in].
+    < 0, for a mask of another size, or for a transcoder. Leading dimensions of x are flattened.
     """
+    k_aux = default_k_aux(sae.d_in) if k_aux is None else k_aux
     if auxk_coef < 0:
         raise ValueError(f"auxk_coef must be at least 0, got {auxk_coef}")
+    if k_aux < 1:
+        raise ValueError(f"k_aux must be at least 1, got {k_aux}")
+    if dead is not None and len(dead) != sae.d_sae:
+        raise ValueError(f"dead must have d_sae = {sae.d_sae} entries, got {len(dead)}")
+    if sae.d_out is not None:
+        raise ValueError("training_loss is an autoencoder's; this SAE has d_out, a transcoder's")
     codes = sae.encode(x)
+    x = x.reshape(-1, sae.d_in)
     residual = x - sae.decode(codes)
     loss = fvu = residual.square().sum() / total_variance(x)
     auxk = torch.zeros_like(fvu)
     rows = torch.empty(0) if dead is None else dead.nonzero()[:, 0]
     if len(rows) and auxk_coef:
-        k_aux = default_k_aux(sae.d_in) if k_aux is None else k_aux
         residual = residual.detach()
         W_enc, b_enc, W_dec = sae.W_enc[rows], sae.b_enc[rows], sae.W_dec[rows]
         signed = sae.activation.signed
@@ -89,12 +97,10 @@ def auxk_error(
 
     Dense products on the slice of dead rows: with k_aux near d_in / 2, gathers would cost more.
     """
-    if k_aux < 1:
-        raise ValueError(f"k_aux must be at least 1, got {k_aux}")
     pre = linear(centred, W_enc, b_enc)
     if k_aux < pre.shape[1]:
-        rank = (pre.abs() if signed else pre).detach()
-        best = rank.topk(k_aux, sorted=False).indices
-        pre = pre * torch.zeros_like(pre).scatter_(1, best, 1.0)
+        best = topk_indices(pre, k_aux, "abs" if signed else "value")
+        kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, best, True)
+        pre = pre.where(kept, 0.0)
     codes = pre if signed else pre.relu()
     return (codes @ W_dec - residual).square().sum()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,14 @@ def sae_files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "sae").iterdir())}
 
 
-def wait_for_lines(process: subprocess.Popen, out: Path, lines: int) -> None:
-    """Until the run has logged so many lines, or has ended."""
-    while process.poll() is None and len(read_lines(out / "metrics.jsonl")) < lines:
+def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    """Until it has happened, or the process has ended."""
+    while process.poll() is None and not happened():
         time.sleep(0.002)
+
+
+def wait_for_lines(process: subprocess.Popen, out: Path, lines: int) -> None:
+    wait_for(process, lambda: len(read_lines(out / "metrics.jsonl")) >= lines)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, whole, tmp_p
     moments = random.Random(7)
     for target in (0, 15, 45, 80):
         process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL)
+        wait_for(process, lambda out=out: (out / ".lock").exists())
         wait_for_lines(process, out, target)
         time.sleep(moments.random() * 0.03)
         process.kill()
@@ -136,6 +142,10 @@ def edit(folder: Path) -> None:
 
 
 def drop_index(folder: Path) -> None:
+    (folder / "index.json").unlink()
+
+
+def empty_index(folder: Path) -> None:
     (folder / "index.json").write_text("{}")
 
 
@@ -152,7 +162,8 @@ def nan_row(folder: Path) -> None:
     [
         (truncate, "shard-00001.safetensors"),
         (edit, "shard-00001.safetensors"),
-        (drop_index, "index.json"),
+        (drop_index, "shard-00000.safetensors"),
+        (empty_index, "index.json"),
         (nan_row, "row 77"),
     ],
 )
@@ -200,8 +211,9 @@ def test_a_folder_that_holds_something_else(data, tmp_path):
 
 
 def test_resuming_with_other_settings(whole):
-    message = one_line_error("train", "--resume", "--out", whole, "--k", 9)
-    assert "k = 9 differs from the run to be resumed, which has 8" in message
+    for k in (9, 32):  # 32 is the default: it must not go unnoticed
+        message = one_line_error("train", "--resume", "--out", whole, "--k", k)
+        assert f"k = {k} differs from the run to be resumed, which has 8" in message
 
 
 def test_resuming_on_other_data(whole, tmp_path, data):

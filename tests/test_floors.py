@@ -7,7 +7,7 @@ import pytest
 
 FLOORS = [
     {"fastsae_kernels"},
-    {"fastsae.config", "fastsae.codes", "fastsae.files"},
+    {"fastsae.config", "fastsae.codes", "fastsae.device", "fastsae.files"},
     {"fastsae.nn"},
     {"fastsae.losses"},
     {"fastsae.data", "fastsae.checkpoint"},

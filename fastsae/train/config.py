@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastsae.device import Device
 from fastsae.nn import SAE, AbsTopK, TopK
 
 ACTIVATIONS = {"topk": TopK, "abstopk": AbsTopK}
@@ -48,7 +49,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialisation and shuffling: the same seed gives the same bits."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to train; auto takes a GPU if there is one."""
 
     encoder_precision: Literal["fp32", "bf16"] = "fp32"
@@ -89,6 +90,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
         if self.k > self.d_sae:
             raise ValueError(f"k must be between 1 and d_sae = {self.d_sae}, got {self.k}")
         if self.lr is not None and not self.lr > 0:

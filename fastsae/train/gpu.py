@@ -1,5 +1,7 @@
 """What a GPU is doing, read through NVML."""
 
+import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -13,20 +15,26 @@ class GpuMeter:
         if device.type == "cuda":
             import pynvml
 
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid
-            self._nvml = pynvml
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            try:
+                pynvml.nvmlInit()
+                uuid = torch.cuda.get_device_properties(device).uuid
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                self._nvml = pynvml
+            except pynvml.NVMLError as error:
+                warnings.warn(f"no GPU figures in the log: {error}", stacklevel=2)
 
     def read(self) -> dict[str, float]:
         """`gpu_memory_gb`, `gpu_utilisation` (0 to 1) and `gpu_watts`, or {}."""
         if self._nvml is None:
             return {}
-        memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used
-        busy = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-        power = self._nvml.nvmlDeviceGetPowerUsage(self._handle)
-        return {
-            "gpu_memory_gb": memory / 1e9,
-            "gpu_utilisation": busy / 100,
-            "gpu_watts": power / 1e3,
+        nvml, handle = self._nvml, self._handle
+        readings = {
+            "gpu_memory_gb": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / 1e9,
+            "gpu_utilisation": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            "gpu_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
         }
+        found = {}
+        for name, reading in readings.items():
+            with contextlib.suppress(nvml.NVMLError):  # some GPUs and containers hide some
+                found[name] = reading()
+        return found

@@ -12,6 +12,8 @@ from fastsae.files import write_atomically
 
 from .config import TrainConfig
 
+GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilisation": "{:.0%}", "gpu_watts": "{:.0f}"}
+
 
 class Log:
     """Open it with `with`; each line goes to every place that is switched on."""
@@ -47,11 +49,9 @@ class Log:
             "dead": f"{line['dead_fraction']:.1%}",
             "tok/s": f"{line['tokens_per_second']:,.0f}",
         }
-        if "gpu_watts" in line:
-            shown["GPU"] = (
-                f"{line['gpu_memory_gb']:.1f}GB {line['gpu_utilisation']:.0%} "
-                f"{line['gpu_watts']:.0f}W"
-            )
+        for name, form in GPU_FORMATS.items():
+            if name in line:
+                shown[name.removeprefix("gpu_")] = form.format(line[name])
         if self._live:
             self._bar.set_postfix(shown)
         else:

@@ -76,10 +76,6 @@ class Adam:
         named = {f"{m}.{name}": t for m, group in moments.items() for name, t in group.items()}
         return {"step": self.step, **named}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
-
 
 def remove_parallel_(gradient: Float[Tensor, "F D"], rows: Float[Tensor, "F D"]) -> None:
     """Leave of each row's gradient what is orthogonal to the (unit-norm) row."""

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-import torch
-
+from fastsae.device import choose_device
 from fastsae.losses import default_k_aux
-from fastsae.nn import TopK
 
 from .config import TrainConfig
 from .optim import default_lr
@@ -28,19 +26,17 @@ class Plan:
     @classmethod
     def of(cls, config: TrainConfig, d_in: int, n_tokens: int) -> "Plan":
         """Raises ValueError for a choice that the SAE or the machine does not allow."""
-        gpu = torch.cuda.is_available()
-        if config.device == "cuda" and not gpu:
-            raise ValueError("device is cuda, but there is no CUDA GPU here: use cpu or auto")
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae[log]'")
         steps = config.steps or max(600, n_tokens // config.batch_size)
+        # The fused step serves every activation there is yet.
+        step = "fused" if config.step == "auto" else config.step
         eighth = max(steps * config.batch_size // 8, 1)
-        fits = isinstance(config.build(d_in).activation, TopK)
         return cls(
             steps=steps,
-            device=("cuda" if gpu else "cpu") if config.device == "auto" else config.device,
-            step=("fused" if fits else "autograd") if config.step == "auto" else config.step,
+            device=choose_device(config.device),
+            step=step,
             lr=default_lr(config.d_sae, steps) if config.lr is None else config.lr,
             warmup=min(1000, steps // 20) if config.warmup is None else config.warmup,
             dead_after=config.dead_after or min(10_000_000, eighth),

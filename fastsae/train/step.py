@@ -58,19 +58,20 @@ def fused_step(
 ) -> TrainingLoss:
     """The same update without a graph; `shadow`, a bf16 copy of W_enc, is kept up to date."""
     centred = x - x.mean(0)
-    variance = torch.linalg.vector_norm(centred).square()
+    variance = sum_of_squares(centred)
     torch.sub(x, sae.b_dec, out=centred)
     codes = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow)
     values, indices, d_sae = codes
     error = decode(values, indices, sae.W_dec).sub_(centred)
-    loss = fvu = torch.linalg.vector_norm(error).square() / variance
+    loss = fvu = sum_of_squares(error) / variance
     rows = torch.empty(0) if dead is None or not auxk_coef else dead.nonzero()[:, 0]
     aux = auxk_gradients(sae, centred, -error, rows, auxk_coef, k_aux) if len(rows) else None
 
     d_recon = error.mul_(2 / variance)
     d_values = gather_dot(d_recon, indices, sae.W_dec).mul_(codes.active)
-    d_b_enc = torch.zeros_like(sae.b_enc)
-    d_b_enc.index_add_(0, indices.flatten(), d_values.flatten())
+    runs = latent_major(indices, d_sae)
+    weights, d_weights = values.flatten()[runs.entry], d_values.flatten()[runs.entry]
+    d_b_enc = sum_runs(d_weights, x.new_ones(len(x), 1), runs, 0, d_sae)[:, 0]
     d_b_dec = d_recon.sum(0) - d_b_enc @ sae.W_enc
     if aux:
         loss = fvu + auxk_weight(auxk_coef, len(rows), k_aux) * aux.loss
@@ -78,9 +79,6 @@ def fused_step(
         d_b_dec += aux.b_dec
     adam.update("b_enc", d_b_enc)
     adam.update("b_dec", d_b_dec)
-
-    runs = latent_major(indices, d_sae)
-    weights, d_weights = values.flatten()[runs.entry], d_values.flatten()[runs.entry]
     for block in row_blocks(sae.W_dec):
         d_W_dec = sum_runs(weights, d_recon, runs, block.start, block.stop)
         d_W_enc = sum_runs(d_weights, centred, runs, block.start, block.stop)
@@ -93,6 +91,11 @@ def fused_step(
         if shadow is not None:
             shadow[block].copy_(sae.W_enc[block])
     return TrainingLoss(loss, fvu, aux.loss if aux else torch.zeros_like(fvu), codes.l0(), codes)
+
+
+def sum_of_squares(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
+    """Over all entries, without a copy of x; the norm of a whole tensor loses four digits."""
+    return torch.linalg.vector_norm(x, dim=1).square().sum()
 
 
 def row_blocks(W: Float[Tensor, "d_sae d_in"]) -> Iterator[slice]:

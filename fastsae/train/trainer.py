@@ -20,7 +20,7 @@ from .log import Log, read_lines
 from .memory import keep_freed_memory
 from .optim import schedule
 from .plan import Plan
-from .run_folder import begin, check_same, claimed, latest
+from .run_folder import begin, check_same, claimed_run, latest
 from .state import TrainState
 from .step import autograd_step, fused_step
 
@@ -50,7 +50,7 @@ class Trainer:
         """
         config = self.config
         keep_freed_memory()
-        with claimed(config.out), Interrupts() as interrupts:
+        with claimed_run(config.out), Interrupts() as interrupts:
             state = self.start(resume)
             if config.encoder_precision == "bf16":
                 self.shadow = state.sae.W_enc.detach().bfloat16()
@@ -70,14 +70,19 @@ class Trainer:
         """The state to go on from: initialised from a sample of the data, or a checkpoint's."""
         config = self.config
         if resume:
-            check_same(config, self.source.fingerprint)
-        else:
-            begin(config, self.plan, self.source.fingerprint)
-        scale = self.source.mean_square**-0.5
+            check_same(config, self.plan, self.source.fingerprint)
+        mean_square = self.source.mean_square
+        if not 0 < mean_square < torch.inf:
+            raise ValueError(f"activations must have a mean square above 0, got {mean_square}")
+        scale = mean_square**-0.5
         sample = self.source.sample(SAMPLE_TOKENS, config.seed) * scale
+        if not (sample != sample[0]).any():
+            raise ValueError("activations must differ from each other: all that were drawn are one")
         generator = torch.Generator().manual_seed(config.seed)
         sae = init_from_data(config.build(self.source.d_in), sample, generator).to(self.device)
         state = TrainState.fresh(sae, scale)
+        if not resume:  # last, so that a start that fails leaves nothing behind
+            begin(config, self.plan, self.source.fingerprint)
         checkpoint = latest(config.out) if resume else None
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
@@ -138,6 +143,8 @@ class Trainer:
 
     def save(self, state: TrainState) -> None:
         self.check_finite(state)
+        if not all(weight.isfinite().all() for weight in state.sae.parameters()):
+            raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
         folder = self.config.out / "checkpoints"
         save_checkpoint(
             folder, state.step, state.tensors(), state.meta(), self.config.keep_checkpoints
@@ -146,7 +153,7 @@ class Trainer:
     def describe(self, sae: SAE) -> str:
         """What the run does, in a line."""
         config = self.config
-        name = f"{type(sae.activation).__name__} (k = {config.k})"
+        name = f"{config.activation} (k = {config.k})"
         return (
             f"{name}, {config.d_sae} latents of width {sae.d_in}, {self.plan.steps} steps of "
             f"{config.batch_size} tokens on {self.plan.device}, {self.plan.step} step"

@@ -87,12 +87,7 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values().view(N, K)
 
 
-def sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int) -> Tensor:
-    """Rows first to last of scatter_outer, for a caller that keeps the entries in latent order.
-
-    weights [N * K] = values.flatten()[runs.entry] in x's dtype, x [N, D] -> [last - first, D].
-    A block of rows at a time stays in the cache.
-    """
+def _sum_runs_torch(weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int) -> Tensor:
     low, high = int(runs.start[first]), int(runs.start[last])
     offsets = runs.start[first:last] - low
     return embedding_bag(
@@ -133,18 +128,19 @@ def _gather_dot_kernel(
 
 
 @triton.jit
-def _scatter_outer_kernel(
-    v_ptr, entry_ptr, token_ptr, start_ptr, x_ptr, out_ptr, D,
+def _sum_runs_kernel(
+    w_ptr, token_ptr, start_ptr, x_ptr, out_ptr, first, D,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    f = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_D,), dtype=ACC)
+    f = first + row
     for run in range(tl.load(start_ptr + f), tl.load(start_ptr + f + 1)):
-        v = tl.load(v_ptr + tl.load(entry_ptr + run)).to(ACC)
+        v = tl.load(w_ptr + run).to(ACC)
         n = tl.load(token_ptr + run).to(tl.int64)
         acc += v * tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
-    tl.store(out_ptr + f * D + d, acc, mask=d < D)
+    tl.store(out_ptr + row * D + d, acc, mask=d < D)
 
 
 # --- launchers ------------------------------------------------------------------------------
@@ -170,13 +166,14 @@ def _launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def _launch_scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
+def _launch_sum_runs(
+    weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int
+) -> Tensor:
     D = x.shape[1]
-    entry, token, start = latent_major(indices, F)
-    out = x.new_empty(F, D)
+    out = x.new_empty(last - first, D)
     BLOCK_D, ACC = _constants(x)
-    grid = (F, -(-D // BLOCK_D))
-    _scatter_outer_kernel[grid](values, entry, token, start, x, out, D, BLOCK_D, ACC)
+    grid = (last - first, -(-D // BLOCK_D))
+    _sum_runs_kernel[grid](weights, runs.token, runs.start, x, out, first, D, BLOCK_D, ACC)
     return out
 
 
@@ -230,8 +227,6 @@ class _ScatterOuter(torch.autograd.Function):
         values, indices, x = values.contiguous(), indices.contiguous(), x.contiguous()
         if not indices.numel():
             return x.new_zeros(F, x.shape[1])
-        if use_triton(x):
-            return _launch_scatter_outer(values, indices, x, F)
         runs = latent_major(indices, F)
         return sum_runs(values.flatten()[runs.entry].to(x.dtype), x, runs, 0, F)
 
@@ -248,6 +243,16 @@ class _ScatterOuter(torch.autograd.Function):
 
 
 # --- public ---------------------------------------------------------------------------------
+
+
+def sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int) -> Tensor:
+    """Rows first to last of scatter_outer, for a caller that keeps the entries in latent order.
+
+    weights [N * K] = values.flatten()[runs.entry] in x's dtype, x [N, D] -> [last - first, D].
+    Not differentiable. On a CPU, a block of rows at a time stays in the cache.
+    """
+    run = _launch_sum_runs if use_triton(x) else _sum_runs_torch
+    return run(weights, x, runs, first, last)
 
 
 def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:

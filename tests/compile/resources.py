@@ -31,9 +31,8 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
         matrix = {"i_ptr": "*i64", "W_ptr": p, "out_ptr": p, **D}
         yield sparse._decode_kernel, {"v_ptr": p, **matrix}, {"K": 64, **block}, 4
         yield sparse._gather_dot_kernel, {"x_ptr": p, **matrix}, {"K": 64, **block}, 4
-        runs = dict.fromkeys(("entry_ptr", "token_ptr", "start_ptr"), "*i64")
-        runs = {"v_ptr": p, **runs, "x_ptr": p, "out_ptr": p, **D}
-        yield sparse._scatter_outer_kernel, runs, block, 4
+        runs = {"w_ptr": p, "token_ptr": "*i32", "start_ptr": "*i32", "first": "i32"}
+        yield sparse._sum_runs_kernel, {**runs, "x_ptr": p, "out_ptr": p, **D}, block, 4
         rows = {"pre_ptr": p, "group_ptr": "*i32", "packed_ptr": "*i64", "out_ptr": "*i64"}
         for F, k, largest_abs in ((131072, 64, False), (24576, 32, True), (32768, 1024, False)):
             M, V, capacity = _topk_kernel.blocks(F, k, 4 if dtype == "fp32" else 2)

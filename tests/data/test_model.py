@@ -116,5 +116,5 @@ def test_mistakes_are_named(gpt2: Path, tmp_path: Path):
         ):
             load(str(tmp_path / "absent"))
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device; use cpu"):
+        with pytest.raises(ValueError, match="CUDA"):
             load_model(str(gpt2), "cuda")

@@ -191,3 +191,12 @@ def test_wrong_arguments_are_named(changes, message):
     good = {"x": torch.ones(3, 4), "W_enc": torch.ones(5, 4), "b_enc": torch.ones(5), "k": 2}
     with pytest.raises(ValueError, match=message):
         encode_topk(**{**good, **changes})
+
+
+def test_half_precision_on_a_cpu():
+    """Whatever this machine's oneDNN knows."""
+    x, W, b = torch.randn(5, 16).half(), torch.randn(40, 16).half(), torch.zeros(40).half()
+    values, indices = encode_topk(x, W, b, 4)
+    pre = torch.nn.functional.linear(x, W, b)
+    assert torch.equal(indices, topk_indices(pre, 4))
+    assert torch.equal(values, pre.gather(1, indices).relu())

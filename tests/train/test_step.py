@@ -107,3 +107,14 @@ def test_schedule():
     assert default_lr(2**14, 15_000) == 2e-4
     assert default_lr(2**12, 10**6) == 4e-4
     assert default_lr(2**12, 600) == 2e-3
+
+
+def test_float32_figures_at_a_real_size():
+    """FVU of a [4096, 512] batch is as exact as its float64 formula allows."""
+    x = torch.randn(4096, 512) + 1
+    sae = SAE(512, 1024, TopK(8))
+    exact = training_loss(copy.deepcopy(sae).double(), x.double()).fvu
+    adam = Adam(dict(sae.named_parameters()))
+    adam.begin_step(1e-3)
+    fvu = fused_step(sae, adam, x, None, 0.0, 1).fvu
+    torch.testing.assert_close(fvu.double(), exact, rtol=1e-6, atol=0)

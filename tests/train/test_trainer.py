@@ -14,6 +14,7 @@ from fastsae.train import TrainConfig, Trainer
 from fastsae.train.log import read_lines
 
 SMALL = {"d_sae": 64, "k": 4, "batch_size": 200, "lr": 3e-3, "log_every": 5}
+REVIVING = {"d_sae": 512, "dead_after": 400}  # so many latents that some are dead, and aux-k runs
 
 
 @pytest.fixture
@@ -50,9 +51,11 @@ def test_a_run_leaves_what_it_promises(config, activation, step):
 def test_both_ways_give_the_same_curve(config, tmp_path):
     curves = []
     for step in ("fused", "autograd"):
-        run = config(step=step, out=tmp_path / step, dead_after=2000)
+        run = config(step=step, out=tmp_path / step, **REVIVING)
         fit(run)
-        curves.append([line["loss"] for line in read_lines(run.out / "metrics.jsonl")])
+        lines = read_lines(run.out / "metrics.jsonl")
+        assert any(line["auxk"] > 0 for line in lines), "some latents must die, to be revived"
+        curves.append([line["loss"] for line in lines])
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
 
 
@@ -69,11 +72,11 @@ def test_a_planted_dictionary_is_recovered(tmp_path):
 def test_the_same_seed_gives_the_same_bits(config, tmp_path, precision):
     files = []
     for name in ("one", "two"):
-        run = config(out=tmp_path / name, encoder_precision=precision, dead_after=2000)
+        run = config(out=tmp_path / name, encoder_precision=precision, **REVIVING)
         fit(run)
         files.append((run.out / "sae" / "sae.safetensors").read_bytes())
     assert files[0] == files[1]
-    other = config(out=tmp_path / "other", seed=1)
+    other = config(out=tmp_path / "other", encoder_precision=precision, **REVIVING, seed=1)
     fit(other)
     assert (other.out / "sae" / "sae.safetensors").read_bytes() != files[0]
 
@@ -85,33 +88,28 @@ class Stop(Exception):
 class StoppingShards(ActivationShards):
     """Real data whose stream breaks off after some batches, as a lost disk would."""
 
-    def __init__(self, path, batches: int):
+    def __init__(self, path, left: int):
         super().__init__(path)
-        self.left = batches
+        self.left = left
 
     def batches(self, *arguments, **settings):
         stream = super().batches(*arguments, **settings)
-        taken = type(stream).__next__
+        shards, following = self, type(stream).__next__
 
-        class Breaking:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *exc):
-                stream.close()
-
-            def __next__(breaking):
-                if not self.left:
+        class Breaking(type(stream)):
+            def __next__(self):
+                if not shards.left:
                     raise Stop
-                self.left -= 1
-                return taken(stream)
+                shards.left -= 1
+                return following(self)
 
-        return Breaking()
+        stream.__class__ = Breaking
+        return stream
 
 
 @pytest.mark.parametrize("stops", [[1], [7, 20], [23, 1, 1]])
 def test_resuming_changes_no_bit(config, tmp_path, stops):
-    settings = {"checkpoint_every": 3, "dead_after": 2000}
+    settings = {"checkpoint_every": 3, **REVIVING}
     whole = config(out=tmp_path / "whole", **settings)
     fit(whole)
     broken = config(out=tmp_path / "broken", **settings)
@@ -140,7 +138,9 @@ def test_nan_in_the_data_names_step_shard_and_row(config, tmp_path, activations,
     monkeypatch.setattr("fastsae.train.trainer.SAMPLE_TOKENS", 10)
 
     class Known(ActivationShards):
-        mean_square = 1.0  # as an index gives it: reading all of a plain file would find the NaN
+        @property
+        def mean_square(self) -> float:  # as an index gives it: reading all would find the NaN
+            return 1.0
 
     x = np.load(activations)
     x[1234, 5] = np.nan
@@ -154,6 +154,16 @@ def test_nan_in_the_data_names_step_shard_and_row(config, tmp_path, activations,
 def assert_finite(checkpoint):
     tensors = read_tensors(checkpoint / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_data_without_variance_is_refused(config, tmp_path, value):
+    """And the folder is left free for another try."""
+    np.save(tmp_path / "flat.npy", np.full((500, 16), value, "f4"))
+    run = config(data=tmp_path / "flat.npy")
+    with pytest.raises(ValueError, match="activations must"):
+        fit(run)
+    assert [path.name for path in run.out.iterdir()] == [".lock"]
 
 
 def test_a_loss_that_overflows_stops_the_run(config):
@@ -183,6 +193,7 @@ def test_wandb_offline(config, monkeypatch):
     [
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"k": 65}, "k must be between 1 and d_sae = 64, got 65"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
         ({"decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
