@@ -118,6 +118,7 @@ def evaluate_run(command: Eval) -> None:
     config = plain(EvalConfig, command)
     result = evaluate(sae, eval_data(command.run, config.data), config)
     write_json(command.run / "eval.json", to_dict(result))
+    print(f"{folder} on {result.data}:")
     print(evaluation_table(result))
     print(f"written to {command.run / 'eval.json'}")
 

@@ -49,7 +49,7 @@ def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} must be a folder, it is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

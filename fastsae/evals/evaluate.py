@@ -89,7 +89,7 @@ def evaluate(
 
 def evaluation_table(result: Evaluation) -> str:
     """The numbers in aligned columns: name, value, meaning."""
-    rows = [("data", "", result.data), *_reconstruction_rows(result.reconstruction)]
+    rows = _reconstruction_rows(result.reconstruction)
     effect = result.downstream
     if effect is None:
         rows.append(("model", "-", "not run: the data does not name it, or windows is 0"))
