@@ -22,17 +22,23 @@ SHAPES = {  # tokens, d_in, d_sae, k
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run, one of each per round, after one uncounted round.
+    """Milliseconds per call of each run, in turns of half a second, after one uncounted turn.
 
-    Taking turns spreads a change in the machine's speed over all of them.
+    Taking turns spreads a change in the machine's speed over all of them; short runs are called
+    several times in theirs, as a training loop calls them.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    calls = dict.fromkeys(runs, 1)
     for counted in [False] + [True] * rounds:
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
+            for _ in range(calls[name]):
+                run()
+            took = (time.perf_counter() - start) * 1e3 / calls[name]
             if counted:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(took)
+            else:
+                calls[name] = max(1, round(500 / took))
     return times
 
 
@@ -65,7 +71,10 @@ def stamp() -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
+def write(name: str, results: dict[str, dict[str, Any]]) -> Path:
+    """Put results, each with its stamp, beside the other ones of that file."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**stamp(), **result}, indent=1) + "\n")
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept.update({key: {**stamp(), **result} for key, result in results.items()})
+    path.write_text(json.dumps(kept, indent=1) + "\n")
     return path

@@ -88,8 +88,13 @@ def bench(steps: int) -> None:
             print(name, results[name], flush=True)
             if name == "fastsae":
                 agreement = bf16_agreement(sae, heldout)
-    setting = {"steps": steps, "batch_size": exact.batch_size, "d_sae": exact.d_sae, "k": exact.k}
+    setting: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": exact.batch_size,
+        "d_sae": exact.d_sae,
+        "k": exact.k,
+    }
     tokens = {"train_tokens": source.n_tokens, "heldout_tokens": heldout.n_tokens}
     print(f"bf16 candidates keep {agreement:.5%} of the active entries")
-    found = {"results": results, "bf16_agreement": agreement}
-    print(write("quality-cpu", {**setting, **tokens, **found}))
+    found = {**setting, **tokens, "ways": results, "bf16_agreement": agreement}
+    print(write("quality-cpu", {"demo": found}))

@@ -75,7 +75,8 @@ def floor(shape: str) -> dict[str, Any]:
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
     times = interleaved({**floor(shape), **runs(shape, WAYS)}, rounds)
-    result = {name: summary(values) for name, values in times.items()}
+    result: dict[str, Any] = {"unit": "ms", "rounds": rounds}
+    result |= {name: summary(values) for name, values in times.items()}
     products = [result[name]["median"] for name in ("torch.mm", "oneDNN")]
     for floor_name, product in {"floor": products[0], "best floor": min(products)}.items():
         least = product + result["Adam's bytes"]["median"]
@@ -101,8 +102,7 @@ def bench(shapes: list[str], rounds: int) -> None:
         peaks = " / ".join(str(r[w]["peak MB"]) for w in WAYS)
         floors = "".join(f"{r[name]['median']:>9.1f}" for name in ("floor", "best floor"))
         print(f"{shape:<6}{floors}{cells}   {peaks}", flush=True)
-    if set(shapes) == set(SHAPES):
-        print(write("step-cpu", {"unit": "ms", "rounds": rounds, "shapes": results}))
+    print(write("step-cpu", results))
 
 
 if __name__ == "__main__":
