@@ -200,3 +200,16 @@ def test_half_precision_on_a_cpu():
     pre = torch.nn.functional.linear(x, W, b)
     assert torch.equal(indices, topk_indices(pre, 4))
     assert torch.equal(values, pre.gather(1, indices).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_transposed_and_strided_arguments(device, dtype):
+    x, W, b = (
+        t.to(device, dtype) for t in (torch.randn(9, 7), torch.randn(7, 50), torch.randn(100))
+    )
+    x, W, b = x.t()[:, ::2], W.t()[:, :5], b[::2]
+    got = encode_topk(x, W, b, 4)
+    expected = encode_topk(x.contiguous(), W.contiguous(), b.contiguous(), 4)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    exact = encode_topk_reference(x.double(), W.double(), b.double(), 4)
+    assert torch.equal(got[1], exact[1])
