@@ -22,6 +22,8 @@ class Batch(NamedTuple):
 
     x: Float32[Tensor, "N d_in"]
     cursor: Cursor
+    rows: Int64[np.ndarray, " N"]
+    """Which rows of the data they are."""
 
 
 class Batches:
@@ -115,7 +117,8 @@ class _Loader:
             x = self._loaded[1](piece.picks)
             parts.append(checked(x, piece.rows[piece.picks], self.where))
         x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
-        return Batch(x.pin_memory() if self.pin_memory else x, cursor)
+        rows = np.concatenate([piece.rows[piece.picks] for piece in pieces])
+        return Batch(x.pin_memory() if self.pin_memory else x, cursor, rows)
 
 
 def _run(

@@ -96,13 +96,13 @@ class Trainer:
             result = self.step(state, batch)
             state.advance(result, len(batch.x), batch.cursor)
             if self.device.type == "cpu":
-                self.check_finite(state)
+                self.check_finite(state, batch)
             now = time.perf_counter()
             state.seconds, last = state.seconds + now - last, now
 
             done = state.step == self.plan.steps
             if done or state.step % config.log_every == 0:
-                self.check_finite(state)
+                self.check_finite(state, batch)
                 log.write({**state.metrics(self.plan.dead_after), **meter.read()})
             log.advance()
             if done or interrupts.signum or state.step % config.checkpoint_every == 0:
@@ -134,15 +134,17 @@ class Trainer:
             return fused_step(*arguments, self.shadow)
         return autograd_step(*arguments)
 
-    def check_finite(self, state: TrainState) -> None:
+    def check_finite(self, state: TrainState, batch: Batch) -> None:
+        """ValueError if the loss was NaN or Inf since the last line; on a CPU, at this step."""
         if not torch.isfinite(state.window).all():
+            largest = int(batch.rows[int(batch.x.abs().amax(1).argmax())])
             raise ValueError(
                 f"the loss is NaN or Inf at step {state.step}: no checkpoint was written since; "
-                f"try a lower --lr (it is {self.plan.lr:.3g})"
+                f"the batch's largest activation is in {self.source.where(largest)}; "
+                f"if that is sound, try a lower --lr (it is {self.plan.lr:.3g})"
             )
 
     def save(self, state: TrainState) -> None:
-        self.check_finite(state)
         if not all(weight.isfinite().all() for weight in state.sae.parameters()):
             raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
         folder = self.config.out / "checkpoints"

@@ -168,8 +168,26 @@ def test_data_without_variance_is_refused(config, tmp_path, value):
 
 def test_a_loss_that_overflows_stops_the_run(config):
     run = config(lr=1e30, warmup=0, checkpoint_every=1)
-    with pytest.raises(ValueError, match=r"the loss is NaN or Inf at step \d+"):
+    with pytest.raises(ValueError, match=r"NaN or Inf at step \d+.* in activations.npy row \d+"):
         fit(run)
+    assert_finite(list_checkpoints(run.out / "checkpoints")[-1])
+
+
+def test_a_huge_activation_is_named(config, tmp_path, activations, monkeypatch):
+    """Finite, but its square is not."""
+    monkeypatch.setattr("fastsae.train.trainer.SAMPLE_TOKENS", 10)
+
+    class Known(ActivationShards):
+        @property
+        def mean_square(self) -> float:
+            return 1.0
+
+    x = np.load(activations)
+    x[1234, 5] = 1e30
+    np.save(tmp_path / "huge.npy", x)
+    run = config(checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"NaN or Inf at step \d+.* in huge.npy row 1234;"):
+        Trainer(run, Known(tmp_path / "huge.npy")).fit()
     assert_finite(list_checkpoints(run.out / "checkpoints")[-1])
 
 
