@@ -134,13 +134,16 @@ def test_only_the_last_checkpoints_are_kept(config):
     assert names == ["step-00000030", "step-00000040"]
 
 
+class Known(ActivationShards):
+    """Data whose mean square an index gave: reading all of a plain file would find what is bad."""
+
+    @property
+    def mean_square(self) -> float:
+        return 1.0
+
+
 def test_nan_in_the_data_names_step_shard_and_row(config, tmp_path, activations, monkeypatch):
     monkeypatch.setattr("fastsae.train.trainer.SAMPLE_TOKENS", 10)
-
-    class Known(ActivationShards):
-        @property
-        def mean_square(self) -> float:  # as an index gives it: reading all would find the NaN
-            return 1.0
 
     x = np.load(activations)
     x[1234, 5] = np.nan
@@ -176,11 +179,6 @@ def test_a_loss_that_overflows_stops_the_run(config):
 def test_a_huge_activation_is_named(config, tmp_path, activations, monkeypatch):
     """Finite, but its square is not."""
     monkeypatch.setattr("fastsae.train.trainer.SAMPLE_TOKENS", 10)
-
-    class Known(ActivationShards):
-        @property
-        def mean_square(self) -> float:
-            return 1.0
 
     x = np.load(activations)
     x[1234, 5] = 1e30
