@@ -24,13 +24,12 @@ from .dense import DenseTopK, dense_adam, dense_step
 WAYS = ("fastsae", "fastsae bf16", "dense")
 
 
-def fastsae_run(sae: SAE, x: torch.Tensor, shadow: torch.Tensor | None):
-    adam = Adam(dict(sae.named_parameters()))
-    dead = torch.zeros(sae.d_sae, dtype=torch.bool)
+def fastsae_run(sae: SAE, x: torch.Tensor, shadows: tuple[str, ...] = ()):
+    adam = Adam(sae, shadows=shadows)
 
     def run() -> None:
         adam.begin_step(1e-4)
-        fused_step(sae, adam, x, dead, 1 / 32, sae.d_in // 2, shadow)
+        fused_step(sae, adam, x, None, 1 / 32, sae.d_in // 2)
 
     return run
 
@@ -48,10 +47,9 @@ def runs(shape: str, ways: tuple[str, ...]) -> dict[str, Any]:
 
     made: dict[str, Any] = {}
     if "fastsae" in ways:
-        made["fastsae"] = fastsae_run(tied(), x, None)
+        made["fastsae"] = fastsae_run(tied(), x)
     if "fastsae bf16" in ways:
-        sae = tied()
-        made["fastsae bf16"] = fastsae_run(sae, x, sae.W_enc.detach().bfloat16())
+        made["fastsae bf16"] = fastsae_run(tied(), x, ("W_enc",))
     if "dense" in ways:
         model = DenseTopK(tied())
         adam = dense_adam(model, 1e-4)

@@ -1,5 +1,7 @@
 """Where to compute."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -15,3 +17,16 @@ def choose_device(device: Device) -> Literal["cpu", "cuda"]:
     if device == "auto":
         return "cuda" if gpu else "cpu"
     return device
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Let a GPU round the inputs of float32 products to tf32, if allowed, for a while."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if allowed:
+        matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

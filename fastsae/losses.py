@@ -12,7 +12,7 @@ arXiv:2406.04093, A.2). Their encoder rows are trained as well as their decoder 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -34,38 +34,35 @@ class TrainingLoss(NamedTuple):
 def training_loss(
     sae: SAE,
     x: Float[Tensor, "... d_in"],
-    dead: Bool[Tensor, " d_sae"] | None = None,
+    dead: Int[Tensor, " n_dead"] | None = None,
     auxk_coef: float = 1 / 32,
     k_aux: int | None = None,
 ) -> TrainingLoss:
     """The loss of one batch; `.loss` is differentiable in every parameter.
 
-    `dead` marks latents that have not fired for long; k_aux of them (by default d_in / 2) per
-    token reconstruct what the live ones left over. Raises ValueError if k_aux < 1, if auxk_coef
-    < 0, for a mask of another size, or for a transcoder. Leading dimensions of x are flattened.
+    `dead` lists, in rising order, latents that have not fired for long; k_aux of them (by default
+    d_in / 2) per token reconstruct what the live ones left over. Raises ValueError if k_aux < 1,
+    if auxk_coef < 0, or for a transcoder. Leading dimensions of x are flattened.
     """
     k_aux = default_k_aux(sae.d_in) if k_aux is None else k_aux
     if auxk_coef < 0:
         raise ValueError(f"auxk_coef must be at least 0, got {auxk_coef}")
     if k_aux < 1:
         raise ValueError(f"k_aux must be at least 1, got {k_aux}")
-    if dead is not None and len(dead) != sae.d_sae:
-        raise ValueError(f"dead must have d_sae = {sae.d_sae} entries, got {len(dead)}")
     if sae.d_out is not None:
         raise ValueError("training_loss is an autoencoder's; this SAE has d_out, a transcoder's")
-    codes = sae.encode(x)
     x = x.reshape(-1, sae.d_in)
-    residual = x - sae.decode(codes)
+    recon, codes = sae.reconstruct(x)
+    residual = x - recon
     loss = fvu = residual.square().sum() / total_variance(x)
     auxk = torch.zeros_like(fvu)
-    rows = torch.empty(0) if dead is None else dead.nonzero()[:, 0]
-    if len(rows) and auxk_coef:
+    if dead is not None and len(dead) and auxk_coef:
         residual = residual.detach()
-        W_enc, b_enc, W_dec = sae.W_enc[rows], sae.b_enc[rows], sae.W_dec[rows]
+        W_enc, b_enc, W_dec = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead]
         signed = sae.activation.signed
         error = auxk_error(sae.centre(x), residual, W_enc, b_enc, W_dec, k_aux, signed)
         auxk = error / total_variance(residual)
-        loss = fvu + auxk_weight(auxk_coef, len(rows), k_aux) * auxk
+        loss = fvu + auxk_weight(auxk_coef, len(dead), k_aux) * auxk
     return TrainingLoss(loss, fvu.detach(), auxk.detach(), codes.l0(), codes)
 
 

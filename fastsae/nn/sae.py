@@ -46,10 +46,13 @@ class SAE(nn.Module):
 
         Raises ValueError if the last dimension is not d_in.
         """
+        return self.activation.encode(self.centre(self.tokens(x)), self.W_enc, self.b_enc)
+
+    def tokens(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
+        """x with its leading dimensions flattened; ValueError if the last one is not d_in."""
         if x.shape[-1] != self.d_in:
             raise ValueError(f"x must end in d_in = {self.d_in}, got shape {list(x.shape)}")
-        centred = self.centre(x.reshape(-1, self.d_in))
-        return self.activation.encode(centred, self.W_enc, self.b_enc)
+        return x.reshape(-1, self.d_in)
 
     def centre(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
         """What the encoder's weights see."""
@@ -59,8 +62,14 @@ class SAE(nn.Module):
         """The reconstruction that codes stand for."""
         return decode(codes.values, codes.indices, self.W_dec) + self.b_dec
 
+    def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "N d_out"], Codes]:
+        """The reconstruction of x with the codes it was decoded from, in one differentiable op."""
+        centred = self.centre(self.tokens(x))
+        return self.activation.reconstruct(centred, self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        return self.decode(self.encode(x)).view(*x.shape[:-1], len(self.b_dec))
+        recon, _ = self.reconstruct(x)
+        return recon.view(*x.shape[:-1], len(self.b_dec))
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> "SAE":

@@ -6,6 +6,7 @@ from typing import Literal
 
 from fastsae.device import Device
 from fastsae.nn import SAE, AbsTopK, TopK
+from fastsae.nn.topk import Gradient, Rotation
 
 ACTIVATIONS = {"topk": TopK, "abstopk": AbsTopK}
 
@@ -30,6 +31,14 @@ class TrainConfig:
     activation: Literal["topk", "abstopk"] = "topk"
     """Which pre-activations are kept: the k largest, or the k of largest magnitude, signed."""
 
+    gradient: Gradient = "straight_through"
+    """What trains the encoder: the gradient of the kept latents, or that gradient rotated as the
+    choice of them rotated the pre-activations (arXiv:2410.06424)."""
+
+    rotation: Rotation | None = None
+    """Whose gradient a rotation takes: that of the kept latents (support, the default) or of all
+    latents, also those not kept (dense)."""
+
     steps: int | None = None
     """Optimisation steps; by default one pass over the data, but at least 600."""
 
@@ -52,9 +61,20 @@ class TrainConfig:
     device: Device = "auto"
     """Where to train; auto takes a GPU if there is one."""
 
-    encoder_precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 finds candidates for the active latents in half precision and ranks them in fp32:
-    faster where the processor has bf16 instructions, and almost always the same choice."""
+    encoder_precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Precision of the encoder's product; auto is bf16 for the fused step on a GPU, else fp32. On a
+    CPU, bf16 finds candidates for the active latents and ranks them in fp32: faster where the
+    processor has bf16 instructions, and almost always the same choice. On a GPU, the active
+    latents and all that follows are computed from bf16 copies of the fp32 weights."""
+
+    adam_moments: Literal["fp32", "bf16"] = "fp32"
+    """How Adam's moments of the weights are kept; bf16, rounded stochastically, saves a third of
+    the memory and of what each step moves."""
+
+    adam_window: int = 1
+    """Latents without a gradient are updated at least every so many steps, at most 8; then they
+    make up for the steps they missed, and until then the encoder sees them as they were. 1 is
+    Adam."""
 
     dead_after: int | None = None
     """Tokens without firing after which a latent counts as dead; by default 10 million, or an
@@ -104,9 +124,24 @@ class TrainConfig:
             raise ValueError(f"auxk_coef must be at least 0, got {self.auxk_coef}")
         if self.auxk_coef == 0 and self.k_aux is not None:
             raise ValueError(f"k_aux = {self.k_aux} has no effect with auxk_coef = 0")
-        if self.encoder_precision == "bf16" and self.step == "autograd":
-            raise ValueError('encoder_precision "bf16" needs the fused step, got step "autograd"')
+        if not 1 <= self.adam_window <= 8:
+            raise ValueError(f"adam_window must be between 1 and 8, got {self.adam_window}")
+        if self.rotation is not None and self.gradient != "rotation":
+            raise ValueError(
+                f'rotation = {self.rotation} has no effect without gradient "rotation"'
+            )
+        if self.step == "fused" and self.gradient == "rotation":
+            raise ValueError('gradient "rotation" needs the autograd step, got step "fused"')
+        if self.step == "autograd" or self.gradient == "rotation":
+            fused = {"encoder_precision": "bf16", "adam_moments": "bf16"}
+            for name, value in fused.items():
+                if getattr(self, name) == value:
+                    raise ValueError(f'{name} "{value}" needs the fused step')
+            if self.adam_window > 1:
+                raise ValueError(f"adam_window = {self.adam_window} needs the fused step")
 
     def build(self, d_in: int) -> SAE:
         """The SAE to be trained, on activations of width d_in."""
-        return SAE(d_in, self.d_sae, ACTIVATIONS[self.activation](self.k))
+        activation = ACTIVATIONS[self.activation]
+        rotation = self.rotation or "support"
+        return SAE(d_in, self.d_sae, activation(self.k, gradient=self.gradient, rotation=rotation))

@@ -1,14 +1,21 @@
-"""Adam on blocks of rows, the learning-rate schedule, and the constraint on decoder rows."""
+"""Adam's state for an SAE, and the learning-rate schedule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-BETAS = (0.9, 0.999)
-EPS = 6.25e-10
+from fastsae.nn import SAE
+from fastsae_kernels.adam import (
+    AdamStep,
+    RowGradients,
+    Rows,
+    Window,
+    adam_,
+    fused_adam_,
+    settle_,
+)
 
 
 def default_lr(d_sae: int, steps: int) -> float:
@@ -33,55 +40,64 @@ def schedule(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 class Adam:
-    """Adam (arXiv:1412.6980) whose parameters may be updated a block of rows at a time.
+    """Adam (arXiv:1412.6980) on the parameters of an SAE.
 
-    The same arithmetic as torch.optim.Adam(fused=True). Call `begin_step` once per step, then
-    `update` once for every row of every parameter.
+    Call `begin_step` once per step, then either `update` for every parameter with its dense
+    gradient, or `update` for the biases and `update_rows` for both weights.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], betas=BETAS, eps: float = EPS):
-        self.parameters = {name: p.detach() for name, p in parameters.items()}
-        self.first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.betas, self.eps = betas, eps
-        self.step = torch.zeros((), device=next(iter(self.parameters.values())).device)
-        self.lr = 0.0
+    def __init__(
+        self,
+        sae: SAE,
+        *,
+        moments: torch.dtype | None = None,
+        window: int = 1,
+        shadows: Collection[str] = (),
+        seed: int = 0,
+    ):
+        """`moments` is the dtype of the weights' moments, by default the weights' own; `window` the
+        steps within which every row is visited; `shadows` names the weights that are also kept
+        in bfloat16; `seed` is that of stochastic rounding. See `fastsae_kernels.adam`."""
+        self.parameters = {name: p.detach() for name, p in sae.named_parameters()}
+        kept = {name: moments if name in ("W_dec", "W_enc") else None for name in self.parameters}
+        self.first = {n: torch.zeros_like(p, dtype=kept[n]) for n, p in self.parameters.items()}
+        self.second = {n: torch.zeros_like(m) for n, m in self.first.items()}
+        self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
+        self.at = AdamStep(0, 0.0, seed=seed)
+        self.window: Window | None = None
+        if window > 1:
+            updated = torch.zeros(sae.d_sae, dtype=torch.int32, device=sae.W_enc.device)
+            self.window = Window(updated, sae.W_enc.new_zeros(window))
 
     def begin_step(self, lr: float) -> None:
-        self.step += 1
-        self.lr = lr
+        self.at = self.at._replace(step=self.at.step + 1, lr=lr)
 
-    def update(self, name: str, gradient: Tensor, rows: slice = slice(None)) -> None:
-        """Move some rows of a parameter down their gradient."""
-        tensors = (self.parameters[name], self.first[name], self.second[name])
-        parameter, first, second = ([t[rows]] for t in tensors)
-        torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls  # pyright: ignore
-            parameter,
-            [gradient],
-            first,
-            second,
-            [],
-            [self.step],
-            lr=self.lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=0.0,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
+    def rows(self, name: str) -> Rows:
+        """A weight with its moments and its shadow."""
+        return Rows(
+            self.parameters[name], self.first[name], self.second[name], self.shadow.get(name)
         )
+
+    def update(self, name: str, gradient: Tensor) -> None:
+        """Move a parameter down its dense gradient."""
+        fused_adam_(self.parameters[name], gradient, self.first[name], self.second[name], self.at)
+
+    def update_rows(self, gradients: RowGradients) -> None:
+        """Move both weights down their sparse gradients, and constrain the decoder's rows."""
+        adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
+
+    def settle(self) -> None:
+        """Bring rows that wait for their update up to date."""
+        if self.window is not None:
+            settle_(self.rows("W_dec"), self.rows("W_enc"), self.at, self.window)
+
+    def restored(self, step: int) -> None:
+        """Go on after a step whose parameters and state_dict have been copied in."""
+        self.at = self.at._replace(step=step)
+        for name, shadow in self.shadow.items():
+            shadow.copy_(self.parameters[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         moments = {"first": self.first, "second": self.second}
         named = {f"{m}.{name}": t for m, group in moments.items() for name, t in group.items()}
-        return {"step": self.step, **named}
-
-
-def remove_parallel_(gradient: Float[Tensor, "F D"], rows: Float[Tensor, "F D"]) -> None:
-    """Leave of each row's gradient what is orthogonal to the (unit-norm) row."""
-    gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
-
-
-def normalise_rows_(rows: Float[Tensor, "F D"]) -> None:
-    """Bring each row back to norm 1."""
-    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        return named | (self.window._asdict() if self.window is not None else {})

@@ -18,9 +18,12 @@ class Plan:
     steps: int
     device: Literal["cpu", "cuda"]
     step: Literal["fused", "autograd"]
+    encoder_precision: Literal["fp32", "tf32", "bf16"]
     lr: float
     warmup: int
     dead_after: int
+    dead_every: int
+    """Steps between updates of the set of dead latents: a hundredth of dead_after."""
     k_aux: int
 
     @classmethod
@@ -30,15 +33,25 @@ class Plan:
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae[log]'")
         steps = config.steps or max(600, n_tokens // config.batch_size)
-        # The fused step serves every activation there is yet.
-        step = "fused" if config.step == "auto" else config.step
+        step = config.step
+        if step == "auto":
+            step = "fused" if config.gradient == "straight_through" else "autograd"
+        device = choose_device(config.device)
+        precision = config.encoder_precision
+        if precision == "auto":
+            precision = "bf16" if device == "cuda" and step == "fused" else "fp32"
+        if precision == "tf32" and device == "cpu":
+            raise ValueError("encoder_precision tf32 needs a GPU: a CPU knows fp32 and bf16")
         eighth = max(steps * config.batch_size // 8, 1)
+        dead_after = config.dead_after or min(10_000_000, eighth)
         return cls(
             steps=steps,
-            device=choose_device(config.device),
+            device=device,
             step=step,
+            encoder_precision=precision,
             lr=default_lr(config.d_sae, steps) if config.lr is None else config.lr,
             warmup=min(1000, steps // 20) if config.warmup is None else config.warmup,
-            dead_after=config.dead_after or min(10_000_000, eighth),
+            dead_after=dead_after,
+            dead_every=max(1, dead_after // (100 * config.batch_size)),
             k_aux=config.k_aux or default_k_aux(d_in),
         )

@@ -21,6 +21,8 @@ class TrainState:
     adam: Adam
     tokens_since_fired: Tensor
     """int64 [d_sae]: tokens seen since each latent was last active."""
+    dead: Tensor
+    """int64 [n_dead]: the latents that count as dead, rising."""
     scale: float
     """The constant that activations are multiplied by before training."""
     step: int = 0
@@ -34,10 +36,14 @@ class TrainState:
     """Tokens and seconds at the last logged line."""
 
     @classmethod
-    def fresh(cls, sae: SAE, scale: float) -> "TrainState":
+    def fresh(cls, sae: SAE, adam: Adam, scale: float) -> "TrainState":
         counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        adam, window = Adam(dict(sae.named_parameters())), torch.zeros(5, device=counters.device)
-        return cls(sae, adam, counters, scale, window=window)
+        window = torch.zeros(5, device=counters.device)
+        return cls(sae, adam, counters, counters[:0], scale, window=window)
+
+    def find_dead(self, dead_after: int) -> None:
+        """Update the set of dead latents; this waits for a GPU."""
+        self.dead = (self.tokens_since_fired >= dead_after).nonzero()[:, 0]
 
     def advance(self, result: TrainingLoss, batch_size: int, cursor: Cursor) -> None:
         """Count a step that has been made."""
@@ -62,7 +68,7 @@ class TrainState:
             "auxk": auxk / count,
             "l0": l0 / count,
             "dead_fraction": (self.tokens_since_fired >= dead_after).float().mean().item(),
-            "lr": self.adam.lr,
+            "lr": self.adam.at.lr,
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
         }
@@ -73,6 +79,9 @@ class TrainState:
             **{f"sae.{name}": t for name, t in self.sae.state_dict().items()},
             **{f"adam.{name}": t for name, t in self.adam.state_dict().items()},
             "tokens_since_fired": self.tokens_since_fired,
+            "dead": torch.zeros_like(self.tokens_since_fired, dtype=torch.bool).index_fill_(
+                0, self.dead, True
+            ),
             "window": self.window,
             "rng": torch.get_rng_state(),
         }
@@ -96,9 +105,11 @@ class TrainState:
                 raise ValueError(
                     f"the checkpoint must hold {name} of shape {list(target.shape)}, got {found}"
                 )
-            if name != "rng":
+            if name not in ("rng", "dead"):
                 target.copy_(source)
         torch.set_rng_state(tensors["rng"])
+        self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
+        self.adam.restored(meta["step"])
         self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
         self.scale, self.cursor = meta["scale"], Cursor(**meta["cursor"])
         self.logged = tuple(meta["logged"])

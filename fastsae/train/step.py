@@ -1,28 +1,28 @@
 """One training step, two ways: through autograd, and fused, with the same mathematics.
 
-    fused:  encode -> decode, error, value gradients -> per block of latents: both weight
-            gradients, constraint, Adam, constraint again
+    fused:  encode -> decode, error, value gradients -> per latent: both weight gradients,
+            constraint, Adam, constraint again
 
-The fused step builds no graph and no [d_sae, d_in] gradient: a block of rows is summed, applied
-and forgotten while it is in the cache. It serves activations whose gradient is the identity on
-active entries (TopK and AbsTopK); every other way of training goes through autograd.
+The fused step builds no graph and no [d_sae, d_in] gradient: a row's gradient is summed, applied
+and forgotten. It serves activations whose gradient is the identity on active entries (TopK and
+AbsTopK, straight through); every other way of training goes through autograd. Neither reads a
+value back from a GPU.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.losses import TrainingLoss, auxk_error, auxk_weight, total_variance, training_loss
 from fastsae.nn import SAE
-from fastsae_kernels import decode, gather_dot
-from fastsae_kernels.sparse import latent_major, sum_runs
+from fastsae_kernels import squared_error
+from fastsae_kernels.adam import RowGradients, normalise_rows_, remove_parallel_
+from fastsae_kernels.latent_major import latent_major, sum_runs
 
-from .optim import Adam, normalise_rows_, remove_parallel_
+from .optim import Adam
 
-BLOCK_BYTES = 1 << 20
 AUX_BYTES = 64 << 20
 
 
@@ -30,7 +30,7 @@ def autograd_step(
     sae: SAE,
     adam: Adam,
     x: Float[Tensor, "N d_in"],
-    dead: Bool[Tensor, " d_sae"] | None,
+    dead: Int[Tensor, " n_dead"] | None,
     auxk_coef: float,
     k_aux: int,
 ) -> TrainingLoss:
@@ -51,58 +51,48 @@ def fused_step(
     sae: SAE,
     adam: Adam,
     x: Float[Tensor, "N d_in"],
-    dead: Bool[Tensor, " d_sae"] | None,
+    dead: Int[Tensor, " n_dead"] | None,
     auxk_coef: float,
     k_aux: int,
-    shadow: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> TrainingLoss:
-    """The same update without a graph; `shadow`, a bf16 copy of W_enc, is kept up to date."""
+    """The same update without a graph, products from the shadows that adam keeps."""
+    low = "W_dec" in adam.shadow  # then every product is of bfloat16
+    W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
     centred = x - x.mean(0)
     variance = sum_of_squares(centred)
     torch.sub(x, sae.b_dec, out=centred)
-    codes = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow)
-    values, indices, d_sae = codes
-    error = decode(values, indices, sae.W_dec).sub_(centred)
-    loss = fvu = sum_of_squares(error) / variance
-    rows = torch.empty(0) if dead is None or not auxk_coef else dead.nonzero()[:, 0]
-    aux = auxk_gradients(sae, centred, -error, rows, auxk_coef, k_aux) if len(rows) else None
+    seen, b_enc = centred.to(W_enc.dtype), sae.b_enc.to(W_enc.dtype)
+    proposals = None if low else adam.shadow.get("W_enc")
+    codes = sae.activation.encode(seen, W_enc, b_enc, proposals)
+    sse, error, dots = squared_error(codes.values, codes.indices, W_dec, sae.b_dec, x)
+    loss = fvu = sse.sum() / variance
+    aux = None
+    if dead is not None and len(dead) and auxk_coef:
+        aux = auxk_gradients(sae, centred, -error.to(x.dtype), dead, auxk_coef, k_aux, low)
 
-    d_recon = error.mul_(2 / variance)
-    d_values = gather_dot(d_recon, indices, sae.W_dec).mul_(codes.active)
-    runs = latent_major(indices, d_sae)
-    weights, d_weights = values.flatten()[runs.entry], d_values.flatten()[runs.entry]
-    d_b_enc = sum_runs(d_weights, x.new_ones(len(x), 1), runs, 0, d_sae)[:, 0]
-    d_b_dec = d_recon.sum(0) - d_b_enc @ sae.W_enc
-    if aux:
-        loss = fvu + auxk_weight(auxk_coef, len(rows), k_aux) * aux.loss
+    scale = 2 / variance
+    runs = latent_major(codes.indices, codes.d_sae, codes.active)
+    weights, d_weights = (
+        (entries.to(x.dtype) * scale).flatten()[runs.entry] for entries in (codes.values, dots)
+    )
+    d_b_enc = sum_runs(d_weights, x.new_ones(len(x), 1), runs)[:, 0]
+    d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_b_enc.to(W_enc.dtype) @ W_enc
+    extra = None
+    if aux is not None:
+        loss = fvu + auxk_weight(auxk_coef, len(aux.rows), k_aux) * aux.loss
         d_b_enc[aux.rows] += aux.b_enc
         d_b_dec += aux.b_dec
+        extra = aux.rows, aux.W_dec, aux.W_enc
     adam.update("b_enc", d_b_enc)
     adam.update("b_dec", d_b_dec)
-    for block in row_blocks(sae.W_dec):
-        d_W_dec = sum_runs(weights, d_recon, runs, block.start, block.stop)
-        d_W_enc = sum_runs(d_weights, centred, runs, block.start, block.stop)
-        if aux:
-            aux.add_to_(d_W_enc, d_W_dec, block)
-        remove_parallel_(d_W_dec, sae.W_dec[block])
-        adam.update("W_dec", d_W_dec, block)
-        adam.update("W_enc", d_W_enc, block)
-        normalise_rows_(sae.W_dec[block])
-        if shadow is not None:
-            shadow[block].copy_(sae.W_enc[block])
-    return TrainingLoss(loss, fvu, aux.loss if aux else torch.zeros_like(fvu), codes.l0(), codes)
+    adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
+    auxk = torch.zeros_like(fvu) if aux is None else aux.loss
+    return TrainingLoss(loss, fvu, auxk, codes.l0(), codes)
 
 
 def sum_of_squares(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     """Over all entries, without a copy of x; the norm of a whole tensor loses four digits."""
     return torch.linalg.vector_norm(x, dim=1).square().sum()
-
-
-def row_blocks(W: Float[Tensor, "d_sae d_in"]) -> Iterator[slice]:
-    """Blocks of rows that, with their gradients and moments, stay in a CPU's cache."""
-    rows = max(1, BLOCK_BYTES // (W.shape[1] * W.itemsize)) if W.device.type == "cpu" else len(W)
-    for start in range(0, len(W), rows):
-        yield slice(start, min(start + rows, len(W)))
 
 
 class AuxKGradients(NamedTuple):
@@ -115,15 +105,6 @@ class AuxKGradients(NamedTuple):
     W_dec: Float[Tensor, "n_dead d_in"]
     b_dec: Float[Tensor, " d_in"]
 
-    def add_to_(self, d_W_enc: Tensor, d_W_dec: Tensor, block: slice) -> None:
-        """Add what falls into a block of rows to the gradients of that block."""
-        first, last = torch.searchsorted(
-            self.rows, torch.tensor([block.start, block.stop], device=self.rows.device)
-        ).tolist()
-        local = self.rows[first:last] - block.start
-        d_W_enc.index_add_(0, local, self.W_enc[first:last])
-        d_W_dec.index_add_(0, local, self.W_dec[first:last])
-
 
 def auxk_gradients(
     sae: SAE,
@@ -132,8 +113,12 @@ def auxk_gradients(
     rows: Int[Tensor, " n_dead"],
     auxk_coef: float,
     k_aux: int,
+    low: bool = False,
 ) -> AuxKGradients:
-    """Differentiate the aux loss on the slice of dead rows, a chunk of tokens at a time."""
+    """Differentiate the aux loss on the slice of dead rows, a chunk of tokens at a time.
+
+    `low` runs its products in bfloat16.
+    """
     leaves = W_enc, b_enc, W_dec = [
         W[rows].requires_grad_() for W in (sae.W_enc, sae.b_enc, sae.W_dec)
     ]
@@ -143,9 +128,10 @@ def auxk_gradients(
     weight = auxk_weight(auxk_coef, len(rows), k_aux)
     chunk = max(1, AUX_BYTES // (len(rows) * residual.itemsize))
     for c, r in zip(centred.split(chunk), residual.split(chunk), strict=True):
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(centred.device.type, torch.bfloat16, enabled=low):
             c = c.detach().requires_grad_()
-            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, sae.activation.signed) / variance
+            error = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, sae.activation.signed)
+            part = error / variance
         *gradients, d_centred = torch.autograd.grad(part, [*leaves, c])
         loss += part.detach()
         d_b_dec.sub_(d_centred.sum(0), alpha=weight)

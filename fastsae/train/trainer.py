@@ -7,6 +7,7 @@ import torch
 
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
 from fastsae.data import ActivationSource, Batch
+from fastsae.device import tf32_products
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
 from fastsae.losses import TrainingLoss
@@ -18,7 +19,7 @@ from .gpu import GpuMeter
 from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
 from .memory import keep_freed_memory
-from .optim import schedule
+from .optim import Adam, schedule
 from .plan import Plan
 from .run_folder import begin, check_same, claimed_run, latest
 from .state import TrainState
@@ -40,7 +41,6 @@ class Trainer:
         self.config, self.source = config, source
         self.plan = Plan.of(config, source.d_in, source.n_tokens)
         self.device = torch.device(self.plan.device)
-        self.shadow: torch.Tensor | None = None
 
     def fit(self, resume: bool = False) -> SAE:
         """Train to the last step and return the SAE, on the CPU, for activations as they are.
@@ -52,8 +52,6 @@ class Trainer:
         keep_freed_memory()
         with claimed_run(config.out), Interrupts() as interrupts:
             state = self.start(resume)
-            if config.encoder_precision == "bf16":
-                self.shadow = state.sae.W_enc.detach().bfloat16()
             pin = self.device.type == "cuda"
             with (
                 Log(config, self.plan.steps, state.step) as log,
@@ -80,13 +78,24 @@ class Trainer:
             raise ValueError("activations must differ from each other: all that were drawn are one")
         generator = torch.Generator().manual_seed(config.seed)
         sae = init_from_data(config.build(self.source.d_in), sample, generator).to(self.device)
-        state = TrainState.fresh(sae, scale)
+        state = TrainState.fresh(sae, self.optimizer(sae), scale)
         if not resume:  # last, so that a start that fails leaves nothing behind
             begin(config, self.plan, self.source.fingerprint)
         checkpoint = latest(config.out) if resume else None
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
         return state
+
+    def optimizer(self, sae: SAE) -> Adam:
+        """Adam, with the bfloat16 copies that the precision asks for."""
+        shadows = ("W_enc",) if self.device.type == "cpu" else ("W_enc", "W_dec")
+        return Adam(
+            sae,
+            moments=torch.bfloat16 if self.config.adam_moments == "bf16" else None,
+            window=self.config.adam_window,
+            shadows=shadows if self.plan.encoder_precision == "bf16" else (),
+            seed=self.config.seed,
+        )
 
     def loop(self, state: TrainState, batches, log: Log, interrupts: Interrupts) -> None:
         config, meter = self.config, GpuMeter(self.device)
@@ -128,11 +137,11 @@ class Trainer:
         config, plan = self.config, self.plan
         factor = schedule(state.step, plan.steps, plan.warmup, config.decay)
         state.adam.begin_step(plan.lr * factor)
-        dead = state.tokens_since_fired >= plan.dead_after
-        arguments = (state.sae, state.adam, batch.x, dead, config.auxk_coef, plan.k_aux)
-        if plan.step == "fused":
-            return fused_step(*arguments, self.shadow)
-        return autograd_step(*arguments)
+        if state.step % plan.dead_every == 0:
+            state.find_dead(plan.dead_after)
+        take = fused_step if plan.step == "fused" else autograd_step
+        with tf32_products(plan.encoder_precision == "tf32"):
+            return take(state.sae, state.adam, batch.x, state.dead, config.auxk_coef, plan.k_aux)
 
     def check_finite(self, state: TrainState, batch: Batch) -> None:
         """ValueError if the loss was NaN or Inf since the last line; on a CPU, at this step."""
@@ -156,14 +165,18 @@ class Trainer:
         """What the run does, in a line."""
         config = self.config
         name = f"{config.activation} (k = {config.k})"
+        if config.gradient == "rotation":
+            name += f" with a {config.rotation or 'support'} rotation gradient"
         return (
             f"{name}, {config.d_sae} latents of width {sae.d_in}, {self.plan.steps} steps of "
-            f"{config.batch_size} tokens on {self.plan.device}, {self.plan.step} step"
+            f"{config.batch_size} tokens on {self.plan.device}, {self.plan.step} step, "
+            f"{self.plan.encoder_precision} encoder"
         )
 
     def finish(self, state: TrainState) -> SAE:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
+        state.adam.settle()
         sae = state.sae.cpu().fold_scale_(state.scale)
         sae.save(config.out / "sae")
         data = self.source.heldout or self.source

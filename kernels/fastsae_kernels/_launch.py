@@ -3,13 +3,16 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _BUFFER_MB = os.environ.get("FASTSAE_BUFFER_MB")
+ENCODER = os.environ.get("FASTSAE_ENCODER")
+"""Overrides encode.py's choice of who multiplies on a GPU: "cublas" or "triton"."""
 
 _local = threading.local()
 
@@ -35,6 +38,20 @@ def interpreted() -> Iterator[None]:
         _local.interpreted = outer
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run a Triton kernel on the device of its first tensor; nothing where the grid is empty."""
+    if 0 in grid:
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """Of x's GPU; of a Hopper where a kernel is only interpreted or compiled."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
 def power_of_2(n: int) -> int:
     """The least power of two that is no less than n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -47,16 +64,26 @@ def buffer_bytes(device: torch.device) -> int:
     return (256 if device.type == "cpu" else 512) << 20
 
 
+def rows_at_a_time(x: Tensor, F: int) -> int:
+    """How many rows of F entries like x's to work on at a time, out of as many as x has.
+
+    The fewest chunks of equal size that fit the budget; on a CPU chunks of 8 MB, but no fewer than
+    256 rows, so that they stay in the cache while products run at full speed.
+    """
+    row = F * x.element_size()
+    most = max(1, buffer_bytes(x.device) // row)
+    if x.device.type == "cpu":
+        most = min(most, max(256, (8 << 20) // row))
+    return -(-len(x) // -(-len(x) // most)) if len(x) else 1
+
+
 def rows_in_cache(F: int, itemsize: int) -> int:
     """How many rows of F entries a CPU works on at a time: 8 MB, but no fewer than 256."""
     return max(256, (8 << 20) // (F * itemsize))
 
 
-def check_codes(values: Tensor | None, indices: Tensor, F: int) -> None:
-    """Raise ValueError unless indices are integers of shape [N, K] and values match them.
-
-    On a CPU, where it costs nothing, indices must also lie below F.
-    """
+def check_codes(values: Tensor | None, indices: Tensor) -> None:
+    """Raise ValueError unless indices are integers of shape [N, K] and values match them."""
     if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"indices must be int32 or int64 of shape [N, K], "
@@ -67,6 +94,10 @@ def check_codes(values: Tensor | None, indices: Tensor, F: int) -> None:
             f"values must be floating point of the shape of indices, {list(indices.shape)}, "
             f"got {values.dtype} of shape {list(values.shape)}"
         )
+
+
+def check_indices(indices: Tensor, F: int) -> None:
+    """Raise ValueError unless indices lie below F: on a CPU, where to look costs nothing."""
     if indices.numel() and indices.device.type == "cpu":
         low, high = indices.aminmax()
         if low < 0 or high >= F:

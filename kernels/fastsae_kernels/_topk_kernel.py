@@ -1,24 +1,26 @@
 """The kernel of topk.py: the k largest entries of each row in one read of it.
 
-The maxima of M groups stay in registers. Bisecting for a key that at least k of them reach takes
-the place of sorting them; the entries that reach it, k and a few, are gathered from the winning
-groups and ranked by (key, -index), which has no ties. Where ties make more of them than there is
-room for, bisecting over the row itself finds exactly k. Keys are integers in the order of the
-entries as they are in memory, so no two passes can disagree.
+The maxima of M groups stay in registers, found here or by the encoder's product. Bisecting for a
+key that at least k of them reach takes the place of sorting them; the entries that reach it, k and
+a few, are gathered from the winning groups and ranked by (key, -index), which has no ties. Where
+ties make more of them than there is room for, bisecting over the row itself finds exactly k. Keys
+are integers in the order of the entries as they are in memory, so no two passes can disagree.
 
-A group takes V neighbours (one vector load) out of every M V entries.
+Where group g has its entries is its Layout: from BASE(g), V of them STEP apart, V more JUMP after
+those, and so on through a tile of S groups. Found here, all M groups share one tile, and V
+neighbours are one vector load; the encoder's tiles have their own layout.
 Shapes: N tokens, F latents, K kept, M groups.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import power_of_2
+from ._launch import launch, power_of_2
 
 By = Literal["value", "abs"]
 
@@ -71,6 +73,14 @@ def _group_maxima(
 
 
 @triton.jit
+def _load_maxima(maxima_ptr, groups, M: tl.constexpr, SHIFT: tl.constexpr):
+    """The same, already found: as many as there are groups, then the lowest -> [M]"""
+    g = tl.arange(0, M)
+    best = tl.load(maxima_ptr + g, mask=g < groups, other=float("-inf")).to(tl.float32)
+    return tl.where(g < groups, _key(best, SHIFT), -0x80000000)
+
+
+@triton.jit
 def _reached_by(keys, k):
     """A key that at least k of keys reach: exactly k, unless ties forbid it."""
     low, high = tl.min(keys).to(tl.int64), tl.max(keys).to(tl.int64) + 1
@@ -85,9 +95,9 @@ def _reached_by(keys, k):
 
 @triton.jit
 def _pack_candidates(
-    row_ptr, group_ptr, packed_ptr, maxima, low, F,
-    M: tl.constexpr, V: tl.constexpr, CAPACITY: tl.constexpr, ABS: tl.constexpr,
-    SHIFT: tl.constexpr,
+    row_ptr, group_ptr, packed_ptr, maxima, low, F, tile,
+    M: tl.constexpr, S: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr, JUMP: tl.constexpr,
+    CAPACITY: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Pack the entries that reach low, in any order; count them, though room is limited."""
     won = maxima >= low
@@ -95,9 +105,10 @@ def _pack_candidates(
     tl.debug_barrier()
     member = tl.arange(0, CAPACITY * V)
     inside = member // V < tl.sum(won.to(tl.int32))
-    first = tl.load(group_ptr + member // V, mask=inside, other=0) * V + member % V
+    g = tl.load(group_ptr + member // V, mask=inside, other=0)
+    first = g // S * tile + g % S * (V if STEP == 1 else 1) + member % V * STEP
     count = 0
-    for start in range(0, F, M * V):
+    for start in range(0, tile, JUMP):
         column = start + first
         key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
         reach = inside & (key >= low)
@@ -147,24 +158,27 @@ def _pack_exactly(
 
 @triton.jit
 def _topk_kernel(
-    pre_ptr, group_ptr, packed_ptr, out_ptr, F, k,
-    M: tl.constexpr, V: tl.constexpr, CAPACITY: tl.constexpr, ABS: tl.constexpr,
-    SHIFT: tl.constexpr,
+    pre_ptr, maxima_ptr, group_ptr, packed_ptr, out_ptr, F, k, tile, groups,
+    M: tl.constexpr, S: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr, JUMP: tl.constexpr,
+    CAPACITY: tl.constexpr, BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     row_ptr = pre_ptr + n * F
     packed_ptr += n * CAPACITY
-    maxima = _group_maxima(row_ptr, F, M, V, ABS, SHIFT)
+    if maxima_ptr is None:
+        maxima = _group_maxima(row_ptr, F, M, V, ABS, SHIFT)
+    else:
+        maxima = _load_maxima(maxima_ptr + n * groups, groups, M, SHIFT)
     low, high = _reached_by(maxima, k), tl.max(maxima) + 1
     count = tl.sum((maxima >= low).to(tl.int32))  # so many candidates at least
     if count <= CAPACITY:
         count = _pack_candidates(
-            row_ptr, group_ptr + n * CAPACITY, packed_ptr, maxima, low, F,
-            M, V, CAPACITY, ABS, SHIFT,
+            row_ptr, group_ptr + n * CAPACITY, packed_ptr, maxima, low, F, tile,
+            M, S, V, STEP, JUMP, CAPACITY, ABS, SHIFT,
         )  # fmt: skip
     if count > CAPACITY:
         tl.debug_barrier()
-        _pack_exactly(row_ptr, packed_ptr, low, high, F, k, M, ABS, SHIFT)
+        _pack_exactly(row_ptr, packed_ptr, low, high, F, k, BLOCK, ABS, SHIFT)
         count = tl.minimum(count, k)
     tl.debug_barrier()
     slot = tl.arange(0, CAPACITY)
@@ -189,25 +203,56 @@ MOST = 1024
 """The largest k of the kernel: it keeps at least 4 k maxima in registers."""
 
 
-def blocks(F: int, k: int, itemsize: int) -> tuple[int, int, int]:
-    """M, V and the room for candidates: twice k, where random rows need 1.2 k at most."""
-    least, most = 4 * power_of_2(k), power_of_2(F)
-    M = min(most, max(least, min(2048, power_of_2(math.isqrt(F * k)))))
+class Layout(NamedTuple):
+    """How the entries of a row are grouped."""
+
+    M: int
+    """Groups, rounded up to a power of 2."""
+    S: int
+    """Groups per tile."""
+    V: int
+    STEP: int
+    JUMP: int
+    tile: int
+    """Entries per tile."""
+    groups: int
+
+
+def one_tile(F: int, k: int, itemsize: int) -> Layout:
+    """Groups that share the whole row: group g has V neighbours from g V on, every M V entries."""
+    most = power_of_2(F)
+    M = min(most, max(4 * power_of_2(k), min(2048, power_of_2(math.isqrt(F * k)))))
     V = min(16 // itemsize, 16384 // M, most // M)
-    return M, V, max(16, least // 2)
+    return Layout(M, M, V, 1, M * V, -(-F // (M * V)) * M * V, M)
 
 
-def warps(M: int, V: int) -> int:
-    return min(8, max(1, M * V // 1024))
+def encoder_tiles(groups: int, tile: int, F: int) -> Layout:
+    """Groups of the encoder's tiles: group s of a tile has every S-th entry from s on."""
+    S = groups // -(-F // tile)
+    V = min(8, tile // S)
+    return Layout(power_of_2(groups), S, V, S, S * V, tile, groups)
 
 
-def launch_topk(pre: Tensor, k: int, by: By) -> Tensor:
-    """Indices of the k largest of each row, largest first: contiguous [N, F] -> int64 [N, K]"""
+def launch_topk(pre: Tensor, k: int, by: By, maxima: Tensor | None = None, tile: int = 0) -> Tensor:
+    """Indices of the k largest of each row, largest first: contiguous [N, F] -> int64 [N, K]
+
+    Given the maxima [N, groups] of the encoder's tiles, it reads only the best groups of each row.
+    """
     N, F = pre.shape
-    M, V, capacity = blocks(F, k, pre.element_size())
-    groups = torch.empty(N, capacity, dtype=torch.int32, device=pre.device)
+    if maxima is None:
+        layout = one_tile(F, k, pre.element_size())
+    else:
+        layout = encoder_tiles(maxima.shape[1], tile, F)
+    capacity = max(16, 2 * power_of_2(k))  # random rows need 1.2 k at most
+    found = torch.empty(N, capacity, dtype=torch.int32, device=pre.device)
     packed = torch.empty(N, capacity, dtype=torch.int64, device=pre.device)
     out = torch.empty(N, k, dtype=torch.int64, device=pre.device)
-    shape = (F, k, M, V, capacity, by == "abs", DTYPES[pre.dtype])
-    _topk_kernel[(N,)](pre, groups, packed, out, *shape, num_warps=warps(M, V))  # pyright: ignore[reportCallIssue]
+    *constants, tile, groups = layout
+    launch(
+        _topk_kernel,
+        (N,),
+        *(pre, maxima, found, packed, out, F, k, tile, groups),
+        *(*constants, capacity, min(2048, layout.M), by == "abs", DTYPES[pre.dtype]),
+        num_warps=min(8, max(1, layout.M * layout.V // 1024)),
+    )
     return out

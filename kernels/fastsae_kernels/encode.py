@@ -5,7 +5,9 @@
     encode_topk(x, W_enc, b_enc, k, by="abs")  h at the k largest |h|              (AbsTopK)
 
 The product runs over chunks of tokens of at most `FASTSAE_BUFFER_MB`, and each chunk is selected
-from while it is warm. The gradients are the sparse products of sparse.py.
+from while it is warm. On a GPU it is cuBLAS's, and one pass over it selects; or our kernel's, which
+finds the maxima of groups on the way, so that selecting reads only the best groups. The gradients
+are the sparse products of sparse.py.
 Shapes: N tokens, K kept, F latents, D model width.
 """
 
@@ -15,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import buffer_bytes, check_matrix, rows_in_cache
+from ._encode_kernel import can_encode, launch_encode
+from ._launch import ENCODER, capability, check_matrix, rows_at_a_time, use_triton
+from ._op import register
+from ._topk_kernel import launch_topk
 from .sparse import decode, gather_dot, scatter_outer
 from .topk import By, Ties, check_choice, topk_indices, topk_reference
 
@@ -29,17 +34,11 @@ def encode_topk_reference(
     return topk_reference(linear(x, W_enc, b_enc), k, by)
 
 
-# --- chunks of tokens -----------------------------------------------------------------------
+# --- the product, a chunk of tokens at a time -----------------------------------------------
 
-
-def _chunk_tokens(N: int, F: int, itemsize: int, device: torch.device) -> int:
-    """Tokens per chunk: the fewest chunks that fit the budget, of equal size.
-
-    On a CPU chunks are as small as the product at full speed allows, to stay in the cache.
-    """
-    most = max(1, buffer_bytes(device) // (F * itemsize))
-    most = min(most, rows_in_cache(F, itemsize)) if device.type == "cpu" else most
-    return -(-N // -(-N // most))
+TRITON_WINS: set[tuple[int, int, int]] = set()
+"""(major number of the capability, d_in, d_sae) where a GPU's product with the maxima in its
+epilogue beats cuBLAS and a pass for the maxima, as measured by `python -m bench gpu`: none yet."""
 
 
 @cache
@@ -62,6 +61,14 @@ def _product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return linear(x, W, b)
 
 
+def _with_maxima(x: Tensor, F: int, k: int) -> bool:
+    """Whether the product comes from our kernel, which finds the groups' maxima on the way."""
+    if not use_triton(x) or not can_encode(x, F, k):
+        return False
+    wins = (capability(x)[0], x.shape[1], F) in TRITON_WINS
+    return ENCODER == "triton" or (wins and ENCODER is None)
+
+
 def _select(
     x: Tensor, W: Tensor, b: Tensor, k: int, by: By, ties: Ties = "lowest"
 ) -> tuple[Tensor, Tensor]:
@@ -69,14 +76,17 @@ def _select(
     N, F = x.shape[0], W.shape[0]
     values = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
-    if not N:
-        return values, indices
     x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator misreads others
-    chunk = _chunk_tokens(N, F, x.element_size(), x.device)
+    with_maxima = _with_maxima(x, F, k)
+    chunk = rows_at_a_time(x, F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
-        pre = _product(x[rows], W, b)
-        indices[rows] = topk_indices(pre, k, by, ties=ties)
+        if with_maxima:
+            pre, maxima, tile = launch_encode(x[rows], W, b, by)
+            indices[rows] = launch_topk(pre, k, by, maxima, tile)
+        else:
+            pre = _product(x[rows], W, b)
+            indices[rows] = topk_indices(pre, k, by, ties=ties)
         torch.gather(pre, 1, indices[rows], out=values[rows])
     return values, indices
 
@@ -97,18 +107,22 @@ def _select_rescored(
 # --- autograd -------------------------------------------------------------------------------
 
 
-class _EncodeTopK(torch.autograd.Function):
+class _EncodeTopk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, k, by, shadow):
+    def forward(
+        x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by: str, shadow: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if shadow is None:
             values, indices = _select(x, W_enc, b_enc, k, by)
         else:
             values, indices = _select_rescored(x, W_enc, b_enc, k, by, shadow)
-        if by == "value":
-            values.relu_()
-        ctx.save_for_backward(x, W_enc, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+        return values.relu_() if by == "value" else values, indices
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W_enc, *_ = inputs
+        ctx.save_for_backward(x, W_enc, *output)
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, g, _):  # g: [N, K]
@@ -124,6 +138,13 @@ class _EncodeTopK(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _fake(x, W_enc, b_enc, k, by, shadow):
+    return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+
+
+_encode_topk = register(_EncodeTopk, _fake)
 
 
 # --- public ---------------------------------------------------------------------------------
@@ -163,4 +184,4 @@ def encode_topk(
         )
     if shadow is not None and shadow.shape != W_enc.shape:
         raise ValueError(f"shadow must have the shape of W_enc, got {list(shadow.shape)}")
-    return _EncodeTopK.apply(x, W_enc, b_enc, k, by, shadow)
+    return _encode_topk(x, W_enc, b_enc, k, by, shadow)

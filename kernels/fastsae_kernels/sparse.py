@@ -10,7 +10,6 @@ Shapes: N tokens, K active latents per token, F latents, D model width. Accumula
 """
 
 import warnings
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ._launch import check_codes, check_matrix, power_of_2, use_triton
+from ._launch import check_codes, check_indices, check_matrix, launch, use_triton
+from ._op import register
+from .latent_major import constants_for, latent_major, launch_blocks, load_rows, sum_runs
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -37,30 +38,6 @@ def scatter_outer_reference(values: Tensor, indices: Tensor, x: Tensor, F: int) 
     """[N, K], [N, K], [N, D] -> [F, D]"""
     outer = torch.einsum("nk,nd->nkd", values, x)
     return outer.new_zeros(F, x.shape[1]).index_add(0, indices.flatten(), outer.flatten(0, 1))
-
-
-# --- the same entries, latent by latent -----------------------------------------------------
-
-
-class LatentMajor(NamedTuple):
-    """The N * K entries of a code in latent order, each latent's in token order."""
-
-    entry: Tensor
-    """int64 [N * K]: where the entry stood in the flattened [N, K] code."""
-
-    token: Tensor
-    """int32 [N * K]: the token it belongs to."""
-
-    start: Tensor
-    """int32 [F + 1]: latent f owns entries start[f] up to start[f + 1]."""
-
-
-def latent_major(indices: Tensor, F: int) -> LatentMajor:
-    """Sort the entries of a code by latent, stably: [N, K] -> LatentMajor."""
-    latent, entry = indices.flatten().int().sort(stable=True)  # int32 sorts in half the time
-    each = torch.arange(F + 1, device=latent.device, dtype=torch.int32)
-    start = torch.searchsorted(latent, each, out_int32=True)
-    return LatentMajor(entry, (entry // max(indices.shape[1], 1)).int(), start)
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------
@@ -87,93 +64,55 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values().view(N, K)
 
 
-def _sum_runs_torch(weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int) -> Tensor:
-    low, high = int(runs.start[first]), int(runs.start[last])
-    offsets = runs.start[first:last] - low
-    return embedding_bag(
-        runs.token[low:high], x, offsets, per_sample_weights=weights[low:high], mode="sum"
-    )
-
-
 # --- kernels: all tensors row-major ---------------------------------------------------------
 
 
 @triton.jit
 def _decode_kernel(
-    v_ptr, i_ptr, W_ptr, out_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
-):
+    v_ptr, i_ptr, W_ptr, out_ptr, K, D,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_D,), dtype=ACC)
-    for k in range(K):
-        f = tl.load(i_ptr + n * K + k).to(tl.int64)
-        v = tl.load(v_ptr + n * K + k).to(ACC)
-        acc += v * tl.load(W_ptr + f * D + d, mask=d < D, other=0.0).to(ACC)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        f = tl.load(i_ptr + n * K + k, mask=k < K, other=0)
+        v = tl.load(v_ptr + n * K + k, mask=k < K, other=0.0).to(ACC)
+        acc += tl.sum(v[:, None] * load_rows(W_ptr, f, k < K, d, D).to(ACC), axis=0)
     tl.store(out_ptr + n * D + d, acc, mask=d < D)
 
 
 @triton.jit
 def _gather_dot_kernel(
-    x_ptr, i_ptr, W_ptr, out_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
-):
-    n = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1)
-    f = tl.load(i_ptr + n * K + k).to(tl.int64)
-    acc = tl.zeros((BLOCK_D,), dtype=ACC)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
-        acc += x * tl.load(W_ptr + f * D + d, mask=d < D, other=0.0).to(ACC)
-    tl.store(out_ptr + n * K + k, tl.sum(acc))
-
-
-@triton.jit
-def _sum_runs_kernel(
-    w_ptr, token_ptr, start_ptr, x_ptr, out_ptr, first, D,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, i_ptr, W_ptr, out_ptr, K, D,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), dtype=ACC)
-    f = first + row
-    for run in range(tl.load(start_ptr + f), tl.load(start_ptr + f + 1)):
-        v = tl.load(w_ptr + run).to(ACC)
-        n = tl.load(token_ptr + run).to(tl.int64)
-        acc += v * tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
-    tl.store(out_ptr + row * D + d, acc, mask=d < D)
+    n = tl.program_id(0).to(tl.int64)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        f = tl.load(i_ptr + n * K + k, mask=k < K, other=0)
+        acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=ACC)
+        for column in range(0, D, BLOCK_D):
+            d = column + tl.arange(0, BLOCK_D)
+            x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
+            acc += x[None, :] * load_rows(W_ptr, f, k < K, d, D).to(ACC)
+        tl.store(out_ptr + n * K + k, tl.sum(acc, axis=1), mask=k < K)
 
 
 # --- launchers ------------------------------------------------------------------------------
 
 
-def _constants(x: Tensor) -> tuple[int, tl.dtype]:
-    """Columns of x per program, and the dtype to accumulate in."""
-    return min(1024, power_of_2(x.shape[1])), tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def _launch_decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    (N, K), D = indices.shape, W.shape[1]
-    out = W.new_empty(N, D)
-    BLOCK_D, ACC = _constants(W)
-    _decode_kernel[(N, -(-D // BLOCK_D))](values, indices, W, out, D, K, BLOCK_D, ACC)
+    out = W.new_empty(indices.shape[0], W.shape[1])
+    launch_blocks(_decode_kernel, len(out), values, indices, W, out, indices.shape[1], x=W)
     return out
 
 
 def _launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), D = indices.shape, W.shape[1]
     out = x.new_empty(N, K)
-    _gather_dot_kernel[(N, K)](x, indices, W, out, D, K, *_constants(x))
-    return out
-
-
-def _launch_sum_runs(
-    weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int
-) -> Tensor:
-    D = x.shape[1]
-    out = x.new_empty(last - first, D)
-    BLOCK_D, ACC = _constants(x)
-    grid = (last - first, -(-D // BLOCK_D))
-    _sum_runs_kernel[grid](weights, runs.token, runs.start, x, out, first, D, BLOCK_D, ACC)
+    launch(_gather_dot_kernel, (N,), x, indices, W, out, K, D, *constants_for(x))
     return out
 
 
@@ -182,12 +121,16 @@ def _launch_sum_runs(
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, W):
-        ctx.save_for_backward(values, indices, W)
+    def forward(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+        check_indices(indices, W.shape[0])
         if not indices.numel():
             return W.new_zeros(indices.shape[0], W.shape[1])
         run = _launch_decode if use_triton(W) else _decode_torch
         return run(values.contiguous(), indices.contiguous(), W.contiguous())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, D]
@@ -202,12 +145,16 @@ class _Decode(torch.autograd.Function):
 
 class _GatherDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, indices, W):
-        ctx.save_for_backward(x, indices, W)
+    def forward(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+        check_indices(indices, W.shape[0])
         if not indices.numel():
             return x.new_zeros(indices.shape)
         run = _launch_gather_dot if use_triton(W) else _gather_dot_torch
         return run(x.contiguous(), indices.contiguous(), W.contiguous())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, K]
@@ -222,13 +169,17 @@ class _GatherDot(torch.autograd.Function):
 
 class _ScatterOuter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, x, F):
-        ctx.save_for_backward(values, indices, x)
-        values, indices, x = values.contiguous(), indices.contiguous(), x.contiguous()
+    def forward(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
+        check_indices(indices, F)
         if not indices.numel():
             return x.new_zeros(F, x.shape[1])
         runs = latent_major(indices, F)
-        return sum_runs(values.flatten()[runs.entry].to(x.dtype), x, runs, 0, F)
+        weights = values.flatten()[runs.entry].to(x.dtype)
+        return sum_runs(weights, x.contiguous(), runs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx, g):  # g: [F, D]
@@ -242,17 +193,11 @@ class _ScatterOuter(torch.autograd.Function):
         )
 
 
+_decode = register(_Decode, lambda values, indices, W: W.new_empty(len(indices), W.shape[1]))
+_gather_dot = register(_GatherDot, lambda x, indices, W: x.new_empty(indices.shape))
+_scatter_outer = register(_ScatterOuter, lambda values, indices, x, F: x.new_empty(F, x.shape[1]))
+
 # --- public ---------------------------------------------------------------------------------
-
-
-def sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, first: int, last: int) -> Tensor:
-    """Rows first to last of scatter_outer, for a caller that keeps the entries in latent order.
-
-    weights [N * K] = values.flatten()[runs.entry] in x's dtype, x [N, D] -> [last - first, D].
-    Not differentiable. On a CPU, a block of rows at a time stays in the cache.
-    """
-    run = _launch_sum_runs if use_triton(x) else _sum_runs_torch
-    return run(weights, x, runs, first, last)
 
 
 def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -263,8 +208,8 @@ def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     Moves N K D elements of W and costs 2 N K D FLOPs. ValueError for wrong shapes or dtypes.
     """
     check_matrix("W", W)
-    check_codes(values, indices, W.shape[0])
-    return _Decode.apply(values, indices, W)
+    check_codes(values, indices)
+    return _decode(values, indices, W)
 
 
 def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -275,9 +220,9 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     ValueError for wrong shapes or dtypes.
     """
     check_matrix("W", W)
-    check_codes(None, indices, W.shape[0])
+    check_codes(None, indices)
     check_matrix("x", x, indices.shape[0], W.shape[1])
-    return _GatherDot.apply(x, indices, W)
+    return _gather_dot(x, indices, W)
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
@@ -287,6 +232,6 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
     dtype: the weight gradient of decode. Differentiable in values and x, twice and more.
     Sorts N K indices, moves N K D elements of x. ValueError for wrong shapes or dtypes.
     """
-    check_codes(values, indices, F)
+    check_codes(values, indices)
     check_matrix("x", x, rows=indices.shape[0])
-    return _ScatterOuter.apply(values, indices, x, F)
+    return _scatter_outer(values, indices, x, F)

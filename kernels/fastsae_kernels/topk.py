@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._launch import check_matrix, rows_in_cache, use_triton
+from ._launch import check_matrix, rows_at_a_time, use_triton
+from ._op import register_constant
 from ._topk_kernel import DTYPES, MOST, By, launch_topk
 
 Ties = Literal["lowest", "any"]
@@ -26,7 +27,7 @@ Ties = Literal["lowest", "any"]
 
 def topk_reference(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:
     """[N, F] -> [N, K], [N, K]"""
-    rank = pre.abs() if by == "abs" else pre
+    rank = _rank(pre, by)
     indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
     values = pre.gather(1, indices)
     return values * (values != 0) if by == "abs" else values.relu(), indices
@@ -37,6 +38,9 @@ def topk_reference(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tenso
 
 def _topk_indices_torch(pre: Tensor, k: int, by: By) -> Tensor:
     """Indices of the k largest of each row, largest first, ties to the lowest index."""
+    if pre.is_cuda:  # what the kernel does not take, without a look at any value
+        rank = _rank(pre, by)
+        return _lowest_of_equals(rank, rank.topk(k).values[:, -1:], k)
     # One more than asked for: a tie between places k and k + 1 is as good as one inside.
     indices = _largest(pre, min(k + 1, pre.shape[1]), by, ordered=True)
     rank = _rank(pre.gather(1, indices), by)
@@ -98,7 +102,8 @@ def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
     above, equal = above | (nan & ~least_nan), equal | (nan & least_nan)
     vacant = k - above.sum(1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(1) <= vacant))
-    indices = chosen.nonzero()[:, 1].view(-1, k)
+    places = torch.nonzero_static(chosen, size=len(rank) * k)  # k a row: nobody has to count them
+    indices = places[:, 1].view(-1, k)
     order = rank.gather(1, indices).sort(dim=1, descending=True, stable=True).indices
     return indices.gather(1, order)
 
@@ -114,6 +119,22 @@ def check_choice(k: int, by: By, F: int) -> None:
         raise ValueError(f'by must be "value" or "abs", got {by!r}')
 
 
+def _topk_indices(pre: Tensor, k: int, by: str, ties: str) -> Tensor:
+    if not pre.shape[0]:
+        return pre.new_empty(0, k, dtype=torch.int64)
+    if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
+        return launch_topk(pre.contiguous(), k, by)
+    # Few rows at a time, so that what is picked from them stays in the cache.
+    choose = _topk_indices_torch if ties == "lowest" else _largest
+    some = pre.split(rows_at_a_time(pre, pre.shape[1]))
+    return torch.cat([choose(rows, k, by) for rows in some])
+
+
+_topk_indices_op = register_constant(
+    _topk_indices, lambda pre, k, by, ties: pre.new_empty(len(pre), k, dtype=torch.int64)
+)
+
+
 def topk_indices(pre: Tensor, k: int, by: By = "value", *, ties: Ties = "lowest") -> Tensor:
     """Where the k largest entries of each row are: [N, F] -> int64 [N, K], largest first.
 
@@ -123,14 +144,7 @@ def topk_indices(pre: Tensor, k: int, by: By = "value", *, ties: Ties = "lowest"
     """
     check_matrix("pre", pre)
     check_choice(k, by, pre.shape[1])
-    if not pre.shape[0]:
-        return pre.new_empty(0, k, dtype=torch.int64)
-    if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
-        return launch_topk(pre.detach().contiguous(), k, by)
-    # Few rows at a time, so that what is picked from them stays in the cache.
-    choose = _topk_indices_torch if ties == "lowest" else _largest
-    some = pre.detach().split(rows_in_cache(pre.shape[1], pre.itemsize))
-    return torch.cat([choose(rows, k, by) for rows in some])
+    return _topk_indices_op(pre.detach(), k, by, ties)
 
 
 def topk(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@ import torch
 from torch.autograd import gradcheck
 
 from fastsae_kernels import encode_topk
+from fastsae_kernels._encode_kernel import Tiles, can_encode, launch_encode, tiles_for
+from fastsae_kernels._launch import use_triton
 from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import topk_indices, topk_reference
@@ -80,9 +82,86 @@ def test_chunks_of_tokens(device, tokens, monkeypatch):
     """The buffer holds so many tokens (one at least): nothing else changes."""
     x, W, b = integers((7, 9, 30, 5), device)
     whole = encode_topk(x, W, b, 5)
-    monkeypatch.setattr("fastsae_kernels.encode.buffer_bytes", lambda device: 30 * 4 * tokens)
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 30 * 4 * tokens)
     for got, expected in zip(encode_topk(x, W, b, 5), whole, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def tf32():
+    """Products of float32 may be rounded to tf32, as tensor cores need it."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.fixture
+def encoder_kernel(device, monkeypatch, tf32):
+    """Our product with the groups' maxima, in small tiles, in place of cuBLAS or torch."""
+    if not use_triton(torch.empty(0, device=device)):
+        pytest.skip("the torch path has no choice of products")
+    monkeypatch.setattr("fastsae_kernels.encode.ENCODER", "triton")
+    tiles = Tiles(16, 32, 32, 4, 2)
+    monkeypatch.setattr("fastsae_kernels._encode_kernel.tiles_for", lambda x: tiles)
+    launched = []
+
+    def launch(*arguments):
+        launched.append(arguments)
+        return launch_encode(*arguments)
+
+    monkeypatch.setattr("fastsae_kernels.encode.launch_encode", launch)
+    yield
+    assert launched
+
+
+@BY
+@pytest.mark.parametrize(
+    "shape",  # one entry; odd; more tiles of tokens than a band; whole tiles; one group per latent
+    [(1, 1, 1, 1), (7, 33, 70, 8), (150, 3, 33, 9), (32, 32, 64, 16), (3, 20, 32, 8)],
+    ids=lambda s: "N{}-D{}-F{}-k{}".format(*s),
+)
+def test_the_encoder_kernel(device, encoder_kernel, shape, by):
+    """Exact at ties, and where fewer latents than a tile exist."""
+    x, W, b = integers(shape, device)
+    for got, expected in zip(
+        encode_topk(x, W, b, shape[3], by),
+        encode_topk_reference(x, W, b, shape[3], by),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+@BY
+def test_the_encoder_kernel_on_hard_rows(device, encoder_kernel, by):
+    """NaN, all negative, constant, and large neighbours that overflow the room for candidates."""
+    W = torch.eye(128, device=device)
+    x = torch.randn(6, 128).to(device)
+    x[0, 5] = float("nan")
+    x[1] = -x[1].abs()
+    x[2] = 1.5
+    x[3, ::8] += 10  # all of one group in each tile
+    x[4, :32] = 7.0
+    b = torch.zeros(128, device=device)
+    values, indices = encode_topk(x, W, b, 8, by)
+    assert values[0].isnan().all(), "NaN times 0 is NaN in every latent"
+    expected, places = encode_topk_reference(x[1:], W, b, 8, by)
+    assert torch.equal(values[1:], expected) and torch.equal(indices[1:], places)
+
+
+def test_the_encoder_kernel_needs_groups(device, tf32):
+    """Fewer groups than k cannot bound the k-th largest: then cuBLAS multiplies."""
+    x = torch.empty(4, 64, device=device)
+    groups = 8 * (1024 // tiles_for(x).f)
+    assert can_encode(x, 1024, groups)
+    assert not can_encode(x, 1024, groups + 1)
+    assert not can_encode(x.double(), 1024, 1)
+    assert can_encode(x.bfloat16(), 1 << 20, 128)
+
+
+def test_the_encoder_kernel_rounds_no_more_than_asked(device):
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    assert not can_encode(torch.empty(4, 64, device=device), 1024, 1)
 
 
 @BY

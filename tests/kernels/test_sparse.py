@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastsae_kernels import decode, gather_dot, scatter_outer
+from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.sparse import (
     decode_reference,
     gather_dot_reference,
-    latent_major,
     scatter_outer_reference,
 )
 from fastsae_kernels.testing import assert_no_worse
@@ -121,9 +121,10 @@ def test_any_shape(device, shape):
 
 def test_latent_major_keeps_token_order():
     indices = torch.tensor([[2, 0], [2, 2], [0, 3]])
-    entry, token, start = latent_major(indices, 5)
+    entry, token, latent, start = latent_major(indices, 5)
     assert entry.tolist() == [1, 4, 0, 2, 3, 5]
     assert token.tolist() == [0, 2, 0, 1, 1, 2]
+    assert latent.tolist() == [0, 0, 2, 2, 2, 3]
     assert start.tolist() == [0, 2, 2, 5, 6, 6]
 
 

@@ -8,11 +8,15 @@ import torch
 from fastsae import SAE, AbsTopK, TopK
 from fastsae.losses import training_loss
 from fastsae.train import step as step_module
-from fastsae.train.optim import Adam, default_lr, normalise_rows_, schedule
+from fastsae.train.optim import Adam, default_lr, schedule
 from fastsae.train.step import autograd_step, fused_step
+from fastsae_kernels import adam as adam_module
+from fastsae_kernels import loss, sparse
+from fastsae_kernels._launch import INTERPRET, interpreted
+from fastsae_kernels.adam import normalise_rows_
 
 D_IN, D_SAE, K, K_AUX = 12, 70, 4, 6
-DEAD = {"none": lambda: None, "some": lambda: torch.arange(D_SAE) % 5 == 0}
+DEAD = {"none": lambda: None, "some": lambda: torch.arange(0, D_SAE, 5)}
 
 
 @pytest.fixture(params=[TopK(K), AbsTopK(K)], ids=["topk", "abstopk"])
@@ -29,7 +33,7 @@ def sae(request):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks and chunks that split this small problem as large ones are split."""
-    monkeypatch.setattr(step_module, "BLOCK_BYTES", 16 * D_IN * 8)
+    monkeypatch.setattr(adam_module, "BLOCK_BYTES", 16 * D_IN * 8)
     monkeypatch.setattr(step_module, "AUX_BYTES", 7 * 14 * 8)
 
 
@@ -51,7 +55,7 @@ def test_fifty_steps_equal_torch_adam(sae, dead, take, small_blocks):
     batches = [torch.randn(33, D_IN, dtype=torch.float64) for _ in range(50)]
     expected = copy.deepcopy(sae)
     torch_adam_steps(expected, batches, DEAD[dead](), lr=1e-2)
-    adam = Adam(dict(sae.named_parameters()))
+    adam = Adam(sae)
     for x in batches:
         adam.begin_step(1e-2)
         take(sae, adam, x, DEAD[dead](), 1 / 32, K_AUX)
@@ -66,7 +70,7 @@ def test_both_ways_report_the_same(sae, dead):
     x, results = torch.randn(40, D_IN, dtype=torch.float64), []
     for take in (autograd_step, fused_step):
         model = copy.deepcopy(sae)
-        adam = Adam(dict(model.named_parameters()))
+        adam = Adam(model)
         adam.begin_step(1e-3)
         results.append(take(model, adam, x, DEAD[dead](), 1 / 32, K_AUX))
     for a, b in zip(results[0][:4], results[1][:4], strict=True):
@@ -76,12 +80,12 @@ def test_both_ways_report_the_same(sae, dead):
 
 def test_the_shadow_follows_the_weights(sae):
     sae = sae.float()
-    shadow = sae.W_enc.detach().bfloat16()
-    adam = Adam(dict(sae.named_parameters()))
+    adam = Adam(sae, shadows=("W_enc", "W_dec"))
     for _ in range(3):
         adam.begin_step(1e-2)
-        fused_step(sae, adam, torch.randn(40, D_IN), None, 0.0, K_AUX, shadow)
-    assert torch.equal(shadow, sae.W_enc.detach().bfloat16())
+        fused_step(sae, adam, torch.randn(40, D_IN), None, 0.0, K_AUX)
+    for name, shadow in adam.shadow.items():
+        assert torch.equal(shadow, sae.get_parameter(name).detach().bfloat16())
 
 
 def test_the_same_step_gives_the_same_bits(sae):
@@ -89,12 +93,46 @@ def test_the_same_step_gives_the_same_bits(sae):
     weights = []
     for _ in range(2):
         model = copy.deepcopy(sae)
-        adam = Adam(dict(model.named_parameters()))
+        adam = Adam(model)
         for _ in range(3):
             adam.begin_step(1e-2)
             fused_step(model, adam, x, DEAD["some"](), 1 / 32, K_AUX)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("shadows", [(), ("W_enc", "W_dec")])
+@pytest.mark.skipif(not INTERPRET, reason="a GPU's own check is in tests/gpu")
+def test_no_value_is_read_back(sae, shadows, monkeypatch):
+    """With kernels in place of the torch paths, no operator of a step looks at a result."""
+    for module in (sparse, loss):  # looks at indices on a CPU only
+        monkeypatch.setattr(module, "check_indices", lambda indices, F: None)
+    sae, dead = sae.float(), DEAD["some"]()
+    adam = Adam(sae, shadows=shadows)
+    adam.begin_step(1e-2)
+    with interpreted(), torch.profiler.profile() as profiler:
+        fused_step(sae, adam, torch.randn(20, D_IN), dead, 1 / 32, K_AUX)
+    events = profiler.events()
+    assert "fastsae::squared_error" in {event.name for event in events}
+    reading = ("aten::item", "aten::nonzero", "aten::masked_select", "aten::equal")
+    callers = [event.cpu_parent for event in events if event.name in reading]
+    # torch's Adam reads its step counter, on a CPU only.
+    assert {caller and caller.name for caller in callers} <= {"aten::_fused_adam_"}
+
+
+def test_bf16_products_are_close(sae):
+    """A step from bfloat16 copies errs by their rounding; they propose nearly the same latents."""
+    sae, x = sae.float(), torch.randn(200, D_IN)
+    results = []
+    for shadows in ((), ("W_enc", "W_dec")):
+        model = copy.deepcopy(sae)
+        adam = Adam(model, shadows=shadows)
+        adam.begin_step(1e-3)
+        results.append(fused_step(model, adam, x, DEAD["some"](), 1 / 32, K_AUX))
+    exact, low = results
+    for a, b in zip(low[:4], exact[:4], strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).abs() <= 4 * torch.finfo(torch.bfloat16).eps * b.abs()
 
 
 def test_schedule():
@@ -114,7 +152,7 @@ def test_float32_figures_at_a_real_size():
     x = torch.randn(4096, 512) + 1
     sae = SAE(512, 1024, TopK(8))
     exact = training_loss(copy.deepcopy(sae).double(), x.double()).fvu
-    adam = Adam(dict(sae.named_parameters()))
+    adam = Adam(sae)
     adam.begin_step(1e-3)
     fvu = fused_step(sae, adam, x, None, 0.0, 1).fvu
     torch.testing.assert_close(fvu.double(), exact, rtol=1e-6, atol=0)

@@ -1,5 +1,6 @@
 """Whole small runs: they learn, they can be resumed exactly, and they stop when they should."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastsae.data import ActivationShards, Synthetic
 from fastsae.files import read_tensors
 from fastsae.train import TrainConfig, Trainer
 from fastsae.train.log import read_lines
+from fastsae.train.plan import Plan
 
 SMALL = {"d_sae": 64, "k": 4, "batch_size": 200, "lr": 3e-3, "log_every": 5}
 REVIVING = {"d_sae": 512, "dead_after": 400}  # so many latents that some are dead, and aux-k runs
@@ -22,6 +24,11 @@ def config(tmp_path, activations):
     return lambda **settings: TrainConfig(
         **{"data": activations, "out": tmp_path / "run", "steps": 40, **SMALL, **settings}
     )
+
+
+def test_tf32_needs_a_gpu(config):
+    with pytest.raises(ValueError, match="tf32 needs a GPU"):
+        fit(config(encoder_precision="tf32", device="cpu"))
 
 
 def fit(config, resume=False):
@@ -68,15 +75,35 @@ def test_a_planted_dictionary_is_recovered(tmp_path):
     assert source.recovery(sae.W_dec.detach()) > 0.9
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_same_seed_gives_the_same_bits(config, tmp_path, precision):
+@pytest.mark.parametrize("rotation", ["support", "dense"])
+@pytest.mark.parametrize("activation", ["topk", "abstopk"])
+def test_the_rotation_gradient_trains(config, activation, rotation):
+    """Through autograd, and saved with the SAE."""
+    run = config(activation=activation, gradient="rotation", rotation=rotation, steps=100)
+    sae = fit(run)
+    lines = read_lines(run.out / "metrics.jsonl")
+    assert lines[-1]["fvu"] < 0.5 * lines[0]["fvu"]
+    assert json.loads((run.out / "summary.json").read_text())["step_path"] == "autograd"
+    assert fastsae.load(run.out / "sae").activation.cfg == sae.activation.cfg
+    assert sae.activation.cfg.rotation == rotation
+
+
+OPTIONS = [
+    {},
+    {"encoder_precision": "bf16"},
+    {"adam_moments": "bf16", "adam_window": 4},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_same_seed_gives_the_same_bits(config, tmp_path, options):
     files = []
     for name in ("one", "two"):
-        run = config(out=tmp_path / name, encoder_precision=precision, **REVIVING)
+        run = config(out=tmp_path / name, **options, **REVIVING)
         fit(run)
         files.append((run.out / "sae" / "sae.safetensors").read_bytes())
     assert files[0] == files[1]
-    other = config(out=tmp_path / "other", encoder_precision=precision, **REVIVING, seed=1)
+    other = config(out=tmp_path / "other", **options, **REVIVING, seed=1)
     fit(other)
     assert (other.out / "sae" / "sae.safetensors").read_bytes() != files[0]
 
@@ -107,9 +134,16 @@ class StoppingShards(ActivationShards):
         return stream
 
 
-@pytest.mark.parametrize("stops", [[1], [7, 20], [23, 1, 1]])
-def test_resuming_changes_no_bit(config, tmp_path, stops):
-    settings = {"checkpoint_every": 3, **REVIVING}
+@pytest.mark.parametrize(
+    ("stops", "options"), [([1], {}), ([7, 20], OPTIONS[2]), ([23, 1, 1], OPTIONS[1])]
+)
+def test_resuming_changes_no_bit(config, tmp_path, stops, options, monkeypatch):
+    """The dead are found again every other step, also between a checkpoint and its resumption."""
+    plan = Plan.of
+    monkeypatch.setattr(
+        Plan, "of", lambda *arguments: dataclasses.replace(plan(*arguments), dead_every=2)
+    )
+    settings = {"checkpoint_every": 3, **REVIVING, **options}
     whole = config(out=tmp_path / "whole", **settings)
     fit(whole)
     broken = config(out=tmp_path / "broken", **settings)
@@ -215,6 +249,11 @@ def test_wandb_offline(config, monkeypatch):
         ({"decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
         ({"auxk_coef": 0.0, "k_aux": 8}, "k_aux = 8 has no effect with auxk_coef = 0"),
         ({"encoder_precision": "bf16", "step": "autograd"}, "needs the fused step"),
+        ({"adam_moments": "bf16", "step": "autograd"}, 'adam_moments "bf16" needs the fused step'),
+        ({"adam_window": 2, "gradient": "rotation"}, "adam_window = 2 needs the fused step"),
+        ({"adam_window": 9}, "adam_window must be between 1 and 8, got 9"),
+        ({"rotation": "dense"}, "rotation = dense has no effect"),
+        ({"gradient": "rotation", "step": "fused"}, "needs the autograd step"),
     ],
 )
 def test_nonsense_settings_are_refused(config, settings, message):

@@ -1,0 +1,129 @@
+"""The encoder's product with the maxima of its groups, found while they are in registers.
+
+A tile of the product holds BLOCK_F latents; group s of its S groups takes every S-th of them. That
+is how tensor cores lay out their results, so most of a group's entries are in one thread. The
+maxima are of the entries as they are rounded in memory: topk.py then finds the same entries.
+Shapes: N tokens, F latents, D width, M = S * ceil(F / BLOCK_F) groups.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import capability, launch
+
+# --- kernel: all tensors row-major ----------------------------------------------------------
+
+
+@triton.jit
+def _nan_or_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _encode_kernel(
+    x_ptr, W_ptr, b_ptr, pre_ptr, maxima_ptr, N, F, D,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BAND: tl.constexpr,
+    S: tl.constexpr, ABS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    # Programs that run together share a band of tokens, so that W's tiles are read from the L2.
+    tiles_n, tiles_f = tl.cdiv(N, BLOCK_N), tl.cdiv(F, BLOCK_F)
+    band = tl.program_id(0) // (BAND * tiles_f)
+    height = tl.minimum(tiles_n - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * tiles_f)
+    tile_n, tile_f = band * BAND + place % height, place // height
+
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    f = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    d = tl.arange(0, BLOCK_D)
+    x_ptr += tl.minimum(n, N - 1).to(tl.int64)[:, None] * D + d[None, :]
+    W_ptr += tl.minimum(f, F - 1).to(tl.int64)[None, :] * D + d[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if EVEN:
+            x, W = tl.load(x_ptr), tl.load(W_ptr)
+        else:
+            x = tl.load(x_ptr, mask=d[None, :] < D - start, other=0.0)
+            W = tl.load(W_ptr, mask=d[:, None] < D - start, other=0.0)
+        acc = tl.dot(x, W, acc, input_precision="tf32")
+        x_ptr += BLOCK_D
+        W_ptr += BLOCK_D
+
+    b = tl.load(b_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+    pre = (acc + b[None, :]).to(pre_ptr.dtype.element_ty)
+    at = n.to(tl.int64)[:, None] * F + f[None, :]
+    tl.store(pre_ptr + at, pre, mask=(n < N)[:, None] & (f < F)[None, :])
+    rank = pre.to(tl.float32)
+    if ABS:
+        rank = tl.abs(rank)
+    rank = tl.where((f < F)[None, :], rank, 0.0 if ABS else float("-inf"))
+    groups = tl.reshape(rank, (BLOCK_N, BLOCK_F // S, S))
+    maxima = tl.reduce(groups, 1, _nan_or_max).to(maxima_ptr.dtype.element_ty)
+    g = tile_f * S + tl.arange(0, S)
+    at = n.to(tl.int64)[:, None] * (tiles_f * S) + g[None, :]
+    tl.store(maxima_ptr + at, maxima, mask=(n < N)[:, None])
+
+
+# --- launcher -------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """Sizes of a program's tile of the product, and how it runs."""
+
+    n: int
+    f: int
+    d: int
+    """In entries of 16 bits; half as many of 32."""
+    warps: int
+    stages: int
+
+
+TILES = {8: Tiles(128, 128, 64, 8, 3), 9: Tiles(128, 256, 64, 8, 3), 10: Tiles(128, 256, 64, 8, 3)}
+"""By the major number of the capability; others use the first."""
+
+BAND = 8
+MOST_GROUPS = 16384
+"""Maxima of a row that topk.py keeps in registers."""
+
+
+def tiles_for(x: Tensor) -> Tiles:
+    return TILES.get(capability(x)[0], TILES[8])
+
+
+def groups_per_tile(F: int, tile: int) -> int:
+    """8, as tensor cores lay them out, or fewer where a row would have too many."""
+    S = 8
+    while S > 1 and S * -(-F // tile) > MOST_GROUPS:
+        S //= 2
+    return S
+
+
+def launch_encode(x: Tensor, W: Tensor, b: Tensor, by: str) -> tuple[Tensor, Tensor, int]:
+    """Contiguous [N, D], [F, D], [F] -> pre-activations [N, F], maxima [N, M], latents per tile."""
+    (N, D), F = x.shape, W.shape[0]
+    tiles = tiles_for(x)
+    block_d = tiles.d * 2 // x.element_size()
+    S = groups_per_tile(F, tiles.f)
+    pre = x.new_empty(N, F)
+    maxima = x.new_empty(N, S * -(-F // tiles.f))
+    launch(
+        _encode_kernel,
+        (-(-N // tiles.n) * -(-F // tiles.f),),
+        *(x, W, b, pre, maxima, N, F, D, tiles.n, tiles.f, block_d, BAND),
+        *(S, by == "abs", D % block_d == 0),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return pre, maxima, tiles.f
+
+
+def can_encode(x: Tensor, F: int, k: int) -> bool:
+    """Whether the kernel serves this dtype, and makes enough groups for an exact choice of k."""
+    tile = tiles_for(x).f
+    groups = groups_per_tile(F, tile) * -(-F // tile)
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return (half or tf32) and k <= groups <= MOST_GROUPS

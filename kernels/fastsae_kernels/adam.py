@@ -1,0 +1,313 @@
+"""Adam on the rows of a dictionary, from the sparse codes themselves: no dense gradient exists.
+
+    dW_dec[f] = sum of value * error over the tokens of latent f     (scatter_outer)
+    dW_enc[f] = sum of d_value * x                                   (scatter_outer)
+    dW_dec[f] -= (dW_dec[f] . W_dec[f]) W_dec[f]                     rows have norm 1
+    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2                  Adam (arXiv:1412.6980)
+    W -= lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    W_dec[f] /= |W_dec[f]|
+
+Rows without a gradient move too, by their momentum. With window = 1 every row is visited at every
+step and the result is that of torch.optim.Adam on dense gradients. With window = T a row is visited
+when it has a gradient, and at least every T steps; it then makes up for the steps it missed:
+
+    W -= sum_j lr_j sqrt(1 - b2^j) / (1 - b1^j) (b1 / sqrt(b2))^(j - t) * m / (sqrt(v) + eps)
+
+over the missed steps j after its last, t. Until then the encoder sees it up to T - 1 steps old.
+Shapes: N tokens, K active latents per token, F latents, D width, E = N K entries in latent order.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._adam_kernel import _adam_kernel
+from ._launch import check_matrix, launch, power_of_2, use_triton
+from .latent_major import (
+    CHUNK,
+    LatentMajor,
+    constants_for,
+    launch_sum_chunks,
+    sum_rows_torch,
+    sum_runs,
+)
+
+BLOCK_BYTES = 1 << 20
+"""Rows that, with their gradients and moments, stay in a CPU's cache."""
+
+WIDEST = 8192
+"""The largest D of the kernel: it keeps five rows in registers."""
+
+
+class Rows(NamedTuple):
+    """A weight matrix [F, D], Adam's moments of it, and the copy that products read."""
+
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+    """Both moments in the weight's dtype, or in bfloat16 with stochastic rounding."""
+
+    shadow: Tensor | None = None
+    """bfloat16 [F, D], kept equal to the weight."""
+
+
+class RowGradients(NamedTuple):
+    """The gradients of both weights as weighted sums of tokens, per latent."""
+
+    runs: LatentMajor
+    values: Tensor
+    """[E]: weights of error in dW_dec."""
+    error: Tensor
+    """[N, D]"""
+    d_values: Tensor
+    """[E]: weights of x in dW_enc."""
+    x: Tensor
+    """[N, D]"""
+    extra: tuple[Tensor, Tensor, Tensor] | None = None
+    """Rising rows [n], and what is added to their dW_dec and dW_enc, both [n, D]."""
+
+
+class AdamStep(NamedTuple):
+    """The settings of one step, counted from 1; seed is that of stochastic rounding."""
+
+    step: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 6.25e-10
+    seed: int = 0
+
+
+class Window(NamedTuple):
+    """What rows that wait for their update need to know; T = len(history)."""
+
+    updated: Tensor
+    """int32 [F]: the step of each row's last update."""
+    history: Tensor
+    """[T] in the weights' dtype: lr sqrt(1 - b2^t) / (1 - b1^t) of step t at t % T."""
+
+
+# --- reference: the specification -----------------------------------------------------------
+
+
+def adam_reference(
+    W: Tensor, m: Tensor, v: Tensor, g: Tensor, at: AdamStep, unit: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One row or all of them, with a dense gradient: [F, D] -> W, m, v"""
+    (b1, b2), t = at.betas, at.step
+    if unit:
+        g = g - (g * W).sum(-1, keepdim=True) * W
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    W = W - at.lr * m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + at.eps)
+    return W / W.norm(dim=-1, keepdim=True) if unit else W, m, v
+
+
+# --- torch path: what runs without a GPU ----------------------------------------------------
+
+
+def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
+    """Leave of each row's gradient what is orthogonal to the (unit-norm) row."""
+    gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
+
+
+def normalise_rows_(rows: Tensor) -> None:
+    """Bring each row back to norm 1."""
+    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
+    """What torch.optim.Adam(fused=True) does."""
+    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+        [weight],
+        [g],
+        [first],
+        [second],
+        [],
+        [torch.full((), float(at.step), device=weight.device)],
+        lr=at.lr,
+        beta1=at.betas[0],
+        beta2=at.betas[1],
+        weight_decay=0.0,
+        eps=at.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, window: Window):
+    """Make up for the steps after the last update of each row."""
+    (b1, b2), T = at.betas, len(window.history)
+    drift = torch.zeros_like(updated, dtype=w.dtype)
+    missed = at.step - 1 - updated
+    for j in range(1, T):
+        coefficient = window.history[(updated + j) % T] * (b1 / math.sqrt(b2)) ** j
+        drift += coefficient.where(missed >= j, 0.0)
+    w.sub_(drift[:, None] * m / (v.sqrt() + at.eps))
+    m.mul_((b1 ** missed.to(w.dtype))[:, None])
+    v.mul_((b2 ** missed.to(w.dtype))[:, None])
+
+
+def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down with the odds that make the mean exact."""
+    bits = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, generator=generator)
+    return ((x.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32).bfloat16()
+
+
+def _row_blocks(W: Tensor) -> Iterator[slice]:
+    rows = max(1, BLOCK_BYTES // (W.shape[1] * W.itemsize)) if W.device.type == "cpu" else len(W)
+    for start in range(0, len(W), rows):
+        yield slice(start, min(start + rows, len(W)))
+
+
+def _update_block(
+    state: Rows, g: Tensor, rows: slice | Tensor, at: AdamStep, window: Window | None,
+    generator: torch.Generator, unit: bool,
+) -> None:  # fmt: skip
+    """Rows of one weight: views of a slice are updated in place, others are copied and put back."""
+    wide = state.weight.dtype
+    w, m, v = (t[rows].to(wide) for t in (state.weight, state.first, state.second))
+    if window is not None:
+        _catch_up_(w, m, v, window.updated[rows], at, window)
+        if unit:
+            normalise_rows_(w)
+    if unit:
+        remove_parallel_(g, w)
+    fused_adam_(w, g, m, v, at)
+    if unit:
+        normalise_rows_(w)
+    if state.first.dtype != wide:
+        state.first[rows] = stochastic_bf16(m, generator)
+        state.second[rows] = stochastic_bf16(v, generator)
+    elif window is not None:
+        state.first[rows], state.second[rows] = m, v
+    if window is not None:
+        state.weight[rows] = w
+    if state.shadow is not None:
+        state.shadow[rows] = w.to(state.shadow.dtype)
+
+
+def _adam_torch(
+    decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
+) -> None:
+    generator = torch.Generator().manual_seed((at.seed << 32) + at.step)
+    for block in _row_blocks(decoder.weight):
+        d_dec = _sum_rows(g.values, g.error, g.runs, block).to(decoder.weight.dtype)
+        d_enc = _sum_rows(g.d_values, g.x, g.runs, block).to(encoder.weight.dtype)
+        busy = g.runs.start[block.start : block.stop + 1].diff() > 0
+        if g.extra is not None:
+            where, extra_dec, extra_enc = g.extra
+            edges = torch.tensor([block.start, block.stop], device=where.device)
+            first, last = torch.searchsorted(where, edges).tolist()
+            local = where[first:last] - block.start
+            d_dec.index_add_(0, local, extra_dec[first:last])
+            d_enc.index_add_(0, local, extra_enc[first:last])
+            busy[local] = True
+        rows: slice | Tensor = block
+        if window is not None:
+            each = torch.arange(block.start, block.stop, device=busy.device)
+            rows = each[busy | ((each + at.step) % len(window.history) == 0)]
+            d_dec, d_enc = d_dec[rows - block.start], d_enc[rows - block.start]
+        _update_block(decoder, d_dec, rows, at, window, generator, unit=True)
+        _update_block(encoder, d_enc, rows, at, window, generator, unit=False)
+        if window is not None:
+            window.updated[rows] = at.step
+
+
+def _sum_rows(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) -> Tensor:
+    if use_triton(x):
+        return sum_runs(weights, x, runs)
+    return sum_rows_torch(weights, x, runs, rows)
+
+
+# --- launcher -------------------------------------------------------------------------------
+
+
+def _launch_adam(
+    decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
+) -> None:
+    F, D = decoder.weight.shape
+    block_k, _, acc = constants_for(decoder.weight)
+    slot = extra_dec = extra_enc = None
+    if g.extra is not None:
+        rows, extra_dec, extra_enc = g.extra
+        slot = torch.full((F,), -1, dtype=torch.int32, device=rows.device)
+        slot[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    launch(
+        _adam_kernel,
+        (F,),
+        *(decoder.weight, decoder.first, decoder.second, decoder.shadow),
+        *(encoder.weight, encoder.first, encoder.second, encoder.shadow),
+        *(g.runs.start, g.runs.token),
+        *(g.values, g.error, launch_sum_chunks(g.values, g.error, g.runs)),
+        *(g.d_values, g.x, launch_sum_chunks(g.d_values, g.x, g.runs)),
+        *(slot, extra_dec, extra_enc),
+        *(window or (None, None)),
+        *(D, at.step, at.seed, at.lr / (1 - at.betas[0] ** at.step)),
+        *(math.sqrt(1 - at.betas[1] ** at.step), *at.betas),
+        *(1 - at.betas[0], 1 - at.betas[1], at.eps),
+        1 if window is None else len(window.history),
+        *(decoder.first.dtype != decoder.weight.dtype, CHUNK, block_k, power_of_2(D), acc),
+        num_warps=min(16, max(1, power_of_2(D) // 512)),
+    )
+
+
+# --- public ---------------------------------------------------------------------------------
+
+
+def adam_(
+    decoder: Rows,
+    encoder: Rows,
+    gradients: RowGradients,
+    at: AdamStep,
+    window: Window | None = None,
+) -> None:
+    """One step of Adam on both weights of a dictionary, in place, from gradients that are sparse.
+
+    Decoder rows have norm 1 before and after, and only what is orthogonal to a row is a gradient
+    of it (arXiv:2406.04093). Without a window this is torch.optim.Adam on the dense gradients; with
+    one (see the module), rows without a gradient wait for up to T - 1 steps. Deterministic.
+
+    Reads N K D elements of error and of x, and reads and writes F D of each weight and moment, 26
+    bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
+    shapes or dtypes.
+    """
+    F, D = decoder.weight.shape
+    for name, rows in {"decoder": decoder, "encoder": encoder}.items():
+        for part, tensor in rows._asdict().items():
+            if tensor is not None and (tensor.shape != (F, D) or not tensor.is_contiguous()):
+                raise ValueError(
+                    f"{name}.{part} must be contiguous and of shape {[F, D]}, "
+                    f"got {list(tensor.shape)}"
+                )
+        moments = {rows.first.dtype, rows.second.dtype}
+        if moments not in ({rows.weight.dtype}, {torch.bfloat16}):
+            raise ValueError(
+                f"{name}'s moments must be {rows.weight.dtype} or bfloat16, got {moments}"
+            )
+    check_matrix("error", gradients.error, columns=D)
+    check_matrix("x", gradients.x, rows=len(gradients.error), columns=D)
+    run = _launch_adam if use_triton(decoder.weight) and D <= WIDEST else _adam_torch
+    run(decoder, encoder, gradients, at, window)
+    if window is not None:
+        b1, b2 = (beta**at.step for beta in at.betas)
+        coefficient = at.lr * math.sqrt(1 - b2) / (1 - b1)
+        window.history[at.step % len(window.history)].fill_(coefficient)
+
+
+def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
+    """Bring every row up to date with the step `at`, the last one that was made."""
+    following = at._replace(step=at.step + 1)
+    for state, unit in ((decoder, True), (encoder, False)):
+        wide = state.weight.dtype
+        m, v = state.first.to(wide), state.second.to(wide)
+        _catch_up_(state.weight, m, v, window.updated, following, window)
+        state.first.copy_(m)
+        state.second.copy_(v)
+        if unit:
+            normalise_rows_(state.weight)
+        if state.shadow is not None:
+            state.shadow.copy_(state.weight)
+    window.updated.fill_(at.step)

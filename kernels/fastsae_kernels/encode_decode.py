@@ -1,0 +1,160 @@
+"""A whole sparse autoencoder of top-k kind: encode, keep k, decode.
+
+    values, indices = encode_topk(x, W_enc, b_enc, k, by)
+    recon           = decode(values, indices, W_dec) + b_dec
+
+One op, because the rotation trick's gradient (rotation.py) of the encoder needs the decoder. The
+gradient of the decoder is that of decode. Shapes: N tokens, K kept, F latents, D and D_out widths
+of x and of recon.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ._launch import check_matrix
+from ._op import register
+from .encode import encode_topk
+from .rotation import rotation_gradients, rotation_reference
+from .sparse import decode, gather_dot, scatter_outer
+from .topk import By, check_choice, topk_reference
+
+Gradient = Literal["straight_through", "rotation_support", "rotation_dense"]
+
+# --- reference: the specification -----------------------------------------------------------
+
+
+def encode_decode_reference(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    k: int,
+    by: By = "value",
+    gradient: Gradient = "straight_through",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, D], [F, D], [F], [F, D_out], [D_out] -> [N, D_out], [N, K], [N, K]"""
+    h = linear(x, W_enc, b_enc)
+    values, indices = topk_reference(h, k, by)
+    q = torch.zeros_like(h).scatter(1, indices, values)
+    if gradient != "straight_through":
+        active, q = q != 0, q.detach()
+        rotated = torch.einsum("nij,nj->ni", rotation_reference(h, q).detach(), h)
+        q = q + (rotated - rotated.detach()) * (active if gradient == "rotation_support" else 1)
+        values = (q * active).gather(1, indices)
+    return q @ W_dec + b_dec, values, indices
+
+
+# --- autograd -------------------------------------------------------------------------------
+
+
+class _EncodeDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        k: int,
+        by: str,
+        gradient: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            values, indices = encode_topk(x, W_enc, b_enc, k, by)
+            return decode(values, indices, W_dec) + b_dec, values, indices
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, values, indices = output
+        ctx.save_for_backward(*inputs[:4], values, indices)
+        ctx.gradient = inputs[-1]
+
+    @staticmethod
+    def backward(ctx, d_recon, d_values, _):  # [N, D_out], [N, K]
+        x, W_enc, b_enc, W_dec, values, indices = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        encoder = None, None, None
+        if any(needs[:3]):
+            arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
+            if ctx.gradient == "straight_through":
+                encoder = _straight_through(*arguments, needs[:3])
+            else:
+                mode = ctx.gradient.removeprefix("rotation_")
+                encoder = rotation_gradients(*arguments, mode, needs[:3])
+        return (
+            *encoder,
+            scatter_outer(values, indices, d_recon, len(W_dec)) if needs[3] else None,
+            d_recon.sum(0) if needs[4] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _straight_through(x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values, needs):
+    """Gradients of encode_topk, from those of what it returned and of what was decoded from it."""
+    need_x, need_W, need_b = needs
+    g = d_values + gather_dot(d_recon, indices, W_dec)
+    g = g * (values != 0)  # an inactive entry passes nothing on
+    F, ones = len(W_enc), x.new_ones(x.shape[0], 1)
+    return (
+        decode(g, indices, W_enc) if need_x else None,
+        scatter_outer(g, indices, x, F) if need_W else None,
+        scatter_outer(g, indices, ones, F)[:, 0] if need_b else None,
+    )
+
+
+def _fake(x, W_enc, b_enc, W_dec, b_dec, k, by, gradient):
+    values = x.new_empty(x.shape[0], k)
+    recon = x.new_empty(x.shape[0], W_dec.shape[1])
+    return recon, values, torch.empty_like(values, dtype=torch.int64)
+
+
+_encode_decode = register(_EncodeDecode, _fake)
+
+# --- public ---------------------------------------------------------------------------------
+
+
+def encode_decode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    k: int,
+    by: By = "value",
+    gradient: Gradient = "straight_through",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode tokens, keep the k largest pre-activations of each, and decode them.
+
+    x [N, D] (already centred), W_enc [F, D], b_enc [F], W_dec [F, D_out], b_dec [D_out], one
+    floating dtype -> recon [N, D_out], values [N, K] and indices [N, K] int64, to the bit those of
+    encode_topk, decode and + b_dec. Differentiable in all five; an entry of value 0 gets no
+    gradient from its value. How top-k passes the gradient on:
+
+    "straight_through"  as the identity on active entries, as encode_topk does (arXiv:2406.04093)
+    "rotation_support"  turned from the code to the pre-activations, on active entries
+    "rotation_dense"    the same on all latents, the ones not kept included (arXiv:2410.06424)
+
+    The first is differentiable twice. Forward costs 2 N F D FLOPs; backward 8 N K D and for the
+    rotations that of rotation_gradients. No more than FASTSAE_BUFFER_MB of pre-activations exist
+    at a time. ValueError for wrong shapes, dtypes or choices, or unless 1 <= k <= F.
+    """
+    check_matrix("x", x)
+    check_matrix("W_enc", W_enc, columns=x.shape[1])
+    F = len(W_enc)
+    check_matrix("W_dec", W_dec, rows=F)
+    check_choice(k, by, F)
+    for name, b, size in (("b_enc", b_enc, F), ("b_dec", b_dec, W_dec.shape[1])):
+        if b.shape != (size,):
+            raise ValueError(f"{name} must have shape {[size]}, got {list(b.shape)}")
+    dtypes = [t.dtype for t in (x, W_enc, b_enc, W_dec, b_dec)]
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"x, W_enc, b_enc, W_dec and b_dec must have one dtype, got {dtypes}")
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
+    return _encode_decode(x, W_enc, b_enc, W_dec, b_dec, k, by, gradient)

@@ -1,0 +1,193 @@
+"""Row-wise Adam from sparse codes, against torch.optim.Adam on dense gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastsae_kernels.adam import (
+    AdamStep,
+    RowGradients,
+    Rows,
+    Window,
+    adam_,
+    adam_reference,
+    settle_,
+    stochastic_bf16,
+)
+from fastsae_kernels.latent_major import latent_major
+from fastsae_kernels.sparse import scatter_outer_reference
+
+N, K, F, D = 130, 2, 8, 20
+ALWAYS, ONCE, NEVER = 0, 1, 2
+LR = 1e-2
+
+
+def batches(steps: int, dtype=torch.float32):
+    """Codes in which one latent always fires, one only in the first step, one never, with data."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        indices = torch.randint(3, F, (N, K), generator=generator)
+        indices[:, 0] = ALWAYS
+        if step == 0:
+            indices[7, 1] = ONCE
+        values, d_values = torch.randn(2, N, K, generator=generator)
+        values[5, 1] = d_values[5, 1] = 0.0  # an inactive entry
+        error, x = torch.randn(2, N, D, generator=generator)
+        yield indices, *(t.to(dtype) for t in (values, d_values, error, x))
+
+
+def weights(dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    W_dec, W_enc = torch.randn(2, F, D, generator=generator)
+    return normalize(W_dec.double(), dim=1).to(dtype), W_enc.to(dtype)
+
+
+EXTRA = torch.tensor([NEVER, 6])
+
+
+def extra_gradients(dtype) -> tuple[Tensor, Tensor]:
+    return tuple(torch.linspace(-1, 1, 2 * 2 * D).view(2, 2, D).to(dtype))
+
+
+def rows(W: Tensor, moments: torch.dtype | None = None, device="cpu") -> Rows:
+    W = W.clone().to(device)
+    zeros = torch.zeros_like(W, dtype=moments)
+    return Rows(W, zeros, zeros.clone(), W.bfloat16())
+
+
+def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32):
+    """Decoder and encoder after so many steps of adam_."""
+    decoder, encoder = (rows(W, moments, device) for W in weights(dtype))
+    window = None
+    if T > 1:
+        updated = torch.zeros(F, dtype=torch.int32, device=device)
+        window = Window(updated, torch.zeros(T, dtype=dtype, device=device))
+    at = AdamStep(0, 0.0)
+    for step, batch in enumerate(batches(steps, dtype), 1):
+        indices, values, d_values, error, x = (t.to(device) for t in batch)
+        runs = latent_major(indices, F, values != 0)
+        more = None
+        if extra:
+            more = (EXTRA.to(device), *(g.to(device) for g in extra_gradients(dtype)))
+        entries = (t.flatten()[runs.entry] for t in (values, d_values))
+        v, d_v = entries
+        at = AdamStep(step, LR / step**0.5)
+        adam_(decoder, encoder, RowGradients(runs, v, error, d_v, x, more), at, window)
+    if window is not None:
+        settle_(decoder, encoder, at, window)
+    return decoder, encoder
+
+
+def train_dense(dtype, extra, steps) -> tuple[Tensor, Tensor]:
+    """The same with torch.optim.Adam."""
+    W_dec, W_enc = (W.requires_grad_() for W in weights(dtype))
+    adam = torch.optim.Adam([W_dec, W_enc], eps=6.25e-10)
+    for step, (indices, values, d_values, error, x) in enumerate(batches(steps, dtype), 1):
+        W_dec.grad = scatter_outer_reference(values, indices, error, F)
+        W_enc.grad = scatter_outer_reference(d_values, indices, x, F)
+        if extra:
+            for W, g in zip((W_dec, W_enc), extra_gradients(dtype), strict=True):
+                W.grad[EXTRA] += g
+        with torch.no_grad():
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+            adam.param_groups[0]["lr"] = LR / step**0.5
+            adam.step()
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+    return W_dec.detach(), W_enc.detach()
+
+
+@pytest.mark.parametrize(("steps", "extra"), [(50, False), (5, True)])
+def test_steps_equal_torch_adam(device, steps, extra):
+    """The error is at most twice that of torch.optim.Adam in float32."""
+    same, exact = (train_dense(dtype, extra, steps) for dtype in (torch.float32, torch.float64))
+    for state, s, e in zip(train(device, extra=extra, steps=steps), same, exact, strict=True):
+        error, allowed = (state.weight.cpu() - e).abs().max(), (s - e).abs().max()
+        assert error <= 2 * allowed + torch.finfo(torch.float32).eps * e.abs().max()
+
+
+def test_shadows_and_norms(device):
+    for state, unit in zip(train(device, steps=3), (True, False), strict=True):
+        assert state.shadow is not None
+        # Triton's interpreter drops bits where a GPU rounds to the nearest.
+        ulp = state.weight.abs() * 2**-7 if device == "cpu" else 0.0
+        assert ((state.shadow.float() - state.weight.bfloat16().float()).abs() <= ulp).all()
+        norms = state.weight.norm(dim=1)
+        ones = torch.ones_like(norms)
+        if unit:
+            torch.testing.assert_close(norms, ones)
+        else:
+            assert not torch.allclose(norms, ones)
+
+
+def test_never_and_once(device):
+    """A latent that never fires does not move; one that fired once moves on by its momentum."""
+    W_dec, W_enc = weights()
+    _, encoder = train(device, steps=3)
+    moved = (encoder.weight.cpu() - W_enc).abs().amax(1)
+    assert moved[NEVER] == 0 and moved[ONCE] > 0
+    after_one = (train(device, steps=1)[1].weight.cpu() - W_enc).abs().amax(1)
+    assert moved[ONCE] > after_one[ONCE] > 0
+
+
+def test_same_bits_twice(device):
+    for moments in (None, torch.bfloat16):
+        one, two = (train(device, moments, T=4, steps=3) for _ in range(2))
+        for a, b in zip((*one[0], *one[1]), (*two[0], *two[1]), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_both_paths_agree_on_a_window(device):
+    """Kernel and torch path make the same catch-up, in fp32 rounding."""
+    got = train(device, T=3, steps=9)
+    expected = train("cpu", T=3, steps=9, dtype=torch.float64)
+    same, exact = (train_dense(dtype, False, 9) for dtype in (torch.float32, torch.float64))
+    for a, b, s, e in zip(got, expected, same, exact, strict=True):
+        assert (a.weight.cpu() - b.weight).abs().max() <= 2 * (s - e).abs().max()
+
+
+def test_reference_is_torch_adam():
+    W, _ = weights(torch.float64)
+    m, v = torch.zeros(2, F, D, dtype=torch.float64)
+    adam = torch.optim.Adam([W.clone().requires_grad_()], lr=LR, eps=6.25e-10)
+    (parameter,) = adam.param_groups[0]["params"]
+    for step in range(1, 6):
+        g = torch.randn(F, D, dtype=torch.float64)
+        parameter.grad = g - (g * W).sum(1, keepdim=True) * W
+        adam.step()
+        parameter.data = normalize(parameter.data, dim=1)
+        W, m, v = adam_reference(W, m, v, g, AdamStep(step, LR), unit=True)
+        torch.testing.assert_close(W, parameter.data)
+
+
+def test_stochastic_rounding_is_right_on_average():
+    x = torch.tensor([1 + 2**-9, -3.0, 1e-20 * (1 + 2**-10)]).repeat(100_000, 1)
+    rounded = stochastic_bf16(x, torch.Generator().manual_seed(0)).float()
+    deviation = rounded.std(0) / len(x) ** 0.5
+    assert ((rounded.mean(0) - x[0]).abs() <= 5 * deviation).all()
+    assert rounded[:, 0].unique().tolist() == [1.0, 1 + 2**-7]
+
+
+@pytest.mark.parametrize(("moments", "T"), [(torch.bfloat16, 1), (None, 2), (None, 8)])
+def test_options_deviate_by_less_than_a_step(device, moments, T):
+    """Adam moves no weight by more than about the learning rate in a step."""
+    got, exact = (train(d, m, t, steps=9) for d, m, t in ((device, moments, T), ("cpu", None, 1)))
+    for state, reference in zip(got, exact, strict=True):
+        assert state.first.dtype == (moments or torch.float32)
+        deviation = (state.weight.cpu() - reference.weight).abs().max()
+        assert 0 < deviation < LR / 2
+
+
+def test_wrong_arguments_are_named():
+    decoder, encoder = (rows(W) for W in weights())
+    indices, values, d_values, error, x = next(batches(1))
+    runs = latent_major(indices, F)
+    v, d_v = (t.flatten()[runs.entry] for t in (values, d_values))
+    gradients, at = RowGradients(runs, v, error, d_v, x), AdamStep(1, LR)
+    with pytest.raises(ValueError, match=r"encoder.second must be contiguous and of shape"):
+        adam_(decoder, encoder._replace(second=torch.zeros(F, D + 1)), gradients, at)
+    with pytest.raises(ValueError, match="encoder's moments must be torch.float32 or bfloat16"):
+        half = torch.zeros(F, D, dtype=torch.float16)
+        adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
+    with pytest.raises(ValueError, match="error must be floating point of shape"):
+        adam_(decoder, encoder, gradients._replace(error=error[:, 1:]), at)

@@ -1,0 +1,249 @@
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastsae_kernels import decode, encode_topk
+from fastsae_kernels.encode_decode import (
+    _encode_decode,
+    encode_decode,
+    encode_decode_reference,
+)
+from fastsae_kernels.testing import assert_no_worse
+
+GRADIENTS = ["straight_through", "rotation_support", "rotation_dense"]
+each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
+rotations = pytest.mark.parametrize("gradient", GRADIENTS[1:])
+BY = pytest.mark.parametrize("by", ["value", "abs"])
+SHAPES = [  # N, D, D_out, F, k
+    (7, 5, 6, 20, 3),
+    (60, 4, 7, 11, 11),  # N much larger than D, and every latent kept
+    (3, 17, 9, 40, 5),
+    (0, 4, 5, 8, 2),
+]
+each_shape = pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda s: "N{}-D{}-out{}-F{}-k{}".format(*s)
+)
+
+
+@pytest.fixture(params=["gram", "dense"])
+def way(request, monkeypatch):
+    gram = request.param == "gram"
+    monkeypatch.setattr("fastsae_kernels.rotation._gram_is_cheaper", lambda *_: gram)
+
+
+def make(shape, device="cpu", dtype=torch.float32, draw=torch.randn):
+    """x, W_enc, b_enc, W_dec, b_dec"""
+    N, D, D_out, F, _ = shape
+    return [draw(s).to(device, dtype) for s in ((N, D), (F, D), (F,), (F, D_out), (D_out,))]
+
+
+def integers(size):
+    """What every dtype and every order of summation multiplies exactly, with many ties."""
+    return torch.randint(-1, 2, size)
+
+
+def separated(shape, device, dtype=torch.float32, by="value"):
+    """Only tokens of which no rounding exchanges the k + 1 largest, or changes their signs."""
+    N, D, D_out, F, k = shape
+    x, W, b, *decoder = make((100 * N, D, D_out, F, k), device, dtype)
+    h = torch.addmm(b.double(), x.double(), W.double().t())
+    ranks = (h.abs() if by == "abs" else h).topk(min(k + 1, F)).values
+    least = 8 * torch.finfo(dtype).eps * h.abs().amax(1, keepdim=True)
+    apart = (-ranks.diff(dim=1) > least).all(1) & (ranks.abs() > least).all(1)
+    x = x[apart][:N]
+    assert len(x) == N
+    return x, W, b, *decoder
+
+
+def against_reference(arguments, *choices):
+    assert_no_worse(
+        lambda *tensors: encode_decode(*tensors, *choices),
+        lambda *tensors: encode_decode_reference(*tensors, *choices),
+        *arguments,
+    )
+
+
+def gradients(function, arguments):
+    """Of a sum over recon and values that weighs every entry differently."""
+    leaves = [t.detach().requires_grad_() for t in arguments]
+    recon, values, _ = function(*leaves)
+    weights = [torch.linspace(-1, 2, t.numel()).to(t).view(t.shape) for t in (recon, values)]
+    return torch.autograd.grad([recon, values], leaves, weights)
+
+
+@each_gradient
+@BY
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_is_that_of_the_parts_to_the_bit(device, shape, by, gradient, dtype):
+    x, W_enc, b_enc, W_dec, b_dec = make(shape, device, dtype)
+    recon, values, indices = encode_decode(x, W_enc, b_enc, W_dec, b_dec, shape[4], by, gradient)
+    expected, where = encode_topk(x, W_enc, b_enc, shape[4], by)
+    assert torch.equal(values, expected) and torch.equal(indices, where)
+    assert torch.equal(recon, decode(expected, where, W_dec) + b_dec)
+
+
+@BY
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_straight_through_gradients_are_those_of_the_parts_to_the_bit(device, shape, by, dtype):
+    k = shape[4]
+
+    def parts(x, W_enc, b_enc, W_dec, b_dec):
+        values, indices = encode_topk(x, W_enc, b_enc, k, by)
+        return decode(values, indices, W_dec) + b_dec, values, indices
+
+    arguments = make(shape, device, dtype)
+    for got, expected in zip(
+        gradients(lambda *tensors: encode_decode(*tensors, k, by), arguments),
+        gradients(parts, arguments),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+@BY
+@each_shape
+def test_straight_through(device, shape, by):
+    against_reference(separated(shape, device, by=by), shape[4], by, "straight_through")
+
+
+@rotations
+@BY
+@each_shape
+def test_rotation(device, way, shape, by, gradient):
+    against_reference(separated(shape, device, by=by), shape[4], by, gradient)
+
+
+@rotations
+@BY
+def test_rotation_in_bfloat16(device, way, by, gradient):
+    arguments = separated((7, 5, 6, 20, 3), device, torch.bfloat16, by)
+    against_reference(arguments, 3, by, gradient)
+
+
+@each_gradient
+@BY
+@each_shape
+def test_ties_go_to_the_lowest_latent(device, way, shape, by, gradient):
+    against_reference(make(shape, device, draw=integers), shape[4], by, gradient)
+
+
+@each_gradient
+def test_inactive_tokens_get_no_gradient(device, way, gradient):
+    """h = 0; all of h below 0; fewer than k above 0."""
+    W_enc = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    x = torch.tensor([[0.0, 0], [-1, -2], [-1, 2]])
+    arguments = x, W_enc, torch.zeros(3), torch.randn(3, 4), torch.randn(4)
+    arguments = [t.to(device) for t in arguments]
+    against_reference(arguments, 2, "value", gradient)
+    dx, *_ = gradients(lambda *tensors: encode_decode(*tensors, 2, "value", gradient), arguments)
+    assert (dx[:2] == 0).all() and (dx[2] != 0).any()
+
+
+def test_dense_reaches_latents_that_are_not_kept(device, way):
+    shape = 3, 5, 6, 40, 2
+    arguments = make(shape, device)
+    _, _, indices = encode_decode(*arguments, 2)
+    kept = torch.zeros(40, dtype=torch.bool, device=device).index_fill(0, indices.flatten(), True)
+    for gradient, some in zip(GRADIENTS, (False, True, True), strict=True):
+        _, dW_enc, *_ = gradients(
+            lambda *tensors, g=gradient: encode_decode(*tensors, 2, "value", g), arguments
+        )
+        assert (dW_enc[kept] != 0).any(1).all()
+        assert (dW_enc[~kept] != 0).any(1).all() == some
+
+
+@each_gradient
+@pytest.mark.parametrize("only", range(5))
+def test_gradients_of_one_argument_alone(device, way, gradient, only):
+    arguments = make(SHAPES[0], device)
+
+    def of(*tensors):
+        return encode_decode(*tensors, 3, "value", gradient)
+
+    every = gradients(of, arguments)
+    leaf = arguments[only].detach().requires_grad_()
+    recon, values, _ = of(*(leaf if n == only else t for n, t in enumerate(arguments)))
+    weights = [torch.linspace(-1, 2, t.numel()).to(t).view(t.shape) for t in (recon, values)]
+    outputs = [(t, w) for t, w in zip((recon, values), weights, strict=True) if t.requires_grad]
+    outs, grads = zip(*outputs, strict=True)
+    (got,) = torch.autograd.grad(outs, leaf, grads)
+    assert torch.equal(got, every[only])
+
+
+@each_gradient
+def test_loss_of_one_output_alone(device, gradient):
+    """What the other would pass on is nothing."""
+    arguments = separated(SHAPES[0], device)
+    for output in range(2):
+        assert_no_worse(
+            lambda *tensors, n=output: encode_decode(*tensors, 3, "value", gradient)[n],
+            lambda *tensors, n=output: encode_decode_reference(*tensors, 3, "value", gradient)[n],
+            *arguments,
+        )
+
+
+@BY
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_first_and_second_derivatives(device, check, by):
+    """Of the straight-through gradient: the others are not derivatives."""
+    leaves = [t.requires_grad_() for t in separated((2, 3, 2, 5, 2), device, torch.float64, by)]
+    assert check(lambda *tensors: encode_decode(*tensors, 2, by)[:2], leaves)
+
+
+@each_gradient
+def test_same_bits_twice(device, way, gradient):
+    arguments = make((37, 5, 6, 20, 3), device)
+
+    def run():
+        function = lambda *tensors: encode_decode(*tensors, 3, "value", gradient)  # noqa: E731
+        return *function(*arguments), *gradients(function, arguments)
+
+    for one, two in zip(run(), run(), strict=True):
+        assert torch.equal(one, two)
+
+
+@each_gradient
+@BY
+def test_op(device, by, gradient):
+    arguments = [t.requires_grad_() for t in make((7, 5, 6, 20, 3), device)]
+    torch.library.opcheck(_encode_decode, (*arguments, 3, by, gradient))
+
+
+@each_gradient
+def test_compiles_whole(device, gradient):
+    arguments = make((7, 5, 6, 20, 3), device)
+
+    def function(*tensors):
+        return encode_decode(*tensors, 3, "value", gradient)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
+        assert torch.equal(got, expected)
+    for got, expected in zip(
+        gradients(compiled, arguments), gradients(function, arguments), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.ones(4)}, "x must be floating point of shape"),
+        ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
+        ({"W_dec": torch.ones(4, 6)}, r"W_dec must be floating point of shape \[5, any\]"),
+        ({"b_enc": torch.ones(4)}, r"b_enc must have shape \[5\], got \[4\]"),
+        ({"b_dec": torch.ones(4)}, r"b_dec must have shape \[6\], got \[4\]"),
+        ({"b_dec": torch.ones(6).double()}, "x, W_enc, b_enc, W_dec and b_dec must have one dtype"),
+        ({"k": 0}, "k must be between 1 and d_sae = 5, got 0"),
+        ({"k": 6}, "k must be between 1 and d_sae = 5, got 6"),
+        ({"by": "size"}, 'by must be "value" or "abs", got \'size\''),
+        ({"gradient": "rotation"}, "gradient must be one of .* got 'rotation'"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    good = {"x": torch.ones(3, 4), "W_enc": torch.ones(5, 4), "b_enc": torch.ones(5), "k": 2}
+    good |= {"W_dec": torch.ones(5, 6), "b_dec": torch.ones(6)}
+    with pytest.raises(ValueError, match=message):
+        encode_decode(**{**good, **changes})

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from fastsae_kernels import loss as loss_module
+from fastsae_kernels import squared_error
+from fastsae_kernels.loss import squared_error_reference
+from fastsae_kernels.testing import assert_no_worse
+
+SHAPES = [  # N, K, F, D
+    (1, 1, 1, 1),
+    (7, 3, 20, 33),  # nothing is a power of two
+    (3, 9, 40, 128),
+    (2, 40, 60, 1030),  # in float32 too many rows for the registers
+    (0, 4, 8, 16),
+    (3, 0, 8, 16),
+]
+
+
+def make(shape, dtype=torch.float32, device="cpu"):
+    """values, indices (repeats allowed), W, b, target"""
+    N, K, F, D = shape
+    sizes = (N, K), (F, D), (D,), (N, D)
+    v, W, b, target = (torch.randn(s).to(device, dtype) for s in sizes)
+    return v, torch.randint(F, (N, K), device=device), W, b, target
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-K{}-F{}-D{}".format(*s))
+def test_outputs_and_gradients(device, shape):
+    assert_no_worse(squared_error, squared_error_reference, *make(shape, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda s: "N{}-K{}-F{}-D{}".format(*s))
+def test_half_precision(device, shape, dtype):
+    """Sums are kept in float32, so the outputs beat those of the reference in half precision."""
+    args = make(shape, dtype, device)
+    exact = squared_error_reference(*(t.double() if t.is_floating_point() else t for t in args))
+    for got, e, name in zip(squared_error(*args), exact, ("sse", "error", "dots"), strict=True):
+        assert got.dtype == (dtype if name == "error" else torch.float32)
+        rounding = torch.finfo(dtype if name == "error" else torch.float32).eps
+        # Triton's interpreter drops bits where a GPU rounds to the nearest.
+        size = max(float(e.abs().max()), 1.0)
+        assert (got - e).abs().max() <= 8 * rounding * size, name
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_may_differ(device, target):
+    v, i, W, b, t = make((5, 3, 9, 20), torch.float32, device)
+    leaves = [v, W.bfloat16(), b, t.to(target)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    sse, error, dots = squared_error(leaves[0], i, *leaves[1:])
+    assert (sse.dtype, error.dtype, dots.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    gradients = torch.autograd.grad(sse.sum(), leaves)
+    assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+
+
+def test_too_wide_for_the_kernel(device, monkeypatch):
+    monkeypatch.setattr(loss_module, "WIDEST", 16)
+    assert_no_worse(squared_error, squared_error_reference, *make((3, 2, 9, 17), device=device))
+
+
+def test_gradients(device):
+    v, i, W, b, t = make((3, 2, 4, 3), torch.float64, device)
+    leaves = [leaf.requires_grad_() for leaf in (v, W, b, t)]
+    assert gradcheck(lambda v, W, b, t: squared_error(v, i, W, b, t)[0], leaves)
+
+
+def test_a_second_derivative_is_refused(device):
+    v, i, W, b, t = make((3, 2, 4, 3), torch.float64, device)
+    sse, *_ = squared_error(v.requires_grad_(), i, W, b, t)
+    (gradient,) = torch.autograd.grad(sse.sum(), v, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), v)
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(shape=st.tuples(*[st.integers(0, 9)] * 2, st.integers(1, 40), st.integers(1, 70)))
+def test_any_shape(device, shape):
+    args = make(shape, torch.float64, device)
+    for got, expected in zip(squared_error(*args), squared_error_reference(*args), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_same_bits_twice_and_any_strides(device):
+    args = make((6, 4, 9, 10), device=device)
+    strided = [torch.stack([t, t], dim=-1)[..., 0] for t in args]
+    for a, b in zip(squared_error(*args), squared_error(*strided), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"W": torch.ones(5)}, "W must be floating point of shape"),
+        ({"i": torch.zeros(3, 2)}, "indices must be int32 or int64"),
+        ({"i": torch.full((3, 2), 5)}, r"indices must lie in \[0, 5\), got 5 to 5"),
+        ({"v": torch.ones(3, 1)}, "values must be floating point of the shape of indices"),
+        ({"t": torch.ones(3, 5)}, r"target must be floating point of shape \[3, 4\]"),
+        ({"b": torch.ones(5)}, r"b must have shape \[4\], got \[5\]"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    good = {"v": torch.ones(3, 2), "i": torch.zeros(3, 2, dtype=torch.int64)}
+    good |= {"W": torch.ones(5, 4), "b": torch.ones(4), "t": torch.ones(3, 4)}
+    with pytest.raises(ValueError, match=message):
+        squared_error(*({**good, **changes}[name] for name in "viWbt"))

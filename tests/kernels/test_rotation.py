@@ -1,0 +1,283 @@
+"""The rotation trick's gradient, by both ways, against the formula with explicit matrices."""
+
+import json
+from collections import defaultdict
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastsae_kernels.rotation import (
+    _gram_is_cheaper,
+    _Layer,
+    _rotation_gradients,
+    rotation_gradient_reference,
+    rotation_gradients,
+    rotation_gradients_reference,
+    rotation_reference,
+)
+from fastsae_kernels.testing import assert_no_worse
+from fastsae_kernels.topk import topk_reference
+
+SHAPES = [  # N, D, D_out, F, k
+    (1, 1, 1, 1, 1),
+    (1, 3, 3, 7, 2),
+    (37, 5, 5, 20, 3),
+    (60, 4, 7, 11, 11),  # N much larger than D, and every latent kept
+    (3, 17, 9, 40, 5),
+    (6, 64, 64, 70, 8),
+    (0, 4, 5, 8, 2),
+]
+each_mode = pytest.mark.parametrize("mode", ["support", "dense"])
+BY = pytest.mark.parametrize("by", ["value", "abs"])
+
+
+def name(shape):
+    return "N{}-D{}-out{}-F{}-k{}".format(*shape)
+
+
+@pytest.fixture(params=["gram", "dense"])
+def way(request, monkeypatch):
+    gram = request.param == "gram"
+    monkeypatch.setattr("fastsae_kernels.rotation._gram_is_cheaper", lambda *_: gram)
+
+
+def make(shape, device="cpu", dtype=torch.float32, by="value"):
+    """x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values"""
+    N, D, D_out, F, k = shape
+    sizes = (N, D), (F, D), (F,), (F, D_out), (N, D_out), (N, k)
+    x, W_enc, b_enc, W_dec, d_recon, d_values = (torch.randn(size).to(dtype) for size in sizes)
+    return with_code(x, W_enc, b_enc, W_dec, d_recon, d_values, by, device)
+
+
+def with_code(x, W_enc, b_enc, W_dec, d_recon, d_values, by="value", device="cpu"):
+    pre = torch.addmm(b_enc.double(), x.double(), W_enc.double().t())
+    values, indices = topk_reference(pre, d_values.shape[1], by)
+    arguments = x, W_enc, b_enc, W_dec, values.to(x.dtype), indices, d_recon, d_values
+    return [t.to(device) for t in arguments]
+
+
+def special(device, dtype=torch.float32):
+    """Tokens 0, h = 0; 1, all of h below 0; 2, only latent 3 above 0; 3, ties; 4, q = h."""
+    W_enc = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    x = torch.tensor([[0.0, 0, 0], [-1, -2, -1], [-1, 2, -3], [2, 1, 2], [3, 0, 0]])
+    tensors = [torch.randn(size) for size in ((6, 4), (5, 4), (5, 4))]
+    return with_code(*(t.to(dtype) for t in (x, W_enc, torch.zeros(6), *tensors)), device=device)
+
+
+def no_worse(arguments, mode):
+    """d x, d W_enc and d b_enc err at most twice as much as the reference."""
+
+    def detached(gradients):
+        return lambda *arguments: tuple(t.detach() for t in gradients(*arguments, mode))
+
+    with torch.no_grad():
+        op, reference = detached(rotation_gradients), detached(rotation_gradients_reference)
+        assert_no_worse(op, reference, *arguments)
+
+
+@each_mode
+@BY
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] != 1], ids=name)
+def test_gradients(device, way, shape, by, mode):
+    """Not of one token: the reference's error is a matter of luck there."""
+    no_worse(make(shape, device, by=by), mode)
+
+
+@each_mode
+@BY
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_formulas_are_exact(device, way, shape, by, mode):
+    """Up to roundings of float64, of which the formulas cancel a few hundred at most."""
+    arguments = make(shape, device, torch.float64, by)
+    exact = rotation_gradients_reference(*arguments, mode)
+    for got, expected in zip(rotation_gradients(*arguments, mode), exact, strict=True):
+        scale = expected.abs().max() if expected.numel() else 0.0
+        assert (got - expected).abs().le(1e-13 * scale).all()
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(device, way, dtype, mode):
+    no_worse(make((37, 5, 6, 20, 3), device, dtype), mode)
+
+
+@each_mode
+def test_special_tokens(device, way, mode):
+    arguments = special(device)
+    no_worse(arguments, mode)
+    dx, _, _ = rotation_gradients(*arguments, mode)
+    assert dx is not None
+    assert (dx[:2] == 0).all() and (dx[2:] != 0).any(1).all()
+
+
+@each_mode
+def test_without_an_active_token(device, way, mode):
+    dead = [t[:2] if len(t) == 5 else t for t in special(device)]
+    for gradient in rotation_gradients(*dead, mode):
+        assert gradient is not None and (gradient == 0).all()
+
+
+@each_mode
+def test_inactive_entries_count_for_nothing(device, way, mode):
+    *arguments, d_values = special(device)
+    inactive = arguments[4] == 0
+    assert inactive.any()
+    changed = d_values.masked_fill(inactive, float("inf"))
+    for one, two in zip(
+        rotation_gradients(*arguments, d_values, mode),
+        rotation_gradients(*arguments, changed, mode),
+        strict=True,
+    ):
+        assert one is not None and two is not None and torch.equal(one, two)
+
+
+def test_nan_is_never_dropped(device, way):
+    x, *rest = make((6, 4, 4, 9, 2), device)
+    x[2] = float("nan")
+    rest[3][2] = float("nan")
+    dx, dW_enc, db_enc = rotation_gradients(x, *rest, "dense")
+    assert dx is not None and dW_enc is not None and db_enc is not None
+    assert dx.isnan().all(1).tolist() == [False, False, True, False, False, False]
+    assert dW_enc.isnan().all() and db_enc.isnan().all()
+
+
+def test_reference_scales_and_turns_h_to_q():
+    h = torch.randn(5, 6, dtype=torch.float64)
+    values, indices = topk_reference(h, 2)
+    q = torch.zeros_like(h).scatter(1, indices, values)
+    R = rotation_reference(h, q)
+    scale = (q.norm(dim=1) / h.norm(dim=1))[:, None, None]
+    torch.testing.assert_close(R @ h[:, :, None], q[:, :, None])
+    torch.testing.assert_close(R @ R.mT, scale**2 * torch.eye(6).to(h).expand(5, 6, 6))
+    assert (R.det() > 0).all()
+    # Differentiated by autograd, with lambda and R constant.
+    g, h = torch.randn_like(h), h.requires_grad_()
+    (expected,) = torch.autograd.grad((R @ h[:, :, None])[:, :, 0], h, g)
+    torch.testing.assert_close(rotation_gradient_reference(h, q, g), expected)
+
+
+@each_mode
+@pytest.mark.parametrize("tokens", [0, 3, 100])
+def test_chunks_of_tokens(device, monkeypatch, tokens, mode):
+    """The buffer holds h and g of so many tokens (one at least)."""
+    monkeypatch.setattr("fastsae_kernels.rotation._gram_is_cheaper", lambda *_: False)
+    size = 2 * 20 * 4 * tokens
+    monkeypatch.setattr("fastsae_kernels.rotation.buffer_bytes", lambda device: size)
+    no_worse(make((7, 5, 6, 20, 3), device), mode)
+
+
+@pytest.mark.parametrize("d_out", [384, 768])
+@pytest.mark.parametrize("mode", ["support", "dense"])
+def test_gram_way_where_there_are_many_tokens(mode, d_out):
+    F, D = 24576, 384
+    x, W_enc, b_enc = (torch.empty(s, device="meta") for s in ((0, D), (F, D), (F,)))
+    W_dec = torch.empty(F, d_out, device="meta") if mode == "dense" else None
+    layer = _Layer(x, W_enc, b_enc, W_dec, x)
+    for needs in ((True, True, True), (False, True, True), (True, False, False)):
+        cheaper = [_gram_is_cheaper(N, layer, needs) for N in (1, D // 2, 2 * D, 4096)]
+        assert cheaper == [False, False, True, True]
+
+
+@each_mode
+def test_same_bits_twice(device, way, mode):
+    arguments = make((37, 5, 6, 20, 3), device)
+    for one, two in zip(
+        rotation_gradients(*arguments, mode), rotation_gradients(*arguments, mode), strict=True
+    ):
+        assert one is not None and two is not None and torch.equal(one, two)
+
+
+@each_mode
+def test_only_what_is_needed(device, way, mode):
+    arguments = make((37, 5, 6, 20, 3), device)
+    every = rotation_gradients(*arguments, mode)
+    for only in range(3):
+        needs = [n == only for n in range(3)]
+        for got, expected, need in zip(
+            rotation_gradients(*arguments, mode, needs), every, needs, strict=True
+        ):
+            assert torch.equal(got, expected) if need else got is None
+
+
+def test_other_integers_strides_and_no_gradient_of_values(device, way):
+    arguments = make((7, 5, 6, 20, 3), device)
+    arguments[-1].zero_()
+    x, W_enc, b_enc, W_dec, values, indices, d_recon = (
+        torch.stack([t, t], dim=-1)[..., 0] for t in arguments[:-1]
+    )
+    strided = x, W_enc, b_enc, W_dec, values, indices.int(), d_recon, None
+    for got, expected in zip(
+        rotation_gradients(*strided, "dense"), rotation_gradients(*arguments, "dense"), strict=True
+    ):
+        assert got is not None and expected is not None and torch.equal(got, expected)
+
+
+@each_mode
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
+def test_op(device, way, mode, needs):
+    arguments = make((7, 5, 6, 20, 3), device)
+    torch.library.opcheck(_rotation_gradients, (*arguments, mode, needs))
+
+
+def most_bytes_freed_again(run, path) -> int:
+    """The most memory at a time that run allocated and no longer holds when it is done.
+
+    Counted by torch's allocator, inside operators too. What it leaves are the results.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = run()
+    recorded.export_chrome_trace(str(path))
+    del results
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    open_at, steps = {}, defaultdict(int)
+    for n, event in enumerate(sorted(events, key=lambda e: e["ts"])):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            open_at[address] = n
+        elif address in open_at:
+            steps[open_at.pop(address)] -= size
+            steps[n] += size
+    most = total = 0
+    for n in sorted(steps):
+        total += steps[n]
+        most = max(most, total)
+    return most
+
+
+@each_mode
+def test_memory_beside_the_results(tmp_path, mode):
+    """Less than an eighth of one tensor of all pre-activations: 25 MB."""
+    N, D, F, k = 4096, 384, 12288, 32
+    arguments = [torch.randn(s) for s in ((N, D), (F, D), (F,), (F, D), (N, D), (N, k))]
+    x, W_enc, b_enc, W_dec, d_recon, d_values = arguments
+    values, indices = d_values.abs(), torch.randint(F, (N, k))
+    code = values, indices, d_recon, d_values
+
+    def run():
+        return rotation_gradients(x, W_enc, b_enc, W_dec, *code, mode)
+
+    most = most_bytes_freed_again(run, tmp_path / "trace.json")
+    assert N * D * 4 < most < N * F * 4 / 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "sparse"}, 'mode must be "support" or "dense", got \'sparse\''),
+        ({"values": torch.ones(3, 1)}, "values must be floating point of the shape of indices"),
+        ({"x": torch.ones(2, 4)}, r"x must be floating point of shape \[3, any\]"),
+        ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
+        ({"W_dec": torch.ones(4, 6)}, r"W_dec must be floating point of shape \[5, any\]"),
+        ({"d_recon": torch.ones(3, 4)}, r"d_recon must be floating point of shape \[3, 6\]"),
+        ({"b_enc": torch.ones(4)}, r"b_enc must have shape \[5\], got \[4\]"),
+        ({"d_values": torch.ones(3, 1)}, r"d_values must have shape \[3, 2\], got \[3, 1\]"),
+        ({"indices": torch.full((3, 2), 5)}, r"indices must lie in \[0, 5\)"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    good = {"x": torch.ones(3, 4), "W_enc": torch.ones(5, 4), "b_enc": torch.ones(5)}
+    good |= {"W_dec": torch.ones(5, 6), "values": torch.ones(3, 2), "d_recon": torch.ones(3, 6)}
+    good |= {"indices": torch.tensor([[0, 1]] * 3), "d_values": None, "mode": "dense"}
+    with pytest.raises(ValueError, match=message):
+        rotation_gradients(**{**good, **changes})
