@@ -3,6 +3,7 @@
 Same activations, order, initialisation, schedule and aux-k; the dense trainer is bench/dense.py.
 """
 
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,12 @@ from fastsae.train.trainer import SAMPLE_TOKENS
 
 from .common import write
 from .dense import DenseTopK, dense_adam, dense_step
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bf16 encoder": {"encoder_precision": "bf16"},
+    "bf16 moments": {"adam_moments": "bf16"},
+    "window of 8": {"adam_window": 8},
+}
 
 
 def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
@@ -67,13 +74,12 @@ def bench(steps: int) -> None:
     results: dict[str, Any] = {}
     agreement = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        exact = TrainConfig(steps=steps, out=Path(folder) / "fp32")
-        low = TrainConfig(steps=steps, out=Path(folder) / "bf16", encoder_precision="bf16")
-        ways = {
-            "fastsae": lambda: Trainer(exact, source).fit(),
-            "fastsae bf16": lambda: Trainer(low, source).fit(),
-            "dense": lambda: train_dense(exact, source),
-        }
+        exact = TrainConfig(steps=steps, out=Path(folder) / "fastsae")
+        ways = {"fastsae": lambda: Trainer(exact, source).fit()}
+        for name, options in OPTIONS.items():
+            config = dataclasses.replace(exact, out=Path(folder) / name, **options)
+            ways[f"fastsae, {name}"] = Trainer(config, source).fit
+        ways["dense"] = lambda: train_dense(exact, source)
         for name, train in ways.items():
             start = time.perf_counter()
             sae = train()

@@ -100,9 +100,13 @@ class TopK(nn.Module):
     ) -> tuple[Float[Tensor, "N d_out"], Codes]:
         """Encode centred inputs and decode the codes, with the gradient that was chosen."""
         cfg = self.cfg
-        gradient = f"rotation_{cfg.rotation}" if cfg.gradient == "rotation" else cfg.gradient
-        recon, *codes = encode_decode(x, W_enc, b_enc, W_dec, b_dec, cfg.k, cfg.by, gradient)
-        return recon, Codes(*codes, W_enc.shape[0])
+        gradient = "straight_through"
+        if cfg.gradient == "rotation":
+            gradient = "rotation_dense" if cfg.rotation == "dense" else "rotation_support"
+        recon, values, indices = encode_decode(
+            x, W_enc, b_enc, W_dec, b_dec, cfg.k, cfg.by, gradient
+        )
+        return recon, Codes(values, indices, W_enc.shape[0])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.cfg).items())

@@ -24,7 +24,7 @@ def _catch_up(updated, step, history_ptr, beta1, beta2, WINDOW: tl.constexpr):
         power *= rho
         decay1 *= beta1
         decay2 *= beta2
-        drift += power * tl.load(history_ptr + missed % WINDOW)
+        drift += power * tl.load(history_ptr + missed % WINDOW)  # pyright: ignore
     return drift, decay1, decay2
 
 
@@ -101,7 +101,7 @@ def _adam_kernel(
     random_dec, random_enc = (0, 0), (0, 0)
     if STOCHASTIC:
         zero = d * 0
-        r0, r1, r2, r3 = tl.philox(seed, d, zero + f, zero + step, zero)
+        r0, r1, r2, r3 = tl.philox(seed, d, zero + f, zero + step, zero)  # pyright: ignore
         random_dec, random_enc = (r0, r1), (r2, r3)
     scalars = lr, root2, beta1, beta2, rest1, rest2, eps
     g = sum_run(

@@ -81,16 +81,19 @@ class Tiles(NamedTuple):
     stages: int
 
 
-TILES = {8: Tiles(128, 128, 64, 8, 3), 9: Tiles(128, 256, 64, 8, 3), 10: Tiles(128, 256, 64, 8, 3)}
-"""By the major number of the capability; others use the first."""
+SMALL, MEDIUM, LARGE = Tiles(64, 64, 32, 4, 2), Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3)
 
 BAND = 8
 MOST_GROUPS = 16384
-"""Maxima of a row that topk.py keeps in registers."""
+MOST_KEPT = 512
+"""Maxima of a row that topk.py keeps in registers, and entries that it finds by them."""
 
 
 def tiles_for(x: Tensor) -> Tiles:
-    return TILES.get(capability(x)[0], TILES[8])
+    """The largest that spill no registers, as tests/compile finds."""
+    if x.shape[1] % 16:  # rows that do not begin where wide loads can
+        return SMALL
+    return LARGE if x.element_size() == 2 and capability(x)[0] >= 9 else MEDIUM
 
 
 def groups_per_tile(F: int, tile: int) -> int:
@@ -126,4 +129,4 @@ def can_encode(x: Tensor, F: int, k: int) -> bool:
     groups = groups_per_tile(F, tile) * -(-F // tile)
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return (half or tf32) and k <= groups <= MOST_GROUPS
+    return (half or tf32) and k <= min(groups, MOST_KEPT) and groups <= MOST_GROUPS

@@ -96,8 +96,21 @@ def check_codes(values: Tensor | None, indices: Tensor) -> None:
         )
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raise ValueError naming an argument that is not on the device of the first."""
+    (first, like), *others = ((name, t) for name, t in tensors.items() if t is not None)
+    for name, tensor in others:
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{name} must be on the device of {first}, {like.device}, got {tensor.device}"
+            )
+
+
 def check_indices(indices: Tensor, F: int) -> None:
-    """Raise ValueError unless indices lie below F: on a CPU, where to look costs nothing."""
+    """Raise ValueError unless indices lie below F: on a CPU, where to look costs nothing.
+
+    On a GPU, kernels take a row that does not exist for one of zeros.
+    """
     if indices.numel() and indices.device.type == "cpu":
         low, high = indices.aminmax()
         if low < 0 or high >= F:

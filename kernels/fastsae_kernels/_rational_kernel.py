@@ -43,7 +43,7 @@ def _polynomial_and_slope(c_ptr, t, COUNT: tl.constexpr, ACC: tl.constexpr):
     """sum_i c[i] t^i and its derivative"""
     value = tl.zeros_like(t) + tl.load(c_ptr + COUNT - 1).to(ACC)
     slope = tl.zeros_like(t)
-    for i in tl.static_range(2, COUNT + 1):
+    for i in tl.static_range(2, COUNT + 1):  # pyright: ignore[reportGeneralTypeIssues]
         slope = slope * t + value
         value = value * t + tl.load(c_ptr + COUNT - i).to(ACC)
     return value, slope
@@ -52,7 +52,7 @@ def _polynomial_and_slope(c_ptr, t, COUNT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _store_moments(out_ptr, w, t, COUNT: tl.constexpr):
     """Sums of w t^i for i below COUNT"""
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]
         tl.store(out_ptr + i, tl.sum(w))
         w *= t
 
@@ -63,7 +63,7 @@ def _rational_kernel(
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    x, offset, inside = _load_shifted(
+    x, offset, inside = _load_shifted(  # pyright: ignore[reportGeneralTypeIssues]
         h_ptr, shift_ptr, R, C, shift_row, shift_column, ROWS, COLUMNS, ACROSS, ACC
     )
     c_in, c_out = tl.load(c_in_ptr).to(ACC), tl.load(c_out_ptr).to(ACC)
@@ -80,7 +80,7 @@ def _rational_backward_kernel(
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    x, offset, inside = _load_shifted(
+    x, offset, inside = _load_shifted(  # pyright: ignore[reportGeneralTypeIssues]
         h_ptr, shift_ptr, R, C, shift_row, shift_column, ROWS, COLUMNS, ACROSS, ACC
     )
     g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
@@ -117,15 +117,16 @@ def wide_dtype(h: Tensor) -> torch.dtype:
     return torch.promote_types(h.dtype, torch.float32)
 
 
-def tile(R: int, C: int, block: int) -> tuple[int, int, int]:
+def tile(shape: torch.Size, block: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and how many programs there are."""
+    R, C = shape
     columns = min(block, power_of_2(C))
     rows = block // columns
     return rows, columns, -(-R // rows) * -(-C // columns)
 
 
 def _launch(kernel, block: int, h: Tensor, shift: Tensor, scalars: Scalars, *tensors: Tensor):
-    rows, columns, programs = tile(*h.shape, block)
+    rows, columns, programs = tile(h.shape, block)
     acc = tl.float64 if h.dtype == torch.float64 else tl.float32
     constants = len(scalars[0]), len(scalars[1]), rows, columns, shift.stride(1) != 0, acc
     sizes = *h.shape, *shift.stride()
@@ -141,7 +142,7 @@ def launch_rational_backward(
     g: Tensor, h: Tensor, shift: Tensor, scalars: Scalars, dh: Tensor
 ) -> Tensor:
     """The same -> gradients of a to c_out: [p + q + 3]"""
-    programs, width = tile(*h.shape, BACKWARD_BLOCK)[2], len(scalars[0]) + len(scalars[1]) + 2
+    programs, width = tile(h.shape, BACKWARD_BLOCK)[2], len(scalars[0]) + len(scalars[1]) + 2
     sums = torch.empty(programs, width, dtype=wide_dtype(h), device=h.device)
     _launch(_rational_backward_kernel, BACKWARD_BLOCK, h, shift, scalars, g, dh, sums)
     return sums.sum(0)

@@ -253,6 +253,6 @@ def launch_topk(pre: Tensor, k: int, by: By, maxima: Tensor | None = None, tile:
         (N,),
         *(pre, maxima, found, packed, out, F, k, tile, groups),
         *(*constants, capacity, min(2048, layout.M), by == "abs", DTYPES[pre.dtype]),
-        num_warps=min(8, max(1, layout.M * layout.V // 1024)),
+        num_warps=min(8, max(1, layout.M * layout.V // 512)),
     )
     return out

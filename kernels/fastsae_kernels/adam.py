@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ._adam_kernel import _adam_kernel
-from ._launch import check_matrix, launch, power_of_2, use_triton
+from ._launch import check_devices, check_matrix, launch, power_of_2, use_triton
 from .latent_major import (
     CHUNK,
     LatentMajor,
@@ -250,7 +250,7 @@ def _launch_adam(
         *(1 - at.betas[0], 1 - at.betas[1], at.eps),
         1 if window is None else len(window.history),
         *(decoder.first.dtype != decoder.weight.dtype, CHUNK, block_k, power_of_2(D), acc),
-        num_warps=min(16, max(1, power_of_2(D) // 512)),
+        num_warps=min(16, max(1, power_of_2(D) // 256)),
     )
 
 
@@ -289,6 +289,14 @@ def adam_(
             )
     check_matrix("error", gradients.error, columns=D)
     check_matrix("x", gradients.x, rows=len(gradients.error), columns=D)
+    check_devices(
+        decoder=decoder.weight,
+        encoder=encoder.weight,
+        values=gradients.values,
+        error=gradients.error,
+        d_values=gradients.d_values,
+        x=gradients.x,
+    )
     run = _launch_adam if use_triton(decoder.weight) and D <= WIDEST else _adam_torch
     run(decoder, encoder, gradients, at, window)
     if window is not None:

@@ -11,6 +11,7 @@ are the sparse products of sparse.py.
 Shapes: N tokens, K kept, F latents, D model width.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._encode_kernel import can_encode, launch_encode
-from ._launch import ENCODER, capability, check_matrix, rows_at_a_time, use_triton
+from ._launch import ENCODER, capability, check_devices, check_matrix, rows_at_a_time, use_triton
 from ._op import register
 from ._topk_kernel import launch_topk
 from .sparse import decode, gather_dot, scatter_outer
@@ -126,18 +127,22 @@ class _EncodeTopk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):  # g: [N, K]
-        x, W_enc, values, indices = ctx.saved_tensors
-        need_x, need_W, need_b = ctx.needs_input_grad[:3]
-        g = g * (values != 0)  # an inactive entry passes nothing on
-        F, ones = W_enc.shape[0], x.new_ones(x.shape[0], 1)
-        return (
-            decode(g, indices, W_enc) if need_x else None,
-            scatter_outer(g, indices, x, F) if need_W else None,
-            scatter_outer(g, indices, ones, F)[:, 0] if need_b else None,
-            None,
-            None,
-            None,
-        )
+        gradients = straight_through(g, *ctx.saved_tensors, ctx.needs_input_grad[:3])
+        return *gradients, None, None, None
+
+
+def straight_through(
+    g: Tensor, x: Tensor, W_enc: Tensor, values: Tensor, indices: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, W_enc and b_enc from that of the values, [N, K]."""
+    need_x, need_W, need_b = needs
+    g = g * (values != 0)  # an inactive entry passes nothing on
+    F, ones = W_enc.shape[0], x.new_ones(x.shape[0], 1)
+    return (
+        decode(g, indices, W_enc) if need_x else None,
+        scatter_outer(g, indices, x, F) if need_W else None,
+        scatter_outer(g, indices, ones, F)[:, 0] if need_b else None,
+    )
 
 
 def _fake(x, W_enc, b_enc, k, by, shadow):
@@ -184,4 +189,5 @@ def encode_topk(
         )
     if shadow is not None and shadow.shape != W_enc.shape:
         raise ValueError(f"shadow must have the shape of W_enc, got {list(shadow.shape)}")
+    check_devices(x=x, W_enc=W_enc, b_enc=b_enc, shadow=shadow)
     return _encode_topk(x, W_enc, b_enc, k, by, shadow)

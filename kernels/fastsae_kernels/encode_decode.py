@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import check_matrix
+from ._launch import check_devices, check_matrix
 from ._op import register
-from .encode import encode_topk
+from .encode import encode_topk, straight_through
 from .rotation import rotation_gradients, rotation_reference
 from .sparse import decode, gather_dot, scatter_outer
 from .topk import By, check_choice, topk_reference
@@ -71,6 +71,7 @@ class _EncodeDecode(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, values, indices = output
         ctx.save_for_backward(*inputs[:4], values, indices)
+        ctx.mark_non_differentiable(indices)
         ctx.gradient = inputs[-1]
 
     @staticmethod
@@ -79,10 +80,11 @@ class _EncodeDecode(torch.autograd.Function):
         needs = ctx.needs_input_grad
         encoder = None, None, None
         if any(needs[:3]):
-            arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
             if ctx.gradient == "straight_through":
-                encoder = _straight_through(*arguments, needs[:3])
+                g = d_values + gather_dot(d_recon, indices, W_dec)
+                encoder = straight_through(g, x, W_enc, values, indices, needs[:3])
             else:
+                arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
                 mode = ctx.gradient.removeprefix("rotation_")
                 encoder = rotation_gradients(*arguments, mode, needs[:3])
         return (
@@ -95,23 +97,9 @@ class _EncodeDecode(torch.autograd.Function):
         )
 
 
-def _straight_through(x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values, needs):
-    """Gradients of encode_topk, from those of what it returned and of what was decoded from it."""
-    need_x, need_W, need_b = needs
-    g = d_values + gather_dot(d_recon, indices, W_dec)
-    g = g * (values != 0)  # an inactive entry passes nothing on
-    F, ones = len(W_enc), x.new_ones(x.shape[0], 1)
-    return (
-        decode(g, indices, W_enc) if need_x else None,
-        scatter_outer(g, indices, x, F) if need_W else None,
-        scatter_outer(g, indices, ones, F)[:, 0] if need_b else None,
-    )
-
-
 def _fake(x, W_enc, b_enc, W_dec, b_dec, k, by, gradient):
-    values = x.new_empty(x.shape[0], k)
-    recon = x.new_empty(x.shape[0], W_dec.shape[1])
-    return recon, values, torch.empty_like(values, dtype=torch.int64)
+    N, indices = len(x), x.new_empty(len(x), k, dtype=torch.int64)
+    return x.new_empty(N, W_dec.shape[1]), x.new_empty(N, k), indices
 
 
 _encode_decode = register(_EncodeDecode, _fake)
@@ -157,4 +145,5 @@ def encode_decode(
         raise ValueError(f"x, W_enc, b_enc, W_dec and b_dec must have one dtype, got {dtypes}")
     if gradient not in get_args(Gradient):
         raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
+    check_devices(x=x, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
     return _encode_decode(x, W_enc, b_enc, W_dec, b_dec, k, by, gradient)

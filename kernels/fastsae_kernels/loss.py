@@ -5,7 +5,7 @@
     dots[n,k] = error[n] . W[i[n, k]]          half the gradient of sse[n] in v[n, k]
 
 The rows of W that a token picks are needed twice, to decode and for the dot products. They stay in
-registers while they fit (K D <= 64 K elements), and are read again from the L2 cache otherwise.
+registers while they fit (64 KB), and are read again from the L2 cache otherwise.
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
 
@@ -15,10 +15,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import check_codes, check_indices, check_matrix, launch, power_of_2, use_triton
+from ._launch import (
+    check_codes,
+    check_devices,
+    check_indices,
+    check_matrix,
+    launch,
+    power_of_2,
+    use_triton,
+)
 from ._op import register
 from .latent_major import constants_for, load_rows
-from .sparse import decode, decode_reference, gather_dot, gather_dot_reference, scatter_outer
+from .sparse import (
+    decode,
+    decode_reference,
+    gather_dot,
+    gather_dot_reference,
+    load_latents,
+    scatter_outer,
+)
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -49,7 +64,7 @@ def _squared_error_torch(
 
 @triton.jit
 def _squared_error_kernel(
-    v_ptr, i_ptr, W_ptr, b_ptr, target_ptr, sse_ptr, error_ptr, dots_ptr, K, D,
+    v_ptr, i_ptr, W_ptr, b_ptr, target_ptr, sse_ptr, error_ptr, dots_ptr, F, K, D,
     RESIDENT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -58,22 +73,22 @@ def _squared_error_kernel(
     error -= tl.load(target_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
     if RESIDENT:
         k = tl.arange(0, BLOCK_K)
-        f = tl.load(i_ptr + n * K + k, mask=k < K, other=0)
+        f, exists = load_latents(i_ptr + n * K, k, K, F)
         v = tl.load(v_ptr + n * K + k, mask=k < K, other=0.0).to(ACC)
-        rows = load_rows(W_ptr, f, k < K, d, D)
+        rows = load_rows(W_ptr, f, exists, d, D)
         error += tl.sum(v[:, None] * rows.to(ACC), axis=0)
         dots = tl.sum(rows.to(ACC) * error[None, :], axis=1)
         tl.store(dots_ptr + n * K + k, dots, mask=k < K)
     else:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            f = tl.load(i_ptr + n * K + k, mask=k < K, other=0)
+            f, exists = load_latents(i_ptr + n * K, k, K, F)
             v = tl.load(v_ptr + n * K + k, mask=k < K, other=0.0).to(ACC)
-            error += tl.sum(v[:, None] * load_rows(W_ptr, f, k < K, d, D).to(ACC), axis=0)
+            error += tl.sum(v[:, None] * load_rows(W_ptr, f, exists, d, D).to(ACC), axis=0)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            f = tl.load(i_ptr + n * K + k, mask=k < K, other=0)
-            rows = load_rows(W_ptr, f, k < K, d, D).to(ACC)
+            f, exists = load_latents(i_ptr + n * K, k, K, F)
+            rows = load_rows(W_ptr, f, exists, d, D).to(ACC)
             tl.store(dots_ptr + n * K + k, tl.sum(rows * error[None, :], axis=1), mask=k < K)
     tl.store(sse_ptr + n, tl.sum(error * error))
     tl.store(error_ptr + n * D + d, error, mask=d < D)
@@ -88,20 +103,20 @@ WIDEST = 8192
 def _launch_squared_error(
     values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (N, K), D = indices.shape, W.shape[1]
+    (N, K), (F, D) = indices.shape, W.shape
     wide = torch.promote_types(W.dtype, torch.float32)
     sse, dots = W.new_empty(N, dtype=wide), W.new_empty(N, K, dtype=wide)
     error = W.new_empty(N, D)
     block_k, _, acc = constants_for(W)
     width = power_of_2(D)
-    elements = power_of_2(K) * width * W.element_size()
-    resident = elements <= 128 << 10
+    rows = power_of_2(K) * width * W.element_size()
+    resident = rows <= 64 << 10
     launch(
         _squared_error_kernel,
         (N,),
-        *(values, indices, W, b, target, sse, error, dots, K, D),
+        *(values, indices, W, b, target, sse, error, dots, F, K, D),
         *(resident, power_of_2(K) if resident else block_k, width, acc),
-        num_warps=min(16, max(1, elements // 8192 if resident else width // 512)),
+        num_warps=min(16, max(1, rows // 4096 if resident else width // 256)),
     )
     return sse, error, dots
 
@@ -173,4 +188,5 @@ def squared_error(
     check_matrix("target", target, indices.shape[0], W.shape[1])
     if b.shape != W.shape[1:]:
         raise ValueError(f"b must have shape {[W.shape[1]]}, got {list(b.shape)}")
+    check_devices(values=values, indices=indices, W=W, b=b, target=target)
     return _squared_error(values, indices, W, b, target)

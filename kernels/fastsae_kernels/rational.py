@@ -25,21 +25,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._launch import use_triton
-from ._op import register
+from ._launch import check_devices, use_triton
+from ._op import register, register_constant
 from ._rational_kernel import Scalars, launch_rational, launch_rational_backward, wide_dtype
 
 # --- reference: the specification -----------------------------------------------------------
 
 
 def rational_reference(
-    h: Tensor, a: Tensor, b: Tensor, c_in: Tensor, c_out: Tensor, shift: Tensor | float = 0.0
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c_in: Tensor | float,
+    c_out: Tensor | float,
+    shift: Tensor | float = 0.0,
 ) -> Tensor:
     """[...], [p + 1], [q], [], [] and what broadcasts against h -> [...]"""
     t = ((h - shift) / c_in).clamp(-1, 1)
     P = sum(a[i] * t**i for i in range(len(a)))
     S = sum(b[j - 1] * t**j for j in range(1, len(b) + 1))
-    return (c_out * P / (1 + S.abs())).to(h.dtype)
+    return (c_out * P / (1 + abs(S))).to(h.dtype)
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------
@@ -137,7 +142,7 @@ class _Rational(torch.autograd.Function):
         h, a, b, c_in, c_out, shift = ctx.saved_tensors
         need_shift = ctx.needs_input_grad[5]
         dtype = torch.promote_types(h.dtype, shift.dtype) if need_shift else h.dtype
-        dh, sums = _rational_backward(g, *ctx.saved_tensors, dtype)
+        dh, sums = _rational_backward(g, h, a, b, c_in, c_out, shift, dtype)
         da, db, dc_in, dc_out = sums.split([len(a), len(b), 1, 1])
         return (
             dh.to(h.dtype),
@@ -149,7 +154,6 @@ class _Rational(torch.autograd.Function):
         )
 
 
-@torch.library.custom_op("fastsae::rational_backward", mutates_args=())
 def _rational_backward(
     g: Tensor, h: Tensor, a: Tensor, b: Tensor, c_in: Tensor, c_out: Tensor, shift: Tensor,
     dtype: torch.dtype,
@@ -164,13 +168,13 @@ def _rational_backward(
     return dh, run(g, h, matrix, scalars, dh.view(matrix.shape))
 
 
-@_rational_backward.register_fake
-def _(g, h, a, b, c_in, c_out, shift, dtype):
+def _fake_backward(g, h, a, b, c_in, c_out, shift, dtype):
     sums = h.new_empty(len(a) + len(b) + 2, dtype=wide_dtype(h))
     return h.new_empty(h.shape, dtype=dtype), sums
 
 
 _rational = register(_Rational, lambda h, a, b, c_in, c_out, shift: h.new_empty(h.shape))
+_rational_backward = register_constant(_rational_backward, _fake_backward)
 
 # --- public ---------------------------------------------------------------------------------
 
@@ -210,4 +214,5 @@ def rational(
     sizes = zip(reversed(shift.shape), reversed(h.shape), strict=False)
     fits = shift.dim() <= h.dim() and all(s in (1, n) for s, n in sizes)
     _check("shift", shift, fits, f"a shape that broadcasts to h's, {list(h.shape)}")
+    check_devices(h=h, a=a, b=b, c_in=c_in, c_out=c_out, shift=shift)
     return _rational(h, a, b, c_in, c_out, shift)

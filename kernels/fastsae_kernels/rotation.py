@@ -40,7 +40,8 @@ from torch import Tensor
 from torch.linalg import vecdot
 from torch.nn.functional import linear
 
-from ._launch import buffer_bytes, check_codes, check_matrix, rows_in_cache
+from ._launch import check_codes, check_devices, check_matrix, rows_at_a_time
+from ._op import register_constant
 from .latent_major import latent_major, sum_runs
 from .sparse import decode, gather_dot
 
@@ -186,14 +187,11 @@ def _gram_weights(
 def _dense_way(layer: _Layer, code: _Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """In chunks of tokens, so that h and g fit in the buffer."""
     x, W_enc, b_enc, _, d_recon = layer
-    N, row = len(x), 2 * len(W_enc)
     shapes = x.shape, W_enc.shape, b_enc.shape
     dx, dW, db = (x.new_zeros(s if need else 0) for s, need in zip(shapes, needs, strict=True))
-    chunk = max(1, buffer_bytes(x.device) // (row * x.itemsize))
-    if x.device.type == "cpu":
-        chunk = min(chunk, rows_in_cache(row, x.itemsize))
-    for start in range(0, N, chunk):
-        rows = slice(start, min(start + chunk, N))
+    chunk = rows_at_a_time(x, 2 * len(W_enc))
+    for start in range(0, len(x), chunk):
+        rows = slice(start, min(start + chunk, len(x)))
         some = layer._replace(x=x[rows], d_recon=d_recon[rows])
         dh = _dh(some, _Code(*(part[rows] for part in code)))
         if needs[0]:
@@ -221,7 +219,6 @@ def _dh(layer: _Layer, code: _Code) -> Tensor:
 # --- op -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastsae::rotation_gradients", mutates_args=())
 def _rotation_gradients(
     x: Tensor,
     W_enc: Tensor,
@@ -245,10 +242,12 @@ def _rotation_gradients(
     return dx.to(x.dtype), dW_enc.to(W_enc.dtype), db_enc.to(b_enc.dtype)
 
 
-@_rotation_gradients.register_fake
-def _(x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values, mode, needs):
+def _fake(x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values, mode, needs):
     inputs = zip((x, W_enc, b_enc), needs, strict=True)
     return tuple(t.new_empty(t.shape if need else 0) for t, need in inputs)
+
+
+_rotation_gradients_op = register_constant(_rotation_gradients, _fake)
 
 
 # --- public ---------------------------------------------------------------------------------
@@ -291,6 +290,8 @@ def rotation_gradients(
         if t.shape != like.shape:
             raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(t.shape)}")
     arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
-    dx, dW_enc, db_enc = _rotation_gradients(*arguments, mode, needs)
+    names = "x", "W_enc", "b_enc", "W_dec", "values", "indices", "d_recon", "d_values"
+    check_devices(**dict(zip(names, arguments, strict=True)))
+    dx, dW_enc, db_enc = _rotation_gradients_op(*arguments, mode, needs)
     need_x, need_W, need_b = needs
     return dx if need_x else None, dW_enc if need_W else None, db_enc if need_b else None

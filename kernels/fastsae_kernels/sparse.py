@@ -5,6 +5,8 @@
     scatter_outer(v, i, x)  out[f]    = sum over (n, k) with i[n, k] = f of v[n, k] * x[n]
 
 The gradient of each is the other two, so there is one kernel per product and no backward kernel.
+An index outside [0, F) is a ValueError on a CPU, and stands for a row of zeros on a GPU, where to
+look at it would mean to wait.
 Shapes: N tokens, K active latents per token, F latents, D model width. Accumulation is in fp32
 (fp64 for fp64 inputs), in a fixed order: the same inputs give the same bits.
 """
@@ -17,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ._launch import check_codes, check_indices, check_matrix, launch, use_triton
+from ._launch import (
+    check_codes,
+    check_devices,
+    check_indices,
+    check_matrix,
+    launch,
+    use_triton,
+)
 from ._op import register
 from .latent_major import constants_for, latent_major, launch_blocks, load_rows, sum_runs
 
@@ -68,8 +77,15 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
 
 @triton.jit
+def load_latents(i_ptr, k, K, F):
+    """Latents at places k of a token's code, and which of them exist: [BLOCK_K] -> twice that"""
+    f = tl.load(i_ptr + k, mask=k < K, other=-1)
+    return f, (f >= 0) & (f < F)
+
+
+@triton.jit
 def _decode_kernel(
-    v_ptr, i_ptr, W_ptr, out_ptr, K, D,
+    v_ptr, i_ptr, W_ptr, out_ptr, F, K, D,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -77,26 +93,26 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_D,), dtype=ACC)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        f = tl.load(i_ptr + n * K + k, mask=k < K, other=0)
+        f, exists = load_latents(i_ptr + n * K, k, K, F)
         v = tl.load(v_ptr + n * K + k, mask=k < K, other=0.0).to(ACC)
-        acc += tl.sum(v[:, None] * load_rows(W_ptr, f, k < K, d, D).to(ACC), axis=0)
+        acc += tl.sum(v[:, None] * load_rows(W_ptr, f, exists, d, D).to(ACC), axis=0)
     tl.store(out_ptr + n * D + d, acc, mask=d < D)
 
 
 @triton.jit
 def _gather_dot_kernel(
-    x_ptr, i_ptr, W_ptr, out_ptr, K, D,
+    x_ptr, i_ptr, W_ptr, out_ptr, F, K, D,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        f = tl.load(i_ptr + n * K + k, mask=k < K, other=0)
+        f, exists = load_latents(i_ptr + n * K, k, K, F)
         acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=ACC)
         for column in range(0, D, BLOCK_D):
             d = column + tl.arange(0, BLOCK_D)
             x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
-            acc += x[None, :] * load_rows(W_ptr, f, k < K, d, D).to(ACC)
+            acc += x[None, :] * load_rows(W_ptr, f, exists, d, D).to(ACC)
         tl.store(out_ptr + n * K + k, tl.sum(acc, axis=1), mask=k < K)
 
 
@@ -104,15 +120,16 @@ def _gather_dot_kernel(
 
 
 def _launch_decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    out = W.new_empty(indices.shape[0], W.shape[1])
-    launch_blocks(_decode_kernel, len(out), values, indices, W, out, indices.shape[1], x=W)
+    (N, K), F = indices.shape, W.shape[0]
+    out = W.new_empty(N, W.shape[1])
+    launch_blocks(_decode_kernel, N, values, indices, W, out, F, K, x=W)
     return out
 
 
 def _launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    (N, K), D = indices.shape, W.shape[1]
+    (N, K), (F, D) = indices.shape, W.shape
     out = x.new_empty(N, K)
-    launch(_gather_dot_kernel, (N,), x, indices, W, out, K, D, *constants_for(x))
+    launch(_gather_dot_kernel, (N,), x, indices, W, out, F, K, D, *constants_for(x))
     return out
 
 
@@ -209,6 +226,7 @@ def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """
     check_matrix("W", W)
     check_codes(values, indices)
+    check_devices(values=values, indices=indices, W=W)
     return _decode(values, indices, W)
 
 
@@ -222,6 +240,7 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     check_matrix("W", W)
     check_codes(None, indices)
     check_matrix("x", x, indices.shape[0], W.shape[1])
+    check_devices(x=x, indices=indices, W=W)
     return _gather_dot(x, indices, W)
 
 
@@ -234,4 +253,5 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
     """
     check_codes(values, indices)
     check_matrix("x", x, rows=indices.shape[0])
+    check_devices(values=values, indices=indices, x=x)
     return _scatter_outer(values, indices, x, F)

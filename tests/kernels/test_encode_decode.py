@@ -1,22 +1,27 @@
+import json
+from collections import defaultdict
+from typing import get_args
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.profiler import ProfilerActivity, profile
 
 from fastsae_kernels import decode, encode_topk
 from fastsae_kernels.encode_decode import (
-    _encode_decode,
+    Gradient,
     encode_decode,
     encode_decode_reference,
 )
 from fastsae_kernels.testing import assert_no_worse
 
-GRADIENTS = ["straight_through", "rotation_support", "rotation_dense"]
+GRADIENTS = get_args(Gradient)
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 rotations = pytest.mark.parametrize("gradient", GRADIENTS[1:])
 BY = pytest.mark.parametrize("by", ["value", "abs"])
 SHAPES = [  # N, D, D_out, F, k
     (7, 5, 6, 20, 3),
-    (60, 4, 7, 11, 11),  # N much larger than D, and every latent kept
+    (20, 4, 7, 11, 11),  # N much larger than D, and every latent kept
     (3, 17, 9, 40, 5),
     (0, 4, 5, 8, 2),
 ]
@@ -55,10 +60,11 @@ def separated(shape, device, dtype=torch.float32, by="value"):
     return x, W, b, *decoder
 
 
-def against_reference(arguments, *choices):
+def against_reference(arguments, k, by, gradient):
+    choices = {"k": k, "by": by, "gradient": gradient}
     assert_no_worse(
-        lambda *tensors: encode_decode(*tensors, *choices),
-        lambda *tensors: encode_decode_reference(*tensors, *choices),
+        lambda *tensors: encode_decode(*tensors, **choices),
+        lambda *tensors: encode_decode_reference(*tensors, **choices),
         *arguments,
     )
 
@@ -95,7 +101,7 @@ def test_straight_through_gradients_are_those_of_the_parts_to_the_bit(device, sh
 
     arguments = make(shape, device, dtype)
     for got, expected in zip(
-        gradients(lambda *tensors: encode_decode(*tensors, k, by), arguments),
+        gradients(lambda *tensors: encode_decode(*tensors, k=k, by=by), arguments),
         gradients(parts, arguments),
         strict=True,
     ):
@@ -122,7 +128,7 @@ def test_rotation_in_bfloat16(device, way, by, gradient):
     against_reference(arguments, 3, by, gradient)
 
 
-@each_gradient
+@rotations
 @BY
 @each_shape
 def test_ties_go_to_the_lowest_latent(device, way, shape, by, gradient):
@@ -137,18 +143,18 @@ def test_inactive_tokens_get_no_gradient(device, way, gradient):
     arguments = x, W_enc, torch.zeros(3), torch.randn(3, 4), torch.randn(4)
     arguments = [t.to(device) for t in arguments]
     against_reference(arguments, 2, "value", gradient)
-    dx, *_ = gradients(lambda *tensors: encode_decode(*tensors, 2, "value", gradient), arguments)
+    dx, *_ = gradients(lambda *tensors: encode_decode(*tensors, k=2, gradient=gradient), arguments)
     assert (dx[:2] == 0).all() and (dx[2] != 0).any()
 
 
 def test_dense_reaches_latents_that_are_not_kept(device, way):
     shape = 3, 5, 6, 40, 2
     arguments = make(shape, device)
-    _, _, indices = encode_decode(*arguments, 2)
+    _, _, indices = encode_decode(*arguments, k=2)
     kept = torch.zeros(40, dtype=torch.bool, device=device).index_fill(0, indices.flatten(), True)
     for gradient, some in zip(GRADIENTS, (False, True, True), strict=True):
         _, dW_enc, *_ = gradients(
-            lambda *tensors, g=gradient: encode_decode(*tensors, 2, "value", g), arguments
+            lambda *tensors, g=gradient: encode_decode(*tensors, k=2, gradient=g), arguments
         )
         assert (dW_enc[kept] != 0).any(1).all()
         assert (dW_enc[~kept] != 0).any(1).all() == some
@@ -156,11 +162,11 @@ def test_dense_reaches_latents_that_are_not_kept(device, way):
 
 @each_gradient
 @pytest.mark.parametrize("only", range(5))
-def test_gradients_of_one_argument_alone(device, way, gradient, only):
+def test_gradients_of_one_argument_alone(device, gradient, only):
     arguments = make(SHAPES[0], device)
 
     def of(*tensors):
-        return encode_decode(*tensors, 3, "value", gradient)
+        return encode_decode(*tensors, k=3, gradient=gradient)
 
     every = gradients(of, arguments)
     leaf = arguments[only].detach().requires_grad_()
@@ -169,7 +175,7 @@ def test_gradients_of_one_argument_alone(device, way, gradient, only):
     outputs = [(t, w) for t, w in zip((recon, values), weights, strict=True) if t.requires_grad]
     outs, grads = zip(*outputs, strict=True)
     (got,) = torch.autograd.grad(outs, leaf, grads)
-    assert torch.equal(got, every[only])
+    torch.testing.assert_close(got, every[only])  # what is cheaper depends on what is asked for
 
 
 @each_gradient
@@ -178,8 +184,8 @@ def test_loss_of_one_output_alone(device, gradient):
     arguments = separated(SHAPES[0], device)
     for output in range(2):
         assert_no_worse(
-            lambda *tensors, n=output: encode_decode(*tensors, 3, "value", gradient)[n],
-            lambda *tensors, n=output: encode_decode_reference(*tensors, 3, "value", gradient)[n],
+            lambda *tensors, n=output: encode_decode(*tensors, k=3, gradient=gradient)[n],
+            lambda *tensors, n=output: encode_decode_reference(*tensors, k=3, gradient=gradient)[n],
             *arguments,
         )
 
@@ -188,27 +194,27 @@ def test_loss_of_one_output_alone(device, gradient):
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_first_and_second_derivatives(device, check, by):
     """Of the straight-through gradient: the others are not derivatives."""
-    leaves = [t.requires_grad_() for t in separated((2, 3, 2, 5, 2), device, torch.float64, by)]
-    assert check(lambda *tensors: encode_decode(*tensors, 2, by)[:2], leaves)
+    leaves = [t.requires_grad_() for t in separated((1, 2, 1, 3, 2), device, torch.float64, by)]
+    assert check(lambda *tensors: encode_decode(*tensors, k=2, by=by)[:2], leaves)
 
 
 @each_gradient
-def test_same_bits_twice(device, way, gradient):
-    arguments = make((37, 5, 6, 20, 3), device)
+def test_same_bits_twice(device, gradient):
+    arguments = make((13, 5, 6, 20, 3), device)
 
-    def run():
-        function = lambda *tensors: encode_decode(*tensors, 3, "value", gradient)  # noqa: E731
-        return *function(*arguments), *gradients(function, arguments)
+    def function(*tensors):
+        return encode_decode(*tensors, k=3, gradient=gradient)
 
-    for one, two in zip(run(), run(), strict=True):
-        assert torch.equal(one, two)
+    one, two = ((*function(*arguments), *gradients(function, arguments)) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
 
 
 @each_gradient
 @BY
 def test_op(device, by, gradient):
     arguments = [t.requires_grad_() for t in make((7, 5, 6, 20, 3), device)]
-    torch.library.opcheck(_encode_decode, (*arguments, 3, by, gradient))
+    torch.library.opcheck(torch.ops.fastsae.encode_decode.default, (*arguments, 3, by, gradient))
 
 
 @each_gradient
@@ -216,7 +222,7 @@ def test_compiles_whole(device, gradient):
     arguments = make((7, 5, 6, 20, 3), device)
 
     def function(*tensors):
-        return encode_decode(*tensors, 3, "value", gradient)
+        return encode_decode(*tensors, k=3, gradient=gradient)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
@@ -225,6 +231,46 @@ def test_compiles_whole(device, gradient):
         gradients(compiled, arguments), gradients(function, arguments), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+def most_bytes_freed_again(run, path) -> int:
+    """The most memory at a time that run allocated and no longer holds when it is done.
+
+    Counted by torch's allocator, inside operators too. What it leaves are the results.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = run()
+    recorded.export_chrome_trace(str(path))
+    del results
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    open_at, steps = {}, defaultdict(int)
+    for n, event in enumerate(sorted(events, key=lambda e: e["ts"])):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            open_at[address] = n
+        elif address in open_at:
+            steps[open_at.pop(address)] -= size
+            steps[n] += size
+    most = total = 0
+    for n in sorted(steps):
+        total += steps[n]
+        most = max(most, total)
+    return most
+
+
+@rotations
+def test_memory_of_the_backward_pass(tmp_path, gradient):
+    """Beside its results, less than an eighth of a tensor of all pre-activations: 25 MB."""
+    N, D, F = 4096, 384, 12288
+    leaves = [t.requires_grad_() for t in make((N, D, D, F, 32))]
+    recon, _, _ = encode_decode(*leaves, k=32, gradient=gradient)
+    d_recon = torch.randn(N, D)
+
+    def run():
+        return torch.autograd.grad(recon, leaves, d_recon)
+
+    most = most_bytes_freed_again(run, tmp_path / "trace.json")
+    assert N * D * 4 < most < N * F * 4 / 8
 
 
 @pytest.mark.parametrize(
@@ -236,6 +282,10 @@ def test_compiles_whole(device, gradient):
         ({"b_enc": torch.ones(4)}, r"b_enc must have shape \[5\], got \[4\]"),
         ({"b_dec": torch.ones(4)}, r"b_dec must have shape \[6\], got \[4\]"),
         ({"b_dec": torch.ones(6).double()}, "x, W_enc, b_enc, W_dec and b_dec must have one dtype"),
+        (
+            {"b_dec": torch.ones(6, device="meta")},
+            "b_dec must be on the device of x, cpu, got meta",
+        ),
         ({"k": 0}, "k must be between 1 and d_sae = 5, got 0"),
         ({"k": 6}, "k must be between 1 and d_sae = 5, got 6"),
         ({"by": "size"}, 'by must be "value" or "abs", got \'size\''),

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastsae_kernels import decode, gather_dot, scatter_outer
+from fastsae_kernels._launch import use_triton
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.sparse import (
     decode_reference,
@@ -140,6 +141,8 @@ def test_latent_major_keeps_token_order():
         ({"x": torch.ones(2, 4)}, "x must be floating point of shape"),
         ({"i": torch.full((3, 2), 5)}, r"indices must lie in \[0, 5\), got 5 to 5"),
         ({"i": torch.full((3, 2), -1)}, r"indices must lie in \[0, 5\), got -1 to -1"),
+        ({"W": torch.ones(5, 4, device="meta")}, "W must be on the device of .*, got meta"),
+        ({"x": torch.ones(3, 4, device="meta")}, "be on the device of"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
@@ -155,6 +158,24 @@ def test_wrong_arguments_are_named(changes, message):
         if set(changes) <= set(names):
             with pytest.raises(ValueError, match=message):
                 op(*args)
+
+
+@pytest.mark.parametrize("index", [-1, 5, 2**31 - 1])
+def test_kernels_read_no_row_that_does_not_exist(device, index, monkeypatch):
+    """A GPU takes it for a row of zeros; a CPU, which looks, refuses it."""
+    v, i, x, W = make((3, 2, 5, 4), device=device)
+    i[1, 0] = index
+    if not use_triton(v):
+        with pytest.raises(ValueError, match="indices must lie in"):
+            decode(v, i, W)
+        return
+    monkeypatch.setattr("fastsae_kernels.sparse.check_indices", lambda indices, F: None)
+    exists = torch.ones_like(i, dtype=torch.bool)
+    exists[1, 0] = False
+    zeroed, kept = v * exists, i.where(exists, 0)
+    assert torch.equal(decode(v, i, W), decode(zeroed, kept, W))
+    assert torch.equal(gather_dot(x, i, W), gather_dot(x, kept, W) * exists)
+    assert torch.equal(scatter_outer(v, i, x, 5), scatter_outer(zeroed, kept, x, 5))
 
 
 def test_width_of_x_must_be_that_of_W():

@@ -1,0 +1,44 @@
+"""What only a GPU can show of a step: that it never waits, and that any device will do."""
+
+import pytest
+import torch
+
+from fastsae import SAE, TopK
+from fastsae.train.optim import Adam
+from fastsae.train.step import fused_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+D_IN, D_SAE, K = 256, 4096, 16
+
+
+def take_steps(device: str, shadows: tuple[str, ...], steps: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    sae = SAE(D_IN, D_SAE, TopK(K)).to(device)
+    adam = Adam(sae, shadows=shadows)
+    dead = torch.arange(0, D_SAE, 50, device=device)
+    x = torch.randn(steps, 512, D_IN).to(device)
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("error" if steps > 1 else "default")
+    try:
+        for batch in x:
+            adam.begin_step(1e-3)
+            fused_step(sae, adam, batch, dead, 1 / 32, D_IN // 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {name: t.cpu() for name, t in sae.state_dict().items()}
+
+
+@pytest.mark.parametrize("shadows", [(), ("W_enc", "W_dec")], ids=["fp32", "bf16"])
+def test_a_step_never_waits_for_the_gpu(shadows):
+    take_steps("cuda", shadows, steps=1)  # compiles the kernels, which may wait
+    one, two = (take_steps("cuda", shadows) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are():
+    one, two = (take_steps(f"cuda:{n}", (), steps=1) for n in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
