@@ -2,6 +2,7 @@
 
 from .encode import encode_topk
 from .encode_decode import encode_decode
+from .jumprelu import jumprelu, jumprelu_l0
 from .loss import squared_error
 from .rational import rational
 from .sparse import decode, gather_dot, scatter_outer
@@ -12,6 +13,8 @@ __all__ = [
     "encode_decode",
     "encode_topk",
     "gather_dot",
+    "jumprelu",
+    "jumprelu_l0",
     "rational",
     "scatter_outer",
     "squared_error",

@@ -77,11 +77,6 @@ def rows_at_a_time(x: Tensor, F: int) -> int:
     return -(-len(x) // -(-len(x) // most)) if len(x) else 1
 
 
-def rows_in_cache(F: int, itemsize: int) -> int:
-    """How many rows of F entries a CPU works on at a time: 8 MB, but no fewer than 256."""
-    return max(256, (8 << 20) // (F * itemsize))
-
-
 def check_codes(values: Tensor | None, indices: Tensor) -> None:
     """Raise ValueError unless indices are integers of shape [N, K] and values match them."""
     if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):

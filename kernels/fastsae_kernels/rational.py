@@ -33,12 +33,7 @@ from ._rational_kernel import Scalars, launch_rational, launch_rational_backward
 
 
 def rational_reference(
-    h: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c_in: Tensor | float,
-    c_out: Tensor | float,
-    shift: Tensor | float = 0.0,
+    h: Tensor, a: Tensor, b: Tensor, c_in: Tensor, c_out: Tensor, shift: Tensor | float = 0.0
 ) -> Tensor:
     """[...], [p + 1], [q], [], [] and what broadcasts against h -> [...]"""
     t = ((h - shift) / c_in).clamp(-1, 1)

@@ -1,0 +1,271 @@
+"""JumpReLU and its L0, with a gradient for the threshold (arXiv:2407.14435).
+
+    jumprelu(h)[n, f] = h[n, f] 1[h[n, f] > threshold[f]]
+    jumprelu_l0(h)[n] = sum_f 1[h[n, f] > threshold[f]]
+
+Both are flat in the threshold wherever they have a derivative. With a rectangular window around
+the threshold, K = 1[|h - threshold| < bandwidth / 2], their gradients for g are taken to be
+
+    jumprelu:       h: g 1[h > threshold]    threshold: -threshold / bandwidth sum_n K g
+    jumprelu_l0:    h: 0                     threshold: -1 / bandwidth sum_n K g
+
+Blocks of rows are summed first, then the blocks, in a fixed order. Both functions are one op, and
+its kernels take L0 as a constant. Shapes: N rows (tokens), F latents. Arithmetic is in fp32 (fp64
+for fp64 h).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import check_devices, launch, power_of_2, rows_at_a_time, use_triton
+from ._op import register, register_constant
+
+# --- reference: the specification -----------------------------------------------------------
+
+
+class _Reference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, threshold, bandwidth, l0):
+        ctx.save_for_backward(h, threshold)
+        ctx.bandwidth, ctx.l0 = bandwidth, l0
+        if l0:
+            return (h > threshold).sum(-1, dtype=torch.promote_types(h.dtype, torch.float32))
+        return h.masked_fill(h <= threshold, 0)
+
+    @staticmethod
+    def backward(ctx, g):
+        h, threshold = ctx.saved_tensors
+        K = ((h - threshold) / ctx.bandwidth).abs() < 1 / 2
+        if ctx.l0:
+            g, slope = g[..., None], -1 / ctx.bandwidth
+            dh = None
+        else:
+            slope = -threshold / ctx.bandwidth
+            dh = g * (h > threshold)
+        return dh, (slope * K * g).sum_to_size(threshold.shape).to(threshold), None, None
+
+
+def jumprelu_reference(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """[..., F], [F] -> [..., F]"""
+    return _Reference.apply(h, threshold, bandwidth, False)
+
+
+def jumprelu_l0_reference(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """[..., F], [F] -> [...]"""
+    return _Reference.apply(h, threshold, bandwidth, True)
+
+
+# --- torch path: what runs without a GPU ----------------------------------------------------
+
+
+def _jumprelu_torch(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> None:
+    rows, zero = rows_at_a_time(h, h.shape[1]), h.new_zeros(())
+    for x, y in zip(h.split(rows), out.split(rows), strict=True):
+        if l0:
+            torch.sum(x > threshold, 1, dtype=out.dtype, out=y)
+        else:
+            torch.where(x <= threshold, zero, x, out=y)
+
+
+def _jumprelu_backward_torch(
+    g: Tensor, h: Tensor, threshold: Tensor, dh: Tensor, half: float, l0: bool
+) -> Tensor:
+    rows, zero = rows_at_a_time(h, h.shape[1]), g.new_zeros(())
+    sums = []
+    for start in range(0, len(h), rows):
+        some = slice(start, start + rows)
+        inside = (h[some] - threshold).abs_() < half
+        sums.append(torch.where(inside, g[some], zero).sum(0, dtype=threshold.dtype))
+        if not l0:
+            torch.where(h[some] > threshold, g[some], zero, out=dh[some])
+    return torch.stack(sums).sum(0)
+
+
+# --- kernels: all tensors row-major ---------------------------------------------------------
+
+
+@triton.jit
+def _jumprelu_kernel(
+    h_ptr, threshold_ptr, out_ptr, N, F,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, L0: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    threshold = tl.load(threshold_ptr + f, mask=f < F, other=0.0).to(ACC)[None, :]
+    offset, inside = n[:, None] * F + f[None, :], (n < N)[:, None] & (f < F)[None, :]
+    h = tl.load(h_ptr + offset, mask=inside, other=0.0).to(ACC)
+    if L0:
+        count = tl.sum((h > threshold).to(ACC), axis=1)  # 0 > 0, beyond the row, counts nothing
+        tl.store(out_ptr + n * tl.num_programs(1) + tl.program_id(1), count, mask=n < N)
+    else:
+        tl.store(out_ptr + offset, tl.where(h <= threshold, 0.0, h), mask=inside)
+
+
+@triton.jit
+def _jumprelu_backward_kernel(
+    g_ptr, h_ptr, threshold_ptr, dh_ptr, sums_ptr, N, F,
+    half: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
+    SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    L0: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * SPAN
+    f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    threshold = tl.load(threshold_ptr + f, mask=f < F, other=0.0).to(ACC)[None, :]
+    half = tl.full((), half, dtype=ACC)
+    acc = tl.zeros((ROWS, COLUMNS), dtype=ACC)
+    for start in range(0, SPAN, ROWS):
+        n = first + start + tl.arange(0, ROWS)
+        offset, inside = n[:, None] * F + f[None, :], (n < N)[:, None] & (f < F)[None, :]
+        h = tl.load(h_ptr + offset, mask=inside, other=0.0).to(ACC)
+        if L0:
+            g = tl.load(g_ptr + n, mask=n < N, other=0.0).to(ACC)[:, None]
+        else:
+            g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
+            tl.store(dh_ptr + offset, tl.where(h > threshold, g, 0.0), mask=inside)
+        acc += tl.where(tl.abs(h - threshold) < half, g, 0.0)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * F + f, tl.sum(acc, axis=0), mask=f < F)
+
+
+# --- launchers ------------------------------------------------------------------------------
+
+BLOCK = 4096
+"""Entries that a program has in flight: some rows of up to 1024 columns."""
+
+SPAN = 64
+"""Rows that a program of the backward kernel adds up."""
+
+
+def _tile(F: int) -> tuple[int, int]:
+    """Rows and columns of BLOCK."""
+    columns = min(1024, power_of_2(F))
+    return BLOCK // columns, columns
+
+
+def _launch_jumprelu(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> None:
+    N, F = h.shape
+    rows, columns = _tile(F)
+    grid = -(-N // rows), -(-F // columns)
+    counts = out.new_empty(N, grid[1]) if l0 else out
+    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
+    launch(_jumprelu_kernel, grid, h, threshold, counts, N, F, rows, columns, l0, acc)
+    if l0:
+        torch.sum(counts, 1, out=out)
+
+
+def _launch_jumprelu_backward(
+    g: Tensor, h: Tensor, threshold: Tensor, dh: Tensor, half: float, l0: bool
+) -> Tensor:
+    N, F = h.shape
+    rows, columns = _tile(F)
+    span = max(SPAN, rows)
+    grid = -(-N // span), -(-F // columns)
+    sums = threshold.new_empty(grid[0], F)
+    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
+    constants = span, rows, columns, l0, acc
+    launch(_jumprelu_backward_kernel, grid, g, h, threshold, dh, sums, N, F, half, *constants)
+    return sums.sum(0)
+
+
+# --- autograd -------------------------------------------------------------------------------
+
+
+def _wide(h: Tensor) -> torch.dtype:
+    """What h is computed in."""
+    return torch.promote_types(h.dtype, torch.float32)
+
+
+def _new_out(h: Tensor, threshold: Tensor, bandwidth: float, l0: bool) -> Tensor:
+    return h.new_empty(len(h), dtype=_wide(h)) if l0 else h.new_empty(h.shape)
+
+
+def _new_gradients(
+    g: Tensor, h: Tensor, threshold: Tensor, bandwidth: float, l0: bool
+) -> tuple[Tensor, Tensor]:
+    return h.new_empty(0 if l0 else h.shape), threshold.new_empty(threshold.shape)
+
+
+class _Jumprelu(torch.autograd.Function):
+    @staticmethod
+    def forward(h: Tensor, threshold: Tensor, bandwidth: float, l0: bool) -> Tensor:
+        out = _new_out(h, threshold, bandwidth, l0)
+        if not h.numel():
+            return out.zero_()
+        run = _launch_jumprelu if use_triton(h) else _jumprelu_torch
+        run(h.contiguous(), threshold.to(_wide(h)).contiguous(), out, l0)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.bandwidth, ctx.l0 = inputs[2:]
+
+    @staticmethod
+    def backward(ctx, g):  # g: [N] for l0, else [N, F]
+        h, threshold = ctx.saved_tensors
+        dh, d_threshold = _jumprelu_backward(g, h, threshold, ctx.bandwidth, ctx.l0)
+        return None if ctx.l0 else dh, d_threshold, None, None
+
+
+def _jumprelu_backward(
+    g: Tensor, h: Tensor, threshold: Tensor, bandwidth: float, l0: bool
+) -> tuple[Tensor, Tensor]:
+    """dh, of no entries for l0, and the gradient of the threshold"""
+    dh, d_threshold = _new_gradients(g, h, threshold, bandwidth, l0)
+    if not h.numel():
+        return dh, d_threshold.zero_()
+    wide = threshold.to(_wide(h)).contiguous()
+    run = _launch_jumprelu_backward if use_triton(h) else _jumprelu_backward_torch
+    g = (g[:, None] if l0 else g).contiguous()
+    sums = run(g, h.contiguous(), wide, dh, bandwidth / 2, l0)
+    slope = -1 / bandwidth if l0 else wide / -bandwidth
+    return dh, d_threshold.copy_(sums.mul_(slope))
+
+
+_jumprelu = register(_Jumprelu, _new_out)
+_jumprelu_backward = register_constant(_jumprelu_backward, _new_gradients)
+
+# --- public ---------------------------------------------------------------------------------
+
+
+def _apply(h: Tensor, threshold: Tensor, bandwidth: float, l0: bool) -> Tensor:
+    if h.dim() == 0 or not h.is_floating_point():
+        raise ValueError(
+            f"h must be floating point of shape [..., F], got {h.dtype} of shape {list(h.shape)}"
+        )
+    if threshold.shape != h.shape[-1:] or not threshold.is_floating_point():
+        raise ValueError(
+            f"threshold must be floating point of shape {list(h.shape[-1:])}, "
+            f"got {threshold.dtype} of shape {list(threshold.shape)}"
+        )
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be positive, got {bandwidth}")
+    check_devices(h=h, threshold=threshold)
+    rows = h.reshape(math.prod(h.shape[:-1]), h.shape[-1])
+    out = _jumprelu(rows, threshold, float(bandwidth), l0)
+    return out.view(h.shape[:-1] if l0 else h.shape)
+
+
+def jumprelu(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Set the entries of h that do not exceed their latent's threshold to 0.
+
+    h [..., F] and threshold [F] floating, bandwidth > 0 -> like h; NaN stays NaN. Differentiable
+    once, in h and, by the pseudo-derivative of arXiv:2407.14435 (see the module), in threshold.
+    Reads h and writes as much; the gradient reads h and g and writes as much as h.
+    ValueError for wrong shapes or dtypes, and for a bandwidth that is not positive.
+    """
+    return _apply(h, threshold, bandwidth, l0=False)
+
+
+def jumprelu_l0(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """How many entries of each row of h exceed their latent's threshold.
+
+    h [..., F] and threshold [F] floating, bandwidth > 0 -> [...] in float32 (float64 for float64
+    h); NaN exceeds nothing. Differentiable once, in threshold only, by the pseudo-derivative of
+    arXiv:2407.14435 (see the module). Reads h; the gradient reads it again.
+    ValueError for wrong shapes or dtypes, and for a bandwidth that is not positive.
+    """
+    return _apply(h, threshold, bandwidth, l0=True)
