@@ -42,11 +42,11 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return times
 
 
-def summary(times: list[float]) -> dict[str, float]:
+def summary(times: list[float], digits: int = 2) -> dict[str, float]:
     return {
-        "median": round(statistics.median(times), 2),
-        "min": round(min(times), 2),
-        "max": round(max(times), 2),
+        "median": round(statistics.median(times), digits),
+        "min": round(min(times), digits),
+        "max": round(max(times), digits),
     }
 
 
@@ -67,8 +67,14 @@ def stamp() -> dict[str, Any]:
         "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in lines),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": subprocess.getoutput("git describe --always --dirty --exclude '*'"),
+        "commit": said("git describe --always --dirty --exclude '*'") or "unknown",
     }
+
+
+def said(command: str) -> str:
+    """What a program prints, or nothing where it is missing or fails."""
+    failed, output = subprocess.getstatusoutput(command)
+    return "" if failed else output.strip()
 
 
 def write(name: str, results: dict[str, dict[str, Any]]) -> Path:

@@ -20,14 +20,14 @@ class DenseTopK(nn.Module):
         self.W_enc, self.b_enc = clone(sae.W_enc), clone(sae.b_enc)
         self.W_dec, self.b_dec = clone(sae.W_dec), clone(sae.b_dec)
 
-    def loss(self, x: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Tensor, Tensor]:
-        """FVU plus aux-k / 32, FVU alone, and which latents fired."""
+    def loss(self, x: Tensor, dead: Tensor | None, k_aux: int) -> tuple[Tensor, Tensor, Tensor]:
+        """FVU plus aux-k / 32, FVU alone, and which latents fired; dead is a mask."""
         pre = linear(x - self.b_dec, self.W_enc, self.b_enc)
         codes = largest(pre, self.k)
         residual = x - (codes @ self.W_dec + self.b_dec)
         loss = fvu = residual.square().sum() / total_variance(x)
-        n_dead = int(dead.sum())
-        if n_dead:
+        n_dead = 0 if dead is None else int(dead.sum())
+        if dead is not None and n_dead:
             k = min(k_aux, n_dead)
             aux_codes = largest(pre.masked_fill(~dead, -torch.inf), k)
             left = residual.detach()
@@ -50,10 +50,19 @@ def total_variance(x: Tensor) -> Tensor:
 
 
 def dense_step(
-    model: DenseTopK, adam: torch.optim.Adam, x: Tensor, dead: Tensor, k_aux: int
+    model: DenseTopK,
+    adam: torch.optim.Adam,
+    x: Tensor,
+    dead: Tensor | None,
+    k_aux: int,
+    low: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One optimisation step; returns the FVU before it and which latents fired."""
-    loss, fvu, fired = model.loss(x, dead, k_aux)
+    """One optimisation step; returns the FVU before it and which latents fired.
+
+    `low` lets autocast run the products in bfloat16.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+        loss, fvu, fired = model.loss(x, dead, k_aux)
     adam.zero_grad()
     loss.backward()
     with torch.no_grad():

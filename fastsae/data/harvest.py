@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastsae.config import to_dict
 from fastsae.data.index import DTYPES, INDEX, Dtype, read_index
@@ -131,6 +130,8 @@ def _harvest(
     module = module_at(model, config.hookpoint)
     windows = TextWindows(load_tokenizer(config.model), config.context_length, model)
     writers: dict[bool, ShardWriter] = {}
+    from tqdm import tqdm
+
     with tqdm(total=config.max_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
         for group in _groups(config, windows, _documents(config, files)):
             rows = _run(model, module, windows, group, config)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, nll_loss, normalize
-from tqdm import tqdm
 
 from fastsae.data.model import TokenBatch, load_model, load_tokenizer, module_at, splice
 from fastsae.data.shards import ActivationShards
@@ -119,6 +118,8 @@ def downstream(
     model = load_model(data.model, str(sae.b_dec.device), model_dtype)
     module = module_at(model, data.hookpoint)
     batches = list(stored_batches(data, load_tokenizer(data.model), max_windows, batch_size))
+    from tqdm import tqdm
+
     shown = tqdm(batches, desc="downstream", unit="batch", disable=not progress)
     compare = partial(_compare, model, module, shown, _ways(sae, data.mean))
     if model.can_generate():

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
 
 from fastsae.codes import Codes
 from fastsae.data.prefetch import checked
@@ -78,6 +77,8 @@ def reconstruction(
         )
     sae = sae.to(device or sae.b_dec.device)
     totals = _Totals(sae.d_in, sae.d_sae, sae.b_dec.device)
+    from tqdm import tqdm
+
     with tqdm(total=tokens, desc="reconstruction", unit="tok", disable=not progress) as bar:
         for x in _in_order(data, tokens, batch_size):
             x = x.to(sae.b_dec)

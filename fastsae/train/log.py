@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fastsae.files import write_atomically
 
 from .config import TrainConfig
@@ -24,6 +22,8 @@ class Log:
         self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
         self._wandb = _wandb(config) if config.wandb else None
         self._live = sys.stderr.isatty()
+        from tqdm import tqdm  # here, so that kernels and steps can be used without it
+
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self._live)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -63,7 +63,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
+        self._bar.write(text, file=sys.stderr)
 
     def __enter__(self) -> "Log":
         return self

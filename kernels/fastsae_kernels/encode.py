@@ -85,10 +85,12 @@ def _select(
         if with_maxima:
             pre, maxima, tile = launch_encode(x[rows], W, b, by)
             indices[rows] = launch_topk(pre, k, by, maxima, tile)
+            del maxima
         else:
             pre = _product(x[rows], W, b)
             indices[rows] = topk_indices(pre, k, by, ties=ties)
         torch.gather(pre, 1, indices[rows], out=values[rows])
+        del pre  # before the next one is made: the budget is for one
     return values, indices
 
 
