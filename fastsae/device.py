@@ -21,11 +21,10 @@ def choose_device(device: Device) -> Literal["cpu", "cuda"]:
 
 @contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
-    """Let a GPU round the inputs of float32 products to tf32, if allowed, for a while."""
+    """Let a GPU round the inputs of float32 products to tf32, or not, for a while."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    if allowed:
-        matmul.fp32_precision = "tf32"
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:

@@ -15,10 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from fastsae.codes import Codes
 from fastsae.nn import SAE
+from fastsae_kernels._launch import buffer_bytes
 from fastsae_kernels.topk import topk_indices
+
+AUX_BYTES = 64 << 20
+"""Pre-activations of dead latents that exist at a time, on a CPU."""
 
 
 class TrainingLoss(NamedTuple):
@@ -60,7 +65,12 @@ def training_loss(
         residual = residual.detach()
         W_enc, b_enc, W_dec = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead]
         signed = sae.activation.signed
-        error = auxk_error(sae.centre(x), residual, W_enc, b_enc, W_dec, k_aux, signed)
+        chunk = auxk_tokens(x, len(dead))
+        error = torch.zeros_like(fvu)
+        for c, r in zip(sae.centre(x).split(chunk), residual.split(chunk), strict=True):
+            arguments = c, r, W_enc, b_enc, W_dec, k_aux, signed
+            # Done again when it is differentiated, so that one chunk's pre-activations are kept.
+            error = error + checkpoint(auxk_error, *arguments, use_reentrant=False)
         auxk = error / total_variance(residual)
         loss = fvu + auxk_weight(auxk_coef, len(dead), k_aux) * auxk
     return TrainingLoss(loss, fvu.detach(), auxk.detach(), codes.l0(), codes)
@@ -79,6 +89,12 @@ def default_k_aux(d_in: int) -> int:
 def auxk_weight(auxk_coef: float, n_dead: int, k_aux: int) -> float:
     """The weight of the aux loss, smaller while there are fewer than k_aux dead latents."""
     return auxk_coef * min(n_dead / k_aux, 1.0)
+
+
+def auxk_tokens(x: Float[Tensor, "N d_in"], n_dead: int) -> int:
+    """How many tokens' pre-activations of dead latents exist at a time."""
+    budget = AUX_BYTES if x.device.type == "cpu" else buffer_bytes(x.device)
+    return max(1, budget // (n_dead * x.itemsize))
 
 
 def auxk_error(

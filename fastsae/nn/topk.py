@@ -47,6 +47,8 @@ class TopKConfig:
             )
         if self.rotation not in ("support", "dense"):
             raise ValueError(f'rotation must be "support" or "dense", got {self.rotation!r}')
+        if self.rotation == "dense" and self.gradient != "rotation":
+            raise ValueError('rotation "dense" has no effect without gradient "rotation"')
 
 
 class TopK(nn.Module):

@@ -62,10 +62,11 @@ class TrainConfig:
     """Where to train; auto takes a GPU if there is one."""
 
     encoder_precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Precision of the encoder's product; auto is bf16 for the fused step on a GPU, else fp32. On a
-    CPU, bf16 finds candidates for the active latents and ranks them in fp32: faster where the
-    processor has bf16 instructions, and almost always the same choice. On a GPU, the active
-    latents and all that follows are computed from bf16 copies of the fp32 weights."""
+    """Precision of the encoder's product; auto is bf16 for the fused step on a GPU, else fp32.
+    tf32 lets a GPU round the inputs of all dense products. On a CPU, bf16 finds candidates for the
+    active latents and ranks them in fp32: faster where the processor has bf16 instructions, and
+    almost always the same choice. On a GPU, the active latents and all that follows are computed
+    from bf16 copies of the fp32 weights."""
 
     adam_moments: Literal["fp32", "bf16"] = "fp32"
     """How Adam's moments of the weights are kept; bf16, rounded stochastically, saves a third of
@@ -133,12 +134,13 @@ class TrainConfig:
         if self.step == "fused" and self.gradient == "rotation":
             raise ValueError('gradient "rotation" needs the autograd step, got step "fused"')
         if self.step == "autograd" or self.gradient == "rotation":
-            fused = {"encoder_precision": "bf16", "adam_moments": "bf16"}
-            for name, value in fused.items():
-                if getattr(self, name) == value:
-                    raise ValueError(f'{name} "{value}" needs the fused step')
+            given = f'got step "{self.step}" and gradient "{self.gradient}"'
+            fused = {"encoder_precision": ("bf16", "tf32"), "adam_moments": ("bf16",)}
+            for name, values in fused.items():
+                if (value := getattr(self, name)) in values:
+                    raise ValueError(f'{name} "{value}" needs the fused step, {given}')
             if self.adam_window > 1:
-                raise ValueError(f"adam_window = {self.adam_window} needs the fused step")
+                raise ValueError(f"adam_window = {self.adam_window} needs the fused step, {given}")
 
     def build(self, d_in: int) -> SAE:
         """The SAE to be trained, on activations of width d_in."""

@@ -30,16 +30,16 @@ class TrainState:
     seconds: float = 0.0
     """Time spent in the training loop, over all its runs."""
     cursor: Cursor = field(default_factory=Cursor)
-    window: Tensor = field(default_factory=lambda: torch.zeros(5))
-    """[5]: sums of loss, FVU, aux-k and L0 since the last logged line, and their number."""
+    sums: Tensor = field(default_factory=lambda: torch.zeros(5))
+    """[5]: of loss, FVU, aux-k and L0 since the last logged line, and their number."""
     logged: tuple[int, float] = (0, 0.0)
     """Tokens and seconds at the last logged line."""
 
     @classmethod
     def fresh(cls, sae: SAE, adam: Adam, scale: float) -> "TrainState":
         counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        window = torch.zeros(5, device=counters.device)
-        return cls(sae, adam, counters, counters[:0], scale, window=window)
+        sums = torch.zeros(5, device=counters.device)
+        return cls(sae, adam, counters, counters[:0], scale, sums=sums)
 
     def find_dead(self, dead_after: int) -> None:
         """Update the set of dead latents; this waits for a GPU."""
@@ -52,12 +52,12 @@ class TrainState:
         self.cursor = cursor
         self.tokens_since_fired += batch_size
         self.tokens_since_fired.masked_fill_(result.codes.fired(), 0)
-        self.window += torch.stack([*result[:4], torch.ones_like(result.loss)])
+        self.sums += torch.stack([*result[:4], torch.ones_like(result.loss)])
 
     def metrics(self, dead_after: int) -> dict[str, float | int]:
         """The averages since the last call, as one line for the log."""
-        loss, fvu, auxk, l0, count = self.window.tolist()
-        self.window.zero_()
+        loss, fvu, auxk, l0, count = self.sums.tolist()
+        self.sums.zero_()
         tokens, seconds = self.tokens - self.logged[0], self.seconds - self.logged[1]
         self.logged = self.tokens, self.seconds
         return {
@@ -82,7 +82,7 @@ class TrainState:
             "dead": torch.zeros_like(self.tokens_since_fired, dtype=torch.bool).index_fill_(
                 0, self.dead, True
             ),
-            "window": self.window,
+            "sums": self.sums,
             "rng": torch.get_rng_state(),
         }
 

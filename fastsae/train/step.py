@@ -15,15 +15,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsae.losses import TrainingLoss, auxk_error, auxk_weight, total_variance, training_loss
+from fastsae.losses import (
+    TrainingLoss,
+    auxk_error,
+    auxk_tokens,
+    auxk_weight,
+    total_variance,
+    training_loss,
+)
 from fastsae.nn import SAE
 from fastsae_kernels import squared_error
 from fastsae_kernels.adam import RowGradients, normalise_rows_, remove_parallel_
 from fastsae_kernels.latent_major import latent_major, sum_runs
 
 from .optim import Adam
-
-AUX_BYTES = 64 << 20
 
 
 def autograd_step(
@@ -68,7 +73,9 @@ def fused_step(
     loss = fvu = sse.sum() / variance
     aux = None
     if dead is not None and len(dead) and auxk_coef:
-        aux = auxk_gradients(sae, centred, -error.to(x.dtype), dead, auxk_coef, k_aux, low)
+        slices = W_enc[dead], b_enc[dead], W_dec[dead]
+        signed, residual = sae.activation.signed, -error.to(x.dtype)
+        aux = auxk_gradients(seen, residual, dead, slices, auxk_coef, k_aux, signed)
 
     scale = 2 / variance
     runs = latent_major(codes.indices, codes.d_sae, codes.active)
@@ -107,34 +114,32 @@ class AuxKGradients(NamedTuple):
 
 
 def auxk_gradients(
-    sae: SAE,
     centred: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_in"],
     rows: Int[Tensor, " n_dead"],
+    slices: tuple[Tensor, Tensor, Tensor],
     auxk_coef: float,
     k_aux: int,
-    low: bool = False,
+    signed: bool,
 ) -> AuxKGradients:
-    """Differentiate the aux loss on the slice of dead rows, a chunk of tokens at a time.
+    """Differentiate the aux loss on the dead rows of W_enc, b_enc and W_dec, in chunks of tokens.
 
-    `low` runs its products in bfloat16.
+    Products are in the slices' dtype, sums in that of the residual.
     """
-    leaves = W_enc, b_enc, W_dec = [
-        W[rows].requires_grad_() for W in (sae.W_enc, sae.b_enc, sae.W_dec)
-    ]
-    d_W_enc, d_b_enc, d_W_dec = sums = [torch.zeros_like(leaf) for leaf in leaves]
-    loss, d_b_dec = residual.new_zeros(()), torch.zeros_like(sae.b_dec)
+    W_enc, b_enc, W_dec = leaves = [t.requires_grad_() for t in slices]
+    sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
+    loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(residual.shape[1])
     variance = total_variance(residual)
     weight = auxk_weight(auxk_coef, len(rows), k_aux)
-    chunk = max(1, AUX_BYTES // (len(rows) * residual.itemsize))
+    chunk = auxk_tokens(residual, len(rows))
     for c, r in zip(centred.split(chunk), residual.split(chunk), strict=True):
-        with torch.enable_grad(), torch.autocast(centred.device.type, torch.bfloat16, enabled=low):
+        with torch.enable_grad():
             c = c.detach().requires_grad_()
-            error = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, sae.activation.signed)
-            part = error / variance
+            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) / variance
         *gradients, d_centred = torch.autograd.grad(part, [*leaves, c])
         loss += part.detach()
-        d_b_dec.sub_(d_centred.sum(0), alpha=weight)
-        for d_leaf, gradient in zip(sums, gradients, strict=True):
-            d_leaf.add_(gradient, alpha=weight)
+        d_b_dec.sub_(d_centred.sum(0, dtype=residual.dtype), alpha=weight)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.add_(gradient, alpha=weight)
+    d_W_enc, d_b_enc, d_W_dec = sums
     return AuxKGradients(rows, loss, d_W_enc, d_b_enc, d_W_dec, d_b_dec)

@@ -137,7 +137,7 @@ class Trainer:
         config, plan = self.config, self.plan
         factor = schedule(state.step, plan.steps, plan.warmup, config.decay)
         state.adam.begin_step(plan.lr * factor)
-        if state.step % plan.dead_every == 0:
+        if config.auxk_coef and state.step % plan.dead_every == 0:
             state.find_dead(plan.dead_after)
         take = fused_step if plan.step == "fused" else autograd_step
         with tf32_products(plan.encoder_precision == "tf32"):
@@ -145,7 +145,7 @@ class Trainer:
 
     def check_finite(self, state: TrainState, batch: Batch) -> None:
         """ValueError if the loss was NaN or Inf since the last line; on a CPU, at this step."""
-        if not torch.isfinite(state.window).all():
+        if not torch.isfinite(state.sums).all():
             largest = int(batch.rows[int(batch.x.abs().amax(1).argmax())])
             raise ValueError(
                 f"the loss is NaN or Inf at step {state.step}: no checkpoint was written since; "

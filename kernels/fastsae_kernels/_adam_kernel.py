@@ -29,17 +29,24 @@ def _catch_up(updated, step, history_ptr, beta1, beta2, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _store_moment(ptr, x, bits, mask, STOCHASTIC: tl.constexpr):
-    """Store float32, or bfloat16 rounded up as often as the dropped bits say."""
-    if STOCHASTIC:
-        x = (x.to(tl.int32, bitcast=True) + (bits & 0xFFFF).to(tl.int32)) & -65536
-        x = x.to(tl.float32, bitcast=True)
-    tl.store(ptr, x, mask=mask)
+def _mix(x):
+    """A bijection of 32 bits that looks random, the last step of MurmurHash3 -> uint32"""
+    x = x.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round_bf16(x, bits):
+    """float32 that bfloat16 holds exactly, away from 0 as often as 16 random bits say."""
+    rounded = (x.to(tl.int32, bitcast=True) + bits.to(tl.int32)) & -65536
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def _update_row(
-    W_ptr, m_ptr, v_ptr, shadow_ptr, extra_ptr, g, f, slot, caught_up, scalars, random, d, D,
+    W_ptr, m_ptr, v_ptr, shadow_ptr, extra_ptr, g, f, slot, caught_up, scalars, seed, step, d, D,
     UNIT: tl.constexpr, WINDOW: tl.constexpr, STOCHASTIC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Catch up, constrain the gradient, Adam, constrain the row."""
@@ -67,9 +74,11 @@ def _update_row(
     tl.store(W_ptr + at, w, mask=mask)
     if shadow_ptr is not None:
         tl.store(shadow_ptr + at, w, mask=mask)
-    bits_m, bits_v = random
-    _store_moment(m_ptr + at, m, bits_m, mask, STOCHASTIC)
-    _store_moment(v_ptr + at, v, bits_v, mask, STOCHASTIC)
+    if STOCHASTIC:
+        bits = _mix(_mix(_mix(d ^ seed) + f) + 2 * step + UNIT)
+        m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
+    tl.store(m_ptr + at, m, mask=mask)
+    tl.store(v_ptr + at, v, mask=mask)
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
@@ -97,12 +106,6 @@ def _adam_kernel(
             return
         updated = tl.load(updated_ptr + f)
         caught_up = _catch_up(updated, step, history_ptr, beta1, beta2, WINDOW)
-        tl.store(updated_ptr + f, step)
-    random_dec, random_enc = (0, 0), (0, 0)
-    if STOCHASTIC:
-        zero = d * 0
-        r0, r1, r2, r3 = tl.philox(seed, d, zero + f, zero + step, zero)  # pyright: ignore
-        random_dec, random_enc = (r0, r1), (r2, r3)
     scalars = lr, root2, beta1, beta2, rest1, rest2, eps
     g = sum_run(
         values_ptr, token_ptr, error_ptr, chunk_dec_ptr, first, last, d, D,
@@ -110,7 +113,7 @@ def _adam_kernel(
     )  # fmt: skip
     _update_row(
         W_dec_ptr, m_dec_ptr, v_dec_ptr, shadow_dec_ptr, extra_dec_ptr, g, f, slot, caught_up,
-        scalars, random_dec, d, D, True, WINDOW, STOCHASTIC, ACC,
+        scalars, seed, step, d, D, True, WINDOW, STOCHASTIC, ACC,
     )  # fmt: skip
     g = sum_run(
         d_values_ptr, token_ptr, x_ptr, chunk_enc_ptr, first, last, d, D,
@@ -118,5 +121,7 @@ def _adam_kernel(
     )  # fmt: skip
     _update_row(
         W_enc_ptr, m_enc_ptr, v_enc_ptr, shadow_enc_ptr, extra_enc_ptr, g, f, slot, caught_up,
-        scalars, random_enc, d, D, False, WINDOW, STOCHASTIC, ACC,
+        scalars, seed, step, d, D, False, WINDOW, STOCHASTIC, ACC,
     )  # fmt: skip
+    if WINDOW > 1:  # last: every warp has read it by the time the rows' sums are known
+        tl.store(updated_ptr + f, step)

@@ -13,6 +13,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _BUFFER_MB = os.environ.get("FASTSAE_BUFFER_MB")
 ENCODER = os.environ.get("FASTSAE_ENCODER")
 """Overrides encode.py's choice of who multiplies on a GPU: "cublas" or "triton"."""
+if ENCODER not in (None, "cublas", "triton"):
+    raise ValueError(f'FASTSAE_ENCODER must be "cublas" or "triton", got {ENCODER!r}')
 
 _local = threading.local()
 

@@ -6,9 +6,9 @@ a few, are gathered from the winning groups and ranked by (key, -index), which h
 ties make more of them than there is room for, bisecting over the row itself finds exactly k. Keys
 are integers in the order of the entries as they are in memory, so no two passes can disagree.
 
-Where group g has its entries is its Layout: from BASE(g), V of them STEP apart, V more JUMP after
-those, and so on through a tile of S groups. Found here, all M groups share one tile, and V
-neighbours are one vector load; the encoder's tiles have their own layout.
+A Layout says where the groups have their entries: V of them STEP apart, V more JUMP after those,
+and so on through a tile of S groups. Found here, all M groups share one tile, and V neighbours are
+one vector load; the encoder's tiles have their own layout.
 Shapes: N tokens, F latents, K kept, M groups.
 """
 

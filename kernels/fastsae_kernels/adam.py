@@ -25,13 +25,12 @@ import torch
 from torch import Tensor
 
 from ._adam_kernel import _adam_kernel
-from ._launch import check_devices, check_matrix, launch, power_of_2, use_triton
+from ._launch import buffer_bytes, check_devices, check_matrix, launch, power_of_2, use_triton
 from .latent_major import (
     CHUNK,
     LatentMajor,
     constants_for,
     launch_sum_chunks,
-    sum_rows_torch,
     sum_runs,
 )
 
@@ -152,12 +151,20 @@ def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, w
 
 def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to bfloat16, up or down with the odds that make the mean exact."""
-    bits = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, generator=generator)
-    return ((x.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32).bfloat16()
+    size, device = x.shape, x.device
+    bits = torch.randint(0, 1 << 16, size, dtype=torch.int32, generator=generator, device=device)
+    rounded = ((x.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
+    return rounded.where(x == x, x).bfloat16()
+
+
+def _seed32(at: AdamStep) -> int:
+    """32 bits in which seeds differ."""
+    return (at.seed ^ (at.seed >> 32)) * 0x9E3779B1 % 2**32
 
 
 def _row_blocks(W: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_BYTES // (W.shape[1] * W.itemsize)) if W.device.type == "cpu" else len(W)
+    size = BLOCK_BYTES if W.device.type == "cpu" else buffer_bytes(W.device)
+    rows = max(1, size // (W.shape[1] * W.itemsize))
     for start in range(0, len(W), rows):
         yield slice(start, min(start + rows, len(W)))
 
@@ -192,10 +199,11 @@ def _update_block(
 def _adam_torch(
     decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
 ) -> None:
-    generator = torch.Generator().manual_seed((at.seed << 32) + at.step)
+    generator = torch.Generator(decoder.weight.device)
+    generator.manual_seed((_seed32(at) + at.step) % 2**32)  # a CPU's takes no more bits
     for block in _row_blocks(decoder.weight):
-        d_dec = _sum_rows(g.values, g.error, g.runs, block).to(decoder.weight.dtype)
-        d_enc = _sum_rows(g.d_values, g.x, g.runs, block).to(encoder.weight.dtype)
+        d_dec = sum_runs(g.values, g.error, g.runs, block).to(decoder.weight.dtype)
+        d_enc = sum_runs(g.d_values, g.x, g.runs, block).to(encoder.weight.dtype)
         busy = g.runs.start[block.start : block.stop + 1].diff() > 0
         if g.extra is not None:
             where, extra_dec, extra_enc = g.extra
@@ -216,12 +224,6 @@ def _adam_torch(
             window.updated[rows] = at.step
 
 
-def _sum_rows(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) -> Tensor:
-    if use_triton(x):
-        return sum_runs(weights, x, runs)
-    return sum_rows_torch(weights, x, runs, rows)
-
-
 # --- launcher -------------------------------------------------------------------------------
 
 
@@ -230,6 +232,8 @@ def _launch_adam(
 ) -> None:
     F, D = decoder.weight.shape
     block_k, _, acc = constants_for(decoder.weight)
+    if D > WIDEST // 2:  # fewer rows in flight, so that nothing is spilled
+        block_k //= 2
     slot = extra_dec = extra_enc = None
     if g.extra is not None:
         rows, extra_dec, extra_enc = g.extra
@@ -245,7 +249,7 @@ def _launch_adam(
         *(g.d_values, g.x, launch_sum_chunks(g.d_values, g.x, g.runs)),
         *(slot, extra_dec, extra_enc),
         *(window or (None, None)),
-        *(D, at.step, at.seed, at.lr / (1 - at.betas[0] ** at.step)),
+        *(D, at.step, _seed32(at) >> 1, at.lr / (1 - at.betas[0] ** at.step)),
         *(math.sqrt(1 - at.betas[1] ** at.step), *at.betas),
         *(1 - at.betas[0], 1 - at.betas[1], at.eps),
         1 if window is None else len(window.history),
@@ -283,9 +287,17 @@ def adam_(
                     f"got {list(tensor.shape)}"
                 )
         moments = {rows.first.dtype, rows.second.dtype}
-        if moments not in ({rows.weight.dtype}, {torch.bfloat16}):
+        half = torch.bfloat16 if rows.weight.dtype == torch.float32 else rows.weight.dtype
+        if moments not in ({rows.weight.dtype}, {half}):
             raise ValueError(
-                f"{name}'s moments must be {rows.weight.dtype} or bfloat16, got {moments}"
+                f"{name}'s moments must be {rows.weight.dtype}, or bfloat16 of float32 weights, "
+                f"got {moments}"
+            )
+    for name, entries in {"values": gradients.values, "d_values": gradients.d_values}.items():
+        if entries.shape != gradients.runs.token.shape:
+            raise ValueError(
+                f"{name} must have shape {list(gradients.runs.token.shape)}, "
+                f"got {list(entries.shape)}"
             )
     check_matrix("error", gradients.error, columns=D)
     check_matrix("x", gradients.x, rows=len(gradients.error), columns=D)
@@ -297,7 +309,8 @@ def adam_(
         d_values=gradients.d_values,
         x=gradients.x,
     )
-    run = _launch_adam if use_triton(decoder.weight) and D <= WIDEST else _adam_torch
+    kernel = use_triton(decoder.weight) and decoder.weight.dtype == torch.float32 and D <= WIDEST
+    run = _launch_adam if kernel else _adam_torch
     run(decoder, encoder, gradients, at, window)
     if window is not None:
         b1, b2 = (beta**at.step for beta in at.betas)
@@ -309,13 +322,13 @@ def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
     """Bring every row up to date with the step `at`, the last one that was made."""
     following = at._replace(step=at.step + 1)
     for state, unit in ((decoder, True), (encoder, False)):
-        wide = state.weight.dtype
-        m, v = state.first.to(wide), state.second.to(wide)
-        _catch_up_(state.weight, m, v, window.updated, following, window)
-        state.first.copy_(m)
-        state.second.copy_(v)
-        if unit:
-            normalise_rows_(state.weight)
-        if state.shadow is not None:
-            state.shadow.copy_(state.weight)
+        for block in _row_blocks(state.weight):
+            w, updated = state.weight[block], window.updated[block]
+            m, v = (t[block].to(w.dtype) for t in (state.first, state.second))
+            _catch_up_(w, m, v, updated, following, window)
+            state.first[block], state.second[block] = m, v
+            if unit:
+                normalise_rows_(w)
+            if state.shadow is not None:
+                state.shadow[block] = w.to(state.shadow.dtype)
     window.updated.fill_(at.step)

@@ -129,7 +129,8 @@ class _EncodeTopk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):  # g: [N, K]
-        gradients = straight_through(g, *ctx.saved_tensors, ctx.needs_input_grad[:3])
+        x, W_enc, values, indices = ctx.saved_tensors
+        gradients = straight_through(g, x, W_enc, values, indices, ctx.needs_input_grad[:3])
         return *gradients, None, None, None
 
 
@@ -138,7 +139,7 @@ def straight_through(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, W_enc and b_enc from that of the values, [N, K]."""
     need_x, need_W, need_b = needs
-    g = g * (values != 0)  # an inactive entry passes nothing on
+    g = g.where(values != 0, 0.0)  # an inactive entry passes nothing on
     F, ones = W_enc.shape[0], x.new_ones(x.shape[0], 1)
     return (
         decode(g, indices, W_enc) if need_x else None,

@@ -125,8 +125,8 @@ def encode_decode(
     gradient from its value. How top-k passes the gradient on:
 
     "straight_through"  as the identity on active entries, as encode_topk does (arXiv:2406.04093)
-    "rotation_support"  turned from the code to the pre-activations, on active entries
-    "rotation_dense"    the same on all latents, the ones not kept included (arXiv:2410.06424)
+    "rotation_support"  that of active entries, turned from the code to the pre-activations
+    "rotation_dense"    the same, starting from the gradient of all latents (arXiv:2410.06424)
 
     The first is differentiable twice. Forward costs 2 N F D FLOPs; backward 8 N K D and for the
     rotations that of rotation_gradients. No more than FASTSAE_BUFFER_MB of pre-activations exist

@@ -53,8 +53,7 @@ def latent_major(indices: Tensor, F: int, active: Tensor | None = None) -> Laten
 # --- torch path: what runs without a GPU ----------------------------------------------------
 
 
-def sum_rows_torch(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) -> Tensor:
-    """The sums of some latents: a block of them at a time stays in the cache."""
+def _sum_runs_torch(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) -> Tensor:
     low, high = int(runs.start[rows.start]), int(runs.start[rows.stop])
     offsets = runs.start[rows] - low
     weights, token = weights[low:high].to(x.dtype), runs.token[low:high]
@@ -160,10 +159,10 @@ def launch_sum_chunks(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
     return out
 
 
-def _launch_sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
+def _launch_sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) -> Tensor:
     chunks = launch_sum_chunks(weights, x, runs)
-    out = x.new_empty(len(runs.start) - 1, x.shape[1])
-    arguments = weights, runs.token, runs.start, x, chunks, out
+    out = x.new_empty(rows.stop - rows.start, x.shape[1])
+    arguments = weights, runs.token, runs.start[rows.start :], x, chunks, out
     launch_blocks(_sum_runs_kernel, len(out), *arguments, x=x, chunk=(CHUNK,))
     return out
 
@@ -171,11 +170,11 @@ def _launch_sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
 # --- for ops ---------------------------------------------------------------------------------
 
 
-def sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
+def sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice | None = None) -> Tensor:
     """scatter_outer for a caller that keeps the entries in latent order.
 
-    weights [N * K] = values.flatten()[runs.entry], x [N, D] -> [F, D]. Not differentiable.
+    weights [N * K] = values.flatten()[runs.entry], x [N, D] -> [F, D], or some of those rows. Not
+    differentiable.
     """
-    if use_triton(x):
-        return _launch_sum_runs(weights, x, runs)
-    return sum_rows_torch(weights, x, runs, slice(0, len(runs.start) - 1))
+    run = _launch_sum_runs if use_triton(x) else _sum_runs_torch
+    return run(weights, x, runs, rows or slice(0, len(runs.start) - 1))

@@ -73,7 +73,7 @@ def _squared_error_kernel(
     error -= tl.load(target_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
     if RESIDENT:
         k = tl.arange(0, BLOCK_K)
-        f, exists = load_latents(i_ptr + n * K, k, K, F)
+        f, exists = load_latents(i_ptr + n * K, k, K, F)  # pyright: ignore
         v = tl.load(v_ptr + n * K + k, mask=k < K, other=0.0).to(ACC)
         rows = load_rows(W_ptr, f, exists, d, D)
         error += tl.sum(v[:, None] * rows.to(ACC), axis=0)
@@ -82,12 +82,12 @@ def _squared_error_kernel(
     else:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            f, exists = load_latents(i_ptr + n * K, k, K, F)
+            f, exists = load_latents(i_ptr + n * K, k, K, F)  # pyright: ignore
             v = tl.load(v_ptr + n * K + k, mask=k < K, other=0.0).to(ACC)
             error += tl.sum(v[:, None] * load_rows(W_ptr, f, exists, d, D).to(ACC), axis=0)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            f, exists = load_latents(i_ptr + n * K, k, K, F)
+            f, exists = load_latents(i_ptr + n * K, k, K, F)  # pyright: ignore
             rows = load_rows(W_ptr, f, exists, d, D).to(ACC)
             tl.store(dots_ptr + n * K + k, tl.sum(rows * error[None, :], axis=1), mask=k < K)
     tl.store(sse_ptr + n, tl.sum(error * error))
@@ -186,7 +186,9 @@ def squared_error(
     check_matrix("W", W)
     check_codes(values, indices)
     check_matrix("target", target, indices.shape[0], W.shape[1])
-    if b.shape != W.shape[1:]:
-        raise ValueError(f"b must have shape {[W.shape[1]]}, got {list(b.shape)}")
+    if b.shape != W.shape[1:] or not b.is_floating_point():
+        raise ValueError(
+            f"b must be floating point of shape {[W.shape[1]]}, got {b.dtype} of {list(b.shape)}"
+        )
     check_devices(values=values, indices=indices, W=W, b=b, target=target)
     return _squared_error(values, indices, W, b, target)

@@ -185,11 +185,11 @@ def _gram_weights(
 
 
 def _dense_way(layer: _Layer, code: _Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """In chunks of tokens, so that h and g fit in the buffer."""
+    """In chunks of tokens, so that what is as wide as h fits in the buffer."""
     x, W_enc, b_enc, _, d_recon = layer
     shapes = x.shape, W_enc.shape, b_enc.shape
     dx, dW, db = (x.new_zeros(s if need else 0) for s, need in zip(shapes, needs, strict=True))
-    chunk = rows_at_a_time(x, 2 * len(W_enc))
+    chunk = rows_at_a_time(x, 3 * len(W_enc))  # h, g, and what a product of them needs
     for start in range(0, len(x), chunk):
         rows = slice(start, min(start + chunk, len(x)))
         some = layer._replace(x=x[rows], d_recon=d_recon[rows])

@@ -93,7 +93,7 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_D,), dtype=ACC)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        f, exists = load_latents(i_ptr + n * K, k, K, F)
+        f, exists = load_latents(i_ptr + n * K, k, K, F)  # pyright: ignore
         v = tl.load(v_ptr + n * K + k, mask=k < K, other=0.0).to(ACC)
         acc += tl.sum(v[:, None] * load_rows(W_ptr, f, exists, d, D).to(ACC), axis=0)
     tl.store(out_ptr + n * D + d, acc, mask=d < D)
@@ -107,7 +107,7 @@ def _gather_dot_kernel(
     n = tl.program_id(0).to(tl.int64)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        f, exists = load_latents(i_ptr + n * K, k, K, F)
+        f, exists = load_latents(i_ptr + n * K, k, K, F)  # pyright: ignore
         acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=ACC)
         for column in range(0, D, BLOCK_D):
             d = column + tl.arange(0, BLOCK_D)

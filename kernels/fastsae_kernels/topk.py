@@ -30,7 +30,7 @@ def topk_reference(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tenso
     rank = _rank(pre, by)
     indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
     values = pre.gather(1, indices)
-    return values * (values != 0) if by == "abs" else values.relu(), indices
+    return values.where(values != 0, 0.0) if by == "abs" else values.relu(), indices
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------
@@ -125,7 +125,7 @@ def _topk_indices(pre: Tensor, k: int, by: str, ties: str) -> Tensor:
     if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
         return launch_topk(pre.contiguous(), k, by)
     # Few rows at a time, so that what is picked from them stays in the cache.
-    choose = _topk_indices_torch if ties == "lowest" else _largest
+    choose = _largest if ties == "any" and not pre.is_cuda else _topk_indices_torch
     some = pre.split(rows_at_a_time(pre, pre.shape[1]))
     return torch.cat([choose(rows, k, by) for rows in some])
 
@@ -157,4 +157,4 @@ def topk(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tensor]:
     """
     indices = topk_indices(pre, k, by)
     values = pre.gather(1, indices)
-    return values * (values != 0) if by == "abs" else values.relu(), indices
+    return values.where(values != 0, 0.0) if by == "abs" else values.relu(), indices

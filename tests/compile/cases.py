@@ -81,6 +81,8 @@ AWKWARD = {
     "odd bf16": Inputs(*ODD, bf16),
     "k=1": Inputs(100, 1000, 4096, 1, bf16),
     "k=1000": Inputs(64, 1000, 40000, 1000, fp32),
+    "wide": Inputs(64, 8192, 4096, 32, bf16),
+    "wide fp32": Inputs(64, 5120, 4096, 32, fp32),
     "k=500": Inputs(64, 528, 40000, 500, fp32),
     "d_in=1": Inputs(64, 1, 4096, 32, bf16),
     "all 1": Inputs(1, 1, 1, 1, fp32),
@@ -88,7 +90,7 @@ AWKWARD = {
 
 EVERY = {**REAL, **AWKWARD}
 LARGE = {*REAL, "odd fp32", "odd bf16", "k=500"}
-FEW = {"A fp32", "A bf16", "C bf16", "odd fp32"}
+FEW = {"A fp32", "A bf16", "C bf16", "odd fp32", "wide", "wide fp32"}
 TWO = {"A bf16", "odd fp32"}
 
 Call = Callable[[Inputs], object]

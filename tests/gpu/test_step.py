@@ -11,30 +11,35 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-D_IN, D_SAE, K = 256, 4096, 16
+D_IN, D_SAE, K = 256, 8192, 16
 
 
-def take_steps(device: str, shadows: tuple[str, ...], steps: int = 3) -> dict[str, torch.Tensor]:
+def take_steps(
+    device: str, shadows: tuple[str, ...], k_aux: int = 128, steps: int = 3
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     sae = SAE(D_IN, D_SAE, TopK(K)).to(device)
     adam = Adam(sae, shadows=shadows)
-    dead = torch.arange(0, D_SAE, 50, device=device)
+    dead = torch.arange(0, D_SAE, 5, device=device)
     x = torch.randn(steps, 512, D_IN).to(device)
     torch.use_deterministic_algorithms(False)
     torch.cuda.set_sync_debug_mode("error" if steps > 1 else "default")
     try:
         for batch in x:
             adam.begin_step(1e-3)
-            fused_step(sae, adam, batch, dead, 1 / 32, D_IN // 2)
+            fused_step(sae, adam, batch, dead, 1 / 32, k_aux)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {name: t.cpu() for name, t in sae.state_dict().items()}
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("k_aux", [128, 1200])
 @pytest.mark.parametrize("shadows", [(), ("W_enc", "W_dec")], ids=["fp32", "bf16"])
-def test_a_step_never_waits_for_the_gpu(shadows):
-    take_steps("cuda", shadows, steps=1)  # compiles the kernels, which may wait
-    one, two = (take_steps("cuda", shadows) for _ in range(2))
+def test_a_step_never_waits_for_the_gpu(shadows, k_aux):
+    """With more dead latents than k_aux, few or many."""
+    take_steps("cuda", shadows, k_aux, steps=1)  # compiles the kernels, which may wait
+    one, two = (take_steps("cuda", shadows, k_aux) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

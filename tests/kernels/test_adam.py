@@ -47,7 +47,8 @@ EXTRA = torch.tensor([NEVER, 6])
 
 
 def extra_gradients(dtype) -> tuple[Tensor, Tensor]:
-    return tuple(torch.linspace(-1, 1, 2 * 2 * D).view(2, 2, D).to(dtype))
+    dec, enc = torch.linspace(-1, 1, 2 * 2 * D).view(2, 2, D).to(dtype)
+    return dec, enc
 
 
 def rows(W: Tensor, moments: torch.dtype | None = None, device="cpu") -> Rows:
@@ -56,7 +57,7 @@ def rows(W: Tensor, moments: torch.dtype | None = None, device="cpu") -> Rows:
     return Rows(W, zeros, zeros.clone(), W.bfloat16())
 
 
-def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32):
+def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32, seed=0):
     """Decoder and encoder after so many steps of adam_."""
     decoder, encoder = (rows(W, moments, device) for W in weights(dtype))
     window = None
@@ -69,10 +70,11 @@ def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32)
         runs = latent_major(indices, F, values != 0)
         more = None
         if extra:
-            more = (EXTRA.to(device), *(g.to(device) for g in extra_gradients(dtype)))
+            dec, enc = extra_gradients(dtype)
+            more = EXTRA.to(device), dec.to(device), enc.to(device)
         entries = (t.flatten()[runs.entry] for t in (values, d_values))
         v, d_v = entries
-        at = AdamStep(step, LR / step**0.5)
+        at = AdamStep(step, LR / step**0.5, seed=seed)
         adam_(decoder, encoder, RowGradients(runs, v, error, d_v, x, more), at, window)
     if window is not None:
         settle_(decoder, encoder, at, window)
@@ -88,6 +90,7 @@ def train_dense(dtype, extra, steps) -> tuple[Tensor, Tensor]:
         W_enc.grad = scatter_outer_reference(d_values, indices, x, F)
         if extra:
             for W, g in zip((W_dec, W_enc), extra_gradients(dtype), strict=True):
+                assert W.grad is not None
                 W.grad[EXTRA] += g
         with torch.no_grad():
             W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
@@ -134,7 +137,7 @@ def test_same_bits_twice(device):
     for moments in (None, torch.bfloat16):
         one, two = (train(device, moments, T=4, steps=3) for _ in range(2))
         for a, b in zip((*one[0], *one[1]), (*two[0], *two[1]), strict=True):
-            assert torch.equal(a, b)
+            assert a is not None and b is not None and torch.equal(a, b)
 
 
 def test_both_paths_agree_on_a_window(device):
@@ -175,7 +178,27 @@ def test_options_deviate_by_less_than_a_step(device, moments, T):
     for state, reference in zip(got, exact, strict=True):
         assert state.first.dtype == (moments or torch.float32)
         deviation = (state.weight.cpu() - reference.weight).abs().max()
-        assert 0 < deviation < LR / 2
+        if moments is not None:
+            assert 0 < deviation < LR / 2
+        elif state is got[0]:  # decoder rows that waited are normalised once, not at every step
+            assert 0 < deviation < LR**2
+        else:
+            assert deviation <= 4 * torch.finfo(torch.float32).eps * reference.weight.abs().max()
+
+
+def test_seeds_differ_and_may_be_large(device):
+    """In what stochastic rounding makes of the moments."""
+    firsts = [train(device, torch.bfloat16, steps=2, seed=s)[1].first for s in (0, 3, 2**40)]
+    assert not torch.equal(firsts[0], firsts[1])
+    assert not torch.equal(firsts[0], firsts[2])
+
+
+def test_stochastic_rounding_keeps_nan_inf_and_sign():
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0, 0.0])
+    x[0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # as a GPU writes NaN
+    rounded = stochastic_bf16(x, torch.Generator().manual_seed(0))
+    assert rounded[0].isnan()
+    assert rounded[1:].tolist() == [float("inf"), -float("inf"), -1.0, 0.0]
 
 
 def test_wrong_arguments_are_named():
@@ -186,7 +209,7 @@ def test_wrong_arguments_are_named():
     gradients, at = RowGradients(runs, v, error, d_v, x), AdamStep(1, LR)
     with pytest.raises(ValueError, match=r"encoder.second must be contiguous and of shape"):
         adam_(decoder, encoder._replace(second=torch.zeros(F, D + 1)), gradients, at)
-    with pytest.raises(ValueError, match="encoder's moments must be torch.float32 or bfloat16"):
+    with pytest.raises(ValueError, match="encoder's moments must be torch.float32, or bfloat16 of"):
         half = torch.zeros(F, D, dtype=torch.float16)
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
     with pytest.raises(ValueError, match="error must be floating point of shape"):

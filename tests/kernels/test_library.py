@@ -1,11 +1,13 @@
 """Every public op as a library op: registered right, and traced in one graph by torch.compile."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsae_kernels
 from fastsae_kernels import (
@@ -20,6 +22,7 @@ from fastsae_kernels import (
     squared_error,
     topk,
 )
+from fastsae_kernels.encode_decode import Gradient
 
 N, K, F, D = 5, 3, 12, 8
 
@@ -36,8 +39,10 @@ def encoder() -> tuple[Tensor, ...]:
     return floats(N, D), floats(F, D), floats(F)
 
 
-def rotated(gradient: str) -> Callable:
-    return lambda *leaves: encode_decode(*leaves, K, "value", gradient)
+def rotated(gradient: Gradient) -> Callable:
+    return lambda x, W_enc, b_enc, W_dec, b_dec: encode_decode(
+        x, W_enc, b_enc, W_dec, b_dec, K, "value", gradient
+    )
 
 
 OPS: dict[str, tuple[Callable, Callable[[], tuple]]] = {
@@ -65,7 +70,7 @@ OPS: dict[str, tuple[Callable, Callable[[], tuple]]] = {
             rotated(gradient),
             lambda: (*encoder(), floats(F, D), floats(D)),
         )
-        for gradient in ("straight_through", "rotation_support", "rotation_dense")
+        for gradient in get_args(Gradient)
     },
 }
 
@@ -75,18 +80,22 @@ def gradients(op: Callable, arguments: tuple) -> list[Tensor]:
     outs = op(*arguments)
     outs = outs if isinstance(outs, tuple) else (outs,)
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
-    loss = sum(out.square().sum() for out in outs if out.requires_grad)
-    found = torch.autograd.grad(loss, leaves, materialize_grads=True)  # pyright: ignore[reportArgumentType]
+    loss = torch.stack([out.square().sum() for out in outs if out.requires_grad]).sum()
+    found = torch.autograd.grad(loss, leaves, materialize_grads=True)
     return [*outs, *found]
+
+
+def arguments_on(device: str, make: Callable[[], tuple]) -> tuple:
+    return tuple(
+        a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for a in make()
+    )
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_compiles_in_one_graph(name, device):
     op, make = OPS[name]
-    arguments = tuple(
-        a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-        for a in make()
-    )
+    arguments = arguments_on(device, make)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     for eager, traced in zip(gradients(op, arguments), gradients(compiled, arguments), strict=True):
         assert torch.equal(eager, traced)
@@ -103,14 +112,14 @@ def test_is_registered_right(name, device):
     op, make = OPS[name]
     calls = []
 
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "fastsae":
                 calls.append((func, args, kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     with Recorder():
-        gradients(op, make())
+        gradients(op, arguments_on(device, make))
     assert calls
     for func, args, kwargs in calls:
         differentiable = OPDEFS[func._schema.name]._backward_fn is not None

@@ -105,7 +105,10 @@ def test_same_bits_twice_and_any_strides(device):
         ({"i": torch.full((3, 2), 5)}, r"indices must lie in \[0, 5\), got 5 to 5"),
         ({"v": torch.ones(3, 1)}, "values must be floating point of the shape of indices"),
         ({"t": torch.ones(3, 5)}, r"target must be floating point of shape \[3, 4\]"),
-        ({"b": torch.ones(5)}, r"b must have shape \[4\], got \[5\]"),
+        (
+            {"b": torch.ones(5)},
+            r"b must be floating point of shape \[4\], got torch.float32 of \[5\]",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):

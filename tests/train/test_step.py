@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
-from fastsae import SAE, AbsTopK, TopK
+from fastsae import SAE, AbsTopK, TopK, losses
 from fastsae.losses import training_loss
-from fastsae.train import step as step_module
 from fastsae.train.optim import Adam, default_lr, schedule
 from fastsae.train.step import autograd_step, fused_step
 from fastsae_kernels import adam as adam_module
@@ -34,7 +33,7 @@ def sae(request):
 def small_blocks(monkeypatch):
     """Blocks and chunks that split this small problem as large ones are split."""
     monkeypatch.setattr(adam_module, "BLOCK_BYTES", 16 * D_IN * 8)
-    monkeypatch.setattr(step_module, "AUX_BYTES", 7 * 14 * 8)
+    monkeypatch.setattr(losses, "AUX_BYTES", 7 * 14 * 8)
 
 
 def torch_adam_steps(sae, batches, dead, lr):
@@ -113,6 +112,7 @@ def test_no_value_is_read_back(sae, shadows, monkeypatch):
     with interpreted(), torch.profiler.profile() as profiler:
         fused_step(sae, adam, torch.randn(20, D_IN), dead, 1 / 32, K_AUX)
     events = profiler.events()
+    assert events is not None
     assert "fastsae::squared_error" in {event.name for event in events}
     reading = ("aten::item", "aten::nonzero", "aten::masked_select", "aten::equal")
     callers = [event.cpu_parent for event in events if event.name in reading]
