@@ -3,7 +3,6 @@
 Same activations, order, initialisation, schedule and aux-k; the dense trainer is bench/dense.py.
 """
 
-import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -24,10 +23,12 @@ from .common import write
 from .dense import DenseTopK, dense_adam, dense_step
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "fastsae": {},
     "bf16 encoder": {"encoder_precision": "bf16"},
     "bf16 moments": {"adam_moments": "bf16"},
     "window of 8": {"adam_window": 8},
 }
+WAYS = (*OPTIONS, "dense")
 
 
 def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
@@ -67,40 +68,30 @@ def bf16_agreement(sae: SAE, data: ActivationShards) -> float:
     return same / active
 
 
-def bench(steps: int) -> None:
+def bench(steps: int, ways: list[str]) -> None:
+    if unknown := set(ways) - set(WAYS):
+        raise ValueError(f"ways must be among {', '.join(WAYS)}, got {', '.join(unknown)}")
     source = demo_shards()
     heldout = source.heldout
     assert heldout is not None
-    results: dict[str, Any] = {}
-    agreement = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        exact = TrainConfig(steps=steps, out=Path(folder) / "fastsae")
-        ways = {"fastsae": lambda: Trainer(exact, source).fit()}
-        for name, options in OPTIONS.items():
-            config = dataclasses.replace(exact, out=Path(folder) / name, **options)
-            ways[f"fastsae, {name}"] = Trainer(config, source).fit
-        ways["dense"] = lambda: train_dense(exact, source)
-        for name, train in ways.items():
-            start = time.perf_counter()
-            sae = train()
-            seconds = time.perf_counter() - start
-            result = reconstruction(sae, heldout)
-            results[name] = {
-                "held-out FVU": round(result.fvu, 5),
-                "never active": round(result.dead_fraction, 5),
-                "L0": round(result.l0, 3),
-                "seconds": round(seconds, 1),
-            }
-            print(name, results[name], flush=True)
-            if name == "fastsae":
-                agreement = bf16_agreement(sae, heldout)
-    setting: dict[str, Any] = {
-        "steps": steps,
-        "batch_size": exact.batch_size,
-        "d_sae": exact.d_sae,
-        "k": exact.k,
-    }
     tokens = {"train_tokens": source.n_tokens, "heldout_tokens": heldout.n_tokens}
-    print(f"bf16 candidates keep {agreement:.5%} of the active entries")
-    found = {**setting, **tokens, "ways": results, "bf16_agreement": agreement}
-    print(write("quality-cpu", {"demo": found}))
+    for way in ways:
+        with tempfile.TemporaryDirectory() as folder:
+            options = OPTIONS.get(way, {})
+            config = TrainConfig(steps=steps, out=Path(folder) / "run", **options)
+            start = time.perf_counter()
+            sae = train_dense(config, source) if way == "dense" else Trainer(config, source).fit()
+            seconds = time.perf_counter() - start
+        result = reconstruction(sae, heldout)
+        found: dict[str, Any] = {
+            **{name: getattr(config, name) for name in ("steps", "batch_size", "d_sae", "k")},
+            **tokens,
+            "held-out FVU": round(result.fvu, 5),
+            "never active": round(result.dead_fraction, 5),
+            "L0": round(result.l0, 3),
+            "seconds": round(seconds, 1),
+        }
+        if way == "fastsae":
+            found["bf16_agreement"] = bf16_agreement(sae, heldout)
+        print(way, found, flush=True)
+        write("quality-cpu", {way: found})

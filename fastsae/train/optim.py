@@ -13,9 +13,9 @@ from fastsae_kernels.adam import (
     Rows,
     Window,
     adam_,
-    fused_adam_,
     settle_,
 )
+from fastsae_kernels.dense_adam import fused_adam_
 
 
 def default_lr(d_sae: int, steps: int) -> float:

@@ -25,7 +25,8 @@ from fastsae.losses import (
 )
 from fastsae.nn import SAE
 from fastsae_kernels import squared_error
-from fastsae_kernels.adam import RowGradients, normalise_rows_, remove_parallel_
+from fastsae_kernels.adam import RowGradients
+from fastsae_kernels.dense_adam import normalise_rows_, remove_parallel_
 from fastsae_kernels.latent_major import latent_major, sum_runs
 
 from .optim import Adam

@@ -26,6 +26,14 @@ from torch import Tensor
 
 from ._adam_kernel import _adam_kernel
 from ._launch import buffer_bytes, check_devices, check_matrix, launch, power_of_2, use_triton
+from .dense_adam import (
+    AdamStep,
+    fused_adam_,
+    normalise_rows_,
+    remove_parallel_,
+    seed32,
+    stochastic_bf16,
+)
 from .latent_major import (
     CHUNK,
     LatentMajor,
@@ -69,16 +77,6 @@ class RowGradients(NamedTuple):
     """Rising rows [n], and what is added to their dW_dec and dW_enc, both [n, D]."""
 
 
-class AdamStep(NamedTuple):
-    """The settings of one step, counted from 1; seed is that of stochastic rounding."""
-
-    step: int
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 6.25e-10
-    seed: int = 0
-
-
 class Window(NamedTuple):
     """What rows that wait for their update need to know; T = len(history)."""
 
@@ -88,52 +86,7 @@ class Window(NamedTuple):
     """[T] in the weights' dtype: lr sqrt(1 - b2^t) / (1 - b1^t) of step t at t % T."""
 
 
-# --- reference: the specification -----------------------------------------------------------
-
-
-def adam_reference(
-    W: Tensor, m: Tensor, v: Tensor, g: Tensor, at: AdamStep, unit: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One row or all of them, with a dense gradient: [F, D] -> W, m, v"""
-    (b1, b2), t = at.betas, at.step
-    if unit:
-        g = g - (g * W).sum(-1, keepdim=True) * W
-    m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * g * g
-    W = W - at.lr * m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + at.eps)
-    return W / W.norm(dim=-1, keepdim=True) if unit else W, m, v
-
-
 # --- torch path: what runs without a GPU ----------------------------------------------------
-
-
-def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
-    """Leave of each row's gradient what is orthogonal to the (unit-norm) row."""
-    gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
-
-
-def normalise_rows_(rows: Tensor) -> None:
-    """Bring each row back to norm 1."""
-    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-
-
-def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
-    """What torch.optim.Adam(fused=True) does."""
-    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
-        [weight],
-        [g],
-        [first],
-        [second],
-        [],
-        [torch.full((), float(at.step), device=weight.device)],
-        lr=at.lr,
-        beta1=at.betas[0],
-        beta2=at.betas[1],
-        weight_decay=0.0,
-        eps=at.eps,
-        amsgrad=False,
-        maximize=False,
-    )
 
 
 def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, window: Window):
@@ -147,19 +100,6 @@ def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, w
     w.sub_(drift[:, None] * m / (v.sqrt() + at.eps))
     m.mul_((b1 ** missed.to(w.dtype))[:, None])
     v.mul_((b2 ** missed.to(w.dtype))[:, None])
-
-
-def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with the odds that make the mean exact."""
-    size, device = x.shape, x.device
-    bits = torch.randint(0, 1 << 16, size, dtype=torch.int32, generator=generator, device=device)
-    rounded = ((x.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
-    return rounded.where(x == x, x).bfloat16()
-
-
-def _seed32(at: AdamStep) -> int:
-    """32 bits in which seeds differ."""
-    return (at.seed ^ (at.seed >> 32)) * 0x9E3779B1 % 2**32
 
 
 def _row_blocks(W: Tensor) -> Iterator[slice]:
@@ -200,7 +140,7 @@ def _adam_torch(
     decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
 ) -> None:
     generator = torch.Generator(decoder.weight.device)
-    generator.manual_seed((_seed32(at) + at.step) % 2**32)  # a CPU's takes no more bits
+    generator.manual_seed((seed32(at) + at.step) % 2**32)  # a CPU's takes no more bits
     for block in _row_blocks(decoder.weight):
         d_dec = sum_runs(g.values, g.error, g.runs, block).to(decoder.weight.dtype)
         d_enc = sum_runs(g.d_values, g.x, g.runs, block).to(encoder.weight.dtype)
@@ -249,7 +189,7 @@ def _launch_adam(
         *(g.d_values, g.x, launch_sum_chunks(g.d_values, g.x, g.runs)),
         *(slot, extra_dec, extra_enc),
         *(window or (None, None)),
-        *(D, at.step, _seed32(at) >> 1, at.lr / (1 - at.betas[0] ** at.step)),
+        *(D, at.step, seed32(at) >> 1, at.lr / (1 - at.betas[0] ** at.step)),
         *(math.sqrt(1 - at.betas[1] ** at.step), *at.betas),
         *(1 - at.betas[0], 1 - at.betas[1], at.eps),
         1 if window is None else len(window.history),

@@ -11,10 +11,9 @@ from fastsae_kernels.adam import (
     Rows,
     Window,
     adam_,
-    adam_reference,
     settle_,
-    stochastic_bf16,
 )
+from fastsae_kernels.dense_adam import adam_reference, stochastic_bf16
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.sparse import scatter_outer_reference
 

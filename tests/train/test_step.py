@@ -12,7 +12,7 @@ from fastsae.train.step import autograd_step, fused_step
 from fastsae_kernels import adam as adam_module
 from fastsae_kernels import loss, sparse
 from fastsae_kernels._launch import INTERPRET, interpreted
-from fastsae_kernels.adam import normalise_rows_
+from fastsae_kernels.dense_adam import normalise_rows_
 
 D_IN, D_SAE, K, K_AUX = 12, 70, 4, 6
 DEAD = {"none": lambda: None, "some": lambda: torch.arange(0, D_SAE, 5)}

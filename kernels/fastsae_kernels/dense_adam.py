@@ -1,0 +1,80 @@
+"""Adam with a dense gradient, and the constraint to rows of norm 1: the parts of adam.py.
+
+Shapes: F latents, D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AdamStep(NamedTuple):
+    """The settings of one step, counted from 1; seed is that of stochastic rounding."""
+
+    step: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 6.25e-10
+    seed: int = 0
+
+
+# --- reference: the specification -----------------------------------------------------------
+
+
+def adam_reference(
+    W: Tensor, m: Tensor, v: Tensor, g: Tensor, at: AdamStep, unit: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One row or all of them, with a dense gradient: [F, D] -> W, m, v"""
+    (b1, b2), t = at.betas, at.step
+    if unit:
+        g = g - (g * W).sum(-1, keepdim=True) * W
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    W = W - at.lr * m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + at.eps)
+    return W / W.norm(dim=-1, keepdim=True) if unit else W, m, v
+
+
+# --- torch: what runs on every device -------------------------------------------------------
+
+
+def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
+    """Leave of each row's gradient what is orthogonal to the (unit-norm) row."""
+    gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
+
+
+def normalise_rows_(rows: Tensor) -> None:
+    """Bring each row back to norm 1."""
+    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
+    """What torch.optim.Adam(fused=True) does."""
+    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+        [weight],
+        [g],
+        [first],
+        [second],
+        [],
+        [torch.full((), float(at.step), device=weight.device)],
+        lr=at.lr,
+        beta1=at.betas[0],
+        beta2=at.betas[1],
+        weight_decay=0.0,
+        eps=at.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down with the odds that make the mean exact."""
+    size, device = x.shape, x.device
+    bits = torch.randint(0, 1 << 16, size, dtype=torch.int32, generator=generator, device=device)
+    rounded = ((x.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
+    return rounded.where(x == x, x).bfloat16()
+
+
+def seed32(at: AdamStep) -> int:
+    """32 bits in which seeds differ."""
+    return (at.seed ^ (at.seed >> 32)) * 0x9E3779B1 % 2**32
