@@ -14,6 +14,7 @@ def main() -> None:
     step.add_argument("--rounds", type=int, default=7)
     quality = commands.add_parser("quality", help="held-out FVU against a dense trainer")
     quality.add_argument("--steps", type=int, default=600)
+    quality.add_argument("--ways", nargs="+", help="which of them, by their names in the results")
     gpu = commands.add_parser("gpu", help="on a GPU: checks, every kernel, the training step")
     guard.add_arguments(gpu)
     arguments = parser.parse_args()
@@ -22,9 +23,9 @@ def main() -> None:
 
         bench(arguments.shapes, arguments.rounds)
     elif arguments.command == "quality":
-        from .quality import bench
+        from .quality import WAYS, bench
 
-        bench(arguments.steps)
+        bench(arguments.steps, arguments.ways or list(WAYS))
     elif arguments.since is None:
         sys.exit(guard.guarded(arguments))
     else:

@@ -5,6 +5,7 @@ On a CPU, for a rehearsal, the same functions run and their numbers mean nothing
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -29,6 +30,10 @@ ROTATED = 1 << 30
 def digits(x: float) -> float:
     """x to four digits that count."""
     return float(f"{x:.4g}")
+
+
+def shown(x: float | None, form: str) -> str:
+    return "-".rjust(int(form.split(".")[0])) if x is None else format(x, form)
 
 
 def free() -> None:
@@ -97,8 +102,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(run: Callable[..., object], sets: list[tuple], p: Problem, count: int, space: bool):
-    """Milliseconds of each of count calls, launched ahead of the GPU."""
+def timed(
+    run: Callable[..., object], sets: list[tuple], p: Problem, count: int, space: bool
+) -> list[Stopwatch]:
+    """A stopwatch of each of count calls, launched ahead of the GPU."""
     watches = []
     for n in range(count):
         if space and p.device.type == "cuda":
@@ -108,19 +115,28 @@ def timed(run: Callable[..., object], sets: list[tuple], p: Problem, count: int,
         watch.stop()
         watches.append(watch)
     synchronize(p.device)
-    return [watch.ms() for watch in watches]
+    return watches
 
 
 def measure(
     run: Callable[..., object], sets: list[tuple], p: Problem, budget: float = 200.0
-) -> dict[str, float]:
-    """Median, least and most milliseconds per call, of as many calls as a budget allows."""
+) -> dict[str, Any]:
+    """Milliseconds per call, of as many calls as a budget allows."""
     if p.rehearsal:
-        return summary(timed(run, sets, p, 1, False), digits=4)
+        return times(timed(run, sets, p, 1, False))
     timed(run, sets, p, 2, False)
-    (once,) = timed(run, sets, p, 1, True)
+    once = timed(run, sets, p, 1, True)[0].ms()
     count = min(50, max(5 if once < 200 else 3, round(budget / once)))
-    return summary(timed(run, sets, p, count, True), digits=4)
+    return times(timed(run, sets, p, count, True))
+
+
+def times(watches: list[Stopwatch]) -> dict[str, Any]:
+    """Median, least and most milliseconds on the device, and the median that a launch took."""
+    host = statistics.median(watch.seconds for watch in watches) * 1e3
+    return {
+        "ms": summary([watch.ms() for watch in watches], digits=4),
+        "host ms": round(host, 4),
+    }
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -161,22 +177,26 @@ class Floors(NamedTuple):
         return 1e3 * max(cost.bytes / self.bandwidth, cost.flops / self.rates[cost.rate])
 
 
-KINDS = {"bf16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32")}
-KINDS["fp32"] = torch.float32, "ieee"
+PRODUCTS = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+"""Dtype and precision."""
 
 
 def product_row(p: Problem, kind: str) -> dict[str, Any]:
     """cuBLAS's product of the encoder, without bias, all tokens at once."""
-    dtype, precision = KINDS[kind]
+    dtype, precision = PRODUCTS[kind]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
         sets = [(p.normal(p.N, p.D, dtype=dtype), p.normal(p.F, p.D, dtype=dtype))]
         out = torch.empty(p.N, p.F, dtype=dtype, device=p.device)
-        ms = measure(lambda x, W: torch.mm(x, W.t(), out=out), sets, p, budget=100)
+        row = measure(lambda x, W: torch.mm(x, W.t(), out=out), sets, p, budget=100)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    return {"ms": ms, "TFLOP/s": digits(2 * p.N * p.D * p.F / ms["median"] / 1e9)}
+    return row | {"TFLOP/s": digits(2 * p.N * p.D * p.F / row["ms"]["median"] / 1e9)}
 
 
 def copy_row(device: torch.device) -> dict[str, Any]:
@@ -185,14 +205,14 @@ def copy_row(device: torch.device) -> dict[str, Any]:
     p = Problem("copy", 1, 1, 1, 1, device)
     source = p.normal(size)
     target = torch.empty_like(source)
-    ms = measure(lambda: target.copy_(source), [()], p)
-    return {"ms": ms, "GB/s": digits(2 * source.nbytes / ms["median"] / 1e6)}
+    row = measure(lambda: target.copy_(source), [()], p)
+    return row | {"GB/s": digits(2 * source.nbytes / row["ms"]["median"] / 1e6)}
 
 
 def floors_from(rows: dict[str, dict[str, Any]]) -> Floors:
     """What is missing is NaN."""
     nan = {"GB/s": math.nan, "TFLOP/s": math.nan}
-    rates = {kind: (nan | rows.get(f"{kind} square", {}))["TFLOP/s"] * 1e12 for kind in KINDS}
+    rates = {kind: (nan | rows.get(f"{kind} square", {}))["TFLOP/s"] * 1e12 for kind in PRODUCTS}
     encoders = {
         key.removeprefix("bf16 "): row["ms"]["median"]
         for key, row in rows.items()

@@ -75,4 +75,4 @@ class Problem(NamedTuple):
 
 def problems(names: list[str], rehearsal: bool) -> list[Problem]:
     device = torch.device("cpu" if rehearsal else "cuda")
-    return [Problem(name, *(TINY if rehearsal else SHAPES)[name], device) for name in names]
+    return [Problem(name, *(TINY if rehearsal else SHAPES)[name], device) for name in sorted(names)]

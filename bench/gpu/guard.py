@@ -21,9 +21,9 @@ RESTARTS = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny shapes")
     parser.add_argument("--shapes", nargs="+", choices=list("ABCD"), default=list("ABCD"))
-    parts = ["checks", "kernels", "step"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--tune", action="store_true", help="also try other tiles of the encoder")
+    parser.add_argument("--parts", nargs="+", help="of run.py; all but tune, unless stated")
+    parser.add_argument("--tune", action="store_true", help="also other tiles of the encoder")
+    parser.add_argument("--commit", help="of these sources, where git cannot tell")
     parser.add_argument("--out", type=Path, help="folder of the JSON: $OUT or bench/results")
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
@@ -38,7 +38,12 @@ def folder(arguments: argparse.Namespace) -> Path:
 
 
 def guarded(arguments: argparse.Namespace) -> int:
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONUNBUFFERED": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
     kernels = str(Path(__file__).parents[2] / "kernels")
     environment["PYTHONPATH"] = os.pathsep.join(
         path for path in (os.environ.get("PYTHONPATH"), kernels) if path

@@ -120,11 +120,10 @@ def index_add(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
 
 def adam_inputs(p: Problem, moments: torch.dtype, T: int) -> tuple:
     weights = [p.weights(fp32) for _ in range(2)]
+    firsts = [p.normal(p.F, p.D, dtype=moments, std=1e-3) for _ in weights]
     decoder, encoder = (
-        Rows(
-            W, torch.zeros_like(W, dtype=moments), torch.zeros_like(W, dtype=moments), W.bfloat16()
-        )
-        for W in weights
+        Rows(W, first, first.square(), W.bfloat16())
+        for W, first in zip(weights, firsts, strict=True)
     )
     (v, indices), d_v = p.codes(fp32), p.normal(p.N, p.K)
     runs = latent_major(indices, p.F)
@@ -162,7 +161,9 @@ def dense_adam_inputs(p: Problem) -> tuple:
     weights = [p.weights(fp32) for _ in range(2)]
     for W in weights:
         W.grad = p.normal(p.F, p.D)
-    return (torch.optim.Adam(weights, lr=1e-5, fused=True),)
+    adam = torch.optim.Adam(weights, lr=1e-5, fused=True)
+    adam.step()
+    return adam, *weights, *(W.grad for W in weights)
 
 
 def adam_op(name: str, moments: torch.dtype, T: int) -> Op:
@@ -172,7 +173,7 @@ def adam_op(name: str, moments: torch.dtype, T: int) -> Op:
         make=partial(adam_inputs, moments=moments, T=T),
         run=adam_step,
         cost=adam_cost,
-        others={"dense torch Adam": Way(lambda a: a.step(), dense_adam_inputs)},
+        others={"dense torch Adam": Way(lambda adam, *_: adam.step(), dense_adam_inputs)},
     )
 
 

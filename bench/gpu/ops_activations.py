@@ -11,8 +11,9 @@ from fastsae_kernels.jumprelu import jumprelu, jumprelu_reference
 from fastsae_kernels.rational import rational, rational_reference
 from fastsae_kernels.rotation import rotation_gradients
 
-from .checks import bf16, fp32, rotation_dense
+from .checks import bf16, fp32
 from .checks_encode import tf32
+from .checks_rotation import rotation_dense
 from .clock import Cost
 from .data import Problem
 from .op import Op, Way

@@ -3,6 +3,7 @@
 import faulthandler
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -25,16 +26,16 @@ NOT_RUN = NO_ROOM, NO_TIME
 LOST = 11
 """Exit code of a process whose GPU context is gone."""
 
-PATIENCE = 150
+PATIENCE = 60
 """Seconds after which a row is taken to hang."""
 
-DEADLINES = {"checks": 240, "floors": 260, "kernels": 410, "tune": 470, "step": 560}
-"""Seconds since the start after which a part begins no row."""
+LAST, END = 440, 455
+"""Seconds since the start after which no row begins, and none goes on."""
 
 
-def gpu_stamp(device: torch.device) -> dict[str, Any]:
+def gpu_stamp(device: torch.device, commit: str | None) -> dict[str, Any]:
     """The machine, the versions and the sources that a result belongs to."""
-    found = stamp()
+    found = stamp() | ({"commit": commit} if commit else {})
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -62,9 +63,16 @@ def sources() -> str:
 class Record:
     """Parts of rows: a row is measured once, and is an error if its process died with it."""
 
-    def __init__(self, folder: Path, device: torch.device, since: float, again: bool):
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        since: float,
+        again: bool,
+        commit: str | None = None,
+    ):
         self.device, self.since = device, since
-        self.stamp = gpu_stamp(device)
+        self.stamp = gpu_stamp(device, commit)
         slug = re.sub(r"[^a-z0-9]+", "-", f"gpu-{self.stamp['gpu']}".lower()).strip("-")
         self.path = folder / f"{slug}.json"
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,48 +85,63 @@ class Record:
             self.rows(part)[key] = {"error": "its process died"}
             self.say(f"{part}: {key}: its process died")
 
-    def begin(self, part: str, again: bool) -> None:
-        """Start a part anew, unless the process was started again in the midst of it."""
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.time() - self.since
+
+    def begin(self, part: str, again: bool, seconds: float = LAST) -> None:
+        """Start a part anew, unless the process was started again in the midst of it.
+
+        It begins no row after so many seconds."""
         if not again or self.parts.get(part, {}).get("since") != self.since:
-            self.parts[part] = {"since": self.since, "stamp": self.stamp, "rows": {}}
+            until = min(self.age() + seconds, LAST)
+            new = {"since": self.since, "stamp": self.stamp, "until": round(until, 1), "rows": {}}
+            self.parts[part] = new
         self.save()
 
     def end(self, part: str) -> None:
-        self.parts[part]["seconds"] = round(time.time() - self.since, 1)
+        self.parts[part]["ended"] = round(self.age(), 1)
         self.save()
 
     def rows(self, part: str) -> dict[str, Any]:
-        return self.parts.get(part, {}).get("rows", {})
+        """Of this run."""
+        found = self.parts.get(part, {})
+        return found["rows"] if found.get("since") == self.since else {}
 
     def save(self) -> None:
         fresh = self.path.with_suffix(".part")
-        fresh.write_text(json.dumps(self.parts, indent=1) + "\n")
+        fresh.write_text(json.dumps(self.parts, indent=1, allow_nan=False) + "\n")
         fresh.replace(self.path)
 
     def say(self, text: str) -> None:
-        print(f"[{time.time() - self.since:5.0f} s] {text}", flush=True)
+        print(f"[{self.age():5.0f} s] {text}", flush=True)
 
     def put(self, part: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
-        self.rows(part)[key] = row
+        self.rows(part)[key] = without_nan(row)
         self.save()
-        return row
+        return self.rows(part)[key]
 
     def row(self, part: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row that work returns, unless it is there already or no time is left."""
         if key in self.rows(part):
             return self.rows(part)[key]
-        if self.device.type == "cuda" and time.time() - self.since > DEADLINES[part]:
+        if self.device.type == "cuda" and self.age() > self.parts[part]["until"]:
             return self.put(part, key, {"error": NO_TIME})
         self.parts["running"] = part, key
         self.save()
-        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        faulthandler.dump_traceback_later(self.patience(), exit=True)
         row = attempt(work)
         faulthandler.cancel_dump_traceback_later()
         del self.parts["running"]
-        self.put(part, key, row)
+        row = self.put(part, key, row)
         if "error" in row:
             self.leave_if_lost()
         return row
+
+    def patience(self) -> float:
+        if self.device.type == "cpu":
+            return 10 * PATIENCE
+        return max(1, min(PATIENCE, END - self.age()))
 
     def leave_if_lost(self) -> None:
         """A GPU context that met a bad access answers nothing but that: only a new one helps."""
@@ -130,11 +153,32 @@ class Record:
                 sys.stdout.flush()
                 os._exit(LOST)
 
-    def failed(self) -> dict[str, dict[str, Any]]:
-        """The checks that did not pass, in this run."""
-        part = self.parts.get("checks", {})
-        rows = part["rows"] if part.get("since") == self.since else {}
-        return {key: row for key, row in rows.items() if row.get("error", NO_ROOM) not in NOT_RUN}
+    def checks(self) -> dict[str, dict[str, Any]]:
+        return self.rows("checks") | self.rows("more checks")
 
-    def failed_groups(self) -> set[str]:
-        return {key.split(": ")[0] for key in self.failed()}
+    def failed(self) -> dict[str, dict[str, Any]]:
+        """The checks that did not pass."""
+        rows = self.checks().items()
+        return {key: row for key, row in rows if row.get("error", NO_TIME) not in NOT_RUN}
+
+    def unfit(self, *groups: str) -> str:
+        """Why the ops of these groups are not to be timed: nothing if their checks have passed."""
+        failed = {group_of(key) for key in self.failed()} & {*groups}
+        if failed:
+            return f"failed its check: {', '.join(sorted(failed))}"
+        rows = self.checks().items()
+        passed = {group_of(key) for key, row in rows if "error" not in row}
+        cut = {group_of(key) for key, row in rows if row.get("error") == NO_TIME}
+        missing = {*groups} - (passed - cut)
+        return f"not checked: {', '.join(sorted(missing))}" if missing else ""
+
+
+def group_of(key: str) -> str:
+    return key.split(": ")[0]
+
+
+def without_nan(row: Any) -> Any:
+    """NaN, which JSON has not, as None."""
+    if isinstance(row, dict):
+        return {key: without_nan(value) for key, value in row.items()}
+    return None if isinstance(row, float) and not math.isfinite(row) else row

@@ -1,43 +1,53 @@
 """Everything to be known of a GPU in one run of under eight minutes.
 
-Checks of every kernel, this machine's ceilings, a table of kernels, a table of whole training
-steps; `--rehearse` goes through all of it on a CPU, at tiny shapes, through Triton's interpreter.
+This machine's ceilings, checks of what a step is made of, whole training steps, a table of its
+kernels, then checks and timings of the others; `--rehearse` goes through all of it on a CPU, at
+tiny shapes, through Triton's interpreter.
 """
 
 import argparse
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastsae_kernels._launch import interpreted
 
-from . import kernels, step
-from .checks import outcome, sparse_checks
+from .checks import Check, outcome, sparse_checks
 from .checks_encode import encode_checks, topk_checks
+from .checks_rotation import rotation_checks
 from .checks_train import train_checks
-from .clock import KINDS, copy_row, product_row
+from .clock import PRODUCTS, copy_row, product_row
 from .data import Problem, problems
 from .guard import DONE, FAILED
+from .kernels import first_table, more_table, tune
 from .record import NOT_RUN, Record
+from .report import short_table
+from .step import step_table
 
 
-def check_all(record: Record, shapes: list[Problem]) -> None:
-    parts = (topk_checks, encode_checks, sparse_checks, train_checks)
-    for check in chain.from_iterable(part(shapes) for part in parts):
-        row = record.row("checks", f"{check.group}: {check.name}", partial(outcome, check))
-        record.say(f"{check.name:64} {said_of(row)}")
+def all_checks(shapes: list[Problem]) -> Iterator[Check]:
+    parts = train_checks, topk_checks, encode_checks, sparse_checks, rotation_checks
+    return chain.from_iterable(part(shapes) for part in parts)
+
+
+def run_checks(record: Record, shapes: list[Problem], part: str, first: bool) -> None:
+    for check in all_checks(shapes):
+        if check.first == first:
+            row = record.row(part, f"{check.group}: {check.name}", partial(outcome, check))
+            record.say(f"{check.name:64} {said_of(row)}")
 
 
 def said_of(row: dict[str, Any]) -> str:
     if row.get("error") in NOT_RUN:
         return row["error"]
-    loud = f" (not deterministic: {row['not deterministic']})" if "not deterministic" in row else ""
-    return f"FAILED: {row['error']}" if "error" in row else "ok" + loud
+    if "error" in row:
+        return f"FAILED: {row['error']}"
+    return f"ok, but unlucky once: {row['unlucky'][:100]}" if "unlucky" in row else "ok"
 
 
 def measure_floors(record: Record, shapes: list[Problem]) -> None:
@@ -45,80 +55,60 @@ def measure_floors(record: Record, shapes: list[Problem]) -> None:
     side = 64 if shapes[0].rehearsal else 8192
     square = Problem("square", side, side, side, 1, device)
     rows = {"copy": partial(copy_row, device)}
-    for kind in KINDS:
+    for kind in PRODUCTS:
         rows[f"{kind} square"] = partial(product_row, square, kind)
     for p in shapes:
-        for kind in ("bf16", "tf32"):
-            rows[f"{kind} {p.name}"] = partial(product_row, p, kind)
+        rows[f"bf16 {p.name}"] = partial(product_row, p, "bf16")
     for name, work in rows.items():
         row = record.row("floors", name, work)
         record.say(f"{name:12} " + ", ".join(f"{key} {value}" for key, value in row.items()))
 
 
-def short_table(record: Record, shapes: list[Problem]) -> None:
-    """What has been measured, last, where a reader of the end of the output finds it."""
-    print(f"\n{record.stamp['gpu']}, commit {record.stamp['commit']}, {record.path}")
-    for name, row in record.rows("floors").items():
-        rate = [f"{row[unit]} {unit}" for unit in ("GB/s", "TFLOP/s") if unit in row]
-        print(f"  {name:12} {rate[0] if rate else row}")
-    print(f"  {'':30} {'median':>9}    {'floor':>9} of it  others, as multiples of ours")
-    for p in shapes:
-        for op in kernels.OPS:
-            row = record.rows("kernels").get(f"{p.name} {op.name}")
-            if row is not None:
-                print(kernels.line(p, op.name, row))
-    for key, row in record.rows("tune").items():
-        print(f"{key:40} {row['ms']['median'] if 'ms' in row else row['error'][:60]}")
-    for p in shapes:
-        found = record.rows("step").get(p.name)
-        if found is not None:
-            for name in step.kinds(p):
-                print(step.line(p, name, found.get("rows", {}).get(name, found)))
-    print(record.rows("kernels").get("TRITON_WINS", {}).get("line", ""))
-    checks, failed = record.rows("checks"), record.failed()
-    skipped = sum(row.get("error") in NOT_RUN for row in checks.values())
-    passed = len(checks) - len(failed) - skipped
-    print(f"{passed} checks passed, {len(failed)} FAILED, {skipped} not run", flush=True)
-    for key, row in failed.items():
-        print(f"  FAILED {key}: {row['error'][:110]}", flush=True)
+class Part(NamedTuple):
+    run: Callable[[Record, list[Problem]], None]
+    seconds: float
+    """After which it begins no row."""
 
 
-Part = Callable[[Record, list[Problem]], None]
+PARTS = {
+    "floors": Part(measure_floors, 30),
+    "checks": Part(partial(run_checks, part="checks", first=True), 150),
+    "step": Part(step_table, 120),
+    "kernels": Part(first_table, 100),
+    "tune": Part(tune, 60),
+    "more checks": Part(partial(run_checks, part="more checks", first=False), 80),
+    "more kernels": Part(more_table, 80),
+}
+"""In order; all of it ends with record.LAST."""
+
+ALWAYS = "floors", "checks"
+"""What the other parts are compared with, and wait for."""
 
 
 def wanted_parts(arguments: argparse.Namespace) -> dict[str, Part]:
-    """What to run, in order; the ceilings with all that is compared with them."""
-    parts = dict.fromkeys(arguments.parts)
-    if set(parts) != {"checks"}:
-        parts["floors"] = None
+    names = {*(arguments.parts or PARTS.keys() - {"tune"}), *ALWAYS}
     if arguments.tune:
-        parts["tune"] = None
-    return {name: run for name, run in PARTS.items() if name in parts}
-
-
-PARTS: dict[str, Part] = {
-    "checks": check_all,
-    "floors": measure_floors,
-    "kernels": kernels.kernel_table,
-    "tune": kernels.tune,
-    "step": step.step_table,
-}
+        names.add("tune")
+    if names - PARTS.keys():
+        raise SystemExit(f"no such part: {sorted(names - PARTS.keys())}; there are {[*PARTS]}")
+    return {name: part for name, part in PARTS.items() if name in names}
 
 
 def bench(arguments: argparse.Namespace) -> int:
+    parts = wanted_parts(arguments)
     shapes = problems(arguments.shapes, arguments.rehearse)
     device, broken = shapes[0].device, False
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU here: --rehearse goes through the same program on a CPU")
-    record = Record(arguments.out, device, arguments.since, arguments.again)
-    for name, run in wanted_parts(arguments).items():
-        record.begin(name, arguments.again)
+    record = Record(arguments.out, device, arguments.since, arguments.again, arguments.commit)
+    for name, part in parts.items():
+        record.begin(name, arguments.again, part.seconds)
         try:
             with interpreted() if arguments.rehearse else nullcontext():
-                run(record, shapes)
+                part.run(record, shapes)
         except Exception:  # a mistake of this program: the other parts are worth having
             traceback.print_exc()
             broken = True
         record.end(name)
-    short_table(record, shapes)
+    print(short_table(record, shapes), flush=True)
     return FAILED if broken or record.failed() else DONE

@@ -4,6 +4,7 @@ The floor is the encoder's product in bf16, as cuBLAS does it here, and reading 
 Adam must. A step is everything that a trainer's is, with the count of which latents fired.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,14 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common import summary
 from bench.dense import DenseTopK, dense_adam, dense_step
 from fastsae import SAE, TopK
 from fastsae.train.optim import Adam
 from fastsae.train.step import fused_step
 from fastsae_kernels import decode
 
-from .clock import NO_ROOM, Floors, attempt, floors_from, free, peak_bytes, synchronize, timed
+from .checks import STEP_GROUPS
+from .clock import (
+    NO_ROOM,
+    Floors,
+    Stopwatch,
+    attempt,
+    floors_from,
+    free,
+    peak_bytes,
+    shown,
+    synchronize,
+    timed,
+    times,
+)
 from .data import Problem
 from .record import Record
 
@@ -32,7 +45,7 @@ ROUNDS = 5
 LR = 1e-5
 
 
-class Kind(NamedTuple):
+class Contender(NamedTuple):
     """A row of the table."""
 
     options: dict[str, Any] | None
@@ -41,17 +54,17 @@ class Kind(NamedTuple):
     """Whether 5 % of the latents are dead, so that aux-k runs."""
 
 
-KINDS = {
-    "fastsae": Kind({}),
-    "fastsae, bf16 moments, window 8": Kind({"moments": torch.bfloat16, "window": 8}),
-    "dense": Kind(None),
-    "fastsae, 5 % dead": Kind({}, dead=True),
-    "dense, 5 % dead": Kind(None, dead=True),
+CONTENDERS = {
+    "fastsae": Contender({}),
+    "fastsae, bf16 moments, window 8": Contender({"moments": torch.bfloat16, "window": 8}),
+    "dense": Contender(None),
+    "fastsae, 5 % dead": Contender({}, dead=True),
+    "dense, 5 % dead": Contender(None, dead=True),
 }
 
 
-def kinds(p: Problem) -> dict[str, Kind]:
-    return {name: kind for name, kind in KINDS.items() if p.name == "B" or not kind.dead}
+def contenders(p: Problem) -> dict[str, Contender]:
+    return {name: one for name, one in CONTENDERS.items() if p.name == "B" or not one.dead}
 
 
 def empty_sae(p: Problem) -> SAE:
@@ -81,7 +94,7 @@ def batches(p: Problem, W_dec: Tensor) -> list[tuple[Tensor]]:
 Step = Callable[[Tensor], object]
 
 
-def our_step(p: Problem, sae: SAE, kind: Kind) -> Step:
+def our_step(p: Problem, sae: SAE, kind: Contender) -> Step:
     adam = Adam(sae, shadows=("W_enc", "W_dec"), **(kind.options or {}))
     dead = torch.arange(0, p.F, 20, device=p.device) if kind.dead else None
     unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
@@ -94,7 +107,7 @@ def our_step(p: Problem, sae: SAE, kind: Kind) -> Step:
     return step
 
 
-def their_step(p: Problem, sae: SAE, kind: Kind) -> Step:
+def their_step(p: Problem, sae: SAE, kind: Contender) -> Step:
     model = DenseTopK(sae)
     adam = dense_adam(model, LR)
     dead = torch.arange(p.F, device=p.device) % 20 == 0 if kind.dead else None
@@ -115,9 +128,10 @@ class Ready(NamedTuple):
     peak: int
 
 
-def prepared(p: Problem, kind: Kind) -> Ready:
+def prepared(p: Problem, kind: Contender) -> Ready:
     torch.manual_seed(0)
     cuda = p.device.type == "cuda"
+    free()
     before = torch.cuda.memory_allocated() if cuda else 0
     sae = empty_sae(p)
     data = batches(p, sae.W_dec)
@@ -131,7 +145,7 @@ def prepared(p: Problem, kind: Kind) -> Ready:
     return Ready(step, data, at_rest + peak_bytes(lambda: step(*data[0]), p.device))
 
 
-def resident(p: Problem, kind: Kind) -> float:
+def resident(p: Problem, kind: Contender) -> float:
     """About how many bytes a row needs: its weights and optimizer, and what a step adds."""
     parameters = 2 * p.F * p.D
     if kind.options is None:
@@ -139,35 +153,42 @@ def resident(p: Problem, kind: Kind) -> float:
     return parameters * (14 if not kind.options else 10) + (3 << 30)
 
 
-def fits_together(p: Problem, rows: list[Kind]) -> bool:
-    if p.rehearsal:
-        return True
-    return sum(resident(p, kind) for kind in rows) < 0.85 * torch.cuda.mem_get_info()[0]
+def free_bytes(p: Problem) -> float:
+    return math.inf if p.rehearsal else torch.cuda.mem_get_info()[0]
 
 
-def run_rounds(p: Problem, ready: dict[str, Ready]) -> dict[str, list[float]]:
-    """Milliseconds of single steps, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in ready}
+def too_large(p: Problem, kind: Contender) -> str:
+    """Why a row is not tried, if it is not."""
+    needed, there = resident(p, kind), free_bytes(p)
+    return "" if needed < there else f"needs {needed / 1e9:.0f} GB, {there / 1e9:.0f} GB are free"
+
+
+def run_rounds(p: Problem, ready: dict[str, Ready]) -> dict[str, list[Stopwatch]]:
+    """Single steps, in turns."""
+    taken: dict[str, list[Stopwatch]] = {name: [] for name in ready}
     calls = dict.fromkeys(ready, 1)
     for counted in [True] if p.rehearsal else [False] + [True] * ROUNDS:
         for name, (step, data, _) in ready.items():
             took = timed(step, data, p, calls[name], False)
             if counted:
-                times[name] += took
+                taken[name] += took
             else:
-                calls[name] = max(2, min(40, round(150 / took[0])))
-    return times
+                calls[name] = max(2, min(40, round(150 / took[0].ms())))
+    return taken
 
 
 def shape_rows(p: Problem) -> dict[str, Any]:
     """All rows of a shape; in turns where they fit into memory together, else one by one."""
-    wanted, found = kinds(p), {}
     free()
-    together = fits_together(p, list(wanted.values()))
+    reasons = {name: too_large(p, kind) for name, kind in contenders(p).items()}
+    found = {name: {"error": reason} for name, reason in reasons.items() if reason}
+    wanted = {name: kind for name, kind in contenders(p).items() if name not in found}
+    together = sum(resident(p, kind) for kind in wanted.values()) < 0.85 * free_bytes(p)
     if together:
-        found = group_rows(p, wanted)
+        taken = group_rows(p, wanted)
         free()
-        together = not any(one.get("error") == NO_ROOM for one in found.values())
+        together = not any(one.get("error") == NO_ROOM for one in taken.values())
+        found |= taken
     if not together:
         for name, kind in wanted.items():
             found |= group_rows(p, {name: kind})
@@ -175,7 +196,7 @@ def shape_rows(p: Problem) -> dict[str, Any]:
     return {"rows": found, "in turns": together}
 
 
-def group_rows(p: Problem, group: dict[str, Kind]) -> dict[str, Any]:
+def group_rows(p: Problem, group: dict[str, Contender]) -> dict[str, Any]:
     """Rows that are taken in turns."""
     found: dict[str, Any] = dict.fromkeys(group)
     ready: dict[str, Ready] = {}
@@ -192,13 +213,13 @@ def group_rows(p: Problem, group: dict[str, Kind]) -> dict[str, Any]:
     return found
 
 
-def row(p: Problem, times: list[float], peak: int) -> dict[str, Any]:
-    ms = summary(times, digits=3)
-    tokens = round(p.N / ms["median"] * 1e3)
-    return {"ms": ms, "tokens/s": tokens, "peak GB": round(peak / 1e9, 2)}
+def row(p: Problem, watches: list[Stopwatch], peak: int) -> dict[str, Any]:
+    found = times(watches)
+    tokens = round(p.N / found["ms"]["median"] * 1e3)
+    return found | {"tokens/s": tokens, "peak GB": round(peak / 1e9, 2)}
 
 
-def floor_ms(p: Problem, kind: Kind, floors: Floors) -> float | None:
+def floor_ms(p: Problem, kind: Contender, floors: Floors) -> float | None:
     """The encoder's product and Adam's bytes; of rows in a window, those that fire here."""
     product = floors.encoders.get(p.name)
     if product is None:
@@ -211,9 +232,9 @@ def floor_ms(p: Problem, kind: Kind, floors: Floors) -> float | None:
     return product + 1e3 * 2 * per_parameter * visited * p.D / floors.bandwidth
 
 
-def against(p: Problem, found: dict[str, Any], floors: Floors) -> None:
+def against(p: Problem, found: dict[str, Any], floors: Floors, gpu: str) -> None:
     """Add what each row is compared with."""
-    for name, kind in kinds(p).items():
+    for name, kind in contenders(p).items():
         one = found["rows"][name]
         if "ms" not in one:
             continue
@@ -221,7 +242,9 @@ def against(p: Problem, found: dict[str, Any], floors: Floors) -> None:
         if floor is not None:
             one |= {"floor ms": round(floor, 3), "of floor": round(floor / ms, 3)}
         if kind.options is not None:
-            one["goal ms"], one["goal met"] = GOALS[p.name], ms <= GOALS[p.name]
+            one["H200 goal ms"] = GOALS[p.name]
+            if "H200" in gpu:
+                one["goal met"] = ms <= GOALS[p.name]
             dense = found["rows"].get("dense, 5 % dead" if kind.dead else "dense", {})
             if "ms" in dense:
                 one["dense / ours"] = round(dense["ms"]["median"] / ms, 2)
@@ -229,11 +252,13 @@ def against(p: Problem, found: dict[str, Any], floors: Floors) -> None:
 
 def line(p: Problem, name: str, one: dict[str, Any]) -> str:
     if "error" in one:
-        return f"{p.name} {name:31} {one['error']}"
-    text = f"{p.name} {name:31} {one['ms']['median']:9.3f} ms {one.get('floor ms', 0):9.3f}"
-    text += f" {one.get('of floor', 0):6.1%} {one['tokens/s']:9} tokens/s {one['peak GB']:7} GB"
-    if "goal ms" in one:
-        text += f"  goal {one['goal ms']} {'met' if one['goal met'] else 'NOT met'}"
+        return f"{p.name} {name:31} {one['error'][:80]}"
+    text = f"{p.name} {name:31} {one['ms']['median']:9.3f} ms (host {one['host ms']:.2f})"
+    text += f" {shown(one.get('floor ms'), '9.3f')} {shown(one.get('of floor'), '6.1%')}"
+    text += f" {one['tokens/s']:9} tokens/s {one['peak GB']:7} GB"
+    if "H200 goal ms" in one:
+        met = {True: " met", False: " NOT met", None: ""}[one.get("goal met")]
+        text += f"  H200 goal {one['H200 goal ms']}{met}"
     if "dense / ours" in one:
         text += f"  dense {one['dense / ours']}x (goal {RATIO})"
     return text
@@ -241,14 +266,14 @@ def line(p: Problem, name: str, one: dict[str, Any]) -> str:
 
 def step_table(record: Record, problems: list[Problem]) -> None:
     floors = floors_from(record.rows("floors"))
-    failed = record.failed_groups() & {"step", "adam", "squared_error", "topk", "encode cublas"}
+    unfit = record.unfit(*STEP_GROUPS)
     for p in problems:
-        if failed:
-            found = record.put("step", p.name, {"error": f"failed its check: {sorted(failed)}"})
+        if unfit:
+            found = record.put("step", p.name, {"error": unfit})
         else:
             found = record.row("step", p.name, partial(shape_rows, p))
         if "rows" in found:
-            against(p, found, floors)
-            record.put("step", p.name, found)
-        for name in kinds(p):
+            against(p, found, floors, record.stamp["gpu"])
+            found = record.put("step", p.name, found)
+        for name in contenders(p):
             record.say(line(p, name, found.get("rows", {}).get(name, found)))

@@ -173,7 +173,7 @@ def _launch_adam(
     F, D = decoder.weight.shape
     block_k, _, acc = constants_for(decoder.weight)
     if D > WIDEST // 2:  # fewer rows in flight, so that nothing is spilled
-        block_k //= 2
+        block_k //= 4
     slot = extra_dec = extra_enc = None
     if g.extra is not None:
         rows, extra_dec, extra_enc = g.extra
