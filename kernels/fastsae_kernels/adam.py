@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from ._adam_kernel import _adam_kernel
-from ._launch import buffer_bytes, check_devices, check_matrix, launch, power_of_2, use_triton
+from ._launch import (
+    buffer_bytes,
+    capability,
+    check_devices,
+    check_matrix,
+    launch,
+    power_of_2,
+    use_triton,
+)
 from .dense_adam import (
     AdamStep,
     fused_adam_,
@@ -173,7 +181,7 @@ def _launch_adam(
     F, D = decoder.weight.shape
     block_k, _, acc = constants_for(decoder.weight)
     if D > WIDEST // 2:  # fewer rows in flight, so that nothing is spilled
-        block_k //= 4
+        block_k = 2 if capability(decoder.weight)[0] > 8 else 1
     slot = extra_dec = extra_enc = None
     if g.extra is not None:
         rows, extra_dec, extra_enc = g.extra
