@@ -39,17 +39,17 @@ def adam_reference(
 
 
 def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
-    """Leave of each row's gradient what is orthogonal to the (unit-norm) row."""
+    """Leave of each row's gradient, [F, D], what is orthogonal to the (unit-norm) row, [F, D]."""
     gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
 
 
 def normalise_rows_(rows: Tensor) -> None:
-    """Bring each row back to norm 1."""
+    """Bring each row of [F, D] back to norm 1."""
     rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
 def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
-    """What torch.optim.Adam(fused=True) does."""
+    """What torch.optim.Adam(fused=True) does (arXiv:1412.6980), in place; all of one shape."""
     torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [weight],
         [g],

@@ -35,15 +35,16 @@ def test_outputs_and_gradients(device, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda s: "N{}-K{}-F{}-D{}".format(*s))
 def test_half_precision(device, shape, dtype):
-    """Sums are kept in float32, so the outputs beat those of the reference in half precision."""
+    """No worse than twice the reference in that dtype, though it returns sums in float32."""
     args = make(shape, dtype, device)
     exact = squared_error_reference(*(t.double() if t.is_floating_point() else t for t in args))
-    for got, e, name in zip(squared_error(*args), exact, ("sse", "error", "dots"), strict=True):
+    same = squared_error_reference(*args)
+    for name, got, s, e in zip(
+        ("sse", "error", "dots"), squared_error(*args), same, exact, strict=True
+    ):
         assert got.dtype == (dtype if name == "error" else torch.float32)
-        rounding = torch.finfo(dtype if name == "error" else torch.float32).eps
-        # Triton's interpreter drops bits where a GPU rounds to the nearest.
-        size = max(float(e.abs().max()), 1.0)
-        assert (got - e).abs().max() <= 8 * rounding * size, name
+        rounding = torch.finfo(dtype).eps * e.abs().max()
+        assert (got - e).abs().max() <= 2 * (s - e).abs().max() + rounding, name
 
 
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16], ids=str)
