@@ -209,6 +209,46 @@ def _launch_adam(
 # --- public ---------------------------------------------------------------------------------
 
 
+def _check(decoder: Rows, encoder: Rows, gradients: RowGradients) -> None:
+    """Raise ValueError naming what has a wrong shape, dtype or device."""
+    F, D = decoder.weight.shape
+    for name, rows in {"decoder": decoder, "encoder": encoder}.items():
+        for part, tensor in rows._asdict().items():
+            if tensor is not None and (tensor.shape != (F, D) or not tensor.is_contiguous()):
+                raise ValueError(
+                    f"{name}.{part} must be contiguous and of shape {[F, D]}, "
+                    f"got {list(tensor.shape)}"
+                )
+        moments = {rows.first.dtype, rows.second.dtype}
+        half = torch.bfloat16 if rows.weight.dtype == torch.float32 else rows.weight.dtype
+        if moments not in ({rows.weight.dtype}, {half}):
+            raise ValueError(
+                f"{name}'s moments must be {rows.weight.dtype}, or bfloat16 of float32 weights, "
+                f"got {moments}"
+            )
+    if decoder.first.dtype != encoder.first.dtype:
+        raise ValueError(
+            f"the moments of decoder and encoder must have one dtype, "
+            f"got {decoder.first.dtype}, {encoder.first.dtype}"
+        )
+    for name, entries in {"values": gradients.values, "d_values": gradients.d_values}.items():
+        if entries.shape != gradients.runs.token.shape:
+            raise ValueError(
+                f"{name} must have shape {list(gradients.runs.token.shape)}, "
+                f"got {list(entries.shape)}"
+            )
+    check_matrix("error", gradients.error, columns=D)
+    check_matrix("x", gradients.x, rows=len(gradients.error), columns=D)
+    check_devices(
+        decoder=decoder.weight,
+        encoder=encoder.weight,
+        values=gradients.values,
+        error=gradients.error,
+        d_values=gradients.d_values,
+        x=gradients.x,
+    )
+
+
 def adam_(
     decoder: Rows,
     encoder: Rows,
@@ -226,38 +266,9 @@ def adam_(
     bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
     shapes or dtypes.
     """
-    F, D = decoder.weight.shape
-    for name, rows in {"decoder": decoder, "encoder": encoder}.items():
-        for part, tensor in rows._asdict().items():
-            if tensor is not None and (tensor.shape != (F, D) or not tensor.is_contiguous()):
-                raise ValueError(
-                    f"{name}.{part} must be contiguous and of shape {[F, D]}, "
-                    f"got {list(tensor.shape)}"
-                )
-        moments = {rows.first.dtype, rows.second.dtype}
-        half = torch.bfloat16 if rows.weight.dtype == torch.float32 else rows.weight.dtype
-        if moments not in ({rows.weight.dtype}, {half}):
-            raise ValueError(
-                f"{name}'s moments must be {rows.weight.dtype}, or bfloat16 of float32 weights, "
-                f"got {moments}"
-            )
-    for name, entries in {"values": gradients.values, "d_values": gradients.d_values}.items():
-        if entries.shape != gradients.runs.token.shape:
-            raise ValueError(
-                f"{name} must have shape {list(gradients.runs.token.shape)}, "
-                f"got {list(entries.shape)}"
-            )
-    check_matrix("error", gradients.error, columns=D)
-    check_matrix("x", gradients.x, rows=len(gradients.error), columns=D)
-    check_devices(
-        decoder=decoder.weight,
-        encoder=encoder.weight,
-        values=gradients.values,
-        error=gradients.error,
-        d_values=gradients.d_values,
-        x=gradients.x,
-    )
-    kernel = use_triton(decoder.weight) and decoder.weight.dtype == torch.float32 and D <= WIDEST
+    _check(decoder, encoder, gradients)
+    W = decoder.weight
+    kernel = use_triton(W) and W.dtype == torch.float32 and W.shape[1] <= WIDEST
     run = _launch_adam if kernel else _adam_torch
     run(decoder, encoder, gradients, at, window)
     if window is not None:

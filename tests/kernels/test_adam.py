@@ -211,5 +211,8 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="encoder's moments must be torch.float32, or bfloat16 of"):
         half = torch.zeros(F, D, dtype=torch.float16)
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
+    with pytest.raises(ValueError, match="must have one dtype, got torch.float32, torch.bfloat16"):
+        half = torch.zeros(F, D, dtype=torch.bfloat16)
+        adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
     with pytest.raises(ValueError, match="error must be floating point of shape"):
         adam_(decoder, encoder, gradients._replace(error=error[:, 1:]), at)
