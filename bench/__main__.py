@@ -1,7 +1,8 @@
-"""python -m bench step | quality | gpu"""
+"""python -m bench step | quality | study | gpu"""
 
 import argparse
 import sys
+from pathlib import Path
 
 from .gpu import guard
 
@@ -15,6 +16,12 @@ def main() -> None:
     quality = commands.add_parser("quality", help="held-out FVU against a dense trainer")
     quality.add_argument("--steps", type=int, default=600)
     quality.add_argument("--ways", nargs="+", help="which of them, by their names in the results")
+    study = commands.add_parser("study", help="every method on real and planted data, with seeds")
+    study.add_argument("--work", type=Path, default=Path("runs/study"), help="folder for the SAEs")
+    study.add_argument("--data", nargs="+", help="which data sets, by their names in the results")
+    study.add_argument("--seeds", nargs="+", type=int)
+    study.add_argument("--steps", type=int, help="of training; the default takes about two hours")
+    study.add_argument("--tune-steps", type=int, help="of fine-tuning")
     gpu = commands.add_parser("gpu", help="on a GPU: checks, every kernel, the training step")
     guard.add_arguments(gpu)
     arguments = parser.parse_args()
@@ -26,6 +33,13 @@ def main() -> None:
         from .quality import WAYS, bench
 
         bench(arguments.steps, arguments.ways or list(WAYS))
+    elif arguments.command == "study":
+        from .study.plan import Scale
+        from .study.run import bench
+
+        given = {"steps": arguments.steps, "tune_steps": arguments.tune_steps}
+        scale = Scale(**{name: value for name, value in given.items() if value is not None})
+        bench(arguments.work, scale, arguments.data, arguments.seeds)
     elif arguments.since is None:
         sys.exit(guard.guarded(arguments))
     else:

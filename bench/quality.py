@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fastsae import SAE
+from fastsae import SAE, TopK
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.evals import reconstruction
 from fastsae.nn import init_from_data
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import Optimizer, TrainConfig, Trainer
 from fastsae.train.optim import schedule
 from fastsae.train.plan import Plan
 from fastsae.train.trainer import SAMPLE_TOKENS
@@ -25,8 +25,8 @@ from .dense import DenseTopK, dense_adam, dense_step
 OPTIONS: dict[str, dict[str, Any]] = {
     "fastsae": {},
     "bf16 encoder": {"encoder_precision": "bf16"},
-    "bf16 moments": {"adam_moments": "bf16"},
-    "window of 8": {"adam_window": 8},
+    "bf16 moments": {"optimizer": Optimizer(adam_moments="bf16")},
+    "window of 8": {"optimizer": Optimizer(adam_window=8)},
 }
 WAYS = (*OPTIONS, "dense")
 
@@ -43,7 +43,7 @@ def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
     unfired = torch.zeros(config.d_sae, dtype=torch.int64)
     with source.batches(config.batch_size, config.seed) as batches:
         for step in range(plan.steps):
-            factor = schedule(step, plan.steps, plan.warmup, config.decay)
+            factor = schedule(step, plan.steps, plan.warmup, config.optimizer.decay)
             adam.param_groups[0]["lr"] = plan.lr * factor
             dead = unfired >= plan.dead_after
             x = next(batches).x * scale
@@ -58,11 +58,12 @@ def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
 @torch.no_grad()
 def bf16_agreement(sae: SAE, data: ActivationShards) -> float:
     """Share of the active entries that candidates from a bf16 product leave as they are."""
+    assert isinstance(sae.activation, TopK)
     shadow, same, active = sae.W_enc.bfloat16(), 0, 0
     for rows in torch.arange(data.n_tokens).split(4096):
         centred = sae.centre(data.rows(rows))
-        exact = sae.activation.encode(centred, sae.W_enc, sae.b_enc)
-        low = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow)
+        exact = sae.encode(data.rows(rows))
+        low = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow=shadow)
         same += int(((exact.to_dense() != 0) & (low.to_dense() != 0)).sum())
         active += int(exact.active.sum())
     return same / active
@@ -84,7 +85,8 @@ def bench(steps: int, ways: list[str]) -> None:
             seconds = time.perf_counter() - start
         result = reconstruction(sae, heldout)
         found: dict[str, Any] = {
-            **{name: getattr(config, name) for name in ("steps", "batch_size", "d_sae", "k")},
+            **{name: getattr(config, name) for name in ("steps", "batch_size", "d_sae")},
+            "k": sae.activation.cfg.k,
             **tokens,
             "held-out FVU": round(result.fvu, 5),
             "never active": round(result.dead_fraction, 5),

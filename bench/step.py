@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastsae import SAE, TopK
+from fastsae.losses import Objective
 from fastsae.train.memory import keep_freed_memory
 from fastsae.train.optim import Adam
 from fastsae.train.step import fused_step
@@ -29,7 +30,7 @@ def fastsae_run(sae: SAE, x: torch.Tensor, shadows: tuple[str, ...] = ()):
 
     def run() -> None:
         adam.begin_step(1e-4)
-        fused_step(sae, adam, x, None, 1 / 32, sae.d_in // 2)
+        fused_step(sae, adam, x, None, Objective())
 
     return run
 

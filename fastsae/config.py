@@ -10,8 +10,12 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass tree as a dict of JSON values."""
-    return {
+    """A dataclass tree as a dict of JSON values.
+
+    Of a class that has a method `named`, which finds a class by its name, the name comes first.
+    """
+    name = {"name": config.name} if hasattr(config, "named") else {}
+    return name | {
         field.name: _to_json(getattr(config, field.name)) for field in dataclasses.fields(config)
     }
 
@@ -34,6 +38,9 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     name = where or cls.__name__
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be an object, got {values!r}")
+    if find := getattr(cls, "named", None):
+        name = values.get("name")
+        cls, values = find(name), {key: v for key, v in values.items() if key != "name"}
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in values:
         if key not in fields:

@@ -279,7 +279,7 @@ def test_eval_writes_its_numbers(data, whole):
     assert "FVU" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["", "train", "harvest", "eval"])
+@pytest.mark.parametrize("command", ["", "train", "sweep", "harvest", "upgrade", "eval"])
 def test_help(command):
     done = fastsae(*command.split(), "--help", env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0
@@ -287,4 +287,4 @@ def test_help(command):
 
 
 def test_an_unknown_command():
-    assert "must be one of train, harvest, eval, got 'fly'" in one_line_error("fly")
+    assert "must be one of train, sweep, harvest, upgrade, eval, got 'fly'" in one_line_error("fly")

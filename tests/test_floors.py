@@ -13,6 +13,8 @@ FLOORS = [
     {"fastsae.data", "fastsae.checkpoint"},
     {"fastsae.evals"},
     {"fastsae.train"},
+    {"fastsae.upgrade"},
+    {"fastsae.upgrade"},
     {"fastsae.cli", "fastsae"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

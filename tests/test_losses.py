@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastsae import SAE, AbsTopK, TopK
-from fastsae.losses import training_loss
+from fastsae.losses import Objective, training_loss
 
 N, D_IN, D_SAE, K = 48, 24, 96, 6
 ACTIVATIONS = {"topk": TopK(K), "abstopk": AbsTopK(K)}
@@ -69,7 +69,7 @@ def test_gradients_equal_dense_float64_autograd(problem, dead, dtype):
     expected = torch.autograd.grad(exact, list(parameters.values()))
 
     sae = sae.to(dtype)
-    got = training_loss(sae, x.to(dtype), rows, 1 / 32, k_aux)
+    got = training_loss(sae, x.to(dtype), rows, Objective(k_aux=k_aux))
     gradients = torch.autograd.grad(got.loss, list(sae.parameters()))
     torch.testing.assert_close(got.loss.double(), exact, rtol=1e-6, atol=0)
     for name, gradient, reference in zip(parameters, gradients, expected, strict=True):
@@ -108,7 +108,7 @@ def test_inactive_entries_get_no_gradient():
 def test_parts_of_the_loss(problem):
     sae, x = problem
     dead = DEAD["few dead"]()
-    result = training_loss(sae, x, dead, auxk_coef=0.5, k_aux=10)
+    result = training_loss(sae, x, dead, Objective(auxk_coef=0.5, k_aux=10))
     weight = 0.5 * min(len(dead) / 10, 1)
     torch.testing.assert_close(result.loss, result.fvu + weight * result.auxk)
     assert result.l0 == (sae.encode(x).to_dense() != 0).sum(1).double().mean()
@@ -119,12 +119,14 @@ def test_parts_of_the_loss(problem):
     [
         ({"k_aux": 0}, "k_aux must be at least 1, got 0"),
         ({"auxk_coef": -1.0}, "auxk_coef must be at least 0, got -1.0"),
+        ({"auxk_coef": 0.0, "k_aux": 8}, "k_aux = 8 has no effect with auxk_coef = 0"),
+        ({"prefixes": (8, 8)}, r"prefixes must be above 0 and rise, got \(8, 8\)"),
+        ({"prefixes": (0, 8)}, r"prefixes must be above 0 and rise, got \(0, 8\)"),
     ],
 )
-def test_nonsense_is_refused(problem, arguments, message):
-    sae, x = problem
+def test_nonsense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        training_loss(sae, x, **arguments)
+        Objective(**arguments)
 
 
 def test_leading_dimensions_are_flattened(problem):
@@ -132,6 +134,9 @@ def test_leading_dimensions_are_flattened(problem):
     assert torch.equal(training_loss(sae, x.view(4, 12, -1)).loss, training_loss(sae, x).loss)
 
 
-def test_a_transcoder_is_refused():
-    with pytest.raises(ValueError, match="a transcoder's"):
-        training_loss(SAE(4, 8, TopK(2), d_out=4), torch.ones(3, 4))
+def test_only_a_transcoder_takes_a_target():
+    x, message = torch.ones(3, 4), "a transcoder needs a target, and an autoencoder takes none"
+    with pytest.raises(ValueError, match=message):
+        training_loss(SAE(4, 8, TopK(2), d_out=4), x)
+    with pytest.raises(ValueError, match=message):
+        training_loss(SAE(4, 8, TopK(2)), x, target=x)

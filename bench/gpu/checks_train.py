@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bench.dense import DenseTopK, dense_adam, dense_step
 from fastsae import SAE, TopK
-from fastsae.train.optim import Adam
+from fastsae.losses import Objective
+from fastsae.train.optim import Adam, Optimizer
 from fastsae.train.step import autograd_step, fused_step
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_, settle_
 from fastsae_kernels.latent_major import latent_major
@@ -171,7 +172,7 @@ def gradients(take: Callable, sae: SAE, p: Problem, dead: Tensor | None, x: Tens
     model = copy.deepcopy(sae).to(x.dtype)
     adam = Adam(model)
     adam.begin_step(1e-3)
-    result = take(model, adam, x, dead, 1 / 32, p.D // 2)
+    result = take(model, adam, x, dead, Objective())
     return {"loss": result.loss, **adam.first}
 
 
@@ -210,7 +211,7 @@ def low_step_check(p: Problem, some_dead: bool) -> None:
     def ours(model: SAE, x: Tensor) -> None:
         adam = Adam(model, shadows=SHADOWS)
         adam.begin_step(LR)
-        fused_step(model, adam, x, dead, 1 / 32, p.D // 2)
+        fused_step(model, adam, x, dead, Objective())
 
     def theirs(model: SAE, x: Tensor) -> None:
         dense = DenseTopK(model)
@@ -229,10 +230,10 @@ def same_bits_check(p: Problem) -> None:
     sae, x, dead, states = small_sae(p), p.normal(p.N, p.D), dead_latents(p), []
     for _ in range(2):
         model = copy.deepcopy(sae)
-        adam = Adam(model, moments=bf16, window=4, shadows=SHADOWS)
+        adam = Adam(model, Optimizer(adam_moments="bf16", adam_window=4), shadows=SHADOWS)
         for _ in range(3):
             adam.begin_step(1e-2)
-            fused_step(model, adam, x, dead, 1 / 32, p.D // 2)
+            fused_step(model, adam, x, dead, Objective())
         states.append({**model.state_dict(), **adam.state_dict()})
     differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     assert not differing, f"{differing} differ"
@@ -242,15 +243,15 @@ def no_wait_check(p: Problem) -> None:
     """Nothing in a step with dead latents waits for the GPU."""
     torch.use_deterministic_algorithms(False)  # some of torch's deterministic operators wait
     sae, x, dead = small_sae(p), p.normal(p.N, p.D), dead_latents(p)
-    for options in ({}, {"moments": bf16, "window": 8}):
+    for options in (Optimizer(), Optimizer(adam_moments="bf16", adam_window=8)):
         model = copy.deepcopy(sae)
-        adam = Adam(model, shadows=SHADOWS, **options)
+        adam = Adam(model, options, shadows=SHADOWS)
         for mode in ("default", "error"):  # the first step compiles
             if not p.rehearsal:
                 torch.cuda.set_sync_debug_mode(mode)
             try:
                 adam.begin_step(1e-3)
-                fused_step(model, adam, x, dead, 1 / 32, p.D // 2)
+                fused_step(model, adam, x, dead, Objective())
             finally:
                 if not p.rehearsal:
                     torch.cuda.set_sync_debug_mode("default")

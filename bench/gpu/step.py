@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bench.dense import DenseTopK, dense_adam, dense_step
 from fastsae import SAE, TopK
-from fastsae.train.optim import Adam
+from fastsae.losses import Objective
+from fastsae.train.optim import Adam, Optimizer
 from fastsae.train.step import fused_step
 from fastsae_kernels import decode
 
@@ -56,7 +57,7 @@ class Contender(NamedTuple):
 
 CONTENDERS = {
     "fastsae": Contender({}),
-    "fastsae, bf16 moments, window 8": Contender({"moments": torch.bfloat16, "window": 8}),
+    "fastsae, bf16 moments, window 8": Contender({"adam_moments": "bf16", "adam_window": 8}),
     "dense": Contender(None),
     "fastsae, 5 % dead": Contender({}, dead=True),
     "dense, 5 % dead": Contender(None, dead=True),
@@ -95,13 +96,13 @@ Step = Callable[[Tensor], object]
 
 
 def our_step(p: Problem, sae: SAE, kind: Contender) -> Step:
-    adam = Adam(sae, shadows=("W_enc", "W_dec"), **(kind.options or {}))
+    adam = Adam(sae, Optimizer(**(kind.options or {})), shadows=("W_enc", "W_dec"))
     dead = torch.arange(0, p.F, 20, device=p.device) if kind.dead else None
     unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
 
     def step(x: Tensor) -> None:
         adam.begin_step(LR)
-        result = fused_step(sae, adam, x, dead, 1 / 32, p.D // 2)
+        result = fused_step(sae, adam, x, dead, Objective())
         unfired.add_(len(x)).masked_fill_(result.codes.fired(), 0)
 
     return step

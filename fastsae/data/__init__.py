@@ -1,7 +1,8 @@
 """Activations: harvest them from a model, keep them in shards, draw shuffled batches."""
 
 from fastsae.data.demo import demo_shards
-from fastsae.data.harvest import HarvestConfig, harvest
+from fastsae.data.harvest import HarvestConfig, harvest, harvest_each
+from fastsae.data.joined import Joined
 from fastsae.data.prefetch import Batch, Batches
 from fastsae.data.shards import ActivationShards, Contexts
 from fastsae.data.shuffle import Cursor
@@ -17,8 +18,10 @@ __all__ = [
     "Contexts",
     "Cursor",
     "HarvestConfig",
+    "Joined",
     "ShardWriter",
     "Synthetic",
     "demo_shards",
     "harvest",
+    "harvest_each",
 ]

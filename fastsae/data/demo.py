@@ -20,11 +20,13 @@ NOT_SOURCES = {"encodings", "idlelib", "lib2to3", "site-packages", "test", "test
 def demo_shards(
     cache_dir: str | Path | None = None,
     *,
+    hookpoint: str = "encoder.layer.2",
     max_tokens: int = 400_000,
     device: Device = "auto",
     progress: bool = True,
 ) -> ActivationShards:
-    """Residual-stream activations of MiniLM's third layer, over the standard library's sources.
+    """Activations of MiniLM over the standard library's sources: the residual stream after its
+    third layer, or those of another hookpoint, with the same rows.
 
     Harvested once, in about a minute on two cores, and kept in `cache_dir`: by default `fastsae`
     in `$XDG_CACHE_HOME` or `~/.cache`. Nothing is downloaded: the model is the one that the PyPI
@@ -35,7 +37,7 @@ def demo_shards(
     sources = _sources(library)
     config = HarvestConfig(
         model=str(_model_folder()),
-        hookpoint="encoder.layer.2",
+        hookpoint=hookpoint,
         out=cache,
         text=tuple(str(library / name) for name in sources),
         context_length=128,

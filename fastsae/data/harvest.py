@@ -1,8 +1,9 @@
-"""Runs a model over text and keeps what one of its modules puts out."""
+"""Runs a model over text and keeps what some of its modules put out, or take in."""
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 
 from fastsae.config import to_dict
 from fastsae.data.index import DTYPES, INDEX, Dtype, read_index
-from fastsae.data.model import TextWindows, hidden_at, load_model, load_tokenizer, module_at
+from fastsae.data.model import (
+    Hookpoint,
+    TextWindows,
+    hidden_at,
+    hookpoint_at,
+    load_model,
+    load_tokenizer,
+)
 from fastsae.data.shards import ActivationShards
 from fastsae.data.text import dataset_documents, file_documents, text_files
 from fastsae.data.writer import ShardWriter
@@ -30,11 +38,13 @@ class HarvestConfig:
     model: str
     """A Hugging Face model folder or hub id."""
 
-    hookpoint: str
-    """Path of the module whose output is kept: `encoder.layer.3`, `model.layers.12`."""
+    hookpoint: str | tuple[str, ...]
+    """Path of the module whose output is kept: `encoder.layer.3`, `model.layers.12`. With `:in`
+    after it, its input is. Several are kept from one pass of the model, with the same rows."""
 
     out: Path
-    """Folder for the shards; held-out ones go to its sub-folder `heldout`."""
+    """Folder for the shards; held-out ones go to its sub-folder `heldout`. Of several hookpoints,
+    each has a sub-folder of its name for both."""
 
     text: tuple[str, ...] = ()
     """Text files, folders or globs. A .jsonl file holds an object with a "text" per line."""
@@ -76,6 +86,9 @@ class HarvestConfig:
     """Tokens per forward pass, padding included."""
 
     def __post_init__(self):
+        names = self.hookpoints
+        if not names or len({*names}) < len(names) or any(Path(n).name != n for n in names):
+            raise ValueError(f"hookpoint must be one or several different modules, got {names}")
         if bool(self.text) == bool(self.dataset):
             raise ValueError(
                 f"give either text or dataset, got text {self.text} and dataset {self.dataset!r}"
@@ -100,6 +113,17 @@ class HarvestConfig:
         if used and used != (None, "train", "text"):
             raise ValueError("dataset_config, dataset_split and text_column need a dataset")
 
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return (self.hookpoint,) if isinstance(self.hookpoint, str) else self.hookpoint
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the shards of each hookpoint go."""
+        several = len(self.hookpoints) > 1
+        return {name: self.out / name if several else self.out for name in self.hookpoints}
+
 
 class _Window(NamedTuple):
     ids: list[int]
@@ -108,49 +132,71 @@ class _Window(NamedTuple):
 
 
 def harvest(config: HarvestConfig, progress: bool = True) -> ActivationShards:
-    """Runs the model over the text, and writes the hookpoint's output for every token of it.
+    """Runs the model over the text, and writes the hookpoint's activations for every token of it.
 
     Padding and special tokens are left out. A folder that already holds this very harvest is
     opened and returned; one that holds another is a ValueError. A harvest that is killed leaves
-    no index, and starts over.
+    no index, and starts over. Of several hookpoints the first one's shards are returned.
+    """
+    return next(iter(harvest_each(config, progress).values()))
+
+
+def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, ActivationShards]:
+    """Like `harvest`, but returns the shards of every hookpoint, by its name.
+
+    All have the same rows, and are what each hookpoint harvested alone would give; those that are
+    there already are not harvested again.
     """
     files = text_files(config.text)
-    request = _request(config, files)
-    with claimed(config.out, wait=True):  # the same harvest may be under way: then it is reused
-        if not (config.out / INDEX).exists():
-            _harvest(config, files, request, progress)
-        return _existing(config.out, request)
+    requests = {name: _request(config, files, name) for name in config.hookpoints}
+    with ExitStack() as claims:
+        for folder in sorted(config.folders.values()):  # one order, or two harvests may lock up
+            claims.enter_context(claimed(folder, wait=True))  # the same may be under way: reused
+        missing: dict[str, dict[str, Any]] = {}
+        for name, folder in config.folders.items():
+            if (folder / INDEX).exists():
+                _existing(folder, requests[name])
+            else:
+                missing[name] = requests[name]
+        if missing:
+            _harvest(config, files, missing, progress)
+        return {name: _existing(config.folders[name], requests[name]) for name in requests}
 
 
 def _harvest(
-    config: HarvestConfig, files: list[Path], request: dict[str, Any], progress: bool
+    config: HarvestConfig, files: list[Path], requests: dict[str, dict[str, Any]], progress: bool
 ) -> None:
-    (config.out / "heldout" / INDEX).unlink(missing_ok=True)  # of a harvest killed near its end
+    for name in requests:  # of a harvest killed near its end
+        (config.folders[name] / "heldout" / INDEX).unlink(missing_ok=True)
     model = load_model(config.model, choose_device(config.device), config.model_dtype)
-    module = module_at(model, config.hookpoint)
+    hookpoints = [hookpoint_at(model, name) for name in requests]
     windows = TextWindows(load_tokenizer(config.model), config.context_length, model)
-    writers: dict[bool, ShardWriter] = {}
+    writers: dict[tuple[bool, str], ShardWriter] = {}
     from tqdm import tqdm
 
     with tqdm(total=config.max_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
         for group in _groups(config, windows, _documents(config, files)):
-            rows = _run(model, module, windows, group, config)
+            rows = _run(model, hookpoints, windows, group, config)
             for heldout in {window.heldout for window in group}:
-                if heldout not in writers:
-                    folder = config.out / "heldout" if heldout else config.out
-                    writers[heldout] = _writer(folder, rows[0].shape[1], config, request)
-                written = _append(writers[heldout], windows, group, rows, heldout)
-                bar.update(0 if heldout else written)
-    if False not in writers:
+                chosen = [i for i, window in enumerate(group) if window.heldout == heldout]
+                labels = _labels(windows, [group[i] for i in chosen])
+                for place, (name, request) in enumerate(requests.items()):
+                    x = torch.cat([rows[i][place] for i in chosen])
+                    if (heldout, name) not in writers:
+                        folder = config.folders[name] / ("heldout" if heldout else "")
+                        writers[heldout, name] = _writer(folder, x.shape[1], request)
+                    writers[heldout, name].append(x, *labels)
+                bar.update(0 if heldout else labels.shape[1])
+    if all(heldout for heldout, _ in writers):
         raise ValueError(f"the text holds no tokens: {config.text or config.dataset}")
-    for heldout in sorted(writers, reverse=True):  # the index of the whole is the last file
-        if writers[heldout].n_tokens:
-            writers[heldout].finish()
+    for key in sorted(writers, reverse=True):  # the index of the whole is the last file
+        if writers[key].n_tokens:
+            writers[key].finish()
 
 
-def _request(config: HarvestConfig, files: list[Path]) -> dict[str, Any]:
+def _request(config: HarvestConfig, files: list[Path], hookpoint: str) -> dict[str, Any]:
     """What determines the rows: a harvest asked for with the same needs no second run."""
-    request = to_dict(config)
+    request = to_dict(replace(config, hookpoint=hookpoint))
     for name in ("out", "device", "batch_tokens"):
         del request[name]
     listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
@@ -211,49 +257,36 @@ def _draw(digest: bytes, part: int) -> float:
 
 def _run(
     model: nn.Module,
-    module: nn.Module,
+    hookpoints: list[Hookpoint],
     windows: TextWindows,
     group: list[_Window],
     config: HarvestConfig,
-) -> list[Float[Tensor, "_ d_in"]]:
-    """Each window's kept rows. Windows of one length share a batch, to run without padding."""
-    rows: dict[int, Tensor] = {}
+) -> list[list[Float[Tensor, "_ _"]]]:
+    """Each window's kept rows at each hookpoint. Windows of one length share a batch, to run
+    without padding."""
+    rows: dict[int, list[Tensor]] = {}
     longest_first = sorted(range(len(group)), key=lambda i: -len(group[i].ids))
     while longest_first:
         fit = config.batch_tokens // len(group[longest_first[0]].ids)
         members, longest_first = longest_first[:fit], longest_first[fit:]
         batch = windows.batch([group[i].ids for i in members])
-        hidden = hidden_at(model, module, batch)
-        hidden = hidden.to("cpu", getattr(torch, config.dtype))
-        rows |= {i: hidden[place][batch.keep[place]] for place, i in enumerate(members)}
+        dtype = getattr(torch, config.dtype)
+        found = [hidden.to("cpu", dtype) for hidden in hidden_at(model, hookpoints, batch)]
+        for place, i in enumerate(members):
+            rows[i] = [hidden[place][batch.keep[place]] for hidden in found]
     return [rows[i] for i in range(len(group))]
 
 
-def _writer(folder: Path, d_in: int, config: HarvestConfig, request: dict[str, Any]) -> ShardWriter:
-    return ShardWriter(
-        folder,
-        d_in,
-        dtype=config.dtype,
-        model=config.model,
-        hookpoint=config.hookpoint,
-        harvest=request,
-    )
+def _writer(folder: Path, d_in: int, request: dict[str, Any]) -> ShardWriter:
+    about = {name: request[name] for name in ("dtype", "model", "hookpoint")}
+    return ShardWriter(folder, d_in, harvest=request, **about)
 
 
-def _append(
-    writer: ShardWriter,
-    windows: TextWindows,
-    group: list[_Window],
-    rows: list[Float[Tensor, "_ d_in"]],
-    heldout: bool,
-) -> int:
-    """Writes one side's rows of a group in the order of the text; returns how many."""
-    chosen = [i for i, window in enumerate(group) if window.heldout == heldout]
+def _labels(windows: TextWindows, group: list[_Window]) -> Int[Tensor, "3 _"]:
+    """Token ids, positions and documents of the rows that are kept of these windows."""
     labels: list[Int[Tensor, "3 _"]] = []
-    for i in chosen:
-        places = [p for p, token in enumerate(group[i].ids) if token not in windows.special]
-        ids = [group[i].ids[p] for p in places]
-        labels.append(torch.tensor([ids, places, [group[i].document] * len(ids)]).view(3, -1))
-    token_ids, positions, documents = torch.cat(labels, 1).long()
-    writer.append(torch.cat([rows[i] for i in chosen]), token_ids, positions, documents)
-    return len(token_ids)
+    for window in group:
+        places = [p for p, token in enumerate(window.ids) if token not in windows.special]
+        ids = [window.ids[p] for p in places]
+        labels.append(torch.tensor([ids, places, [window.document] * len(ids)]).view(3, -1))
+    return torch.cat(labels, 1).long()

@@ -1,8 +1,9 @@
-"""Hugging Face models: loading, finding a module, reading or replacing what it puts out."""
+"""Hugging Face models: loading, finding a module, reading or replacing what passes there."""
 
 import difflib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from fastsae.device import choose_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+INPUT = ":in"  # at the end of a hookpoint's path: what the module takes in, not what it puts out
 
 
 class TokenBatch(NamedTuple):
@@ -85,26 +89,53 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no module {path!r}; nearest: {', '.join(near)}")
 
 
-def hidden_of(output: Any) -> Float[Tensor, "B T d_in"]:
-    """The hidden states in what a module returned: the tensor itself, or a tuple's first entry."""
-    hidden = output[0] if isinstance(output, tuple) else output
+class Hookpoint(NamedTuple):
+    """Where hidden states are read or replaced."""
+
+    module: nn.Module
+    at_input: bool = False
+    """Whether they are what the module takes in, not what it puts out."""
+
+
+def hookpoint_at(model: nn.Module, path: str) -> Hookpoint:
+    """The output of the module at a dotted path, or with `:in` after the path its input. A
+    ValueError names the nearest module if there is none."""
+    return Hookpoint(module_at(model, path.removesuffix(INPUT)), path.endswith(INPUT))
+
+
+def hidden_of(passed: Any) -> Float[Tensor, "B T d_in"]:
+    """The hidden states in what a module returned or takes: the tensor itself, or a tuple's first
+    entry."""
+    hidden = passed[0] if isinstance(passed, tuple) else passed
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
         found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(f"the hookpoint's output must be [batch, tokens, width], found {found}")
+        raise ValueError(f"a hookpoint's activations must be [batch, tokens, width], found {found}")
     return hidden
 
 
 @contextmanager
 def splice(
-    module: nn.Module, replace: Callable[[Float[Tensor, "B T d_in"]], Float[Tensor, "B T d_in"]]
+    module: nn.Module,
+    replace: Callable[[Float[Tensor, "B T d_in"]], Float[Tensor, "B T d_in"]],
+    at_input: bool = False,
 ) -> Iterator[None]:
-    """While active, the module puts out `replace(hidden)` where it would put out `hidden`."""
+    """While active, the module puts out `replace(hidden)` where it would put out `hidden`; with
+    at_input, it takes in `replace(hidden)` where it is given `hidden`."""
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
         replaced = replace(hidden_of(output))
         return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
-    handle = module.register_forward_hook(hook)
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (replace(hidden_of(args)), *args[1:]), kwargs
+        hidden = hidden_of(kwargs.get("hidden_states"))
+        return (), {**kwargs, "hidden_states": replace(hidden)}
+
+    if at_input:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(after)
     try:
         yield
     finally:
@@ -115,24 +146,31 @@ class _Reached(Exception):
     """Ends a forward pass once its hidden states are known."""
 
 
-def hidden_at(model: nn.Module, module: nn.Module, batch: TokenBatch) -> Float[Tensor, "B T d_in"]:
-    """The hidden states that `module` puts out. The layers after it are not run."""
-    captured: list[Tensor] = []
+def hidden_at(
+    model: nn.Module, hookpoints: Sequence[Hookpoint], batch: TokenBatch
+) -> list[Float[Tensor, "B T _"]]:
+    """The hidden states at each hookpoint, from one pass. The layers after the last do not run."""
+    captured: dict[int, Tensor] = {}
 
-    def capture(hidden: Tensor) -> Tensor:
-        captured.append(hidden)
-        raise _Reached
+    def capture(place: int, hidden: Tensor) -> Tensor:
+        captured.setdefault(place, hidden.clone())  # a later layer may write to it
+        if len(captured) == len(hookpoints):
+            raise _Reached
+        return hidden
 
     device = next(model.parameters()).device
-    with torch.no_grad(), splice(module, capture):
+    with torch.no_grad(), ExitStack() as spliced:
+        for place, (module, at_input) in enumerate(hookpoints):
+            spliced.enter_context(splice(module, partial(capture, place), at_input))
         try:
             model(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
             )
         except _Reached:
-            return captured[0]
-    raise ValueError(f"the model ran without ever calling its {type(module).__name__}")
+            return [captured[place] for place in range(len(hookpoints))]
+    missed = next(hook.module for place, hook in enumerate(hookpoints) if place not in captured)
+    raise ValueError(f"the model ran without ever calling its {type(missed).__name__}")
 
 
 class TextWindows:

@@ -117,6 +117,11 @@ class ActivationShards:
         self._verify_touched(wanted)
         return torch.from_numpy(checked(self._gather(wanted), wanted, self.where))
 
+    @property
+    def has_contexts(self) -> bool:
+        """Whether it is known where rows come from: not in plain data."""
+        return self._index is not None
+
     def contexts(self, indices: Int[Tensor, " N"]) -> Contexts:
         """Tokens, positions and documents of the rows at `indices`. Plain data has none."""
         if not self._index:

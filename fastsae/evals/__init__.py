@@ -2,6 +2,7 @@
 
 from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
 from .evaluate import EvalConfig, Evaluation, evaluate, evaluation_table
+from .probing import Probing, sparse_probing
 from .reconstruction import Reconstruction, reconstruction
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "EncoderEffect",
     "EvalConfig",
     "Evaluation",
+    "Probing",
     "Reconstruction",
     "downstream",
     "evaluate",
     "evaluation_table",
     "reconstruction",
+    "sparse_probing",
 ]

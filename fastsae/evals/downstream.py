@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss, normalize
 
-from fastsae.data.model import TokenBatch, load_model, load_tokenizer, module_at, splice
+from fastsae.data.model import (
+    Hookpoint,
+    TokenBatch,
+    hookpoint_at,
+    load_model,
+    load_tokenizer,
+    splice,
+)
 from fastsae.data.shards import ActivationShards
 from fastsae.nn.sae import SAE
 
-from .reconstruction import check_fits
+from .reconstruction import check_fits, evaluation_mode
 from .windows import stored_batches
 
 if TYPE_CHECKING:
@@ -116,15 +123,16 @@ def downstream(
         )
     sae = sae.to(device or sae.b_dec.device)
     model = load_model(data.model, str(sae.b_dec.device), model_dtype)
-    module = module_at(model, data.hookpoint)
+    hookpoint = hookpoint_at(model, data.hookpoint)
     batches = list(stored_batches(data, load_tokenizer(data.model), max_windows, batch_size))
     from tqdm import tqdm
 
     shown = tqdm(batches, desc="downstream", unit="batch", disable=not progress)
-    compare = partial(_compare, model, module, shown, _ways(sae, data.mean))
-    if model.can_generate():
-        return _causal_effect(compare(_log_probabilities, _losses), batches)
-    return _encoder_effect(compare(_embeddings, _cosine), batches)
+    compare = partial(_compare, model, hookpoint, shown, _ways(sae, data.mean))
+    with evaluation_mode(sae):
+        if model.can_generate():
+            return _causal_effect(compare(_log_probabilities, _losses), batches)
+        return _encoder_effect(compare(_embeddings, _cosine), batches)
 
 
 def _ways(sae: SAE, mean: Float[Tensor, " d_in"]) -> dict[str, Replace]:
@@ -139,7 +147,7 @@ def _ways(sae: SAE, mean: Float[Tensor, " d_in"]) -> dict[str, Replace]:
 
 def _compare(
     model: "PreTrainedModel",
-    module: nn.Module,
+    hookpoint: Hookpoint,
     batches: Iterable[TokenBatch],
     ways: dict[str, Replace],
     read: Read,
@@ -154,7 +162,9 @@ def _compare(
         clean = read(model(**inputs), batch)
         sums["clean"] += measure(clean, clean, batch)
         for name, replace in ways.items():
-            with splice(module, partial(_replace_text, batch.keep, replace)):
+            with splice(
+                hookpoint.module, partial(_replace_text, batch.keep, replace), hookpoint.at_input
+            ):
                 changed = read(model(**inputs), batch)
             sums[name] += measure(clean, changed, batch)
     return sums

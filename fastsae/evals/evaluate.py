@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastsae.data.joined import Joined
 from fastsae.data.shards import ActivationShards
 from fastsae.device import Device, choose_device
 from fastsae.nn.sae import SAE
@@ -63,16 +64,17 @@ class Evaluation:
 
 
 def evaluate(
-    sae: SAE, data: ActivationShards, config: EvalConfig, progress: bool = True
+    sae: SAE, data: ActivationShards | Joined, config: EvalConfig, progress: bool = True
 ) -> Evaluation:
     """Measures an SAE on all of data, within the limits of config. `sae` is moved to its device.
 
     `config.data` is for those who choose data by it, as the command line does. ValueError if a GPU
-    is asked for where there is none, or if the data does not fit the SAE.
+    is asked for where there is none, or if the data does not fit the SAE. A transcoder or a
+    crosscoder, whose data are `Joined`, is not put in place in the model.
     """
     sae = sae.to(choose_device(config.device))
     effect = None
-    if config.windows:
+    if config.windows and isinstance(data, ActivationShards):
         effect = downstream(
             sae,
             data,
@@ -84,7 +86,9 @@ def evaluate(
     found = reconstruction(
         sae, data, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=progress
     )
-    return Evaluation(data=str(data.path), reconstruction=found, downstream=effect)
+    parts = data.sources if isinstance(data, Joined) else (data,)
+    where = " + ".join(str(getattr(part, "path", part)) for part in parts)
+    return Evaluation(data=where, reconstruction=found, downstream=effect)
 
 
 def evaluation_table(result: Evaluation) -> str:
@@ -92,7 +96,13 @@ def evaluation_table(result: Evaluation) -> str:
     rows = _reconstruction_rows(result.reconstruction)
     effect = result.downstream
     if effect is None:
-        rows.append(("model", "-", "not run: the data does not name it, or windows is 0"))
+        rows.append(
+            (
+                "model",
+                "-",
+                "not run: the data do not name it or are of several modules, or windows is 0",
+            )
+        )
     else:
         rows += _encoder_rows(effect) if isinstance(effect, EncoderEffect) else _causal_rows(effect)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -113,6 +123,7 @@ def _reconstruction_rows(found: Reconstruction) -> list[Row]:
         ("L0", f"{found.l0:.1f}", "active latents per token"),
         ("dead", f"{found.dead_fraction:.2%}", "of the latents: active for no token"),
         ("dense", f"{found.dense_fraction:.2%}", "of the latents: active for over 10 % of tokens"),
+        ("utilisation", f"{found.utilisation:.2%}", "of the latents: exp(entropy) of which fire"),
         ("cosine", f"{found.cosine:.4f}", "between a token and its reconstruction"),
         ("relative norm", f"{found.relative_norm:.4f}", "of a reconstruction to its token's"),
         *retention,

@@ -1,14 +1,15 @@
 """How much of the activations an SAE keeps, and how it uses its dictionary to do so."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from fastsae.codes import Codes
+from fastsae.codes import Codes, lists_every_latent
 from fastsae.data.prefetch import checked
 from fastsae.data.source import ActivationSource
 from fastsae.nn.sae import SAE
@@ -38,6 +39,12 @@ class Reconstruction:
     dense_fraction: float
     """Fraction of the latents that were active for more than 10 % of the tokens."""
 
+    utilisation: float
+    """How many latents the dictionary is worth, as a fraction of those it has: exp(H) / d_sae,
+    where H is the entropy of which latent an active entry is of. 1 if all latents fire equally
+    often; 1 / d_sae if one fires alone; 0 if none fires. It falls when few latents do most of the
+    work, also where none is dead."""
+
     cosine: float
     """Cosine between a token and its reconstruction, on average."""
 
@@ -62,13 +69,16 @@ def reconstruction(
 ) -> Reconstruction:
     """Reconstructs the first `max_tokens` rows of data (by default all) and measures the result.
 
-    One pass in the data's own order; memory is a batch and two covariances; sums are float64, so
-    that the batch size changes nothing but rounding. `sae` is moved to `device`, if given.
-    `pc_ranks` defaults to 16, 64 and d_in / 2; a rank beyond d_in counts as d_in. ValueError for
-    data of another width, without rows, with NaN or Inf, or whose rows are all the same.
+    A row of a transcoder's data is its input and its target side by side (`Joined`); what is
+    measured is how well it predicts the target. One pass in the data's own order; memory is a
+    batch and two covariances; sums are float64, so that the batch size changes nothing but
+    rounding. `sae` is moved to `device`, if given. `pc_ranks` defaults to 16, 64 and half the
+    output's width; a rank beyond the width counts as it. ValueError for data of another width,
+    without rows, with NaN or Inf, or whose rows are all the same.
     """
     check_fits(sae, data)
-    ranks = (16, 64, max(sae.d_in // 2, 1)) if pc_ranks is None else tuple(pc_ranks)
+    width = len(sae.b_dec)
+    ranks = (16, 64, max(width // 2, 1)) if pc_ranks is None else tuple(pc_ranks)
     tokens = data.n_tokens if max_tokens is None else min(max_tokens, data.n_tokens)
     if min(tokens, batch_size, *ranks) < 1:
         raise ValueError(
@@ -76,24 +86,36 @@ def reconstruction(
             f"got {tokens}, {batch_size} and {ranks}"
         )
     sae = sae.to(device or sae.b_dec.device)
-    totals = _Totals(sae.d_in, sae.d_sae, sae.b_dec.device)
+    totals = _Totals(width, sae.d_sae, sae.b_dec.device)
     from tqdm import tqdm
 
-    with tqdm(total=tokens, desc="reconstruction", unit="tok", disable=not progress) as bar:
+    bar = tqdm(total=tokens, desc="reconstruction", unit="tok", disable=not progress)
+    with evaluation_mode(sae), bar:
         for x in _in_order(data, tokens, batch_size):
             x = x.to(sae.b_dec)
+            x, target = (x, x) if sae.d_out is None else x.split([sae.d_in, width], dim=1)
             codes = sae.encode(x)
-            totals.add(x.double(), sae.decode(codes).double(), codes)
+            totals.add(target.double(), sae.decode(codes, x).double(), codes)
             bar.update(len(x))
     return totals.summary(ranks)
 
 
+@contextmanager
+def evaluation_mode(sae: SAE) -> Iterator[None]:
+    """While active, sae codes each token as it will when it is used: alone, without noise."""
+    training = sae.training
+    sae.eval()
+    try:
+        yield
+    finally:
+        sae.train(training)
+
+
 def check_fits(sae: SAE, data: ActivationSource) -> None:
-    """ValueError unless sae reconstructs activations such as those in data."""
-    if sae.d_out is not None:
-        raise ValueError("a transcoder does not reconstruct its input: give an autoencoder")
-    if data.d_in != sae.d_in:
-        raise ValueError(f"the SAE has d_in = {sae.d_in}, the data has rows of {data.d_in}")
+    """ValueError unless the rows of data are what sae takes, and returns if it is a transcoder."""
+    if data.d_in != sae.d_in + (sae.d_out or 0):
+        ends = f"d_in = {sae.d_in}" + (f" and d_out = {sae.d_out}" if sae.d_out else "")
+        raise ValueError(f"the SAE has {ends}, the data has rows of {data.d_in}")
 
 
 def pc_retention(
@@ -131,7 +153,7 @@ class _Totals:
         self.cosine += cosine_similarity(x, recon, dim=1).sum()
         norm = x.norm(dim=1)
         self.norm += torch.where(norm > 0, recon.norm(dim=1) / norm, 1).sum()
-        self.fired += torch.bincount(codes.indices[codes.active], minlength=codes.d_sae)
+        self.fired += _fires(codes)
 
     def summary(self, ranks: Sequence[int]) -> Reconstruction:
         n, cov = self.tokens, self.inputs.value()
@@ -146,10 +168,25 @@ class _Totals:
             l0=int(self.fired.sum()) / n,
             dead_fraction=float((self.fired == 0).double().mean()),
             dense_fraction=float((self.fired > DENSE * n).double().mean()),
+            utilisation=_utilisation(self.fired),
             cosine=float(self.cosine) / n,
             relative_norm=float(self.norm) / n,
             pc_retention=pc_retention(cov, self.residuals.value(), ranks),
         )
+
+
+def _fires(codes: Codes) -> Int64[Tensor, " d_sae"]:
+    """For how many of the tokens each latent is active."""
+    if lists_every_latent(codes.indices, codes.d_sae):
+        return codes.active.sum(0)
+    return torch.bincount(codes.indices[codes.active], minlength=codes.d_sae)
+
+
+def _utilisation(fired: Int64[Tensor, " d_sae"]) -> float:
+    if not fired.any():
+        return 0.0
+    share = fired.double() / fired.sum()
+    return float(torch.special.entr(share).sum().exp()) / len(fired)
 
 
 class _Covariance:

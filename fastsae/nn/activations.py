@@ -1,25 +1,33 @@
 """Which activations there are, by the name they are saved and chosen under."""
 
-from typing import Any
-
-from fastsae.config import from_dict, to_dict
-
+from .activation import Activation, ActivationConfig
+from .batchtopk import BatchTopK, BatchTopKConfig
+from .gated import Gated, GatedConfig
+from .jumprelu import JumpReLU, JumpReLUConfig
+from .rational import Rational, RationalConfig
+from .relu import ReLU, ReLUConfig
 from .topk import TopK, TopKConfig
+from .variational import Variational, VariationalConfig
 
-ACTIVATIONS = {"topk": (TopK, TopKConfig)}
+ACTIVATIONS: dict[str, tuple[type[Activation], type[ActivationConfig]]] = {
+    "topk": (TopK, TopKConfig),
+    "batchtopk": (BatchTopK, BatchTopKConfig),
+    "jumprelu": (JumpReLU, JumpReLUConfig),
+    "relu": (ReLU, ReLUConfig),
+    "gated": (Gated, GatedConfig),
+    "rational": (Rational, RationalConfig),
+    "variational": (Variational, VariationalConfig),
+}
+
+CHOICES: dict[str, ActivationConfig] = {
+    **{name: config() for name, (_, config) in ACTIVATIONS.items()},
+    "abstopk": TopKConfig(by="abs"),
+    "batchabstopk": BatchTopKConfig(by="abs"),
+}
+"""What can be asked for by a name: every activation as it is by default, and some variants."""
 
 
-def activation_to_dict(activation: TopK) -> dict[str, Any]:
-    """An activation's name and settings, as JSON values."""
-    (name,) = [name for name, (cls, _) in ACTIVATIONS.items() if type(activation) is cls]
-    return {"name": name, **to_dict(activation.cfg)}
-
-
-def activation_from_dict(values: Any) -> TopK:
-    """The activation of that name with those settings; ValueError names what is unknown."""
-    name = values.get("name") if isinstance(values, dict) else values
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    cls, config = ACTIVATIONS[name]
-    settings = from_dict(config, {k: v for k, v in values.items() if k != "name"}, name)
-    return cls(**to_dict(settings))
+def activation_of(cfg: ActivationConfig) -> Activation:
+    """The activation with these settings."""
+    cls, _ = ACTIVATIONS[cfg.name]
+    return cls(**vars(cfg))

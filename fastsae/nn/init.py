@@ -1,4 +1,10 @@
-"""Where training starts: tied unit rows, zero encoder bias, b_dec at the middle of the data."""
+"""Where training starts: decoder rows of one length, an encoder tied to them, b_dec amid the data.
+
+`Init` holds the choices that recipes make differently.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -6,6 +12,46 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .sae import SAE
+
+ACTIVE_VARIANCE = 0.99
+"""The active subspace holds this part of the data's variance."""
+
+Rows = Literal["random", "active_subspace"]
+Encoder = Literal["tied", "linear"]
+Centre = Literal["median", "mean", "zero"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """How weights start."""
+
+    rows: Rows = "random"
+    """Directions of the latents: uniform, or inside the span of the principal components that hold
+    99 % of the variance of a sample of the data, so that none is born dead (arXiv:2508.16929)."""
+
+    row_norm: float = 1.0
+    """Length of the decoder's and the encoder's rows."""
+
+    encoder: Encoder = "tied"
+    """Encoder rows: a copy of the decoder's, or the decoder's a normalised copy of rows drawn as
+    torch.nn.Linear draws them (uniform, within 1 / sqrt(d_in))."""
+
+    centre: Centre = "median"
+    """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
+
+    def __post_init__(self):
+        for name, choice in {"rows": Rows, "encoder": Encoder, "centre": Centre}.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(
+                    f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
+                )
+        if not self.row_norm > 0:
+            raise ValueError(f"row_norm must be above 0, got {self.row_norm}")
+        if self.encoder == "linear" and (self.rows != "random" or self.row_norm != 1):
+            raise ValueError(
+                f'encoder "linear" draws rows of its own: got rows "{self.rows}" '
+                f"and row_norm {self.row_norm}"
+            )
 
 
 def geometric_median(
@@ -29,18 +75,51 @@ def geometric_median(
     return median
 
 
+def active_subspace(x: Float[Tensor, "N d_in"]) -> Float[Tensor, "r d_in"]:
+    """An orthonormal basis of the leading principal components of x, those of 99 % of variance."""
+    variance, components = torch.linalg.eigh(x.double().T.cov())
+    share = variance.flip(0).clamp_min(0).cumsum(0) / variance.clamp_min(0).sum()
+    rank = min(int((share < ACTIVE_VARIANCE).sum()) + 1, len(share))
+    return components.flip(1)[:, :rank].T.to(x.dtype)
+
+
 @torch.no_grad()
 def init_from_data(
-    sae: SAE, x: Float[Tensor, "N d_in"], generator: torch.Generator | None = None
+    sae: SAE,
+    x: Float[Tensor, "N d_in"],
+    generator: torch.Generator | None = None,
+    target: Float[Tensor, "N d_out"] | None = None,
+    init: Init | None = None,
 ) -> SAE:
-    """Initialise an autoencoder for a sample x of its data (arXiv:2406.04093).
+    """Initialise an SAE for a sample x of its data, by default as in arXiv:2406.04093.
 
     Decoder rows are random directions of norm 1, the encoder is a copy, b_enc is 0 and b_dec is
-    the geometric median of x.
+    the geometric median of x. A transcoder takes its decoder and b_dec from a sample of its target,
+    and its encoder rows on their own from x.
     """
-    rows = torch.randn(sae.W_dec.shape, generator=generator)
-    sae.W_dec.copy_(normalize(rows, dim=-1))
-    sae.W_enc.copy_(sae.W_dec)
+    init = init or Init()
+    y = x if target is None else target
+    sae.W_dec.copy_(directions(sae.d_sae, y, init, generator))
+    sae.W_enc.copy_(sae.W_dec if target is None else directions(sae.d_sae, x, init, generator))
+    if init.encoder == "linear":
+        bound = sae.d_in**-0.5
+        drawn = torch.rand(sae.W_enc.shape, generator=generator).mul_(2 * bound).sub_(bound)
+        sae.W_enc.copy_(drawn)
+        if target is None:
+            sae.W_dec.copy_(normalize(drawn, dim=-1))
     sae.b_enc.zero_()
-    sae.b_dec.copy_(geometric_median(x))
+    middle = {"median": geometric_median, "mean": lambda y: y.mean(0), "zero": lambda y: 0 * y[0]}
+    sae.b_dec.copy_(middle[init.centre](y))
     return sae
+
+
+def directions(
+    n: int, x: Float[Tensor, "N D"], init: Init, generator: torch.Generator | None
+) -> Float[Tensor, "n D"]:
+    """Rows of one length: anywhere, or where the data are active."""
+    if init.rows == "random":
+        rows = torch.randn(n, x.shape[1], generator=generator)
+    else:
+        basis = active_subspace(x - x.mean(0))
+        rows = torch.randn(n, len(basis), generator=generator).to(basis) @ basis
+    return init.row_norm * normalize(rows, dim=-1)

@@ -1,18 +1,19 @@
 """The sparse autoencoder: a linear encoder, an activation, a linear decoder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from fastsae.codes import Codes
+from fastsae.config import from_dict, to_dict
 from fastsae.files import read_json, read_tensors, write_json, write_tensors
-from fastsae_kernels import decode
 
-from .activations import activation_from_dict, activation_to_dict
-from .topk import TopK
+from .activation import Activation, ActivationConfig, Weights
+from .activations import activation_of
 
 FORMAT = "fastsae.sae.1"
 
@@ -21,17 +22,40 @@ class SAE(nn.Module):
     """Reconstructs activations x from a few latents of a large dictionary.
 
     h = (x - b_dec) W_enc^T + b_enc, codes = activation(h), recon = codes W_dec + b_dec. Both
-    weights have one row per latent, so that a latent is one contiguous read. With d_out, the
-    output is another activation than the input (a transcoder) and x is not centred.
+    weights have one row per latent, so that a latent is one contiguous read.
+
+    d_out: the output is another activation than the input (a transcoder), and x is not centred.
+    skip: a transcoder also passes x on through a linear map, x W_skip^T (arXiv:2501.18823).
+    layers: x is so many activations of one width side by side (see `Crosscoder`).
+    by_norm: what the activation selects, penalises and returns is h times the norm of the latent's
+    decoder row (with layers, the sum of its norms in each), as if that norm were 1 (the decoder
+    divides by it): a latent then counts by what it adds to the output.
     """
 
-    def __init__(self, d_in: int, d_sae: int, activation: TopK, d_out: int | None = None):
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation,
+        d_out: int | None = None,
+        *,
+        skip: bool = False,
+        layers: int = 1,
+        by_norm: bool = False,
+    ):
         super().__init__()
-        for name, size in {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}.items():
+        for name, size in {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "layers": layers}.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        activation.check(d_sae)
+        if skip and d_out is None:
+            raise ValueError("skip needs d_out: an autoencoder with one would pass x on unseen")
+        if d_in % layers or (layers > 1 and d_out is not None):
+            raise ValueError(
+                f"layers must divide d_in = {d_in} and d_out be None, got {layers} and {d_out}"
+            )
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out
+        self.layers, self.by_norm = layers, by_norm
+        activation.build(d_in, d_sae)
         self.activation = activation
         rows = normalize(torch.randn(d_sae, d_out or d_in), dim=-1)
         self.W_enc = nn.Parameter(
@@ -40,13 +64,15 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(d_out or d_in))
+        self.W_skip = nn.Parameter(torch.zeros(d_out or d_in, d_in)) if skip else None
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Codes:
         """The codes of x, its leading dimensions flattened to N tokens.
 
         Raises ValueError if the last dimension is not d_in.
         """
-        return self.activation.encode(self.centre(self.tokens(x)), self.W_enc, self.b_enc)
+        weights = self.weights()
+        return self.activation.encode(self.centre(self.tokens(x)), weights.W_enc, weights.b_enc)
 
     def tokens(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
         """x with its leading dimensions flattened; ValueError if the last one is not d_in."""
@@ -58,70 +84,119 @@ class SAE(nn.Module):
         """What the encoder's weights see."""
         return x - self.b_dec if self.d_out is None else x
 
-    def decode(self, codes: Codes) -> Float[Tensor, "N d_out"]:
-        """The reconstruction that codes stand for."""
-        return decode(codes.values, codes.indices, self.W_dec) + self.b_dec
+    def weights(self) -> Weights:
+        """The parameters as the activation sees them: with by_norm, for decoder rows of norm 1."""
+        weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        if not self.by_norm:
+            return weights
+        norm = self.decoder_norms().sum(1).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        scale = norm[:, None]
+        return Weights(self.W_enc * scale, self.b_enc * norm, self.W_dec / scale, self.b_dec)
+
+    def decoder_norms(self) -> Float[Tensor, "d_sae layers"]:
+        """How much each latent writes to each layer."""
+        return torch.linalg.vector_norm(self.W_dec.unflatten(1, (self.layers, -1)), dim=2)
+
+    def decode(self, codes: Codes, x: Tensor | None = None) -> Float[Tensor, "N d_out"]:
+        """The reconstruction that codes stand for; a skip transcoder's needs the tokens x too."""
+        recon = codes.decode(self.weights().W_dec) + self.b_dec
+        if self.W_skip is None:
+            return recon
+        if x is None:
+            raise ValueError("a skip transcoder decodes codes together with their tokens x")
+        return recon + self.skip(self.tokens(x))
+
+    def skip(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_out"] | float:
+        """What reaches the output beside the codes."""
+        return 0.0 if self.W_skip is None else linear(x, self.W_skip)
 
     def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "N d_out"], Codes]:
-        """The reconstruction of x with the codes it was decoded from, in one differentiable op."""
-        centred = self.centre(self.tokens(x))
-        return self.activation.reconstruct(centred, self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        """The output for x with the codes it was decoded from, in one differentiable op."""
+        x = self.tokens(x)
+        recon, codes = self.activation.reconstruct(self.centre(x), self.weights())
+        return recon + self.skip(x), codes
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         recon, _ = self.reconstruct(x)
         return recon.view(*x.shape[:-1], len(self.b_dec))
 
     @torch.no_grad()
-    def fold_scale_(self, scale: float) -> "SAE":
-        """Turn an SAE of scale * x into one of x, whose codes and output are 1 / scale as large.
+    def fold_scale_(self, scale: float, out: float | None = None) -> "SAE":
+        """Turn an SAE of scale * x into one of x, whose codes are 1 / scale as large.
 
-        The weights stay as they are: every activation here commutes with a positive factor.
+        A transcoder's output was out * y and becomes y; else `out` is the same scale. A transcoder
+        by_norm becomes one that is not.
         """
+        out = scale if out is None else out
+        if out != scale:
+            self.settle_norms_()
         self.b_enc.div_(scale)
-        self.b_dec.div_(scale)
+        self.b_dec.div_(out)
+        if out != scale:
+            self.W_dec.mul_(scale / out)
+            if self.W_skip is not None:
+                self.W_skip.mul_(scale / out)
+        self.activation.fold_scale_(scale)
         return self
+
+    @torch.no_grad()
+    def fold_columns_(self, factors: Float[Tensor, " d_in"]) -> "SAE":
+        """Turn an autoencoder of factors * x into one of x, with the same codes, not by_norm."""
+        self.settle_norms_()
+        self.W_enc.mul_(factors)
+        self.W_dec.div_(factors)
+        self.b_dec.div_(factors)
+        self.activation.fold_columns_(factors)
+        return self
+
+    @torch.no_grad()
+    def settle_norms_(self) -> None:
+        """Move what by_norm multiplies by into the weights, for good: the codes stay the same, and
+        so do they when the decoder's units change."""
+        weights, self.by_norm = self.weights(), False
+        for parameter, seen in zip(self.weights(), weights, strict=True):
+            parameter.copy_(seen)
 
     def save(self, directory: str | Path) -> None:
         """Write config.json and sae.safetensors, each atomically, to a directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / "sae.safetensors", self.state_dict())
-        config = {
-            "format": FORMAT,
-            "d_in": self.d_in,
-            "d_sae": self.d_sae,
-            "d_out": self.d_out,
-            "activation": activation_to_dict(self.activation),
-        }
+        activation = to_dict(self.activation.cfg)
+        config = {"format": FORMAT, **self.shape(), "activation": activation}
         write_json(directory / "config.json", config)
 
+    def shape(self) -> dict[str, Any]:
+        """The arguments that it was built with, but for the activation."""
+        ends = {"d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.d_out}
+        skip = self.W_skip is not None
+        return {**ends, "skip": skip, "layers": self.layers, "by_norm": self.by_norm}
+
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}"
+        shown = {"d_in": self.d_in, "d_sae": self.d_sae}
+        special = {n: v for n, v in self.shape().items() if v not in (None, False, 1)}
+        return ", ".join(f"{name}={value}" for name, value in (shown | special).items())
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE that `SAE.save` wrote to a directory.
+    """The SAE that `SAE.save` wrote to a directory, in evaluation mode.
 
     Raises ValueError for a missing, damaged or foreign file, naming it.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
         raise ValueError(f"{directory / 'config.json'} is not the config of a {FORMAT} file")
-    unknown = config.keys() ^ {"format", "d_in", "d_sae", "d_out", "activation"}
-    if unknown:
+    arguments = {"d_in", "d_sae", "d_out", "skip", "layers", "by_norm", "activation"}
+    if unknown := config.keys() ^ arguments:
         raise ValueError(f"{directory / 'config.json'}: unknown or missing {sorted(unknown)}")
     tensors = read_tensors(directory / "sae.safetensors")
+    activation = activation_of(from_dict(ActivationConfig, config.pop("activation"), "activation"))
     with torch.device("meta"):
-        sae = SAE(
-            config["d_in"],
-            config["d_sae"],
-            activation_from_dict(config["activation"]),
-            config["d_out"],
-        )
+        sae = SAE(activation=activation, **config)
     wanted = {name: list(p.shape) for name, p in sae.state_dict().items()}
     found = {name: list(t.shape) for name, t in tensors.items()}
     if wanted != found:
         raise ValueError(f"{directory / 'sae.safetensors'} must hold {wanted}, got {found}")
     sae.load_state_dict(tensors, assign=True)
-    return sae.to(device)
+    return sae.to(device).eval()

@@ -1,6 +1,19 @@
 from .config import TrainConfig
 from .interrupt import Interrupted
+from .optim import Optimizer
+from .recipes import RECIPES, recipe
 from .run_folder import resumed_config, stored_config
+from .sweep import Sweep
 from .trainer import Trainer
 
-__all__ = ["Interrupted", "TrainConfig", "Trainer", "resumed_config", "stored_config"]
+__all__ = [
+    "RECIPES",
+    "Interrupted",
+    "Optimizer",
+    "Sweep",
+    "TrainConfig",
+    "Trainer",
+    "recipe",
+    "resumed_config",
+    "stored_config",
+]

@@ -1,14 +1,17 @@
 """What a training run is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastsae.device import Device
-from fastsae.nn import SAE, AbsTopK, TopK
-from fastsae.nn.topk import Gradient, Rotation
+import torch
 
-ACTIVATIONS = {"topk": TopK, "abstopk": AbsTopK}
+from fastsae.device import Device
+from fastsae.losses import Objective
+from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
+from fastsae.nn.activations import activation_of
+
+from .optim import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,25 +22,38 @@ class TrainConfig:
     """Activations to train on: a folder from `fastsae harvest`, or .npy or .safetensors files.
     Without it, activations of a small transformer over Python's own library are made and used."""
 
+    target: Path | None = None
+    """Activations of the same tokens that the output is to be, in place of the input's own: makes
+    it a transcoder."""
+
+    skip: bool = False
+    """The transcoder also passes its input on through a linear map."""
+
+    layers: tuple[Path, ...] = ()
+    """Activations of the same tokens in other layers, coded together with those in data by one
+    dictionary: makes it a crosscoder."""
+
     out: Path = Path("runs/sae")
     """Folder for the run's results; it must not hold another run."""
 
     d_sae: int = 4096
     """Latents in the dictionary."""
 
-    k: int = 32
-    """Active latents per token."""
+    by_norm: bool = False
+    """Choose and penalise latents by their value times the norm of their decoder row, which is
+    then free. A crosscoder always does."""
 
-    activation: Literal["topk", "abstopk"] = "topk"
-    """Which pre-activations are kept: the k largest, or the k of largest magnitude, signed."""
+    activation: ActivationConfig = field(default_factory=TopKConfig)
+    """How pre-activations become codes, with its own settings."""
 
-    gradient: Gradient = "straight_through"
-    """What trains the encoder: the gradient of the kept latents, or that gradient rotated as the
-    choice of them rotated the pre-activations (arXiv:2410.06424)."""
+    objective: Objective = field(default_factory=Objective)
+    """What is minimised."""
 
-    rotation: Rotation | None = None
-    """Whose gradient a rotation takes: that of the kept latents (support, the default) or of all
-    latents, also those not kept (dense)."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """How weights move."""
+
+    init: Init = field(default_factory=Init)
+    """How weights start."""
 
     steps: int | None = None
     """Optimisation steps; by default one pass over the data, but at least 600."""
@@ -45,18 +61,11 @@ class TrainConfig:
     batch_size: int = 4096
     """Tokens per step."""
 
-    lr: float | None = None
-    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 16384), and up to 5 times that in runs
-    of under 15000 steps."""
-
-    warmup: int | None = None
-    """Steps over which the learning rate rises; by default a twentieth of all, at most 1000."""
-
-    decay: float = 0.2
-    """Last part of the run over which the learning rate falls to 0."""
-
     seed: int = 0
     """Seed of initialisation and shuffling: the same seed gives the same bits."""
+
+    data_seed: int | None = None
+    """Seed of the data's order, if it is not to be the other one."""
 
     device: Device = "auto"
     """Where to train; auto takes a GPU if there is one."""
@@ -68,24 +77,9 @@ class TrainConfig:
     almost always the same choice. On a GPU, the active latents and all that follows are computed
     from bf16 copies of the fp32 weights."""
 
-    adam_moments: Literal["fp32", "bf16"] = "fp32"
-    """How Adam's moments of the weights are kept; bf16, rounded stochastically, saves a third of
-    the memory and of what each step moves."""
-
-    adam_window: int = 1
-    """Latents without a gradient are updated at least every so many steps, at most 8; then they
-    make up for the steps they missed, and until then the encoder sees them as they were. 1 is
-    Adam."""
-
     dead_after: int | None = None
     """Tokens without firing after which a latent counts as dead; by default 10 million, or an
     eighth of the run if that is less."""
-
-    auxk_coef: float = 1 / 32
-    """Weight of the loss that revives dead latents; 0 turns it off."""
-
-    k_aux: int | None = None
-    """Dead latents per token that take part in it; by default d_in / 2."""
 
     step: Literal["auto", "fused", "autograd"] = "auto"
     """How a step is computed; auto takes the fused step wherever it applies."""
@@ -106,44 +100,86 @@ class TrainConfig:
     """Also log to this project of Weights & Biases."""
 
     def __post_init__(self):
-        at_least_one = ("d_sae", "k", "steps", "batch_size", "checkpoint_every", "k_aux")
-        for name in (*at_least_one, "keep_checkpoints", "log_every", "dead_after"):
+        at_least_one = ("d_sae", "steps", "batch_size", "checkpoint_every", "keep_checkpoints")
+        for name in (*at_least_one, "log_every", "dead_after"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
-        if self.k > self.d_sae:
-            raise ValueError(f"k must be between 1 and d_sae = {self.d_sae}, got {self.k}")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.warmup is not None and self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay must be between 0 and 1, got {self.decay}")
-        if not self.auxk_coef >= 0:
-            raise ValueError(f"auxk_coef must be at least 0, got {self.auxk_coef}")
-        if self.auxk_coef == 0 and self.k_aux is not None:
-            raise ValueError(f"k_aux = {self.k_aux} has no effect with auxk_coef = 0")
-        if not 1 <= self.adam_window <= 8:
-            raise ValueError(f"adam_window must be between 1 and 8, got {self.adam_window}")
-        if self.rotation is not None and self.gradient != "rotation":
+        if self.target is not None and self.layers:
+            raise ValueError("give either a target (transcoder) or layers (crosscoder), got both")
+        if self.skip and self.target is None:
+            raise ValueError("skip has no effect without a target: it is a transcoder's")
+        if self.by_norm and self.layers:
+            raise ValueError("by_norm has no effect with layers: a crosscoder always does so")
+        if self.by_norm and self.optimizer.constraint == "unit":
             raise ValueError(
-                f'rotation = {self.rotation} has no effect without gradient "rotation"'
+                'by_norm has no effect with constraint "unit", which keeps every norm at 1: '
+                "choose another constraint"
             )
-        if self.step == "fused" and self.gradient == "rotation":
-            raise ValueError('gradient "rotation" needs the autograd step, got step "fused"')
-        if self.step == "autograd" or self.gradient == "rotation":
-            given = f'got step "{self.step}" and gradient "{self.gradient}"'
-            fused = {"encoder_precision": ("bf16", "tf32"), "adam_moments": ("bf16",)}
-            for name, values in fused.items():
-                if (value := getattr(self, name)) in values:
-                    raise ValueError(f'{name} "{value}" needs the fused step, {given}')
-            if self.adam_window > 1:
-                raise ValueError(f"adam_window = {self.adam_window} needs the fused step, {given}")
+        if self.optimizer.constraint == "aligned" and self.target is not None:
+            raise ValueError(
+                'constraint "aligned" is an autoencoder\'s: a transcoder cannot have it'
+            )
+        start, constraint = self.init, self.optimizer.constraint
+        if constraint != "none" and start.row_norm != 1:
+            raise ValueError(
+                f'row_norm = {start.row_norm} needs constraint "none", got "{constraint}"'
+            )
+        if constraint == "aligned" and start.encoder != "tied":
+            raise ValueError(f'constraint "aligned" needs a tied encoder, got "{start.encoder}"')
+        with torch.device("meta"):
+            self.build(1, None if self.target is None else 1)
+        self.check_step()
 
-    def build(self, d_in: int) -> SAE:
-        """The SAE to be trained, on activations of width d_in."""
-        activation = ACTIVATIONS[self.activation]
-        rotation = self.rotation or "support"
-        return SAE(d_in, self.d_sae, activation(self.k, gradient=self.gradient, rotation=rotation))
+    def check_step(self) -> None:
+        """ValueError for a setting that the step cannot have."""
+        if self.step == "fused" and self.unfused:
+            raise ValueError(f'{self.unfused} needs the autograd step, got step "fused"')
+        if self.step == "autograd" or self.unfused:
+            reason = self.unfused or 'step "autograd"'
+            options = self.optimizer.adam_moments, self.optimizer.adam_window
+            fused = {
+                f'encoder_precision "{self.encoder_precision}"': self.encoder_precision
+                in ("bf16", "tf32"),
+                f'adam_moments "{options[0]}"': options[0] != "fp32",
+                f"adam_window = {options[1]}": options[1] > 1,
+            }
+            for name, given in fused.items():
+                if given:
+                    raise ValueError(f"{name} needs the fused step, got {reason}")
+
+    @property
+    def unfused(self) -> str | None:
+        """What keeps the fused step from applying; None where it does."""
+        activation = activation_of(self.activation)
+        reasons = {
+            "a transcoder": self.target is not None,
+            "a crosscoder": bool(self.layers),
+            "by_norm": self.by_norm,
+            'gradient "rotation"': getattr(self.activation, "gradient", None) == "rotation",
+            f'activation "{self.activation.name}"': not activation.fuses,
+            "prefixes or multi_k": not self.objective.plain,
+            f'constraint "{self.optimizer.constraint}"': self.optimizer.constraint != "unit",
+            "clip": self.optimizer.clip is not None,
+        }
+        return next((name for name, true in reasons.items() if true), None)
+
+    def build(self, d_in: int, d_out: int | None = None) -> SAE:
+        """The SAE to be trained, on activations of width d_in in each layer.
+
+        Raises ValueError for settings that do not fit each other.
+        """
+        layers = len(self.layers) + 1
+        sae = SAE(
+            layers * d_in,
+            self.d_sae,
+            activation_of(self.activation),
+            d_out,
+            skip=self.skip,
+            layers=layers,
+            by_norm=self.by_norm or layers > 1,
+        )
+        self.objective.check(sae)
+        return sae

@@ -16,12 +16,14 @@ GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilisation": "{:.0%}", "gpu_watt
 class Log:
     """Open it with `with`; each line goes to every place that is switched on."""
 
-    def __init__(self, config: TrainConfig, steps: int, first_step: int):
+    def __init__(self, config: TrainConfig, steps: int, first_step: int, alone: bool = True):
+        """Unless it is alone, it shows nothing of its own while it goes on."""
         self.path = config.out / "metrics.jsonl"
         keep_lines(self.path, first_step)
         self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
         self._wandb = _wandb(config) if config.wandb else None
-        self._live = sys.stderr.isatty()
+        self._alone, self._live = alone, alone and sys.stderr.isatty()
+        self.last: dict[str, Any] = {}
         from tqdm import tqdm  # here, so that kernels and steps can be used without it
 
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self._live)
@@ -34,7 +36,9 @@ class Log:
         """Record a line; `step` and `tokens` say where it belongs."""
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        self._show(line)
+        self.last = line
+        if self._alone:
+            self._show(line)
         numbers = {name: value for name, value in line.items() if name not in ("step", "tokens")}
         if self._tensorboard is not None:
             for name, value in numbers.items():

@@ -1,9 +1,12 @@
-"""Adam's state for an SAE, and the learning-rate schedule."""
+"""Adam's state for an SAE, what is done to weights and gradients around it, and the schedule."""
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.nn import SAE
@@ -15,7 +18,74 @@ from fastsae_kernels.adam import (
     adam_,
     settle_,
 )
-from fastsae_kernels.dense_adam import fused_adam_
+from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_
+
+Constraint = Literal["unit", "aligned", "none"]
+Moments = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """How weights move."""
+
+    lr: float | None = None
+    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 16384), and up to 5 times that in runs
+    of under 15000 steps."""
+
+    warmup: int | None = None
+    """Steps over which the learning rate rises; by default a twentieth of all, at most 1000."""
+
+    decay: float = 0.2
+    """Last part of the run over which the learning rate falls to 0."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's rates of forgetting."""
+
+    eps: float = 6.25e-10
+    """Adam's epsilon."""
+
+    clip: float | None = None
+    """The norm that all gradients together are scaled down to, if they exceed it."""
+
+    ema: float | None = None
+    """The SAE that a run saves is an average over its steps, each weighing so much as the next."""
+
+    constraint: Constraint = "unit"
+    """On weights after each step: decoder rows of norm 1, with the part of their gradient along
+    them removed before; encoder rows whose product with their decoder row is 1 (aligned,
+    arXiv:2605.18629); or none."""
+
+    adam_moments: Moments = "fp32"
+    """How Adam's moments of the weights are kept; bf16, rounded stochastically, saves a third of
+    the memory and of what each step moves."""
+
+    adam_window: int = 1
+    """Latents without a gradient are updated at least every so many steps, at most 8; then they
+    make up for the steps they missed, and until then the encoder sees them as they were. 1 is
+    Adam."""
+
+    def __post_init__(self):
+        for name, choice in {"constraint": Constraint, "adam_moments": Moments}.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(
+                    f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
+                )
+        for name in ("lr", "eps", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if self.warmup is not None and self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be between 0 and 1, got {self.decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
+        if not 1 <= self.adam_window <= 8:
+            raise ValueError(f"adam_window must be between 1 and 8, got {self.adam_window}")
+        if self.ema is not None and self.adam_window > 1:
+            raise ValueError(f"ema needs adam_window 1, whose rows never wait: {self.adam_window}")
 
 
 def default_lr(d_sae: int, steps: int) -> float:
@@ -42,35 +112,41 @@ def schedule(step: int, steps: int, warmup: int, decay: float) -> float:
 class Adam:
     """Adam (arXiv:1412.6980) on the parameters of an SAE.
 
-    Call `begin_step` once per step, then either `update` for every parameter with its dense
-    gradient, or `update` for the biases and `update_rows` for both weights.
+    Call `begin_step` once per step, then either `update_all` with dense gradients, or `update`
+    for the biases and `update_rows` for both weights; `end_step` after that.
     """
 
     def __init__(
         self,
         sae: SAE,
+        settings: Optimizer | None = None,
         *,
-        moments: torch.dtype | None = None,
-        window: int = 1,
         shadows: Collection[str] = (),
         seed: int = 0,
     ):
-        """`moments` is the dtype of the weights' moments, by default the weights' own; `window` the
-        steps within which every row is visited; `shadows` names the weights that are also kept
-        in bfloat16; `seed` is that of stochastic rounding. See `fastsae_kernels.adam`."""
+        """`shadows` names the weights that are also kept in bfloat16; `seed` is that of stochastic
+        rounding. See `fastsae_kernels.adam`."""
+        self.settings = settings = settings or Optimizer()
+        low = torch.bfloat16 if settings.adam_moments == "bf16" else None
         self.parameters = {name: p.detach() for name, p in sae.named_parameters()}
-        kept = {name: moments if name in ("W_dec", "W_enc") else None for name in self.parameters}
+        kept = {name: low if name in ("W_dec", "W_enc") else None for name in self.parameters}
         self.first = {n: torch.zeros_like(p, dtype=kept[n]) for n, p in self.parameters.items()}
         self.second = {n: torch.zeros_like(m) for n, m in self.first.items()}
         self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
-        self.at = AdamStep(0, 0.0, seed=seed)
+        averaged = self.parameters if settings.ema else {}
+        self.average = {name: torch.zeros_like(p) for name, p in averaged.items()}
+        self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed)
         self.window: Window | None = None
-        if window > 1:
+        if settings.adam_window > 1:
             updated = torch.zeros(sae.d_sae, dtype=torch.int32, device=sae.W_enc.device)
-            self.window = Window(updated, sae.W_enc.new_zeros(window))
+            self.window = Window(updated, sae.W_enc.new_zeros(settings.adam_window))
 
     def begin_step(self, lr: float) -> None:
         self.at = self.at._replace(step=self.at.step + 1, lr=lr)
+
+    def move(self, name: str, home: Tensor) -> None:
+        """Keep a parameter in other memory, of the same values, from now on."""
+        self.parameters[name] = home
 
     def rows(self, name: str) -> Rows:
         """A weight with its moments and its shadow."""
@@ -82,14 +158,40 @@ class Adam:
         """Move a parameter down its dense gradient."""
         fused_adam_(self.parameters[name], gradient, self.first[name], self.second[name], self.at)
 
+    def update_all(self, gradients: dict[str, Tensor]) -> None:
+        """Move every parameter down its dense gradient, which is used up, and constrain it."""
+        if self.settings.constraint == "unit":
+            remove_parallel_(gradients["W_dec"], self.parameters["W_dec"])
+        if self.settings.clip:
+            clip_(gradients, self.settings.clip)
+        for name, gradient in gradients.items():
+            self.update(name, gradient)
+        self.constrain()
+
+    def constrain(self) -> None:
+        """Bring both weights back to where the constraint wants them."""
+        if self.settings.constraint == "unit":
+            normalise_rows_(self.parameters["W_dec"])
+        elif self.settings.constraint == "aligned":
+            align_rows_(self.parameters["W_enc"], self.parameters["W_dec"])
+
     def update_rows(self, gradients: RowGradients) -> None:
         """Move both weights down their sparse gradients, and constrain the decoder's rows."""
         adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
 
+    def end_step(self) -> None:
+        """Take the step into the average."""
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name], 1 - (self.settings.ema or 0))
+
     def settle(self) -> None:
-        """Bring rows that wait for their update up to date."""
+        """Bring rows that wait for their update up to date, and weights to their average."""
         if self.window is not None:
             settle_(self.rows("W_dec"), self.rows("W_enc"), self.at, self.window)
+        for name, average in self.average.items():
+            self.parameters[name].copy_(average).div_(1 - (self.settings.ema or 0) ** self.at.step)
+        if self.average:
+            self.constrain()
 
     def restored(self, step: int) -> None:
         """Go on after a step whose parameters and state_dict have been copied in."""
@@ -98,6 +200,26 @@ class Adam:
             shadow.copy_(self.parameters[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        moments = {"first": self.first, "second": self.second}
-        named = {f"{m}.{name}": t for m, group in moments.items() for name, t in group.items()}
+        kept = {"first": self.first, "second": self.second, "average": self.average}
+        named = {f"{m}.{name}": t for m, group in kept.items() for name, t in group.items()}
         return named | (self.window._asdict() if self.window is not None else {})
+
+
+def clip_(gradients: dict[str, Tensor], norm: float) -> None:
+    """Scale all gradients down so that together they have at most this norm, without a wait.
+
+    The same factor as torch.nn.utils.clip_grad_norm_, which other trainers use.
+    """
+    total = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]).norm()
+    factor = (norm / (total + 1e-6)).clamp_max(1.0)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
+
+
+def align_rows_(W_enc: Float[Tensor, "F D"], W_dec: Float[Tensor, "F D"]) -> None:
+    """Move each encoder row, as little as can be, to a product of 1 with its decoder row.
+
+    The condition is that of arXiv:2605.18629; the projection onto it is our choice.
+    """
+    missing = 1 - (W_enc * W_dec).sum(1, keepdim=True)
+    W_enc.addcmul_(W_dec, missing / W_dec.square().sum(1, keepdim=True))

@@ -27,21 +27,26 @@ class Plan:
     k_aux: int
 
     @classmethod
-    def of(cls, config: TrainConfig, d_in: int, n_tokens: int) -> "Plan":
+    def of(cls, config: TrainConfig, d_out: int, n_tokens: int) -> "Plan":
         """Raises ValueError for a choice that the SAE or the machine does not allow."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae[log]'")
+        optimizer = config.optimizer
         steps = config.steps or max(600, n_tokens // config.batch_size)
         step = config.step
         if step == "auto":
-            step = "fused" if config.gradient == "straight_through" else "autograd"
+            step = "autograd" if config.unfused else "fused"
         device = choose_device(config.device)
         precision = config.encoder_precision
         if precision == "auto":
             precision = "bf16" if device == "cuda" and step == "fused" else "fp32"
         if precision == "tf32" and device == "cpu":
             raise ValueError("encoder_precision tf32 needs a GPU: a CPU knows fp32 and bf16")
+        if precision == "bf16" and device == "cpu" and config.activation.name != "topk":
+            raise ValueError(
+                f"encoder_precision bf16 on a CPU is for topk, got {config.activation.name}"
+            )
         eighth = max(steps * config.batch_size // 8, 1)
         dead_after = config.dead_after or min(10_000_000, eighth)
         return cls(
@@ -49,9 +54,9 @@ class Plan:
             device=device,
             step=step,
             encoder_precision=precision,
-            lr=default_lr(config.d_sae, steps) if config.lr is None else config.lr,
-            warmup=min(1000, steps // 20) if config.warmup is None else config.warmup,
+            lr=optimizer.lr or default_lr(config.d_sae, steps),
+            warmup=min(1000, steps // 20) if optimizer.warmup is None else optimizer.warmup,
             dead_after=dead_after,
             dead_every=max(1, dead_after // (100 * config.batch_size)),
-            k_aux=config.k_aux or default_k_aux(d_in),
+            k_aux=config.objective.k_aux or default_k_aux(d_out),
         )

@@ -43,7 +43,8 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str) -> None:
     found, wanted = _read(config.out), _document(config, fingerprint)
     if found.get("fingerprint") != fingerprint:
         raise ValueError(f"{path} was written for other data than {config.data or 'the demo'}")
-    changed = [key for key, value in wanted["config"].items() if found["config"].get(key) != value]
+    kept = _settings(found["config"])
+    changed = [n for n, value in _settings(wanted["config"]).items() if kept.get(n) != value]
     if changed:
         raise ValueError(f"{path} differs from this run in {', '.join(changed)}")
     for name, value in to_dict(plan).items():
@@ -74,16 +75,33 @@ def _read(out: Path) -> dict[str, Any]:
 def resumed_config(given: TrainConfig) -> TrainConfig:
     """The settings of the run in given.out; ValueError for one that has another value there."""
     stored = stored_config(given.out)
-    if given.data is not None:
-        given = dataclasses.replace(given, data=given.data.resolve())
-    for field in dataclasses.fields(TrainConfig):
-        value, kept = getattr(given, field.name), getattr(stored, field.name)
+    found = _settings(to_dict(_resolved(stored)))
+    for name, value in _settings(to_dict(_resolved(given))).items():
+        kept = found.get(name)
         if value != kept:
             raise ValueError(
-                f"{field.name} = {value} differs from the run to be resumed, "
+                f"{name} = {value} differs from the run to be resumed, "
                 f"which has {kept}: leave it out, or choose another --out"
             )
     return stored
+
+
+def _settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a config's tree by their names, which no two share."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _settings({name if key == "name" else key: v for key, v in value.items()})
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """The same with the paths of its data written out."""
+    data, target = (path and path.resolve() for path in (config.data, config.target))
+    layers = tuple(path.resolve() for path in config.layers)
+    return dataclasses.replace(config, data=data, target=target, layers=layers)
 
 
 def latest(out: Path) -> Path | None:
@@ -93,8 +111,6 @@ def latest(out: Path) -> Path | None:
 
 
 def _document(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    settings = to_dict(config)
+    settings = to_dict(_resolved(config))
     del settings["out"]  # the folder may be moved
-    if config.data is not None:
-        settings["data"] = str(config.data.resolve())
     return {"format": FORMAT, "config": settings, "fingerprint": fingerprint}

@@ -23,23 +23,23 @@ class TrainState:
     """int64 [d_sae]: tokens seen since each latent was last active."""
     dead: Tensor
     """int64 [n_dead]: the latents that count as dead, rising."""
-    scale: float
-    """The constant that activations are multiplied by before training."""
+    scales: tuple[float, ...]
+    """What activations are multiplied by before training: one for each source."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Time spent in the training loop, over all its runs."""
+    """Time spent on steps and on waiting for their data, over all runs."""
     cursor: Cursor = field(default_factory=Cursor)
-    sums: Tensor = field(default_factory=lambda: torch.zeros(5))
-    """[5]: of loss, FVU, aux-k and L0 since the last logged line, and their number."""
+    sums: Tensor = field(default_factory=lambda: torch.zeros(6))
+    """[6]: of loss, FVU, aux-k, penalty and L0 since the last logged line, and their number."""
     logged: tuple[int, float] = (0, 0.0)
     """Tokens and seconds at the last logged line."""
 
     @classmethod
-    def fresh(cls, sae: SAE, adam: Adam, scale: float) -> "TrainState":
+    def fresh(cls, sae: SAE, adam: Adam, scales: tuple[float, ...]) -> "TrainState":
         counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        sums = torch.zeros(5, device=counters.device)
-        return cls(sae, adam, counters, counters[:0], scale, sums=sums)
+        sums = torch.zeros(6, device=counters.device)
+        return cls(sae, adam, counters, counters[:0], scales, sums=sums)
 
     def find_dead(self, dead_after: int) -> None:
         """Update the set of dead latents; this waits for a GPU."""
@@ -52,11 +52,11 @@ class TrainState:
         self.cursor = cursor
         self.tokens_since_fired += batch_size
         self.tokens_since_fired.masked_fill_(result.codes.fired(), 0)
-        self.sums += torch.stack([*result[:4], torch.ones_like(result.loss)])
+        self.sums += torch.stack([*result[:5], torch.ones_like(result.loss)])
 
     def metrics(self, dead_after: int) -> dict[str, float | int]:
         """The averages since the last call, as one line for the log."""
-        loss, fvu, auxk, l0, count = self.sums.tolist()
+        loss, fvu, auxk, penalty, l0, count = self.sums.tolist()
         self.sums.zero_()
         tokens, seconds = self.tokens - self.logged[0], self.seconds - self.logged[1]
         self.logged = self.tokens, self.seconds
@@ -66,6 +66,7 @@ class TrainState:
             "loss": loss / count,
             "fvu": fvu / count,
             "auxk": auxk / count,
+            "penalty": penalty / count,
             "l0": l0 / count,
             "dead_fraction": (self.tokens_since_fired >= dead_after).float().mean().item(),
             "lr": self.adam.at.lr,
@@ -92,7 +93,7 @@ class TrainState:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "logged": self.logged,
-            "scale": self.scale,
+            "scales": self.scales,
             "cursor": self.cursor._asdict(),
         }
 
@@ -111,5 +112,5 @@ class TrainState:
         self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
         self.adam.restored(meta["step"])
         self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
-        self.scale, self.cursor = meta["scale"], Cursor(**meta["cursor"])
+        self.scales, self.cursor = tuple(meta["scales"]), Cursor(**meta["cursor"])
         self.logged = tuple(meta["logged"])

@@ -4,9 +4,9 @@
             constraint, Adam, constraint again
 
 The fused step builds no graph and no [d_sae, d_in] gradient: a row's gradient is summed, applied
-and forgotten. It serves activations whose gradient is the identity on active entries (TopK and
-AbsTopK, straight through); every other way of training goes through autograd. Neither reads a
-value back from a GPU.
+and forgotten. It serves activations whose gradient is the identity on active entries (TopK,
+AbsTopK and BatchTopK, straight through) and one plain error; every other way of training goes
+through autograd. With TopK, neither reads a value back from a GPU.
 """
 
 from typing import NamedTuple
@@ -15,18 +15,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastsae.codes import Codes
 from fastsae.losses import (
+    Objective,
     TrainingLoss,
     auxk_error,
+    auxk_scale,
     auxk_tokens,
     auxk_weight,
-    total_variance,
+    default_k_aux,
     training_loss,
 )
 from fastsae.nn import SAE
 from fastsae_kernels import squared_error
 from fastsae_kernels.adam import RowGradients
-from fastsae_kernels.dense_adam import normalise_rows_, remove_parallel_
 from fastsae_kernels.latent_major import latent_major, sum_runs
 
 from .optim import Adam
@@ -37,18 +39,19 @@ def autograd_step(
     adam: Adam,
     x: Float[Tensor, "N d_in"],
     dead: Int[Tensor, " n_dead"] | None,
-    auxk_coef: float,
-    k_aux: int,
+    objective: Objective,
+    target: Float[Tensor, "N d_out"] | None = None,
+    progress: float = 1.0,
 ) -> TrainingLoss:
-    """Differentiate `training_loss`, then constrain, update and renormalise."""
-    result = training_loss(sae, x, dead, auxk_coef, k_aux)
+    """Differentiate `training_loss`, then constrain and update."""
+    result = training_loss(sae, x, dead, objective, target, progress)
     names, parameters = zip(*sae.named_parameters(), strict=True)
-    gradients = dict(zip(names, torch.autograd.grad(result.loss, parameters), strict=True))
+    gradients = torch.autograd.grad(
+        result.loss, parameters, allow_unused=True, materialize_grads=True
+    )
     with torch.no_grad():
-        remove_parallel_(gradients["W_dec"], sae.W_dec)
-        for name, gradient in gradients.items():
-            adam.update(name, gradient)
-        normalise_rows_(sae.W_dec)
+        adam.update_all(dict(zip(names, gradients, strict=True)))
+        adam.end_step()
     return result._replace(loss=result.loss.detach())
 
 
@@ -58,27 +61,33 @@ def fused_step(
     adam: Adam,
     x: Float[Tensor, "N d_in"],
     dead: Int[Tensor, " n_dead"] | None,
-    auxk_coef: float,
-    k_aux: int,
+    objective: Objective,
+    codes: Codes | None = None,
 ) -> TrainingLoss:
-    """The same update without a graph, products from the shadows that adam keeps."""
+    """The same update without a graph, products from the shadows that adam keeps.
+
+    `codes` are those of x, where they are known already.
+    """
     low = "W_dec" in adam.shadow  # then every product is of bfloat16
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
     centred = x - x.mean(0)
     variance = sum_of_squares(centred)
     torch.sub(x, sae.b_dec, out=centred)
     seen, b_enc = centred.to(W_enc.dtype), sae.b_enc.to(W_enc.dtype)
-    proposals = None if low else adam.shadow.get("W_enc")
-    codes = sae.activation.encode(seen, W_enc, b_enc, proposals)
+    proposals = {} if low or "W_enc" not in adam.shadow else {"shadow": adam.shadow["W_enc"]}
+    if codes is None:
+        codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
     sse, error, dots = squared_error(codes.values, codes.indices, W_dec, sae.b_dec, x)
-    loss = fvu = sse.sum() / variance
+    unit = 1 / variance if objective.error == "fvu" else variance.new_tensor(1 / len(x))
+    total = sse.sum()
+    loss, fvu = total * unit, total / variance
     aux = None
-    if dead is not None and len(dead) and auxk_coef:
+    if dead is not None and len(dead) and objective.auxk_coef:
         slices = W_enc[dead], b_enc[dead], W_dec[dead]
         signed, residual = sae.activation.signed, -error.to(x.dtype)
-        aux = auxk_gradients(seen, residual, dead, slices, auxk_coef, k_aux, signed)
+        aux = auxk_gradients(seen, residual, dead, slices, objective, signed)
 
-    scale = 2 / variance
+    scale = 2 * unit
     runs = latent_major(codes.indices, codes.d_sae, codes.active)
     weights, d_weights = (
         (entries.to(x.dtype) * scale).flatten()[runs.entry] for entries in (codes.values, dots)
@@ -87,15 +96,16 @@ def fused_step(
     d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_b_enc.to(W_enc.dtype) @ W_enc
     extra = None
     if aux is not None:
-        loss = fvu + auxk_weight(auxk_coef, len(aux.rows), k_aux) * aux.loss
+        loss = loss + aux.weight * aux.loss
         d_b_enc[aux.rows] += aux.b_enc
         d_b_dec += aux.b_dec
         extra = aux.rows, aux.W_dec, aux.W_enc
     adam.update("b_enc", d_b_enc)
     adam.update("b_dec", d_b_dec)
     adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
-    auxk = torch.zeros_like(fvu) if aux is None else aux.loss
-    return TrainingLoss(loss, fvu, auxk, codes.l0(), codes)
+    adam.end_step()
+    none = torch.zeros_like(fvu)
+    return TrainingLoss(loss, fvu, none if aux is None else aux.loss, none, codes.l0(), codes)
 
 
 def sum_of_squares(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
@@ -104,9 +114,10 @@ def sum_of_squares(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
 
 
 class AuxKGradients(NamedTuple):
-    """The aux loss and its weighted gradients on the dead rows."""
+    """The aux loss, its weight, and its weighted gradients on the dead rows."""
 
     rows: Int[Tensor, " n_dead"]
+    weight: float
     loss: Float[Tensor, ""]
     W_enc: Float[Tensor, "n_dead d_in"]
     b_enc: Float[Tensor, " n_dead"]
@@ -119,8 +130,7 @@ def auxk_gradients(
     residual: Float[Tensor, "N d_in"],
     rows: Int[Tensor, " n_dead"],
     slices: tuple[Tensor, Tensor, Tensor],
-    auxk_coef: float,
-    k_aux: int,
+    objective: Objective,
     signed: bool,
 ) -> AuxKGradients:
     """Differentiate the aux loss on the dead rows of W_enc, b_enc and W_dec, in chunks of tokens.
@@ -130,17 +140,18 @@ def auxk_gradients(
     W_enc, b_enc, W_dec = leaves = [t.requires_grad_() for t in slices]
     sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
     loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(residual.shape[1])
-    variance = total_variance(residual)
-    weight = auxk_weight(auxk_coef, len(rows), k_aux)
+    k_aux = objective.k_aux or default_k_aux(residual.shape[1])
+    scale = auxk_scale(residual, objective)
+    weight = auxk_weight(objective.auxk_coef, len(rows), k_aux)
     chunk = auxk_tokens(residual, len(rows))
     for c, r in zip(centred.split(chunk), residual.split(chunk), strict=True):
         with torch.enable_grad():
             c = c.detach().requires_grad_()
-            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) / variance
+            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) * scale
         *gradients, d_centred = torch.autograd.grad(part, [*leaves, c])
         loss += part.detach()
         d_b_dec.sub_(d_centred.sum(0, dtype=residual.dtype), alpha=weight)
         for total, gradient in zip(sums, gradients, strict=True):
             total.add_(gradient, alpha=weight)
     d_W_enc, d_b_enc, d_W_dec = sums
-    return AuxKGradients(rows, loss, d_W_enc, d_b_enc, d_W_dec, d_b_dec)
+    return AuxKGradients(rows, weight, loss, d_W_enc, d_b_enc, d_W_dec, d_b_dec)

@@ -1,12 +1,16 @@
 """The training loop."""
 
+import copy
+import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
-from fastsae.data import ActivationSource, Batch
+from fastsae.codes import Codes
+from fastsae.data import ActivationSource, Batch, Batches
 from fastsae.device import tf32_products
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
@@ -15,6 +19,7 @@ from fastsae.nn import SAE, init_from_data
 
 from .config import TrainConfig
 from .curves import plot_curves
+from .ends import Ends
 from .gpu import GpuMeter
 from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
@@ -34,13 +39,19 @@ class Trainer:
 
     The folder then holds config.json, metrics.jsonl, checkpoints/, sae/ (for `fastsae.load`),
     summary.json and, with matplotlib, curves.png. The same config, data and backend give the same
-    bits, whether or not the run was interrupted and resumed.
+    bits, whether or not the run was interrupted and resumed. For a transcoder, source is
+    `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With `start_from`, an SAE of
+    config's shape and activation for activations as they are, training goes on from its weights.
     """
 
-    def __init__(self, config: TrainConfig, source: ActivationSource):
-        self.config, self.source = config, source
-        self.plan = Plan.of(config, source.d_in, source.n_tokens)
+    def __init__(
+        self, config: TrainConfig, source: ActivationSource, start_from: SAE | None = None
+    ):
+        self.config, self.source, self.start_from = config, source, start_from
+        self.ends = Ends.of(config, source)
+        self.plan = Plan.of(config, self.ends.width_out, source.n_tokens)
         self.device = torch.device(self.plan.device)
+        self.meter = GpuMeter(self.device)
 
     def fit(self, resume: bool = False) -> SAE:
         """Train to the last step and return the SAE, on the CPU, for activations as they are.
@@ -51,37 +62,50 @@ class Trainer:
         config = self.config
         keep_freed_memory()
         with claimed_run(config.out), Interrupts() as interrupts:
-            state = self.start(resume)
-            pin = self.device.type == "cuda"
+            state = self.start(resume, latest(config.out) if resume else None)
             with (
                 Log(config, self.plan.steps, state.step) as log,
-                self.source.batches(
-                    config.batch_size, config.seed, state.cursor, pin_memory=pin
-                ) as batches,
+                self.batches(state) as batches,
             ):
                 resumed = f"; resumed at step {state.step}" if state.step else ""
                 log.say(self.describe(state.sae) + resumed)
-                self.loop(state, batches, log, interrupts)
+                while state.step < self.plan.steps:
+                    start = time.perf_counter()
+                    self.advance(state, self.load(batches, state), log, start)
+                    if interrupts.signum and state.step < self.plan.steps:
+                        self.save(state)
+                        raise Interrupted(
+                            interrupts.signum,
+                            f"stopped at step {state.step} of {self.plan.steps}, saved; "
+                            f"go on with --resume --out {config.out}",
+                        )
             return self.finish(state)
 
-    def start(self, resume: bool) -> TrainState:
+    def start(self, resume: bool, checkpoint: Path | None) -> TrainState:
         """The state to go on from: initialised from a sample of the data, or a checkpoint's."""
-        config = self.config
+        config, ends = self.config, self.ends
         if resume:
             check_same(config, self.plan, self.source.fingerprint)
-        mean_square = self.source.mean_square
-        if not 0 < mean_square < torch.inf:
-            raise ValueError(f"activations must have a mean square above 0, got {mean_square}")
-        scale = mean_square**-0.5
-        sample = self.source.sample(SAMPLE_TOKENS, config.seed) * scale
-        if not (sample != sample[0]).any():
-            raise ValueError("activations must differ from each other: all that were drawn are one")
+        scales = ends.scales()
+        sample = self.source.sample(SAMPLE_TOKENS, config.seed) * ends.columns(scales)
+        x, target = ends.split(sample)
+        for name, rows in {"activations": x, "targets": target}.items():
+            if rows is not None and not (rows != rows[0]).any():
+                raise ValueError(f"{name} must differ from each other: all that were drawn are one")
         generator = torch.Generator().manual_seed(config.seed)
-        sae = init_from_data(config.build(self.source.d_in), sample, generator).to(self.device)
-        state = TrainState.fresh(sae, self.optimizer(sae), scale)
+        torch.manual_seed(config.seed)  # for activations that draw numbers
+        sae = ends.build(config)
+        if self.start_from is None:
+            init_from_data(sae, x, generator, target, config.init)
+        else:
+            given = ends.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
+            sae.load_state_dict(given.state_dict())
+        sae.to(self.device)
+        state = TrainState.fresh(sae, self.optimizer(sae), scales)
         if not resume:  # last, so that a start that fails leaves nothing behind
             begin(config, self.plan, self.source.fingerprint)
-        checkpoint = latest(config.out) if resume else None
+            if self.start_from is not None:
+                self.save(state)  # from here on, the folder is all that a resumed run needs
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
         return state
@@ -89,59 +113,63 @@ class Trainer:
     def optimizer(self, sae: SAE) -> Adam:
         """Adam, with the bfloat16 copies that the precision asks for."""
         shadows = ("W_enc",) if self.device.type == "cpu" else ("W_enc", "W_dec")
+        low = self.plan.encoder_precision == "bf16"
         return Adam(
-            sae,
-            moments=torch.bfloat16 if self.config.adam_moments == "bf16" else None,
-            window=self.config.adam_window,
-            shadows=shadows if self.plan.encoder_precision == "bf16" else (),
-            seed=self.config.seed,
+            sae, self.config.optimizer, shadows=shadows if low else (), seed=self.config.seed
         )
 
-    def loop(self, state: TrainState, batches, log: Log, interrupts: Interrupts) -> None:
-        config, meter = self.config, GpuMeter(self.device)
-        last = time.perf_counter()
-        while state.step < self.plan.steps:
-            batch = self.load(batches, state)
-            result = self.step(state, batch)
-            state.advance(result, len(batch.x), batch.cursor)
-            if self.device.type == "cpu":
-                self.check_finite(state, batch)
-            now = time.perf_counter()
-            state.seconds, last = state.seconds + now - last, now
+    def batches(self, state: TrainState) -> Batches:
+        """The stream of batches from where the run stands."""
+        config = self.config
+        seed = config.seed if config.data_seed is None else config.data_seed
+        pin = self.device.type == "cuda"
+        return self.source.batches(config.batch_size, seed, state.cursor, pin_memory=pin)
 
-            done = state.step == self.plan.steps
-            if done or state.step % config.log_every == 0:
-                self.check_finite(state, batch)
-                log.write({**state.metrics(self.plan.dead_after), **meter.read()})
-            log.advance()
-            if done or interrupts.signum or state.step % config.checkpoint_every == 0:
-                self.save(state)
-            if interrupts.signum and not done:
-                raise Interrupted(
-                    interrupts.signum,
-                    f"stopped at step {state.step} of {self.plan.steps}, saved; "
-                    f"go on with --resume --out {config.out}",
-                )
-
-    def load(self, batches, state: TrainState) -> Batch:
+    def load(self, batches: Batches, state: TrainState) -> Batch:
         """The next batch, scaled, on the device."""
         try:
             batch = next(batches)
         except ValueError as error:
             raise ValueError(f"step {state.step + 1}: {error}") from error
         x = batch.x.to(self.device, non_blocking=True)
-        return batch._replace(x=x.mul_(state.scale))
+        return batch._replace(x=x.mul_(self.ends.columns(state.scales, self.device)))
 
-    def step(self, state: TrainState, batch: Batch) -> TrainingLoss:
+    def advance(
+        self, state: TrainState, batch: Batch, log: Log, start: float, codes: Codes | None = None
+    ) -> None:
+        """One step, timed from start, with the log's line and the checkpoint that are then due.
+
+        `codes` are the batch's, for a fused step that need not find them.
+        """
+        config = self.config
+        result = self.step(state, batch, codes)
+        state.advance(result, len(batch.x), batch.cursor)
+        if self.device.type == "cpu":
+            self.check_finite(state, batch)
+        state.seconds += time.perf_counter() - start
+
+        done = state.step == self.plan.steps
+        if done or state.step % config.log_every == 0:
+            self.check_finite(state, batch)
+            log.write({**state.metrics(self.plan.dead_after), **self.meter.read()})
+        log.advance()
+        if done or state.step % config.checkpoint_every == 0:
+            self.save(state)
+
+    def step(self, state: TrainState, batch: Batch, codes: Codes | None) -> TrainingLoss:
         """One update of the weights."""
-        config, plan = self.config, self.plan
-        factor = schedule(state.step, plan.steps, plan.warmup, config.decay)
+        config, plan, objective = self.config, self.plan, self.config.objective
+        factor = schedule(state.step, plan.steps, plan.warmup, config.optimizer.decay)
         state.adam.begin_step(plan.lr * factor)
-        if config.auxk_coef and state.step % plan.dead_every == 0:
+        if objective.auxk_coef and state.step % plan.dead_every == 0:
             state.find_dead(plan.dead_after)
-        take = fused_step if plan.step == "fused" else autograd_step
+        x, target = self.ends.split(batch.x)
         with tf32_products(plan.encoder_precision == "tf32"):
-            return take(state.sae, state.adam, batch.x, state.dead, config.auxk_coef, plan.k_aux)
+            if plan.step == "fused":
+                return fused_step(state.sae, state.adam, x, state.dead, objective, codes)
+            progress = (state.step + 1) / plan.steps
+            dead = state.dead, objective
+            return autograd_step(state.sae, state.adam, x, *dead, target, progress)
 
     def check_finite(self, state: TrainState, batch: Batch) -> None:
         """ValueError if the loss was NaN or Inf since the last line; on a CPU, at this step."""
@@ -163,21 +191,24 @@ class Trainer:
 
     def describe(self, sae: SAE) -> str:
         """What the run does, in a line."""
-        config = self.config
-        name = f"{config.activation} (k = {config.k})"
-        if config.gradient == "rotation":
-            name += f" with a {config.rotation or 'support'} rotation gradient"
+        config, plan = self.config, self.plan
+        own = ", ".join(
+            f"{field.name} = {value}"
+            for field in dataclasses.fields(config.activation)
+            if (value := getattr(config.activation, field.name)) not in (field.default, None)
+            or (field.name == "k" and value)
+        )
         return (
-            f"{name}, {config.d_sae} latents of width {sae.d_in}, {self.plan.steps} steps of "
-            f"{config.batch_size} tokens on {self.plan.device}, {self.plan.step} step, "
-            f"{self.plan.encoder_precision} encoder"
+            f"{config.activation.name} ({own or 'defaults'}), {config.d_sae} latents of width "
+            f"{sae.d_in}, {plan.steps} steps of {config.batch_size} tokens on {plan.device}, "
+            f"{plan.step} step, {plan.encoder_precision} encoder"
         )
 
     def finish(self, state: TrainState) -> SAE:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
         state.adam.settle()
-        sae = state.sae.cpu().fold_scale_(state.scale)
+        sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")
         data = self.source.heldout or self.source
         result = reconstruction(sae, data, max_tokens=EVALUATION_TOKENS, device=self.device)

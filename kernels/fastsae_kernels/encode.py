@@ -130,16 +130,16 @@ class _EncodeTopk(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):  # g: [N, K]
         x, W_enc, values, indices = ctx.saved_tensors
-        gradients = straight_through(g, x, W_enc, values, indices, ctx.needs_input_grad[:3])
+        gradients = straight_through(g, x, W_enc, values != 0, indices, ctx.needs_input_grad[:3])
         return *gradients, None, None, None
 
 
 def straight_through(
-    g: Tensor, x: Tensor, W_enc: Tensor, values: Tensor, indices: Tensor, needs: Sequence[bool]
+    g: Tensor, x: Tensor, W_enc: Tensor, active: Tensor, indices: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc and b_enc from that of the values, [N, K]."""
+    """Gradients of x, W_enc and b_enc from that of the values, [N, K], through active ones."""
     need_x, need_W, need_b = needs
-    g = g.where(values != 0, 0.0)  # an inactive entry passes nothing on
+    g = g.where(active, 0.0)
     F, ones = W_enc.shape[0], x.new_ones(x.shape[0], 1)
     return (
         decode(g, indices, W_enc) if need_x else None,
@@ -194,3 +194,38 @@ def encode_topk(
         raise ValueError(f"shadow must have the shape of W_enc, got {list(shadow.shape)}")
     check_devices(x=x, W_enc=W_enc, b_enc=b_enc, shadow=shadow)
     return _encode_topk(x, W_enc, b_enc, k, by, shadow)
+
+
+@torch.no_grad()
+def encode_topk_each(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, choices: Sequence[tuple[int, By]]
+) -> list[tuple[Tensor, Tensor]]:
+    """encode_topk for S encoders of F latents each, stacked: one product serves all.
+
+    x [N, D], W_enc [S F, D], b_enc [S F], and for each encoder k and what it ranks by -> S pairs of
+    values [N, K] and indices [N, K]. Not differentiable. No more pre-activations exist at a time
+    than in encode_topk. ValueError unless the choices divide the rows of W_enc.
+    """
+    check_matrix("x", x)
+    check_matrix("W_enc", W_enc, columns=x.shape[1])
+    N, S = len(x), len(choices)
+    if not S or len(W_enc) % S or b_enc.shape != W_enc.shape[:1]:
+        raise ValueError(
+            f"W_enc and b_enc must have a multiple of {S} rows, "
+            f"got {list(W_enc.shape)} and {list(b_enc.shape)}"
+        )
+    F = len(W_enc) // S
+    found = []
+    for k, by in choices:
+        check_choice(k, by, F)
+        found.append((x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64, device=x.device)))
+    x, W_enc = x.contiguous(), W_enc.contiguous()
+    chunk = rows_at_a_time(x, S * F)
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        pre = _product(x[rows], W_enc, b_enc)
+        for part, (k, by), (values, indices) in zip(pre.split(F, 1), choices, found, strict=True):
+            indices[rows] = topk_indices(part, k, by)
+            kept = part.gather(1, indices[rows])
+            values[rows] = kept.relu() if by == "value" else kept
+    return found

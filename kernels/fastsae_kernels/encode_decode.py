@@ -82,7 +82,7 @@ class _EncodeDecode(torch.autograd.Function):
         if any(needs[:3]):
             if ctx.gradient == "straight_through":
                 g = d_values + gather_dot(d_recon, indices, W_dec)
-                encoder = straight_through(g, x, W_enc, values, indices, needs[:3])
+                encoder = straight_through(g, x, W_enc, values != 0, indices, needs[:3])
             else:
                 arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
                 mode = ctx.gradient.removeprefix("rotation_")

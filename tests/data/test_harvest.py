@@ -1,7 +1,6 @@
 """Harvested rows against the model's own hidden states, and everything that can go wrong."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -14,7 +13,13 @@ import datasets
 import pytest
 import torch
 
-from fastsae.data import ActivationShards, HarvestConfig, demo_shards, harvest
+from fastsae.data import (
+    ActivationShards,
+    HarvestConfig,
+    Joined,
+    harvest,
+    harvest_each,
+)
 from fastsae.data.model import load_model, load_tokenizer
 
 WORDS = ("the", "best", "of", "times", "was", "it", "def", "return", "x", "+", "1", "while")
@@ -160,6 +165,42 @@ def test_the_same_harvest_is_found_and_another_is_refused(
     assert same[0] == same[1] != first.fingerprint
 
 
+def test_several_hookpoints_in_one_pass_are_each_what_it_is_alone(
+    texts: list[str], gpt2: Path, tmp_path: Path
+):
+    names = ("transformer.h.1.mlp:in", "transformer.h.1.mlp", "transformer.h.2.mlp.c_proj:in")
+    alone = {
+        name: harvest(config(tmp_path, gpt2, hookpoint=name, out=tmp_path / name), progress=False)
+        for name in names
+    }
+    settings = config(tmp_path, gpt2, hookpoint=names, dtype="float32")
+    assert harvest(settings, progress=False).path == settings.out / names[0]
+    written = {p: p.stat().st_mtime_ns for p in settings.out.rglob("*")}
+    found = harvest_each(settings, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in settings.out.rglob("*")} == written
+    assert list(found) == list(names)
+    for name, shards in found.items():
+        assert shards.path == settings.out / name and shards.hookpoint == name
+        assert shards.fingerprint == alone[name].fingerprint
+        assert shards.heldout is not None and (same := alone[name].heldout) is not None
+        assert torch.equal(every(shards.heldout)[0], every(same)[0])
+    assert [shards.d_in for shards in found.values()] == [24, 24, 96]
+    assert Joined(*found.values()).d_in == 144
+
+
+def test_a_hookpoint_can_be_added_to_a_harvest(texts: list[str], gpt2: Path, tmp_path: Path):
+    names = ("transformer.h.0", "transformer.h.1", "transformer.h.2")
+    few = harvest_each(config(tmp_path, gpt2, hookpoint=names[:2]), progress=False)
+    written = {p: p.stat().st_mtime_ns for s in few.values() for p in s.path.rglob("*")}
+    more = harvest_each(config(tmp_path, gpt2, hookpoint=names), progress=False)
+    assert {p: p.stat().st_mtime_ns for p in written} == written
+    Joined(*more.values())
+    with pytest.raises(ValueError, match="out/transformer.h.1 already holds other activations"):
+        harvest_each(config(tmp_path, gpt2, hookpoint=names[1:], context_length=16), progress=False)
+    one = harvest(config(tmp_path, gpt2, hookpoint=names[:1], out=tmp_path / "o"), progress=False)
+    assert one.path == tmp_path / "o" and one.fingerprint == few[names[0]].fingerprint
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -220,6 +261,10 @@ def test_json_lines_globs_and_data_sets_hold_the_same_documents(
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"batch_tokens": 31}, "batch_tokens must be at least context_length = 32, got 31"),
         ({"heldout_fraction": 1.0}, "heldout_fraction must be at least 0 and below 1, got 1.0"),
+        ({"hookpoint": ()}, r"one or several different modules, got \(\)"),
+        ({"hookpoint": ("a", "a")}, r"one or several different modules, got \('a', 'a'\)"),
+        ({"hookpoint": ("a", "../b")}, "one or several different modules, got .*b"),
+        ({"hookpoint": ("transformer.h.1", "x")}, "no module 'x'; nearest: "),
         ({"hookpoint": "transformer.h.7"}, "no module 'transformer.h.7'; nearest: .*h.3"),
         ({"context_length": 65}, "context_length is 65, the model takes up to 64"),
         ({"model": "/absent"}, "cannot load '/absent'"),
@@ -248,30 +293,3 @@ def test_mistakes_are_named(gpt2: Path, tmp_path: Path, changes: dict[str, Any],
         harvest(config(tmp_path, gpt2, **changes), progress=False)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "index.json").exists()
-
-
-def test_the_demo_is_minilm_over_the_standard_library(tmp_path: Path):
-    shards = demo_shards(tmp_path, max_tokens=6000, progress=False)
-    assert shards.path.parent == tmp_path and shards.path.name.startswith("demo-")
-    assert (shards.d_in, shards.dtype, shards.hookpoint) == (384, "float16", "encoder.layer.2")
-    assert 6000 <= shards.n_tokens < 6128
-    assert shards.model is not None
-    tokens = shards.contexts(torch.arange(shards.n_tokens)).token_ids
-    assert "def " in load_tokenizer(shards.model).decode(tokens.tolist())
-    written = (shards.path / "index.json").stat().st_mtime_ns
-    again = demo_shards(tmp_path, max_tokens=6000, progress=False)
-    assert again.fingerprint == shards.fingerprint
-    assert (again.path / "index.json").stat().st_mtime_ns == written
-
-
-def test_the_demo_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastsae.data.demo.PACKAGE", "a_package_that_is_absent")
-    with pytest.raises(ValueError, match=r"pip install 'fastsae\[demo\]'"):
-        demo_shards(tmp_path)
-
-
-def test_the_demo_is_kept_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shards = demo_shards(max_tokens=200, progress=False)
-    assert shards.path.parent == tmp_path / "fastsae"
-    assert os.listdir(tmp_path) == ["fastsae"]

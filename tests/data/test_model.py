@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastsae.data.model import (
     TextWindows,
+    TokenBatch,
     hidden_at,
+    hookpoint_at,
     load_model,
     load_tokenizer,
     module_at,
@@ -25,10 +28,14 @@ def test_hidden_states_are_the_models_own(name: str, path: str, request: pytest.
     model = load_model(folder)
     windows = TextWindows(load_tokenizer(folder), 20, model)
     batch = windows.batch(windows.cut(TEXT))
-    hidden = hidden_at(model, module_at(model, path), batch)
+    (hidden,) = hidden_at(model, [hookpoint_at(model, path)], batch)
     out = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
     assert torch.equal(hidden, out.hidden_states[2])
     assert not hidden.requires_grad and not model.training
+    names = [path, f"{path}:in", path.replace("1", "0"), f"{path.replace('1', '2')}:in"]
+    several = hidden_at(model, [hookpoint_at(model, name) for name in names], batch)
+    expected = [out.hidden_states[depth] for depth in (2, 1, 1, 2)]
+    assert all(map(torch.equal, several, expected))
 
 
 def test_layers_after_the_hookpoint_do_not_run(gpt2: Path):
@@ -40,7 +47,40 @@ def test_layers_after_the_hookpoint_do_not_run(gpt2: Path):
         raise AssertionError("a later layer ran")
 
     module_at(model, "transformer.h.2").register_forward_pre_hook(refuse)
-    hidden_at(model, module_at(model, "transformer.h.1"), batch)
+    hidden_at(model, [hookpoint_at(model, "transformer.h.1")], batch)
+    hidden_at(model, [hookpoint_at(model, f"transformer.h.{n}:in") for n in (1, 0)], batch)
+
+
+class Writes(nn.Module):
+    """Doubles what it is given in place, and is given it by name."""
+
+    def forward(self, *, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.mul_(2)
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.writes, self.unused = nn.Embedding(9, 4), Writes(), nn.Linear(4, 4)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.writes(hidden_states=self.embed(input_ids))
+
+
+def test_what_later_modules_do_does_not_reach_what_was_read():
+    model = Calls()
+    ids = torch.arange(6).view(2, 3)
+    batch = TokenBatch(ids, torch.ones_like(ids), torch.ones_like(ids).bool())
+    hooks = [hookpoint_at(model, name) for name in ("embed", "writes:in", "writes")]
+    embedded, taken, put = hidden_at(model, hooks, batch)
+    assert torch.equal(embedded, model.embed(ids)) and torch.equal(taken, embedded)
+    assert torch.equal(put, 2 * embedded)
+    with torch.no_grad(), splice(model.writes, torch.ones_like, at_input=True):
+        assert torch.equal(model(ids, ids), torch.full((2, 3, 4), 2.0))
+    with pytest.raises(ValueError, match="without ever calling its Linear"):
+        hidden_at(model, [*hooks, hookpoint_at(model, "unused")], batch)
+    with pytest.raises(ValueError, match=r"must be \[batch, tokens, width\], found \(2, 3\)"):
+        hidden_at(model, [hookpoint_at(model, "embed:in")], batch)
 
 
 def test_splice_replaces_the_output_and_is_undone(gpt2: Path):
@@ -56,6 +96,23 @@ def test_splice_replaces_the_output_and_is_undone(gpt2: Path):
     assert torch.equal(last, torch.zeros_like(last))
     assert not torch.allclose(zeroed, plain)
     assert torch.equal(model(ids).logits, plain)
+
+
+def test_splicing_an_input_changes_that_module_alone(bert: Path):
+    """What a block is given also goes on around it, but not around the module inside it."""
+    model = load_model(str(bert))
+    ids = torch.arange(12).view(1, 12)
+    dense = module_at(model, "encoder.layer.1.output.dense")
+    block = module_at(model, "encoder.layer.1.output")
+    with torch.no_grad(), splice(dense, torch.zeros_like, at_input=True):
+        found = model(ids, output_hidden_states=True).hidden_states
+    seen: list[torch.Tensor] = []
+    handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    plain = model(ids, output_hidden_states=True).hidden_states
+    handle.remove()
+    assert torch.equal(found[1], plain[1])
+    with torch.no_grad():
+        assert torch.equal(found[2], block.LayerNorm(dense.bias + seen[0]))  # pyright: ignore
 
 
 def test_tuple_outputs_are_understood(bert: Path):
@@ -109,7 +166,9 @@ def test_mistakes_are_named(gpt2: Path, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"must be \[batch, tokens, width\], found BaseModelOutput"
     ):
-        hidden_at(model, module_at(model, "transformer"), batch)
+        hidden_at(model, [hookpoint_at(model, "transformer")], batch)
+    with pytest.raises(ValueError, match=r"no module 'h\.1'; nearest: transformer\.h\.1"):
+        hookpoint_at(model, "h.1:in")
     for load in (load_model, load_tokenizer):
         with pytest.raises(
             ValueError, match="cannot load '.*absent' as a Hugging Face folder or id"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastsae.codes import Codes
 from fastsae.config import to_dict
 from fastsae.data import ActivationShards, Synthetic
 from fastsae.evals import reconstruction
@@ -45,6 +46,7 @@ def expected(sae: SAE, x: np.ndarray, ranks: list[int]) -> dict:
     size = np.linalg.norm(x, axis=1), np.linalg.norm(recon, axis=1)
     variance, u = np.linalg.eigh(np.cov(x.T, bias=True))
     order = np.argsort(-variance)
+    share = (z != 0).sum(0) / (z != 0).sum()
     kept = np.maximum(0, 1 - np.var((x - recon) @ u, axis=0) / np.var(x @ u, axis=0))[order]
     return {
         "tokens": len(x),
@@ -53,6 +55,7 @@ def expected(sae: SAE, x: np.ndarray, ranks: list[int]) -> dict:
         "l0": (z != 0).sum(1).mean(),
         "dead_fraction": ((z != 0).sum(0) == 0).mean(),
         "dense_fraction": ((z != 0).mean(0) > 0.1).mean(),
+        "utilisation": np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()) / z.shape[1],
         "cosine": ((x * recon).sum(1) / (size[0] * size[1])).mean(),
         "relative_norm": (size[1] / size[0]).mean(),
         "pc_retention": {str(r): kept[:r].mean() for r in ranks},
@@ -97,6 +100,35 @@ def test_zero_reconstruction(x, data):
     assert (found.cosine, found.relative_norm) == (0, 0)
 
 
+def test_codes_that_list_every_latent(data, monkeypatch):
+    sae = SAE(D, 70, TopK(4))
+    few, encode = to_dict(reconstruction(sae, data)), sae.encode
+    monkeypatch.setattr(sae, "encode", lambda x: Codes.every(encode(x).to_dense()))
+    every = to_dict(reconstruction(sae, data))
+    assert every.keys() == few.keys()
+    for name in few:
+        assert every[name] == pytest.approx(few[name], rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize(("biases", "utilisation"), [((), 0), ((9.0,), 1 / 8), ((9.0, 9.0), 2 / 8)])
+def test_utilisation_counts_latents_that_fire_equally_often(biases, utilisation, data):
+    sae = SAE(D, 8, TopK(max(len(biases), 1)))
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.b_enc[: len(biases)] = torch.tensor(biases)
+    assert reconstruction(sae, data).utilisation == pytest.approx(utilisation, abs=1e-12)
+
+
+def test_the_mode_is_that_of_evaluation_meanwhile(data, monkeypatch):
+    sae = SAE(D, 70, TopK(4))
+    modes, encode = [], sae.encode
+    monkeypatch.setattr(sae, "encode", lambda x: modes.append(sae.training) or encode(x))
+    for training in (True, False):
+        reconstruction(sae.train(training), data, max_tokens=10)
+        assert sae.training == training
+    assert modes == [False, False]
+
+
 def test_first_tokens_only(x, data):
     sae = SAE(D, 70, TopK(4))
     found = reconstruction(sae, data, max_tokens=101, batch_size=50, pc_ranks=[3], progress=True)
@@ -122,7 +154,7 @@ def test_directions_without_variance_are_left_out(tmp_path):
     "change, message",
     [
         ({"sae": SAE(D + 1, 70, TopK(4))}, "d_in = 25, the data has rows of 24"),
-        ({"sae": SAE(D, 70, TopK(4), d_out=3)}, "transcoder"),
+        ({"sae": SAE(D, 70, TopK(4), d_out=3)}, "d_in = 24 and d_out = 3, the data has rows of 24"),
         ({"max_tokens": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"pc_ranks": [0]}, "at least 1"),

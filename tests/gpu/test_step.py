@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsae import SAE, TopK
+from fastsae.losses import Objective
 from fastsae.train.optim import Adam
 from fastsae.train.step import fused_step
 
@@ -27,7 +28,7 @@ def take_steps(
     try:
         for batch in x:
             adam.begin_step(1e-3)
-            fused_step(sae, adam, batch, dead, 1 / 32, k_aux)
+            fused_step(sae, adam, batch, dead, Objective(k_aux=k_aux))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {name: t.cpu() for name, t in sae.state_dict().items()}

@@ -1,7 +1,7 @@
 import torch
 
 from fastsae import SAE, TopK
-from fastsae.nn import geometric_median, init_from_data
+from fastsae.nn import Init, geometric_median, init_from_data
 
 
 def test_geometric_median_is_where_the_summed_distance_is_least():
@@ -28,3 +28,10 @@ def test_init_from_data():
     torch.testing.assert_close(sae.b_dec.detach(), geometric_median(x))
     again = init_from_data(SAE(8, 32, TopK(4)), x, torch.Generator().manual_seed(1))
     assert torch.equal(again.W_dec, sae.W_dec)
+
+
+def test_rows_of_a_transcoder_have_the_length_too():
+    x, y = torch.randn(100, 8), torch.randn(100, 5)
+    sae = init_from_data(SAE(8, 32, TopK(4), 5), x, target=y, init=Init(row_norm=0.1))
+    for rows in (sae.W_enc, sae.W_dec):
+        torch.testing.assert_close(rows.norm(dim=1), torch.full((32,), 0.1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsae import SAE, AbsTopK, TopK, losses
-from fastsae.losses import training_loss
+from fastsae.losses import Objective, training_loss
 from fastsae.train.optim import Adam, default_lr, schedule
 from fastsae.train.step import autograd_step, fused_step
 from fastsae_kernels import adam as adam_module
@@ -41,7 +41,7 @@ def torch_adam_steps(sae, batches, dead, lr):
     adam = torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10)
     for x in batches:
         adam.zero_grad()
-        training_loss(sae, x, dead, 1 / 32, K_AUX).loss.backward()
+        training_loss(sae, x, dead, Objective(k_aux=K_AUX)).loss.backward()
         W = sae.W_dec.detach()
         sae.W_dec.grad -= (sae.W_dec.grad * W).sum(1, keepdim=True) * W
         adam.step()
@@ -57,7 +57,7 @@ def test_fifty_steps_equal_torch_adam(sae, dead, take, small_blocks):
     adam = Adam(sae)
     for x in batches:
         adam.begin_step(1e-2)
-        take(sae, adam, x, DEAD[dead](), 1 / 32, K_AUX)
+        take(sae, adam, x, DEAD[dead](), Objective(k_aux=K_AUX))
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(
             parameter, expected.get_parameter(name), rtol=1e-9, atol=1e-9, msg=name
@@ -71,7 +71,7 @@ def test_both_ways_report_the_same(sae, dead):
         model = copy.deepcopy(sae)
         adam = Adam(model)
         adam.begin_step(1e-3)
-        results.append(take(model, adam, x, DEAD[dead](), 1 / 32, K_AUX))
+        results.append(take(model, adam, x, DEAD[dead](), Objective(k_aux=K_AUX)))
     for a, b in zip(results[0][:4], results[1][:4], strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(results[0].codes.indices, results[1].codes.indices)
@@ -82,7 +82,7 @@ def test_the_shadow_follows_the_weights(sae):
     adam = Adam(sae, shadows=("W_enc", "W_dec"))
     for _ in range(3):
         adam.begin_step(1e-2)
-        fused_step(sae, adam, torch.randn(40, D_IN), None, 0.0, K_AUX)
+        fused_step(sae, adam, torch.randn(40, D_IN), None, Objective())
     for name, shadow in adam.shadow.items():
         assert torch.equal(shadow, sae.get_parameter(name).detach().bfloat16())
 
@@ -95,7 +95,7 @@ def test_the_same_step_gives_the_same_bits(sae):
         adam = Adam(model)
         for _ in range(3):
             adam.begin_step(1e-2)
-            fused_step(model, adam, x, DEAD["some"](), 1 / 32, K_AUX)
+            fused_step(model, adam, x, DEAD["some"](), Objective(k_aux=K_AUX))
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -110,7 +110,7 @@ def test_no_value_is_read_back(sae, shadows, monkeypatch):
     adam = Adam(sae, shadows=shadows)
     adam.begin_step(1e-2)
     with interpreted(), torch.profiler.profile() as profiler:
-        fused_step(sae, adam, torch.randn(20, D_IN), dead, 1 / 32, K_AUX)
+        fused_step(sae, adam, torch.randn(20, D_IN), dead, Objective(k_aux=K_AUX))
     events = profiler.events()
     assert events is not None
     assert "fastsae::squared_error" in {event.name for event in events}
@@ -123,11 +123,11 @@ def test_no_value_is_read_back(sae, shadows, monkeypatch):
 def test_bf16_products_err_no_more_than_a_bf16_model(sae):
     """At most twice as much as the same loss with everything in bfloat16, and one rounding."""
     sae, x, dead = sae.float(), torch.randn(200, D_IN), DEAD["some"]()
-    exact = training_loss(copy.deepcopy(sae).double(), x.double(), dead, 1 / 32, K_AUX)
-    same = training_loss(copy.deepcopy(sae).bfloat16(), x.bfloat16(), dead, 1 / 32, K_AUX)
+    exact = training_loss(copy.deepcopy(sae).double(), x.double(), dead, Objective(k_aux=K_AUX))
+    same = training_loss(copy.deepcopy(sae).bfloat16(), x.bfloat16(), dead, Objective(k_aux=K_AUX))
     adam = Adam(sae, shadows=("W_enc", "W_dec"))
     adam.begin_step(1e-3)
-    low = fused_step(sae, adam, x, dead, 1 / 32, K_AUX)
+    low = fused_step(sae, adam, x, dead, Objective(k_aux=K_AUX))
     for got, s, e in zip(low[:4], same[:4], exact[:4], strict=True):
         assert got.dtype == torch.float32
         rounding = torch.finfo(torch.bfloat16).eps * e.abs()
@@ -153,5 +153,5 @@ def test_float32_figures_at_a_real_size():
     exact = training_loss(copy.deepcopy(sae).double(), x.double()).fvu
     adam = Adam(sae)
     adam.begin_step(1e-3)
-    fvu = fused_step(sae, adam, x, None, 0.0, 1).fvu
+    fvu = fused_step(sae, adam, x, None, Objective()).fvu
     torch.testing.assert_close(fvu.double(), exact, rtol=1e-6, atol=0)

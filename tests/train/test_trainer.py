@@ -11,9 +11,11 @@ import fastsae
 from fastsae.checkpoint import list_checkpoints
 from fastsae.data import ActivationShards, Synthetic
 from fastsae.files import read_tensors
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import Trainer
 from fastsae.train.log import read_lines
 from fastsae.train.plan import Plan
+
+from .conftest import Stop, StoppingShards, train_config
 
 SMALL = {"d_sae": 64, "k": 4, "batch_size": 200, "lr": 3e-3, "log_every": 5}
 REVIVING = {"d_sae": 512, "dead_after": 400}  # so many latents that some are dead, and aux-k runs
@@ -21,9 +23,11 @@ REVIVING = {"d_sae": 512, "dead_after": 400}  # so many latents that some are de
 
 @pytest.fixture
 def config(tmp_path, activations):
-    return lambda **settings: TrainConfig(
-        **{"data": activations, "out": tmp_path / "run", "steps": 40, **SMALL, **settings}
-    )
+    def build(**settings):
+        settings = {"data": activations, "out": tmp_path / "run", "steps": 40, **SMALL, **settings}
+        return train_config(**{**settings, **{n: str(settings[n]) for n in ("data", "out")}})
+
+    return build
 
 
 def test_tf32_needs_a_gpu(config):
@@ -68,8 +72,14 @@ def test_both_ways_give_the_same_curve(config, tmp_path):
 
 def test_a_planted_dictionary_is_recovered(tmp_path):
     source = Synthetic(d_in=32, n_latents=48, active=2, n_tokens=20_000, noise=0.0, seed=3)
-    config = TrainConfig(
-        out=tmp_path / "run", d_sae=96, k=2, steps=500, batch_size=512, lr=3e-3, dead_after=20_000
+    config = train_config(
+        out=str(tmp_path / "run"),
+        d_sae=96,
+        k=2,
+        steps=500,
+        batch_size=512,
+        lr=3e-3,
+        dead_after=20_000,
     )
     sae = Trainer(config, source).fit()
     assert source.recovery(sae.W_dec.detach()) > 0.9
@@ -106,32 +116,6 @@ def test_the_same_seed_gives_the_same_bits(config, tmp_path, options):
     other = config(out=tmp_path / "other", **options, **REVIVING, seed=1)
     fit(other)
     assert (other.out / "sae" / "sae.safetensors").read_bytes() != files[0]
-
-
-class Stop(Exception):
-    pass
-
-
-class StoppingShards(ActivationShards):
-    """Real data whose stream breaks off after some batches, as a lost disk would."""
-
-    def __init__(self, path, left: int):
-        super().__init__(path)
-        self.left = left
-
-    def batches(self, *arguments, **settings):
-        stream = super().batches(*arguments, **settings)
-        shards, following = self, type(stream).__next__
-
-        class Breaking(type(stream)):
-            def __next__(self):
-                if not shards.left:
-                    raise Stop
-                shards.left -= 1
-                return following(self)
-
-        stream.__class__ = Breaking
-        return stream
 
 
 @pytest.mark.parametrize(

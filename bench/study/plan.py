@@ -1,0 +1,120 @@
+"""What the study trains: every method on every data set from every seed, at a matched L0."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastsae.data import ActivationSource, Synthetic, demo_shards
+from fastsae.losses import Objective
+from fastsae.nn import Init
+from fastsae.nn.activations import ACTIVATIONS
+from fastsae.train import TrainConfig
+from fastsae.upgrade import UpgradeConfig
+
+D_SAE = 4096
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    steps: int = 500
+    """Of training, from scratch."""
+    tune_steps: int = 150
+    """Of fine-tuning, for upgrades and their teachers."""
+    batch_size: int = 1024
+    windows: int = 64
+    """Of text that the model reads with an SAE in place."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Activations, and how many latents of each token the SAEs may use."""
+
+    k: int
+    open: Callable[[], ActivationSource]
+
+
+DATA = {
+    "MiniLM layer 3": Data(32, lambda: demo_shards(hookpoint="encoder.layer.2")),
+    "MiniLM layer 5": Data(32, lambda: demo_shards(hookpoint="encoder.layer.4")),
+    "planted": Data(
+        16,
+        lambda: Synthetic(
+            d_in=256,
+            n_latents=2048,
+            active=16,
+            noise=0.02,
+            frequency_exponent=0.5,
+            n_tokens=600_000,
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An activation with its settings, and what else differs from the default run."""
+
+    activation: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    auxk: bool = False
+    prefixes: tuple[int, ...] = ()
+
+    def config(self, k: int, seed: int, scale: Scale, out: Path) -> TrainConfig:
+        """The run; "K" among the settings stands for the latents per token."""
+        settings = {name: k if value == "K" else value for name, value in self.settings.items()}
+        _, cfg = ACTIVATIONS[self.activation]
+        coef = Objective().auxk_coef if self.auxk else 0.0
+        return TrainConfig(
+            out=out,
+            d_sae=D_SAE,
+            activation=cfg(**settings),
+            objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
+            init=Init(),
+            steps=scale.steps,
+            batch_size=scale.batch_size,
+            seed=seed,
+            data_seed=0,
+            checkpoint_every=10 * scale.steps,
+            log_every=50,
+        )
+
+
+def top_k(activation: str = "topk", auxk: bool = False, **settings: Any) -> Method:
+    return Method(activation, {"k": "K", **settings}, auxk)
+
+
+METHODS = {
+    "TopK": top_k(auxk=True),
+    "TopK, no aux-k": top_k(),
+    "AbsTopK": top_k(by="abs", auxk=True),
+    "RT support": top_k(gradient="rotation", rotation="support"),
+    "RT dense": top_k(gradient="rotation", rotation="dense"),
+    "BatchTopK": top_k("batchtopk", auxk=True),
+    "JumpReLU": Method(
+        "jumprelu", {"target_l0": "K", "threshold": 0.5, "bandwidth": 0.1, "price_warmup": 0.5}
+    ),
+    "ReLU": Method("relu", {"target_l0": "K"}),
+    "Gated": Method("gated", {"target_l0": "K"}),
+    "Matryoshka": replace(top_k(auxk=True), prefixes=(256, 512, 1024, 2048)),
+    "vSAE": top_k("variational", variance="none"),
+    "vSAE, learned variance": top_k("variational", variance="learned"),
+}
+
+TEACHERS = ("TopK", "JumpReLU", "ReLU")
+"""Methods whose SAEs are upgraded to a rational one, and fine-tuned as they are for as long."""
+
+
+def upgrade_config(seed: int, scale: Scale, out: Path) -> UpgradeConfig:
+    return UpgradeConfig(
+        out=out,
+        steps=scale.tune_steps,
+        batch_size=scale.batch_size,
+        lr=2e-4,
+        seed=seed,
+        checkpoint_every=10 * scale.tune_steps,
+        log_every=50,
+    )

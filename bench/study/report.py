@@ -1,0 +1,96 @@
+"""The study's tables and pictures, from its results."""
+
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from .claims import Runs, claims_table
+
+COLUMNS = {  # figure: title, digits
+    "fvu": ("FVU", 4),
+    "l0": ("L0", 1),
+    "dead": ("dead", 3),
+    "utilisation": ("utilisation", 3),
+    "pcr16": ("PCR 16", 4),
+    "pcr64": ("PCR 64", 4),
+    "pcr192": ("PCR d/2", 4),
+    "pcr128": ("PCR d/2", 4),
+    "cosine": ("cosine", 4),
+    "probing1": ("probing, 1 latent", 3),
+    "probing5": ("probing, 5", 3),
+    "recovery": ("recovery", 3),
+    "seconds": ("s / 1M tokens", 1),
+}
+
+
+def report(results: dict[str, Any], folder: Path) -> str:
+    """Write results.md and a picture for each data set; returns the text."""
+    data: dict[str, Runs] = results["runs"]
+    parts = ["# Study", about(results), "## Claims", claims_table(data)]
+    for name, runs in data.items():
+        picture = f"{name.lower().replace(' ', '-')}.png"
+        plot(runs, name, folder / picture)
+        parts += [f"## {name}", table(runs), f"![FVU of each method]({picture})"]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "results.md").write_text(text)
+    return text
+
+
+def about(results: dict[str, Any]) -> str:
+    scale, stamp = results["scale"], results["stamp"]
+    return (
+        f"Written by `python -m bench study`: {scale['steps']} steps of {scale['batch_size']} "
+        f"tokens, 4096 latents, the same batches in the same order for all; mean ± standard "
+        f"deviation over seeds. Upgrades and their teachers are tuned for {scale['tune_steps']} "
+        f"steps more. {stamp['cpu']}, {stamp['threads']} threads, torch {stamp['torch']}, "
+        f"commit {stamp['commit']}."
+    )
+
+
+def table(runs: Runs) -> str:
+    """Mean and spread over seeds of each figure, a row for each method, in Markdown."""
+    known = {name for seeds in runs.values() for run in seeds.values() for name in run}
+    columns = {name: column for name, column in COLUMNS.items() if name in known}
+    lines = [
+        "| | " + " | ".join(title for title, _ in columns.values()) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for method, seeds in runs.items():
+        cells = [spread([run.get(n) for run in seeds.values()], d) for n, (_, d) in columns.items()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float | None], digits: int) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    if len(found) == 1:
+        return f"{found[0]:.{digits}f}"
+    return f"{mean(found):.{digits}f} ± {stdev(found):.{digits}f}"
+
+
+def plot(runs: Runs, name: str, path: Path) -> None:
+    """Held-out FVU of each method and seed, and FVU while training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    ends, curves = figure.subplots(1, 2, width_ratios=[1, 1.2])
+    figure.suptitle(name)
+    methods = sorted(runs, key=lambda m: mean(run["fvu"] for run in runs[m].values()), reverse=True)
+    for place, method in enumerate(methods):
+        found = [run["fvu"] for run in runs[method].values()]
+        (drawn,) = ends.plot(found, [place] * len(found), "o", markersize=5, alpha=0.8)
+        if not method.startswith("RSAE") and "tuned" not in method:
+            steps, fvu = zip(*next(iter(runs[method].values()))["curve"], strict=True)
+            curves.plot(steps, fvu, linewidth=1.2, color=drawn.get_color(), label=method)
+    ends.set_yticks(range(len(methods)), methods, fontsize=8)
+    ends.set_xlabel("held-out FVU, a point for each seed")
+    curves.set_xlabel("step (first seed)")
+    curves.set_ylabel("FVU while training")
+    curves.legend(fontsize=7)
+    for axes in (ends, curves):
+        axes.grid(alpha=0.3, which="both")
+    ends.set_xscale("log")
+    curves.set_yscale("log")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,88 @@
+"""fastsae sweep: several SAEs, each given by a few words, trained together."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from fastsae.files import read_json
+from fastsae.train import Sweep, TrainConfig
+from fastsae.train.comparison import comparison_table
+from fastsae.train.sweep import stored_sweep
+
+from .parse import checked, parse, training_default, unchecked, with_activation
+from .train import Train, source_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepCommand:
+    """Train several SAEs on one pass over the same activations, and compare them.
+
+    An SAE is given as an activation with settings of its own, by the names of the options below:
+    fastsae sweep topk:k=16 topk:k=32,lr=0.001 jumprelu:target_l0=32 --seeds 0 1 --steps 1000
+    """
+
+    saes: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The SAEs: ACTIVATION or ACTIVATION:setting=value,setting=value. A switch is set by =true."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Each SAE is trained from each of these; the data come in the order of the first for all."""
+
+    resume: bool = False
+    """Go on with the sweep in --out, from the last checkpoint that all its SAEs have."""
+
+    config: TrainConfig = field(
+        default_factory=lambda: unchecked(TrainConfig(out=Path("runs/sweep")))
+    )
+    """What all SAEs have in common, unless they say otherwise."""
+
+
+def read_sweep(words: Sequence[str]) -> SweepCommand:
+    start = dataclasses.replace(training_default(words), out=Path("runs/sweep"))
+    return parse(SweepCommand, "sweep", words, SweepCommand(config=unchecked(start)))
+
+
+def sweep(command: SweepCommand) -> None:
+    out = command.config.out
+    if command.resume:
+        if command.saes:
+            raise ValueError(f"--resume goes on with the SAEs of {out}: name none, or choose --out")
+        configs = stored_sweep(out)
+    else:
+        configs = swept(command)
+    Sweep(configs, source_of(next(iter(configs.values()))), out).fit(command.resume)
+    print(comparison_table(read_json(out / "comparison.json")))
+    print(
+        f"written to {out / 'comparison.json'}; each SAE has a folder there: fastsae eval {out}/..."
+    )
+
+
+def swept(command: SweepCommand) -> dict[str, TrainConfig]:
+    """The config of each SAE and seed, by the name of its folder."""
+    if not command.saes:
+        raise ValueError("name the SAEs to train, such as: fastsae sweep topk:k=16 topk:k=32")
+    shared, configs = checked(command.config), {}
+    for text in command.saes:
+        for seed in command.seeds:
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.replace("=", "")).strip("-.")
+            name += f"-seed{seed}" if len(command.seeds) > 1 else ""
+            if name in configs:
+                raise ValueError(f"{text} with seed {seed} is given twice")
+            configs[name] = described(text, dataclasses.replace(shared, seed=seed))
+    return configs
+
+
+def described(text: str, shared: TrainConfig) -> TrainConfig:
+    """The config that words such as topk:k=16,lr=0.001 make of a shared one."""
+    activation, _, settings = text.partition(":")
+    words = []
+    for setting in filter(None, settings.split(",")):
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{text}: {setting!r} must be setting=value")
+        words += [f"--{name.replace('_', '-')}", *([] if value == "true" else [value])]
+    start = Train(config=unchecked(with_activation(shared, activation)))
+    return checked(parse(Train, f"sweep {text}", words, start).config)

@@ -1,0 +1,71 @@
+"""What `fastsae upgrade` is told, and what it does."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fastsae.data import ActivationShards, ActivationSource, demo_shards
+from fastsae.device import choose_device
+from fastsae.files import read_json
+from fastsae.nn import load
+from fastsae.train import stored_config
+from fastsae.upgrade import UpgradeConfig, upgrade
+
+from .parse import Unchecked, checked, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upgrade(Unchecked, UpgradeConfig):
+    """Give a trained SAE a rational activation (arXiv:2606.14990), and compare it to the SAE.
+
+    Both are fine-tuned for as many steps on the same data. Errors compare where L0 agrees.
+    """
+
+    checked = UpgradeConfig
+
+    teacher: tyro.conf.Positional[Path]
+    """A run's folder, or the folder of a saved SAE: with ReLU, JumpReLU, TopK or BatchTopK."""
+
+    resume: bool = False
+    """Go on with the upgrade in --out, of the same SAE and with the same settings."""
+
+
+def read_upgrade(words: Sequence[str]) -> Upgrade:
+    return parse(Upgrade, "upgrade", words)
+
+
+def upgrade_sae(command: Upgrade) -> None:
+    config, teacher = checked(command), command.teacher
+    choose_device(config.device)
+    sae = load(teacher / "sae" if (teacher / "sae").is_dir() else teacher)
+    if config.data is None:
+        if read_json(teacher / "config.json").get("config") is None:
+            raise ValueError(f"{teacher} is not a run's folder: say which --data to fine-tune on")
+        config = dataclasses.replace(config, data=stored_config(teacher).data)
+    upgrade(sae, source_of(config), config, command.resume)
+    print(upgrade_table(config.out))
+
+
+def source_of(config: UpgradeConfig) -> ActivationSource:
+    return demo_shards() if config.data is None else ActivationShards(config.data)
+
+
+def upgrade_table(out: Path) -> str:
+    """The comparison in a folder, a line for each SAE, and where the files are."""
+    found = read_json(out / "upgrade.json")
+    lines = [f"  {'':<22}{'FVU':>8}{'MSE':>12}{'L0':>8}{'dead':>8}"]
+    for name, row in found["saes"].items():
+        errors = f"{row['fvu']:>8.4f}{row['mse']:>12.4g}"
+        lines.append(f"  {name:<22}{errors}{row['l0']:>8.1f}{row['dead_fraction']:>8.2%}")
+    rows = {
+        "support": found["support"],
+        "scalars": f"{found['new_scalars']}  (of the rational function)",
+        "measured": f"on {found['evaluated_tokens']:,} tokens of {found['evaluated_on']}",
+        "SAE": f"{out / 'sae'}  (fastsae.load({str(out / 'sae')!r}))",
+        "numbers": f"{out / 'upgrade.json'}",
+        "next": f"fastsae eval {out}",
+    }
+    return "\n".join([*lines, "", *(f"  {name:<9} {text}" for name, text in rows.items())])

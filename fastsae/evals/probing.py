@@ -1,0 +1,298 @@
+"""Sparse probing: how well a few latents tell what a token is (arXiv:2305.01610).
+
+For each yes-or-no label, the k latents that differ most between its two classes are chosen, and a
+logistic regression on their values is judged on other tokens, half of them of either class. The
+same is done with k coordinates of the activation itself, to compare with.
+"""
+
+import keyword
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fastsae.codes import Codes
+from fastsae.data.joined import Joined
+from fastsae.data.model import load_tokenizer
+from fastsae.data.prefetch import checked
+from fastsae.data.shards import ActivationShards
+from fastsae.data.source import ActivationSource
+from fastsae.nn.sae import SAE
+
+from .reconstruction import evaluation_mode
+
+RUN = 256  # neighbouring rows that are taken together, to read few places of the data
+LEAST, MOST = 30, 2500  # tokens of each class to train on, and again to judge by
+CHUNK_ENTRIES = 1 << 22  # of dense codes that exist at one time
+RIDGE = 1e-3
+NEWTON_STEPS = 20
+KEYWORDS = {word.lower() for word in keyword.kwlist}  # many tokenizers lower their text
+BRACKETS = set("()[]{}=_")
+NEAR = 8  # tokens on either side
+
+Labels = Mapping[str, Bool[Tensor, " n_tokens"]]
+Features = Callable[[int], Float[Tensor, "_ F"]]  # of the chunk of this number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """How well some labels of tokens can be read from a few latents."""
+
+    tokens: int
+    """Tokens looked at: three quarters of them to train probes on, a quarter to judge them."""
+
+    accuracy: dict[str, float]
+    """By k: the fraction of tokens judged rightly from k latents, on average over labels."""
+
+    baseline: dict[str, float]
+    """By k: the same from k coordinates of the activation."""
+
+    label_accuracy: dict[str, dict[str, float]]
+    """By label and k: the accuracy from k latents; guessing is right for half of the tokens."""
+
+    label_baseline: dict[str, dict[str, float]]
+    """By label and k: the same from k coordinates of the activation."""
+
+    label_latents: dict[str, list[int]]
+    """By label: the latents chosen, best first."""
+
+    label_tokens: dict[str, int]
+    """By label: the tokens judged, as many of one class as of the other."""
+
+
+@torch.no_grad()
+def sparse_probing(
+    sae: SAE,
+    data: ActivationSource,
+    *,
+    labels: Labels | None = None,
+    ks: Sequence[int] = (1, 5),
+    max_tokens: int = 20_000,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Probing:
+    """Probes for labels of about `max_tokens` rows, in runs spread evenly over data.
+
+    `labels` says for each row of data whether it is of a class, by the name of the class. Without
+    it they come from the text that data was harvested from (see `text_labels`), but for those that
+    are too rare. Probes train on the first three quarters of the rows and are judged on the rest.
+    Same seed, same result. `sae` is moved to `device`, if given; a transcoder will do too.
+    ValueError for data of another width or with NaN or Inf, k below 1 or above d_in or d_sae,
+    labels that are not one per row or too rare, and data that has neither text nor labels.
+    """
+    if data.d_in != sae.d_in:
+        raise ValueError(f"the SAE has d_in = {sae.d_in}, the data has rows of {data.d_in}")
+    most = min(sae.d_in, sae.d_sae)
+    if max_tokens < 1 or not ks or not 1 <= min(ks) <= max(ks) <= most:
+        raise ValueError(
+            f"max_tokens must be at least 1 and ks from 1 to {most}, the smaller of d_in and "
+            f"d_sae, got {max_tokens} and {ks}"
+        )
+    rows = _spread(data.n_tokens, max_tokens)
+    splits = _splits(data, rows, labels, seed)
+    sae = sae.to(device or sae.b_dec.device)
+    x = data.rows(rows)
+    checked(x.numpy(), rows.numpy(), data.where)
+    chunks = x.split(max(1, CHUNK_ENTRIES // sae.d_sae))
+    with evaluation_mode(sae):
+        latents, accuracy = _probed(_latents(sae, chunks), len(chunks), splits, ks)
+    _, baseline = _probed(chunks.__getitem__, len(chunks), splits, ks)
+    return Probing(
+        tokens=len(x),
+        accuracy={str(k): fmean(found[str(k)] for found in accuracy.values()) for k in ks},
+        baseline={str(k): fmean(found[str(k)] for found in baseline.values()) for k in ks},
+        label_accuracy=accuracy,
+        label_baseline=baseline,
+        label_latents=latents,
+        label_tokens={name: len(split.test) for name, split in splits.items()},
+    )
+
+
+def _spread(n: int, wanted: int) -> Int64[Tensor, " N"]:
+    """Row numbers, rising: runs of neighbours spread evenly, or all rows."""
+    if wanted >= n:
+        return torch.arange(n)
+    run = min(RUN, wanted)
+    runs = wanted // run
+    starts = torch.tensor([i * (n - run) // max(runs - 1, 1) for i in range(runs)])
+    return (starts[:, None] + torch.arange(run)).flatten().unique()
+
+
+def text_labels(data: ActivationSource, rows: Int64[Tensor, " N"]) -> dict[str, Bool[Tensor, " N"]]:
+    """What can be said of tokens of code from the tokens themselves, by name.
+
+    Of the token: `keyword` (of Python), `number`, `punctuation`; `attribute`, a word after a dot;
+    `defined`, a word after def, class or import; `called`, a word before an opening parenthesis,
+    but no keyword. Of its surroundings: `prose`, no bracket, = or _ among the 8 tokens on either
+    side, which goes for most comments and docstrings and for little code; `late`, in the second
+    half of the longest window. ValueError for data that does not say what text it is of.
+    """
+    text = _Text(data, rows)
+    word = text.has(str.isalnum)
+    is_keyword = text.has(KEYWORDS.__contains__)
+    around = [place for place in range(-NEAR, NEAR + 1) if place]
+    near = [text.has(lambda piece: not BRACKETS.isdisjoint(piece), place) for place in around]
+    return {
+        "keyword": is_keyword,
+        "number": text.has(str.isdecimal),
+        "punctuation": text.has(lambda piece: not any(map(str.isalnum, piece))),
+        "attribute": word & text.has(".".__eq__, -1),
+        "defined": word & text.has({"def", "class", "import"}.__contains__, -1),
+        "called": word & ~is_keyword & text.has("(".__eq__, 1),
+        "prose": ~torch.stack(near).any(0),
+        "late": text.positions > text.positions.max() / 2,
+    }
+
+
+class _Text:
+    """The text of rows, and of their neighbours in the same window."""
+
+    def __init__(self, data: ActivationSource, rows: Int64[Tensor, " N"]):
+        if not isinstance(data, ActivationShards | Joined) or data.model is None:
+            raise ValueError("the data does not say what text it is of: give labels of its rows")
+        self.data, self.rows = data, rows
+        self.tokenizer = load_tokenizer(data.model)
+        _, self.positions, self.documents = data.contexts(rows)
+        self.pieces: dict[int, str] = {}
+
+    def has(self, test: Callable[[str], bool], offset: int = 0) -> Bool[Tensor, " N"]:
+        """Whether the token so many places on exists and is one for which test holds."""
+        rows = (self.rows + offset).clamp(0, self.data.n_tokens - 1)
+        token_ids, positions, documents = self.data.contexts(rows)
+        there = (positions == self.positions + offset) & (documents == self.documents)
+        unique, places = token_ids.unique(return_inverse=True)
+        holds = torch.tensor([test(self.piece(token)) for token in unique.tolist()])
+        return holds[places] & there
+
+    def piece(self, token: int) -> str:
+        """A token's text, without the space before it or the sign that it continues a word."""
+        if token not in self.pieces:
+            text = str(self.tokenizer.decode([token])).strip().lower()
+            self.pieces[token] = text[2:] if text.startswith("##") and len(text) > 2 else text
+        return self.pieces[token]
+
+
+class _Split(NamedTuple):
+    """Places of tokens to train on and to judge by, equally many of both classes in each."""
+
+    train: Int64[Tensor, " train"]
+    test: Int64[Tensor, " test"]
+    label: Bool[Tensor, " N"]
+
+
+def _splits(
+    data: ActivationSource, rows: Int64[Tensor, " N"], labels: Labels | None, seed: int
+) -> dict[str, _Split]:
+    for name, label in (labels or {}).items():
+        if label.shape != (data.n_tokens,):
+            raise ValueError(
+                f"label {name!r} must have an entry for each of the {data.n_tokens} rows, "
+                f"got shape {list(label.shape)}"
+            )
+    found = text_labels(data, rows) if labels is None else {n: y[rows] for n, y in labels.items()}
+    splits = {name: split for name, y in found.items() if (split := _split(y, seed))}
+    if not splits or (labels and len(splits) < len(labels)):
+        rare = ", ".join(found.keys() - splits.keys()) or "no label was given"
+        raise ValueError(
+            f"a label needs {LEAST} tokens of each class among the first three quarters of the "
+            f"{len(rows)}, and among the rest; too rare: {rare}"
+        )
+    return splits
+
+
+def _split(label: Bool[Tensor, " N"], seed: int) -> _Split | None:
+    """None if a class is too rare."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[Tensor] = []
+    for places in torch.arange(len(label)).split([(cut := len(label) * 3 // 4), len(label) - cut]):
+        classes = [places[label[places] == value] for value in (False, True)]
+        size = min(MOST, *map(len, classes))
+        if size < LEAST:
+            return None
+        drawn = [c[torch.randperm(len(c), generator=generator)[:size]] for c in classes]
+        parts.append(torch.cat(drawn).sort().values)
+    return _Split(parts[0], parts[1], label)
+
+
+def _latents(sae: SAE, chunks: Sequence[Float[Tensor, "_ d_in"]]) -> Features:
+    """The codes of a chunk, with all latents written out."""
+    kept: dict[int, Codes] = {}
+
+    def dense(number: int) -> Float[Tensor, "_ d_sae"]:
+        codes = kept.get(number) or sae.encode(chunks[number].to(sae.b_dec))
+        if codes.values.shape[1] < codes.d_sae / 8:  # others are rather made again than kept
+            kept[number] = codes
+        return codes.to_dense()
+
+    return dense
+
+
+def _probed(
+    features: Features, count: int, splits: Mapping[str, _Split], ks: Sequence[int]
+) -> tuple[dict[str, list[int]], dict[str, dict[str, float]]]:
+    """Which of the features of `count` chunks are chosen by each label, and the accuracy by k."""
+    contrasts = _contrasts(features, count, list(splits.values()))
+    chosen = contrasts.sort(dim=1, descending=True, stable=True).indices[:, : max(ks)].cpu()
+    columns, places = chosen.unique(return_inverse=True)
+    values = torch.cat([features(number)[:, columns].double().cpu() for number in range(count)])
+    accuracy = {
+        name: {str(k): _accuracy(values[:, place[:k]], split) for k in ks}
+        for (name, split), place in zip(splits.items(), places, strict=True)
+    }
+    return dict(zip(splits, chosen.tolist(), strict=True)), accuracy
+
+
+def _contrasts(features: Features, count: int, splits: list[_Split]) -> Float64[Tensor, "L F"]:
+    """The distance of the classes' means for each label and feature, over the feature's standard
+    deviation; 0 for a constant. Over training tokens."""
+    member = torch.zeros(2, len(splits), len(splits[0].label), dtype=torch.float64)
+    for number, split in enumerate(splits):
+        member[split.label[split.train].long(), number, split.train] = 2 / len(split.train)
+    moments, start = [], 0
+    for number in range(count):
+        values = features(number).double()
+        weight = member[..., start : start + len(values)].to(values.device)
+        moments.append(torch.stack([weight @ values, weight @ values.square()]))
+        start += len(values)
+    means, squares = torch.stack(moments).sum(0)
+    square = squares.mean(0)
+    variance = (square - means.mean(0).square()).clamp_min(0)
+    contrast = (means[1] - means[0]).abs() / variance.sqrt()
+    return torch.where(variance > 1e-12 * square, contrast, 0.0)
+
+
+def _accuracy(values: Float64[Tensor, "N k"], split: _Split) -> float:
+    train, test = values[split.train], values[split.test]
+    mean, std = train.mean(0), train.std(0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    train, test = (
+        torch.cat([(part - mean) / std, torch.ones_like(part[:, :1])], 1) for part in (train, test)
+    )
+    weights = _logistic(train, 2.0 * split.label[split.train] - 1)
+    return float(((test @ weights > 0) == split.label[split.test]).double().mean())
+
+
+def _logistic(x: Float64[Tensor, "M W"], sign: Float[Tensor, " M"]) -> Float64[Tensor, " W"]:
+    """argmin_w mean(softplus(-sign (x w))) + RIDGE |w|^2 / 2, by Newton's method; a step that
+    goes too far is halved."""
+
+    def loss(w: Tensor) -> Tensor:
+        return softplus(-sign * (x @ w)).mean() + RIDGE / 2 * w.square().sum()
+
+    w = x.new_zeros(x.shape[1])
+    for _ in range(NEWTON_STEPS):
+        wrong = torch.sigmoid(-sign * (x @ w))
+        gradient = RIDGE * w - x.T @ (sign * wrong) / len(x)
+        curvature = (x.T * (wrong * (1 - wrong))) @ x / len(x) + RIDGE * torch.eye(len(w)).to(x)
+        step = torch.linalg.solve(curvature, gradient)
+        if step.norm() < 1e-4:
+            break
+        while loss(w - step) > loss(w):
+            step = step / 2
+        w = w - step
+    return w

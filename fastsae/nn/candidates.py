@@ -1,0 +1,78 @@
+"""Latents whose pre-activation exceeds a threshold: how many there are differs from token to token.
+
+While they are few, only they are listed, and all that follows is sparse. An untrained ReLU's half
+of all latents are cheaper as a dense matrix. What activations do with candidates is the same.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastsae.codes import Codes, every_latent, lists_every_latent
+from fastsae_kernels import encode_above, gather_dot
+from fastsae_kernels.topk import By
+
+DENSE = 1 / 16
+"""Part of the latents that a token lists, from which on dense products are faster on a CPU."""
+
+PROBE = 128
+"""Tokens by which the choice between few and many is made."""
+
+
+class Candidates(NamedTuple):
+    """Pre-activations of some latents of each token, or of all in their order."""
+
+    pre: Float[Tensor, "N K"]
+    indices: Int[Tensor, "N K"]
+    active: Bool[Tensor, "N K"]
+    """Whether an entry exceeds the threshold; else it is padding, or one of all latents."""
+    d_sae: int
+
+    @classmethod
+    def above(
+        cls,
+        x: Float[Tensor, "N d_in"],
+        W_enc: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+        threshold: Float[Tensor, " d_sae"] | float,
+        by: By = "value",
+    ) -> "Candidates":
+        """Those of centred inputs x whose pre-activation (or its magnitude) is above."""
+        d_sae = W_enc.shape[0]
+        if crowded(x, W_enc, b_enc, threshold, by):
+            pre = linear(x, W_enc, b_enc)
+            active = exceeds(pre, threshold, by)
+            return cls(pre, every_latent(len(x), d_sae, x.device), active, d_sae)
+        pre, indices, count = encode_above(x, W_enc, b_enc, threshold, by)
+        places = torch.arange(indices.shape[1], device=x.device)
+        return cls(pre, indices, places < count[:, None], d_sae)
+
+    def pick(self, parameter: Float[Tensor, " d_sae"]) -> Float[Tensor, "... K"]:
+        """A parameter of each latent, where the latent is listed."""
+        if lists_every_latent(self.indices, self.d_sae):
+            return parameter
+        ones = parameter.new_ones(len(self.indices), 1)
+        return gather_dot(ones, self.indices, parameter[:, None])
+
+    def codes(self, values: Float[Tensor, "N K"]) -> Codes:
+        """Codes of these values, 0 where not active."""
+        return Codes(values.where(self.active, 0.0), self.indices, self.d_sae)
+
+
+@torch.no_grad()
+def crowded(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, by: By = "value"
+) -> bool:
+    """Whether so many latents exceed the threshold that dense products are faster.
+
+    Judged by a few tokens, so that it depends on nothing but the batch; this waits for a GPU.
+    """
+    some = exceeds(linear(x[:PROBE], W_enc, b_enc), threshold, by)
+    return some.numel() > 0 and float(some.float().mean()) > DENSE
+
+
+def exceeds(pre: Tensor, threshold: Tensor | float, by: By) -> Bool[Tensor, "N d_sae"]:
+    return (pre.abs() if by == "abs" else pre) > threshold

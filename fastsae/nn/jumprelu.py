@@ -1,0 +1,118 @@
+"""JumpReLU (arXiv:2407.14435): a threshold for each latent, trained with an L0 penalty.
+
+The proximal step of R(z) = sum_f lambda_f 1[z_f != 0] for z >= 0, infinite for z < 0, is h where
+h > sqrt(2 lambda_f) and else 0: a JumpReLU of threshold sqrt(2 lambda_f). Training minimises the
+squared error plus l0_coef |z|_0, or plus l0_coef (L0 / target_l0 - 1)^2 with the batch's L0.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastsae.codes import Codes
+from fastsae_kernels import jumprelu, jumprelu_l0
+
+from .activation import Activation, ActivationConfig, Pass, Weights, warmed
+from .candidates import Candidates
+from .penalty import TARGET_L0, check_penalty, check_warmup
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLUConfig(ActivationConfig):
+    """Keep every pre-activation above a trained threshold of its latent, at a price."""
+
+    name = "jumprelu"
+
+    threshold: float = 0.001
+    """Where thresholds start, for activations with a mean square of 1."""
+
+    bandwidth: float = 0.001
+    """Width of the window around a threshold whose tokens train it; short runs need more."""
+
+    l0_coef: float | None = None
+    """Price of an active latent against a token's squared error; with a target, that of missing it
+    by its own size, by default d_in."""
+
+    target_l0: float | None = None
+    """Active latents per token that the price is to lead to; by default 32, if there is no
+    coefficient."""
+
+    price_warmup: float = 0.1
+    """First part of training over which the price rises from 0."""
+
+    def __post_init__(self):
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {self.threshold}")
+        if not self.bandwidth > 0:
+            raise ValueError(f"bandwidth must be above 0, got {self.bandwidth}")
+        check_penalty(self.l0_coef, self.target_l0, "l0_coef")
+        check_warmup(self.price_warmup)
+
+
+class JumpReLU(Activation):
+    """Keeps every pre-activation above its latent's threshold. The arguments are those of
+    JumpReLUConfig.
+
+    Where gradients are needed, entries just below their threshold are listed too, as inactive.
+    """
+
+    cfg: JumpReLUConfig
+    threshold: Float[nn.Parameter, " d_sae"]
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self.cfg = JumpReLUConfig(**settings)
+        self.target_l0 = self.cfg.target_l0
+        if self.cfg.l0_coef is None and self.target_l0 is None:
+            self.target_l0 = TARGET_L0
+
+    def build(self, d_in: int, d_sae: int) -> None:
+        self.threshold = nn.Parameter(torch.full((d_sae,), self.cfg.threshold))
+        self.l0_coef = float(d_in) if self.cfg.l0_coef is None else self.cfg.l0_coef
+
+    def encode(
+        self,
+        x: Float[Tensor, "N d_in"],
+        W_enc: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+    ) -> Codes:
+        codes, _ = self.with_l0(x, W_enc, b_enc, torch.is_grad_enabled())
+        return codes
+
+    def with_l0(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, trained: bool
+    ) -> tuple[Codes, Float[Tensor, ""]]:
+        """The codes, and the batch's L0 with a gradient for thresholds if they are trained."""
+        cfg = self.cfg
+        threshold = self.threshold.clamp(min=0)  # also after a step that took it below
+        lowest = threshold.detach() - (cfg.bandwidth / 2 if trained else 0.0)
+        found = Candidates.above(x, W_enc, b_enc, lowest)
+        threshold = found.pick(threshold)
+        pre = found.pre.masked_fill(~found.active, -torch.inf)
+        if threshold.dim() == 2:  # one row of as many thresholds as entries
+            threshold, pre = threshold.flatten(), pre.view(1, -1)
+        values = jumprelu(pre, threshold, cfg.bandwidth).view(found.pre.shape)
+        total = jumprelu_l0(pre, threshold, cfg.bandwidth).sum()
+        return found.codes(values), total / max(len(x), 1)
+
+    def training_pass(
+        self,
+        x: Float[Tensor, "N d_in"],
+        target: Float[Tensor, "N d_out"],
+        weights: Weights,
+        progress: float,
+    ) -> Pass:
+        with torch.no_grad():
+            self.threshold.clamp_(min=0)  # for below 0 it would have no gradient
+        codes, l0 = self.with_l0(x, weights.W_enc, weights.b_enc, True)
+        recon = codes.decode(weights.W_dec) + weights.b_dec
+        missed = l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
+        price = warmed(progress, self.cfg.price_warmup) * self.l0_coef * missed
+        return Pass(recon, codes, price.to(recon))
+
+    @torch.no_grad()
+    def fold_scale_(self, scale: float) -> None:
+        self.threshold.clamp_(min=0).div_(scale)

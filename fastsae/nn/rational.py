@@ -1,0 +1,270 @@
+"""Rational SAE (RSAE, arXiv:2606.14990): a trained non-linearity shared by all latents.
+
+    phi(h) = c_out r((h - s) / c_in),   r(t) = P(t) / (1 + |S(t)|),   t clamped to [-1, 1]
+
+s is where the gate of the activation that phi takes over from opens: 0 for ReLU, the latent's
+threshold for JumpReLU, and for TopK the middle between the token's k-th and (k + 1)-th largest
+pre-activation, held constant; or it is 0. phi is 0 nowhere, so the gate still says which latents
+are active; then phi need not express the jump at t = 0, and starts without its steep slopes.
+Without a support it must, and starts as the best fit to the whole activation.
+
+Coefficients span 12 orders of magnitude, more than one learning rate can serve. What is trained is
+a change from where they started, in units that each alter r by its own size (our choice):
+
+    a = a0 + unit_a change_a      b = b0 + unit_b change_b      c = c0 exp(change_c)
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from fastsae.codes import Codes, every_latent
+from fastsae_kernels import encode_topk, rational, topk
+
+from .activation import Activation, ActivationConfig, Pass, Weights, check_k
+from .candidates import Candidates
+from .penalty import Coefficient, check_penalty
+from .rational_fit import DEFAULT_DEGREE, JUMP, RationalFit, initial_coefficients
+
+Gate = Literal["relu", "jumprelu", "topk"]
+Support = Literal["teacher", "none"]
+Centre = Literal["gate", "zero"]
+
+DEFAULT_K = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RationalConfig(ActivationConfig):
+    """Pass what a gate keeps through a rational function that is trained."""
+
+    name = "rational"
+
+    gate: Gate = "topk"
+    """Which latents are active: as in that activation."""
+
+    support: Support = "teacher"
+    """Only latents that the gate keeps are active, or all (none): then L0 is d_sae, and every
+    product is dense."""
+
+    centre: Centre = "gate"
+    """Where the function is centred: where the gate opens, as in the paper, or at 0. At 0 it can
+    start as the gate's activation exactly, whose values do not depend on where the gate is."""
+
+    k: int | None = None
+    """Active latents per token, with the gate topk; by default 32."""
+
+    degree: tuple[int, int] | None = None
+    """Degrees (p, q) of numerator and denominator; by default (3, 2) for the gate relu and (9, 8)
+    for the others."""
+
+    l1_coef: float = 0.0
+    """Price of a token's codes, per unit of their summed magnitudes, against its squared error."""
+
+    target_l0: float | None = None
+    """Active latents per token that the price is steered to, from l1_coef; not for the gate topk,
+    whose L0 is k, nor with support none."""
+
+    def __post_init__(self):
+        for name, choice in {"gate": Gate, "support": Support, "centre": Centre}.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(
+                    f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
+                )
+        if self.centre == "zero" and (self.gate == "relu" or self.support == "none"):
+            raise ValueError(
+                f'centre "zero" is for the gates jumprelu and topk with the support of a teacher, '
+                f'got the gate "{self.gate}" with support "{self.support}"'
+            )
+        if self.k is not None and self.gate != "topk":
+            raise ValueError(f'k = {self.k} has no effect with the gate "{self.gate}"')
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+        degree = self.degree or (0, 1)
+        if len(degree) != 2 or degree[0] < 0 or degree[1] < 1:
+            raise ValueError(f"degree must be two numbers, (0, 1) or more, got {self.degree}")
+        check_penalty(self.l1_coef, self.target_l0, "l1_coef")
+        if self.target_l0 is not None and (self.gate == "topk" or self.support == "none"):
+            raise ValueError(
+                f"target_l0 = {self.target_l0} needs a price that can change L0: not with the gate "
+                f'"{self.gate}" and support "{self.support}"'
+            )
+
+
+class Rational(Activation):
+    """A rational function of what a gate keeps. The arguments are those of RationalConfig.
+
+    Without a teacher (`fastsae.upgrade`), it starts as its gate's activation for inputs of mean
+    square 1 and encoder rows of norm 1: c_in = c_out = sqrt(d_in), so that t is about the cosine of
+    token and row, less the gate's; the gate jumprelu is at a tenth of c_in, that of topk is taken
+    to be. Thresholds are held constant: the support of latent j depends on its threshold and
+    b_enc[j] through their difference alone, and b_enc is trained. Training may bend phi below 0.
+    """
+
+    cfg: RationalConfig
+    start: Float[Tensor, " coefficients"]
+    """a0, then b0."""
+    unit: Float[Tensor, " coefficients"]
+    scale: Float[Tensor, "2"]
+    """c_in and c_out as they started."""
+    change: Float[nn.Parameter, " coefficients"]
+    scale_change: Float[nn.Parameter, "2"]
+    threshold: Float[Tensor, " d_sae"]
+    """With the gate jumprelu only."""
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self.cfg = RationalConfig(**settings)
+        like = "relu" if self.cfg.gate == "relu" else "jumprelu"
+        self.degree = self.cfg.degree or DEFAULT_DEGREE[like]
+        self.k = self.cfg.k or DEFAULT_K
+        self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
+
+    def build(self, d_in: int, d_sae: int) -> None:
+        if self.cfg.gate == "topk":
+            check_k(self.k, d_sae)
+        count = sum(self.degree) + 1
+        self.change = nn.Parameter(torch.zeros(count))
+        self.scale_change = nn.Parameter(torch.zeros(2))
+        for name, size in {"start": count, "unit": count, "scale": 2}.items():
+            self.register_buffer(name, torch.zeros(size))
+        size = math.sqrt(d_in)
+        self.start_from_(self.fit(JUMP)._replace(c_in=size, c_out=size))
+        if self.cfg.gate == "jumprelu":
+            self.register_buffer("threshold", torch.full((d_sae,), JUMP * size))
+
+    def fit(self, jump: float) -> RationalFit:
+        """The best fit to the gate's activation where phi is taken of it, at c_in = c_out = 1.
+
+        The jump is from 0 at t = 0; there is none, whatever is given, for ReLU and the centre 0.
+        """
+        jump = 0.0 if self.cfg.gate == "relu" or self.cfg.centre == "zero" else jump
+        if self.cfg.support == "teacher":
+            return linear_fit(self.degree, jump)
+        return gate_fit(self.degree, jump)
+
+    @torch.no_grad()
+    def start_from_(self, fit: RationalFit) -> None:
+        """Start from these coefficients and scales; ValueError for other degrees than the own."""
+        found = len(fit.a) - 1, len(fit.b)
+        if found != self.degree:
+            raise ValueError(f"the fit must have degree {self.degree}, got {found}")
+        self.start.copy_(torch.cat([fit.a, fit.b]))
+        self.unit.copy_(units(fit, self.cfg.support))
+        self.scale.copy_(torch.tensor([fit.c_in, fit.c_out]))
+        self.change.zero_()
+        self.scale_change.zero_()
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a [p + 1], b [q], c_in and c_out [] as they are now."""
+        p, q = self.degree
+        a, b = torch.addcmul(self.start, self.unit, self.change).split([p + 1, q])
+        c_in, c_out = (self.scale * self.scale_change.exp()).unbind()
+        return a, b, c_in, c_out
+
+    def gated(
+        self,
+        x: Float[Tensor, "N d_in"],
+        W_enc: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+    ) -> tuple[Candidates, Tensor | float]:
+        """The pre-activations that phi is taken of, which of them the gate keeps, and s.
+
+        s is 0 or of a shape that broadcasts to theirs. A token with fewer than k + 1 positive
+        pre-activations has 0 in place of the missing ones, and so for the middle.
+        """
+        d_sae = len(W_enc)
+        threshold = self.threshold if self.cfg.gate == "jumprelu" else 0.0
+        if self.cfg.support == "none":
+            pre = linear(x, W_enc, b_enc)
+            if self.cfg.gate == "topk":
+                largest, _ = topk(pre.detach(), min(self.k + 1, d_sae))
+                threshold = middle(largest, self.k)
+            every = every_latent(len(x), d_sae, x.device)
+            return Candidates(pre, every, pre > threshold, d_sae), threshold
+        at_zero = self.cfg.centre == "zero"
+        if self.cfg.gate == "topk":
+            count = self.k if at_zero else min(self.k + 1, d_sae)
+            largest, indices = encode_topk(x, W_enc, b_enc, count)
+            pre, indices = largest[:, : self.k], indices[:, : self.k]
+            s = 0.0 if at_zero else middle(largest.detach(), self.k)
+            return Candidates(pre, indices, pre > 0, d_sae), s
+        found = Candidates.above(x, W_enc, b_enc, threshold)
+        if at_zero or not isinstance(threshold, Tensor):
+            return found, 0.0
+        return found, found.pick(threshold)
+
+    def encode(
+        self,
+        x: Float[Tensor, "N d_in"],
+        W_enc: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+    ) -> Codes:
+        found, s = self.gated(x, W_enc, b_enc)
+        values = rational(found.pre, *self.coefficients(), s)
+        return Codes.every(values) if self.cfg.support == "none" else found.codes(values)
+
+    def training_pass(
+        self,
+        x: Float[Tensor, "N d_in"],
+        target: Float[Tensor, "N d_out"],
+        weights: Weights,
+        progress: float,
+    ) -> Pass:
+        recon, codes = self.reconstruct(x, weights)
+        norm = codes.values.abs().sum() / max(len(x), 1)
+        return Pass(recon, codes, self.coefficient(norm, codes.l0()))
+
+    @torch.no_grad()
+    def fold_scale_(self, scale: float) -> None:
+        self.scale.div_(scale)
+        if self.cfg.gate == "jumprelu":
+            self.threshold.div_(scale)
+
+
+def middle(largest: Float[Tensor, "N K"], k: int) -> Float[Tensor, "N 1"]:
+    """Halfway between the k-th largest of each row and the next one, or 0 if none is listed."""
+    following = largest[:, k:] if largest.shape[1] > k else 0.0
+    return (largest[:, k - 1 : k] + following) / 2
+
+
+def linear_fit(degree: tuple[int, int], jump: float) -> RationalFit:
+    """About t + jump on [0, 1], with S = t^2, or t for q = 1; exactly if p exceeds that degree.
+
+    Any S does that P has room for, but from S = 0, where |S| has a kink, b could not be trained.
+    """
+    (p, q), power = degree, min(degree[1], 2)
+    with torch.device("cpu"):
+        t = torch.linspace(0, 1, 1001, dtype=torch.float64)[:, None]
+        columns = t ** torch.arange(min(p, power + 1) + 1) / (1 + t**power)
+        a = torch.linalg.lstsq(columns, t + jump).solution
+        error = (columns @ a - t - jump).abs().max().item()
+        b = torch.eye(q, dtype=torch.float64)[power - 1]
+    return RationalFit(pad(a[:, 0], (0, p + 1 - len(a))), b, 1.0, 1.0, error)
+
+
+@cache
+def gate_fit(degree: tuple[int, int], jump: float) -> RationalFit:
+    """The best fit on [-1, 1], on the CPU also where modules are built without memory."""
+    with torch.device("cpu"):
+        if not jump:
+            return initial_coefficients("relu", degree)
+        return initial_coefficients("jumprelu", degree, jump)
+
+
+def units(fit: RationalFit, support: Support) -> Float[Tensor, " coefficients"]:
+    """By how much each of a and b alone alters r by r's own size, in the mean square over the t
+    on which r is taken: those above 0, or all of [-1, 1]."""
+    with torch.device("cpu"):
+        a, b = fit.a.double().cpu(), fit.b.double().cpu()
+        t = torch.linspace(-1 if support == "none" else 0, 1, 1001, dtype=torch.float64)
+        powers = t[:, None] ** torch.arange(max(len(a), len(b) + 1))
+        Q = 1 + (powers[:, 1 : len(b) + 1] @ b).abs()
+        r = powers[:, : len(a)] @ a / Q
+        slopes = torch.cat([powers[:, : len(a)], r[:, None] * powers[:, 1 : len(b) + 1]], 1)
+        return r.norm() / (slopes / Q[:, None]).norm(dim=0)

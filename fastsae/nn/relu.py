@@ -1,0 +1,87 @@
+"""ReLU with an L1 penalty (arXiv:2309.08600), and its annealing to an Lp penalty.
+
+The proximal step of R(z) = lambda |z|_1 for z >= 0, infinite for z < 0, is max(h - lambda, 0); the
+shift by lambda is folded into b_enc. Training minimises the squared error plus l1_coef |z|_1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastsae.codes import Codes
+
+from .activation import Activation, ActivationConfig, Pass, Weights, warmed
+from .candidates import Candidates
+from .penalty import Coefficient, check_penalty, check_warmup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLUConfig(ActivationConfig):
+    """Keep every positive pre-activation, at a price."""
+
+    name = "relu"
+
+    l1_coef: float | None = None
+    """Price of a token's codes, per unit of their sum, against its squared error."""
+
+    target_l0: float | None = None
+    """Active latents per token that the price is steered to, from l1_coef if that is given; by
+    default 32, if it is not."""
+
+    p_end: float = 1.0
+    """Exponent of the codes in the price at the end of training, from 1 at its beginning; below 1
+    it spares large codes (p-annealing, arXiv:2408.00113)."""
+
+    price_warmup: float = 0.1
+    """First part of training over which the price rises from 0."""
+
+    def __post_init__(self):
+        check_penalty(self.l1_coef, self.target_l0, "l1_coef")
+        check_warmup(self.price_warmup)
+        if not 0 < self.p_end <= 1:
+            raise ValueError(f"p_end must be above 0 and at most 1, got {self.p_end}")
+
+
+class ReLU(Activation):
+    """Keeps every positive pre-activation. The arguments are those of ReLUConfig."""
+
+    cfg: ReLUConfig
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self.cfg = ReLUConfig(**settings)
+        self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
+
+    def encode(
+        self,
+        x: Float[Tensor, "N d_in"],
+        W_enc: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+    ) -> Codes:
+        found = Candidates.above(x, W_enc, b_enc, 0.0)
+        return found.codes(found.pre)
+
+    def training_pass(
+        self,
+        x: Float[Tensor, "N d_in"],
+        target: Float[Tensor, "N d_out"],
+        weights: Weights,
+        progress: float,
+    ) -> Pass:
+        recon, codes = self.reconstruct(x, weights)
+        p = 1 - (1 - self.cfg.p_end) * progress
+        price = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
+        return Pass(recon, codes, warmed(progress, self.cfg.price_warmup) * price)
+
+
+def lp_norm(values: Float[Tensor, "N K"], p: float) -> Float[Tensor, ""]:
+    """Sum of |value|^p over all entries, scaled to the sum of |value|, so that p shifts the price
+    from large values to small ones and leaves it the same in all."""
+    size = values.abs()
+    if p == 1:
+        return size.sum()
+    power = (size + torch.finfo(values.dtype).eps).pow(p).where(size > 0, 0.0).sum()
+    return power * (size.sum() / power.clamp_min(torch.finfo(values.dtype).tiny)).detach()

@@ -1,0 +1,68 @@
+"""What a sweep found: one table and one picture of all its runs."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from fastsae.files import read_json, write_json
+
+from .log import read_lines
+
+COLUMNS = {
+    "fvu": ("FVU", "{:.4f}"),
+    "l0": ("L0", "{:.1f}"),
+    "dead_fraction": ("dead", "{:.2%}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+
+
+def compare(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Write comparison.json of the runs of these names in a sweep's folder, and comparison.png."""
+    found = {name: read_json(out / name / "summary.json") for name in names}
+    write_json(out / "comparison.json", found)
+    if importlib.util.find_spec("matplotlib") is not None:
+        _plot(out, found)
+    return found
+
+
+def comparison_table(found: dict[str, dict[str, Any]]) -> str:
+    """A row for each run, best FVU first."""
+    ranked = sorted(found.items(), key=lambda item: item[1]["fvu"])
+    rows = [["SAE", *(title for title, _ in COLUMNS.values())]]
+    rows += [[n, *(form.format(f[key]) for key, (_, form) in COLUMNS.items())] for n, f in ranked]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for name, *cells in rows:
+        numbers = (f"{c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([f"  {name:<{widths[0]}}", *numbers]))
+    return "\n".join(lines)
+
+
+def _plot(out: Path, found: dict[str, dict[str, Any]]) -> None:
+    """FVU over the steps, and where each run ended between L0 and FVU."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    curves, ends = figure.subplots(1, 2)
+    for name, summary in found.items():
+        lines = read_lines(out / name / "metrics.jsonl")
+        steps, fvu = ([line[key] for line in lines] for key in ("step", "fvu"))
+        (drawn,) = curves.plot(steps, fvu, linewidth=1.2, label=name)
+        ends.scatter([summary["l0"]], [summary["fvu"]], color=drawn.get_color(), zorder=3)
+        ends.annotate(
+            name,
+            (summary["l0"], summary["fvu"]),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    curves.set_xlabel("step")
+    ends.set_xlabel("active latents per token, at the end")
+    ends.set_xmargin(0.25)
+    for axes in (curves, ends):
+        axes.set_ylabel("fraction of variance unexplained")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    curves.legend(fontsize=7)
+    figure.savefig(out / "comparison.png", dpi=120)

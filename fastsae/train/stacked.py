@@ -1,0 +1,56 @@
+"""One encoder product for several SAEs of one shape.
+
+Their encoders are slices of one matrix, and h = x W_enc^T + (b_enc - W_enc b_dec), so that all see
+the same x. It serves TopK in the fused step, whose codes need no gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastsae.codes import Codes
+from fastsae.nn import TopK
+from fastsae_kernels.encode import encode_topk_each
+
+from .state import TrainState
+from .trainer import Trainer
+
+
+class Stack(NamedTuple):
+    """SAEs of one shape by name, and the matrix [S d_sae, d_in] that holds their encoders."""
+
+    states: dict[str, TrainState]
+    W_enc: Float[Tensor, "S_d_sae d_in"]
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "N d_in"]) -> dict[str, Codes]:
+        """The codes of a batch in each SAE."""
+        saes = [state.sae for state in self.states.values()]
+        bias = torch.cat([torch.addmv(s.b_enc, s.W_enc, s.b_dec, alpha=-1) for s in saes])
+        choices = [(s.activation.cfg.k, s.activation.cfg.by) for s in saes]
+        found = encode_topk_each(x, self.W_enc, bias, choices)
+        return {
+            name: Codes(*codes, state.sae.d_sae)
+            for (name, state), codes in zip(self.states.items(), found, strict=True)
+        }
+
+
+def stacks(trainers: dict[str, Trainer], states: dict[str, TrainState]) -> list[Stack]:
+    """SAEs that can share a product, their encoders moved into one matrix where there are two."""
+    groups: dict[int, dict[str, TrainState]] = {}
+    for name, trainer in trainers.items():
+        state = states[name]
+        fused = trainer.plan.step == "fused" and not state.adam.shadow
+        if fused and isinstance(state.sae.activation, TopK):
+            groups.setdefault(state.sae.d_sae, {})[name] = state
+    return [stacked(group) for group in groups.values() if len(group) > 1]
+
+
+def stacked(states: dict[str, TrainState]) -> Stack:
+    W_enc = torch.cat([state.sae.W_enc.detach() for state in states.values()])
+    for state, rows in zip(states.values(), W_enc.chunk(len(states)), strict=True):
+        state.adam.move("W_enc", rows)
+        state.sae.W_enc.data = rows
+    return Stack(states, W_enc)

@@ -1,0 +1,155 @@
+"""Several SAEs trained together on one pass over the same activations.
+
+Each is a run like any other, with a folder of its own under the sweep's, and takes the same batches
+in the same order: they are read, shuffled and moved to the device once for all. TopK SAEs of one
+shape share the encoder's product.
+"""
+
+import dataclasses
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from fastsae.checkpoint import list_checkpoints
+from fastsae.config import from_dict, to_dict
+from fastsae.data import ActivationSource
+from fastsae.files import read_json, write_json
+from fastsae.nn import SAE
+
+from .comparison import compare
+from .config import TrainConfig
+from .interrupt import Interrupted, Interrupts
+from .log import Log
+from .memory import keep_freed_memory
+from .run_folder import claimed_run
+from .stacked import stacks
+from .state import TrainState
+from .trainer import Trainer
+
+FORMAT = "fastsae.sweep.1"
+SHARED = (
+    *("data", "target", "layers", "steps", "batch_size", "device"),
+    *("checkpoint_every", "keep_checkpoints", "log_every"),
+)
+
+
+class Sweep:
+    """Trains the SAEs of several configs and leaves a comparison of them in `out`.
+
+    `out` then holds a run's folder for each, comparison.json and, with matplotlib, comparison.png.
+    """
+
+    def __init__(self, configs: dict[str, TrainConfig], source: ActivationSource, out: Path):
+        """Configs by name; their `out` becomes the folder of that name, and their data come in the
+        order of the first one's seed. ValueError unless there are some, and they share SHARED."""
+        if not configs:
+            raise ValueError("a sweep needs at least one SAE")
+        first, *others = configs.values()
+        for name in SHARED:
+            for other in others:
+                one, two = getattr(first, name), getattr(other, name)
+                if one != two:
+                    raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
+        seed = first.seed if first.data_seed is None else first.data_seed
+        self.out, self.first = out, next(iter(configs))
+        self.trainers = {
+            name: Trainer(dataclasses.replace(c, out=out / name, data_seed=seed), source)
+            for name, c in configs.items()
+        }
+
+    def fit(self, resume: bool = False) -> dict[str, SAE]:
+        """Train all to the last step. Raises what `Trainer.fit` does."""
+        keep_freed_memory()
+        with claimed_run(self.out), ExitStack() as stack:
+            interrupts = stack.enter_context(Interrupts())
+            configs = {name: trainer.config for name, trainer in self.trainers.items()}
+            if not resume:
+                begin(self.out, configs)
+            for config in configs.values():
+                stack.enter_context(claimed_run(config.out))
+            states = self.start(resume)
+            logs = {}
+            for name, trainer in self.trainers.items():
+                step = states[name].step
+                log = Log(trainer.config, trainer.plan.steps, step, alone=False)
+                logs[name] = stack.enter_context(log)
+                log.say(f"{name}: {trainer.describe(states[name].sae)}")
+            self.loop(states, logs, interrupts)
+            saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
+        compare(self.out, list(saes))
+        return saes
+
+    def start(self, resume: bool) -> dict[str, TrainState]:
+        """The states to go on from: all at the newest step that all have a checkpoint of."""
+        folders = [trainer.config.out / "checkpoints" for trainer in self.trainers.values()]
+        kept = [{path.name for path in list_checkpoints(folder)} for folder in folders]
+        newest = max(set.intersection(*kept), default=None)
+        states = {}
+        for name, trainer in self.trainers.items():
+            out = trainer.config.out
+            begun = resume and (out / "config.json").exists()
+            checkpoint = out / "checkpoints" / newest if begun and newest else None
+            states[name] = trainer.start(begun, checkpoint)
+        return states
+
+    def loop(
+        self, states: dict[str, TrainState], logs: dict[str, Log], interrupts: Interrupts
+    ) -> None:
+        """Take every batch to every SAE."""
+        trainer, state = self.trainers[self.first], states[self.first]
+        steps, every = trainer.plan.steps, trainer.config.log_every
+        shared = stacks(self.trainers, states)
+        live = sys.stderr.isatty()
+        from tqdm import tqdm  # here, so that kernels and steps can be used without it
+
+        bar = tqdm(total=steps, initial=state.step, unit="step", disable=not live)
+        with trainer.batches(state) as batches, bar:
+            while state.step < steps:
+                batch, codes, start = trainer.load(batches, state), {}, time.perf_counter()
+                for stack in shared:
+                    codes |= stack.encode(batch.x)
+                share = (time.perf_counter() - start) / max(len(codes), 1)
+                for name, one in self.trainers.items():
+                    start = time.perf_counter() - (share if name in codes else 0.0)
+                    one.advance(states[name], batch, logs[name], start, codes.pop(name, None))
+                bar.update()
+                if state.step % every == 0 or state.step == steps:
+                    lines = {name: log.last["fvu"] for name, log in logs.items()}
+                    best = min(lines, key=lambda name: lines[name])
+                    text = f"best FVU {lines[best]:.4f} ({best})"
+                    bar.set_postfix_str(text)
+                    if not live:
+                        print(f"step {state.step}/{steps}  {text}", file=sys.stderr)
+                if interrupts.signum and state.step < steps:
+                    for name, one in self.trainers.items():
+                        one.save(states[name])
+                    raise Interrupted(
+                        interrupts.signum,
+                        f"stopped at step {state.step} of {steps}, saved; "
+                        f"go on with --resume --out {self.out}",
+                    )
+
+
+def begin(out: Path, configs: dict[str, TrainConfig]) -> None:
+    """Write sweep.json to a folder that holds nothing yet; ValueError if it does."""
+    if (out / "sweep.json").exists():
+        raise ValueError(
+            f"{out} already holds a sweep: add --resume to go on with it, or choose another --out"
+        )
+    if any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no sweep: choose another --out")
+    runs = {name: to_dict(config) for name, config in configs.items()}
+    write_json(out / "sweep.json", {"format": FORMAT, "runs": runs})
+
+
+def stored_sweep(out: Path) -> dict[str, TrainConfig]:
+    """The configs of the sweep in a folder, by name; ValueError if there is none."""
+    path = out / "sweep.json"
+    if not path.exists():
+        raise ValueError(f"{out} holds no sweep to resume: {path} does not exist")
+    document = read_json(path)
+    runs = document.get("runs") if isinstance(document, dict) else None
+    if not isinstance(runs, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the record of a {FORMAT} folder")
+    return {name: from_dict(TrainConfig, run, f"{path}: {name}") for name, run in runs.items()}

@@ -1,0 +1,271 @@
+"""Gives a trained SAE a rational activation, and fine-tunes it (RSAE, arXiv:2606.14990).
+
+    fit          a rational function to the teacher's activation, on a grid
+    copy         the teacher's weights
+    calibrate    the function to the teacher's own pre-activations, by least squares
+    fine-tune    everything
+
+The teacher itself is fine-tuned too, for as many steps on the same batches at the same learning
+rate: what the rational activation is worth is the difference to that, not to the teacher.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastsae.config import to_dict
+from fastsae.data import ActivationSource
+from fastsae.device import Device, choose_device
+from fastsae.evals import reconstruction
+from fastsae.evals.reconstruction import check_fits
+from fastsae.files import write_json
+from fastsae.losses import Objective
+from fastsae.nn import SAE, ActivationConfig
+from fastsae.nn.batchtopk import BatchTopK
+from fastsae.nn.jumprelu import JumpReLU
+from fastsae.nn.rational import Centre, Rational, RationalConfig, Support
+from fastsae.nn.rational_fit import GAP, RationalFit, calibrate
+from fastsae.nn.relu import ReLU
+from fastsae.nn.topk import TopK
+from fastsae.train import Interrupted, Optimizer, TrainConfig, Trainer
+from fastsae.train.optim import Constraint
+
+CALIBRATION_TOKENS, CALIBRATION_ENTRIES = 2048, 20_000
+EVALUATION_TOKENS = 65536
+UNIT = 1e-3
+"""Decoder rows whose norms are this close to 1 are kept at 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpgradeConfig:
+    """How a trained SAE gets a rational activation."""
+
+    data: Path | None = None
+    """Activations to calibrate and fine-tune on, as for training; by default those the SAE was
+    trained on."""
+
+    out: Path = Path("runs/upgrade")
+    """Folder for the run's results; it must not hold another run."""
+
+    support: Support = "teacher"
+    """Only latents that the SAE's rule keeps are active, or all (none): then L0 is d_sae, and
+    every product is dense."""
+
+    centre: Centre | None = None
+    """Where the function is centred: where the gate opens, as in the paper, or at 0, where it can
+    start as the SAE's own activation exactly; by default that, but for support none."""
+
+    degree: tuple[int, int] | None = None
+    """Degrees (p, q) of numerator and denominator; by default (3, 2) for ReLU and (9, 8) for the
+    others."""
+
+    l1_coef: float | None = None
+    """Price of a token's codes, per unit of their summed magnitudes, against its squared error; by
+    default none, but for a ReLU the one it was last trained with, steered so that L0 stays."""
+
+    steps: int = 500
+    """Steps of fine-tuning."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+
+    batch_size: int = 4096
+    """Tokens per step."""
+
+    seed: int = 0
+    """Seed of the sample to calibrate on and of the data's order."""
+
+    device: Device = "auto"
+    """Where to fine-tune; auto takes a GPU if there is one."""
+
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self):
+        self.function({"gate": "topk"})
+        self.run()
+
+    def function(self, gate: dict[str, Any]) -> RationalConfig:
+        """The settings of the rational function for a gate; ValueError for nonsense."""
+        settings = {"support": self.support, "degree": self.degree, **gate}
+        if self.l1_coef is not None:
+            settings["l1_coef"] = self.l1_coef
+        if self.l1_coef is not None or self.support == "none":
+            settings["target_l0"] = None
+        centre = self.centre
+        if centre is None:
+            free = gate["gate"] != "relu" and self.support == "teacher"
+            centre = "zero" if free else "gate"
+        return RationalConfig(centre=centre, **settings)
+
+    def run(self, constraint: Constraint = "unit", **settings: Any) -> TrainConfig:
+        """The run that fine-tunes; it leaves dead latents alone. ValueError for nonsense."""
+        own = "out", "steps", "batch_size", "seed", "device", "checkpoint_every", "log_every"
+        return TrainConfig(
+            data=self.data,
+            objective=Objective(auxk_coef=0.0),
+            optimizer=Optimizer(lr=self.lr, constraint=constraint),
+            **{name: getattr(self, name) for name in own} | settings,
+        )
+
+
+def upgrade(
+    teacher: SAE, source: ActivationSource, config: UpgradeConfig, resume: bool = False
+) -> SAE:
+    """The teacher with a rational activation, fine-tuned; on the CPU, for activations as they are.
+
+    teacher and source: an autoencoder with ReLU, JumpReLU, TopK or BatchTopK (which is a JumpReLU
+    outside training), and such activations as it was trained on. Leaves the folder of a run in
+    config.out, with that of the teacher's own fine-tuning in baseline/, and the comparison in
+    upgrade.json. Resuming takes the same teacher. ValueError for other activations, and as in
+    `Trainer.fit`.
+    """
+    teacher = copy.deepcopy(teacher).cpu().eval()
+    start, about = initial(teacher, source, config)
+    tuned = Trainer(tuning(start, config), source, start).fit(resume)
+    cfg, out = own_objective(teacher, about["calibration_l0"]), config.out / "baseline"
+    own = replace(tuning(teacher, config), activation=cfg, out=out)
+    begun = resume and (out / "config.json").exists()
+    try:
+        baseline = Trainer(own, source, teacher).fit(begun)
+    except Interrupted as stop:
+        left = f"stopped amid the baseline, saved; go on with --resume --out {config.out}"
+        raise Interrupted(stop.signum, left) from stop
+    saes = {
+        "baseline": teacher,
+        "baseline, fine-tuned": baseline,
+        "rational": start,
+        "rational, fine-tuned": tuned,
+    }
+    write_json(config.out / "upgrade.json", about | comparison(saes, source, config))
+    return tuned
+
+
+def initial(
+    teacher: SAE, source: ActivationSource, config: UpgradeConfig
+) -> tuple[SAE, dict[str, Any]]:
+    """The teacher with a calibrated rational activation, and what there is to say of it.
+
+    All is done as training sees it: for activations of mean square 1.
+    """
+    if teacher.d_out is not None or teacher.layers > 1:
+        raise ValueError("only an autoencoder of one layer can be upgraded")
+    scale = source.mean_square**-0.5
+    scaled = copy.deepcopy(teacher).fold_scale_(1 / scale)
+    check_fits(teacher, source)
+    x = source.sample(CALIBRATION_TOKENS, config.seed) * scale
+    l0 = float(scaled.encode(x).l0())
+    settings, threshold = gate_of(scaled, l0)
+    activation = Rational(**vars(config.function(settings)))
+    sae = SAE(teacher.d_in, teacher.d_sae, activation, by_norm=teacher.by_norm).eval()
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            sae.get_parameter(name).copy_(scaled.get_parameter(name))
+        if threshold is not None:
+            activation.threshold.copy_(threshold)
+        fit = calibrated(sae, activation, x, config.seed)
+        activation.start_from_(fit)
+    about = {
+        **to_dict(activation.cfg),
+        "degree": list(activation.degree),
+        "new_scalars": sum(p.numel() for p in activation.parameters()),
+        "calibration_mse": fit.error,
+        "calibration_l0": l0,
+    }
+    return sae.fold_scale_(scale), about
+
+
+def gate_of(sae: SAE, l0: float) -> tuple[dict[str, Any], Tensor | None]:
+    """A rational activation's settings for the gate and the price that an SAE of this L0 has, and
+    the gate's thresholds; ValueError for other SAEs."""
+    match activation := sae.activation:
+        case ReLU():
+            price = activation.coefficient.value.item()
+            return {"gate": "relu", "l1_coef": price, "target_l0": l0}, None
+        case JumpReLU():
+            return {"gate": "jumprelu"}, activation.threshold.clamp(min=0)
+        case TopK() if not activation.signed:
+            return {"gate": "topk", "k": activation.cfg.k}, None
+        case BatchTopK() if not activation.signed and activation.threshold >= 0:
+            return {"gate": "jumprelu"}, activation.threshold.expand(sae.d_sae)
+    raise ValueError(
+        "only relu, jumprelu, topk and a trained batchtopk, ranking values, can be upgraded, "
+        f"got {activation.cfg.name} ({activation.extra_repr()})"
+    )
+
+
+def calibrated(
+    sae: SAE, activation: Rational, x: Float[Tensor, "N d_in"], seed: int
+) -> RationalFit:
+    """The rational function nearest to its gate's activation on some of the pre-activations of x.
+
+    They are drawn from those that the function is taken of: with the teacher's support the active
+    ones, else all. ValueError if there are none.
+    """
+    weights = sae.weights()
+    found, s = activation.gated(sae.centre(x), weights.W_enc, weights.b_enc)
+    taken = found.active if activation.cfg.support == "teacher" else torch.ones_like(found.active)
+    h, s, target = (
+        values.expand(taken.shape)[taken]
+        for values in (found.pre, torch.as_tensor(s), found.pre * found.active)
+    )
+    if not len(h):
+        raise ValueError("the SAE has no active latent on this data")
+    some = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))
+    h, s, target = (values[some[:CALIBRATION_ENTRIES]] for values in (h, s, target))
+    c_in = max(float((h - s).abs().max()), torch.finfo(h.dtype).tiny)
+    fit = activation.fit(max(float(s.median()) / c_in, GAP))
+    return calibrate(h, target, fit.a, fit.b, c_in, c_in, s)
+
+
+def own_objective(teacher: SAE, l0: float) -> ActivationConfig:
+    """The teacher's activation with a price that leaves its L0 where it is, from the first step.
+
+    A ReLU's price is steered on from what it was last trained with; a JumpReLU, whose thresholds
+    go on training, pays for missing the L0 it has, ten times what it does by default.
+    """
+    activation = teacher.activation
+    cfg = activation.cfg
+    match activation:
+        case ReLU():
+            price = activation.coefficient.value.item()
+            return replace(cfg, l1_coef=price, target_l0=l0, price_warmup=0.0)
+        case JumpReLU():
+            return replace(cfg, l0_coef=10.0 * teacher.d_in, target_l0=l0, price_warmup=0.0)
+    return cfg
+
+
+def tuning(sae: SAE, config: UpgradeConfig) -> TrainConfig:
+    """The run that fine-tunes an SAE; decoder rows that are not of norm 1 are left free."""
+    unit = not sae.by_norm and (sae.W_dec.norm(dim=1) - 1).abs().max() < UNIT
+    return config.run(
+        "unit" if unit else "none",
+        d_sae=sae.d_sae,
+        by_norm=sae.by_norm,
+        activation=sae.activation.cfg,
+    )
+
+
+def comparison(
+    saes: dict[str, SAE], source: ActivationSource, config: UpgradeConfig
+) -> dict[str, Any]:
+    """Each SAE's numbers on held-out data, where there is some."""
+    data, device = source.heldout or source, choose_device(config.device)
+    rows = {}
+    for name, sae in saes.items():
+        found = reconstruction(sae, data, max_tokens=EVALUATION_TOKENS, device=device)
+        sae.cpu()
+        rows[name] = {n: getattr(found, n) for n in ("fvu", "mse", "l0", "dead_fraction")}
+    return {
+        "evaluated_on": "held-out data" if source.heldout else "training data",
+        "evaluated_tokens": min(data.n_tokens, EVALUATION_TOKENS),
+        "saes": rows,
+    }

@@ -1,0 +1,260 @@
+"""Linear encoder that keeps whatever exceeds a threshold, without a tensor of all pre-activations.
+
+    h = x W_enc^T + b_enc
+    encode_above(x, W_enc, b_enc, threshold)            h where h > threshold
+    encode_above(x, W_enc, b_enc, threshold, by="abs")  h where |h| > threshold
+
+For activations whose number of active latents varies from token to token. The product runs over
+chunks of tokens as in encode.py, and each chunk becomes two flat lists, of the entries and of their
+positions n F + f, in that order. On a GPU one pass over the chunk counts each row's entries, and
+one lists them. The whole is padded to the largest count of the batch. Ops that choose further,
+as topk_batch.py does, do so on the lists.
+Shapes: N tokens, F latents, D model width, K the largest count, M entries in all.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ._launch import (
+    check_devices,
+    check_matrix,
+    launch,
+    power_of_2,
+    rows_at_a_time,
+    use_triton,
+)
+from ._op import register
+from .encode import _product, straight_through
+from .topk import By, _rank, check_choice
+
+# --- reference: the specification -----------------------------------------------------------
+
+
+def listed_reference(h: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen entries of each row, in latent order: [N, F] twice -> [N, K], [N, K], [N]"""
+    count = chosen.sum(1)
+    K = max([1, *count.tolist()])
+    listed = torch.arange(K, device=h.device) < count[:, None]
+    indices = (~chosen).sort(dim=1, stable=True).indices[:, :K].where(listed, 0)
+    return h.gather(1, indices).where(listed, 0.0), indices, count
+
+
+def encode_above_reference(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, by: By = "value"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, D], [F, D], [F], [F] -> [N, K], [N, K], [N]"""
+    h = linear(x, W_enc, b_enc)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    threshold = torch.as_tensor(threshold, dtype=wide, device=h.device)
+    return listed_reference(h, _rank(h, by).to(wide) > threshold)
+
+
+# --- torch path: what runs without a GPU ----------------------------------------------------
+
+
+def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
+    above = torch.zeros(-(-pre.numel() // 8) * 8, dtype=torch.bool)
+    torch.gt(_rank(pre, by), threshold, out=above[: pre.numel()].view(pre.shape))
+    # Few of them are true: eight are looked at together, and then those of the eights with any.
+    eights = above.view(torch.int64)
+    some = eights.nonzero()[:, 0]
+    found = eights[some].view(torch.bool).view(len(some), 8).nonzero()
+    position = some[found[:, 0]].mul_(8).add_(found[:, 1])
+    return pre.flatten()[position], position
+
+
+# --- kernel: all tensors row-major ----------------------------------------------------------
+
+
+@triton.jit
+def _above_kernel(
+    pre_ptr, threshold_ptr, rows_ptr, values_ptr, position_ptr, F,
+    BLOCK: tl.constexpr, ABS: tl.constexpr, LIST: tl.constexpr,
+):  # fmt: skip
+    """Count the entries of a row; or list them, from the place in the lists that is the row's."""
+    n = tl.program_id(0).to(tl.int64)
+    place = tl.load(rows_ptr + n) if LIST else tl.zeros((), dtype=tl.int64)
+    for start in range(0, F, BLOCK):
+        f = start + tl.arange(0, BLOCK)
+        threshold = tl.load(threshold_ptr + f, mask=f < F, other=float("inf"))
+        h = tl.load(pre_ptr + n * F + f, mask=f < F, other=0.0).to(threshold.dtype)
+        above = ((tl.abs(h) if ABS else h) > threshold).to(tl.int32)
+        found = tl.sum(above)
+        if LIST and found > 0:
+            at = tl.cumsum(above) - 1
+            tl.store(values_ptr + place + at, h, mask=above != 0)
+            tl.store(position_ptr + place + at, n * F + f, mask=above != 0)
+        place += found
+    if not LIST:
+        tl.store(rows_ptr + n, place)
+
+
+# --- launchers ------------------------------------------------------------------------------
+
+BLOCK = 2048
+"""Entries of a row that a program has in flight."""
+
+
+def _launch_above(pre: Tensor, threshold: Tensor, by: By, *lists: Tensor | None) -> None:
+    (N, F), (_, values, _) = pre.shape, lists
+    constants = min(BLOCK, power_of_2(F)), by == "abs", values is not None
+    launch(_above_kernel, (N,), pre, threshold, *lists, F, *constants)
+
+
+def _launch_count(pre: Tensor, threshold: Tensor, by: By) -> Tensor:
+    """How many entries each row has: [N]"""
+    count = torch.empty(len(pre), dtype=torch.int64, device=pre.device)
+    _launch_above(pre, threshold, by, count, None, None)
+    return count
+
+
+def _launch_list(
+    pre: Tensor, threshold: Tensor, by: By, first: Tensor, M: int
+) -> tuple[Tensor, Tensor]:
+    """The M entries and their positions, each row's from its place on in first, [N]."""
+    values = pre.new_empty(M)
+    position = torch.empty(M, dtype=torch.int64, device=pre.device)
+    _launch_above(pre, threshold, by, first, values, position)
+    return values, position
+
+
+# --- flat lists -----------------------------------------------------------------------------
+
+
+def products(x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Pre-activations, a chunk of tokens at a time: the position of the first, then [n, F].
+
+    Whoever takes them drops each before asking for the next: the budget is for one.
+    """
+    x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator misreads others
+    chunk = rows_at_a_time(x, len(W))
+    for start in range(0, len(x), chunk):
+        yield start * len(W), _product(x[start : start + chunk], W, b)
+
+
+def list_above(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
+    """Entries above the threshold and their positions: contiguous [N, F], [F] -> [M], [M].
+
+    Reads M from a GPU, that is, waits for it.
+    """
+    if not use_triton(pre):
+        return _list_torch(pre, threshold, by)
+    count = _launch_count(pre, threshold, by)
+    end = count.cumsum(0)
+    return _launch_list(pre, threshold, by, end - count, int(end[-1]))
+
+
+def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat lists padded to the largest count, which is read from a GPU: -> [N, K], [N, K], [N]."""
+    ends = torch.arange(N + 1, device=position.device) * F
+    count = torch.searchsorted(position, ends).diff()
+    K = max(int(count.max()), 1) if N else 1
+    listed = inside(count, K)
+    return (
+        values.new_zeros(N, K).masked_scatter_(listed, values),
+        position.new_zeros(N, K).masked_scatter_(listed, position % F),
+        count,
+    )
+
+
+def inside(count: Tensor, K: int) -> Tensor:
+    """Which places of a padded code hold an entry: [N] -> [N, K]"""
+    return torch.arange(K, device=count.device) < count[:, None]
+
+
+# --- autograd -------------------------------------------------------------------------------
+
+
+class _EncodeAbove(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, by: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lists = [(x.new_empty(0), x.new_empty(0, dtype=torch.int64))]
+        for first, pre in products(x, W_enc, b_enc):
+            values, position = list_above(pre, threshold, by)
+            lists.append((values, position.add_(first)))
+            del pre
+        values, position = (torch.cat(parts) for parts in zip(*lists, strict=True))
+        return in_rows(values, position, len(x), len(W_enc))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, indices, count = output
+        ctx.save_for_backward(*inputs[:2], indices, count)
+        ctx.mark_non_differentiable(indices, count)
+
+    @staticmethod
+    def backward(ctx, g, *_):  # g: [N, K]
+        return *listed_gradients(ctx, g), None, None
+
+
+def listed_gradients(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, W_enc and b_enc, for a ctx that saved x, W_enc, indices and count: through each entry.
+
+    An entry of value 0 passes it on as well; the padding does not.
+    """
+    x, W_enc, indices, count = ctx.saved_tensors
+    listed = inside(count, indices.shape[1])
+    return straight_through(g, x, W_enc, listed, indices, ctx.needs_input_grad[:3])
+
+
+def fake_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What in_rows returns, of as many columns as the data decide."""
+    N, K = len(x), torch.library.get_ctx().new_dynamic_size()
+    whole = torch.int64
+    return x.new_empty(N, K), x.new_empty(N, K, dtype=whole), x.new_empty(N, dtype=whole)
+
+
+_encode_above = register(_EncodeAbove, lambda x, W_enc, b_enc, threshold, by: fake_rows(x))
+
+# --- public ---------------------------------------------------------------------------------
+
+
+def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, by: By) -> None:
+    """Raise ValueError unless these are an encoder, tokens for it, and a way to rank."""
+    check_matrix("x", x)
+    check_matrix("W_enc", W_enc, columns=x.shape[1])
+    check_choice(1, by, len(W_enc))
+    if b_enc.shape != W_enc.shape[:1]:
+        raise ValueError(f"b_enc must have shape {[len(W_enc)]}, got {list(b_enc.shape)}")
+    if not x.dtype == W_enc.dtype == b_enc.dtype:
+        raise ValueError(
+            f"x, W_enc and b_enc must have one dtype, got {x.dtype}, {W_enc.dtype}, {b_enc.dtype}"
+        )
+    check_devices(x=x, W_enc=W_enc, b_enc=b_enc)
+
+
+def encode_above(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, by: By = "value"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode tokens and keep the pre-activations that exceed their latent's threshold.
+
+    x [N, D] (already centred), W_enc [F, D], b_enc [F], one floating dtype; threshold a number or
+    floating of shape [F] or [], compared in float32 (float64 for float64 x) -> pre [N, K] in x's
+    dtype, indices [N, K] int64 and count [N] int64. A row lists its entries h > threshold, or
+    |h| > threshold for by="abs", as they are and in latent order; K is the largest count, but at
+    least 1, and beyond a row's count pre and indices are 0. NaN exceeds nothing. Differentiable
+    in x, W_enc and b_enc, twice and more, through every entry that is listed.
+
+    Costs 2 N F D FLOPs and, on a GPU, two reads of the pre-activations, of which no more than
+    FASTSAE_BUFFER_MB exist at a time. How many entries there are decides the sizes: the host waits
+    for a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
+    """
+    check_encoder(x, W_enc, b_enc, by)
+    wide, F = torch.promote_types(x.dtype, torch.float32), len(W_enc)
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((F,), threshold, dtype=wide, device=x.device)
+    if threshold.shape not in ((F,), ()) or not threshold.is_floating_point():
+        raise ValueError(
+            f"threshold must be a number or floating point of shape {[F]} or [], "
+            f"got {threshold.dtype} of shape {list(threshold.shape)}"
+        )
+    check_devices(x=x, threshold=threshold)
+    threshold = threshold.detach().to(wide).expand(F).contiguous()
+    return _encode_above(x, W_enc, b_enc, threshold, by)

@@ -1,0 +1,267 @@
+"""Every architecture, as settings, and METHODS' formula of its loss with every tensor written out.
+
+Only autograd differentiates the formula; where METHODS gives a derivative that autograd cannot
+find (JumpReLU, the rotation), it is written beside the formula.
+Shapes: N tokens, F latents, D and D_out widths of the input and of the output.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import SAE
+from fastsae.losses import Objective
+from fastsae.nn import ActivationConfig, TopKConfig
+from fastsae.nn.activations import activation_of
+from fastsae.nn.batchtopk import BatchTopKConfig
+from fastsae.nn.gated import GatedConfig
+from fastsae.nn.jumprelu import JumpReLUConfig
+from fastsae.nn.relu import ReLUConfig
+from fastsae.nn.variational import VariationalConfig
+from fastsae_kernels.rotation import rotation_reference
+
+D_IN, D_OUT, D_SAE, K = 16, 12, 64, 4
+
+
+class Architecture(NamedTuple):
+    """An activation, what is minimised, and what the SAE's ends are."""
+
+    activation: ActivationConfig
+    objective: Objective = Objective()
+    ends: dict[str, Any] = {}
+
+    def build(self) -> SAE:
+        return SAE(D_IN, D_SAE, activation_of(self.activation), **self.ends)
+
+
+TOPK, BATCHTOPK = TopKConfig(k=K), BatchTopKConfig(k=K)
+ABSTOPK = TopKConfig(k=K, by="abs")
+JUMPRELU = JumpReLUConfig(threshold=0.3, bandwidth=0.5, l0_coef=0.1)
+RELU, GATED = ReLUConfig(l1_coef=0.1), GatedConfig(l1_coef=0.1)
+ROTATED = TopKConfig(k=K, gradient="rotation")
+ROTATED_ALL = TopKConfig(k=K, gradient="rotation", rotation="dense")
+LEARNED = VariationalConfig(k=K, variance="learned", beta=0.01)
+PREFIXES = 8, 24, D_SAE
+TRANSCODER, SKIP = {"d_out": D_OUT}, {"d_out": D_OUT, "skip": True}
+CROSSCODER, BY_NORM = {"layers": 2, "by_norm": True}, {"by_norm": True}
+
+ARCHITECTURES = {
+    "topk": Architecture(TOPK),
+    "abstopk": Architecture(ABSTOPK),
+    "rotation": Architecture(ROTATED),
+    "rotation dense": Architecture(ROTATED_ALL),
+    "rotation of abstopk": Architecture(TopKConfig(k=K, by="abs", gradient="rotation")),
+    "batchtopk": Architecture(BATCHTOPK),
+    "batchabstopk": Architecture(BatchTopKConfig(k=K, by="abs")),
+    "jumprelu": Architecture(JUMPRELU),
+    "jumprelu to an L0": Architecture(
+        JumpReLUConfig(threshold=0.3, bandwidth=0.5, target_l0=float(K))
+    ),
+    "relu": Architecture(RELU),
+    "relu to an L0": Architecture(ReLUConfig(target_l0=float(K))),
+    "annealed relu": Architecture(ReLUConfig(l1_coef=0.1, p_end=0.8)),
+    "gated": Architecture(GATED),
+    "gated to an L0": Architecture(GatedConfig(target_l0=float(K))),
+    "vsae without noise": Architecture(VariationalConfig(k=K, beta=0.01)),
+    "vsae": Architecture(VariationalConfig(k=K, variance="fixed", beta=0.01)),
+    "vsae of learned variance": Architecture(LEARNED),
+    "matryoshka": Architecture(BATCHTOPK, Objective(prefixes=PREFIXES)),
+    "matryoshka, topk": Architecture(TOPK, Objective(prefixes=PREFIXES[:2])),
+    "matryoshka, relu": Architecture(RELU, Objective(prefixes=PREFIXES)),
+    "matryoshka, rotation": Architecture(ROTATED, Objective(prefixes=PREFIXES)),
+    "multi-k": Architecture(TOPK, Objective(multi_k=True)),
+    "multi-k, matryoshka": Architecture(ABSTOPK, Objective(multi_k=True, prefixes=PREFIXES)),
+    "transcoder": Architecture(TOPK, ends=TRANSCODER),
+    "jumprelu transcoder": Architecture(JUMPRELU, ends=TRANSCODER),
+    "skip transcoder": Architecture(TOPK, ends=SKIP),
+    "gated skip transcoder": Architecture(GATED, ends=SKIP),
+    "rotation skip transcoder": Architecture(ROTATED_ALL, ends=SKIP),
+    "crosscoder": Architecture(RELU, ends=CROSSCODER),
+    "batchtopk crosscoder": Architecture(BATCHTOPK, ends=CROSSCODER),
+    "gated crosscoder": Architecture(GATED, ends=CROSSCODER),
+    "vsae crosscoder": Architecture(LEARNED, ends=CROSSCODER),
+    "by norm": Architecture(TOPK, ends=BY_NORM),
+    "rotation by norm": Architecture(ROTATED_ALL, ends=BY_NORM),
+    "jumprelu by norm": Architecture(JUMPRELU, ends=BY_NORM),
+    "gated by norm": Architecture(GATED, ends=BY_NORM),
+    "summed error": Architecture(TOPK, Objective(error="sse")),
+    "relu, summed error": Architecture(RELU, Objective(error="sse")),
+    "absolute auxk": Architecture(TOPK, Objective(auxk_error="absolute")),
+    "absolute auxk of signed codes": Architecture(
+        BatchTopKConfig(k=K, by="abs"), Objective(error="sse", auxk_error="absolute")
+    ),
+}
+
+
+class Seen(NamedTuple):
+    """What a formula of an activation starts from."""
+
+    centred: Tensor
+    linear: Tensor
+    """Pre-activations h less their bias again, with the rounding that this brings, [N, F]."""
+    h: Tensor
+    V: Tensor
+    """The decoder [F, D_out]."""
+    b_dec: Tensor
+    left: Tensor
+    """What codes and b_dec are to reconstruct, [N, D_out]."""
+    noise: Tensor | None
+
+
+def kept(h: Tensor, k: int, signed: bool) -> Tensor:
+    """Dense top-k codes by a stable sort."""
+    rank = h.abs() if signed else h
+    best = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    codes = h * torch.zeros_like(h).scatter(1, best, 1.0)
+    return codes if signed else codes.relu()
+
+
+class Jump(torch.autograd.Function):
+    """h 1[h > threshold], and its pseudo-derivative in the threshold."""
+
+    @staticmethod
+    def forward(ctx, h, threshold, bandwidth):
+        ctx.save_for_backward(h, threshold)
+        ctx.bandwidth = bandwidth
+        return h * (h > threshold)
+
+    @staticmethod
+    def backward(ctx, g):
+        h, threshold = ctx.saved_tensors
+        window = ((h - threshold) / ctx.bandwidth).abs() < 0.5
+        return g * (h > threshold), (-threshold / ctx.bandwidth * window * g).sum(0), None
+
+
+class Count(torch.autograd.Function):
+    """sum_f 1[h > threshold] of each token, and its pseudo-derivative in the threshold."""
+
+    @staticmethod
+    def forward(ctx, h, threshold, bandwidth):
+        ctx.save_for_backward(h, threshold)
+        ctx.bandwidth = bandwidth
+        return (h > threshold).to(h).sum(1)
+
+    @staticmethod
+    def backward(ctx, g):
+        h, threshold = ctx.saved_tensors
+        window = ((h - threshold) / ctx.bandwidth).abs() < 0.5
+        return None, (-1 / ctx.bandwidth * window * g[:, None]).sum(0), None
+
+
+def rise(cfg: Any, progress: float) -> float:
+    return min(progress / cfg.price_warmup, 1.0)
+
+
+def topk(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
+    cfg = activation.cfg
+    q = kept(seen.h, cfg.k, cfg.by == "abs")
+    if cfg.gradient == "rotation":
+        R = rotation_reference(seen.h, q).detach()
+        turned = torch.einsum("nij,nj->ni", R, seen.h)
+        reached = (q != 0) | (cfg.rotation == "dense")
+        q = q.detach() + (turned - turned.detach()) * reached
+    return q, 0.0
+
+
+def batchtopk(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
+    cfg = activation.cfg
+    total = cfg.k * len(seen.h)
+    return kept(seen.h.view(1, -1), total, cfg.by == "abs").view_as(seen.h), 0.0
+
+
+def jumprelu(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
+    cfg, threshold = activation.cfg, activation.threshold
+    l0 = Count.apply(seen.h, threshold, cfg.bandwidth).mean()
+    price = D_IN * (l0 / cfg.target_l0 - 1) ** 2 if cfg.target_l0 else cfg.l0_coef * l0
+    return Jump.apply(seen.h, threshold, cfg.bandwidth), rise(cfg, progress) * price
+
+
+def coefficient(activation: Any, z: Tensor) -> Tensor:
+    """Where it is steered, times the square of L0 / target, which is no further from 1 than e^2."""
+    value, target = activation.coefficient.value, activation.coefficient.target_l0
+    l0 = (z != 0).sum().to(value) / len(z)
+    return value if target is None else value * (l0 / target).log().clamp(-2, 2).mul(2).exp()
+
+
+def relu(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
+    cfg, z = activation.cfg, seen.h.relu()
+    p = 1 + (cfg.p_end - 1) * progress
+    active = z[z > 0]
+    power = active.pow(p).sum()
+    norm = power * (active.sum() / power).detach()
+    return z, rise(cfg, progress) * coefficient(activation, z) * norm / len(z)
+
+
+def gated(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
+    gate, frozen = seen.h.relu(), (seen.left, seen.V, seen.b_dec)
+    left, V, b_dec = (t.detach() for t in frozen)
+    z = (activation.r_mag.exp() * seen.linear + activation.b_mag).relu() * (seen.h > 0)
+    price = rise(activation.cfg, progress) * coefficient(activation, z) * gate.sum()
+    return z, (price + (left - gate @ V - b_dec).square().sum()) / len(z)
+
+
+def variational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
+    cfg, mean = activation.cfg, seen.h.relu()
+    z, log_variance = mean, torch.zeros_like(mean)
+    if seen.noise is not None:
+        if cfg.variance == "learned":
+            log_variance = seen.centred @ activation.W_variance.T + activation.b_variance
+            log_variance = log_variance.clamp(-6, 2)
+        z = mean + log_variance.exp().sqrt() * seen.noise
+    kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
+    return kept(z, cfg.k, signed=True), rise(cfg, progress) * cfg.beta * kl / len(z)
+
+
+FORMULAS: dict[str, Callable[[Any, Seen, float], tuple[Tensor, Tensor | float]]] = {
+    f.__name__: f for f in (topk, batchtopk, jumprelu, relu, gated, variational)
+}
+
+
+def seen(sae: SAE, x: Tensor, y: Tensor, noise: Tensor | None) -> Seen:
+    layers = sae.W_dec.chunk(sae.layers, dim=1)
+    norm = sum(part.square().sum(1).sqrt() for part in layers) if sae.by_norm else torch.ones(D_SAE)
+    centred = x if sae.d_out else x - sae.b_dec
+    bias, V = (sae.b_enc * norm).to(x), (sae.W_dec.T / norm).T.to(x)
+    h = centred @ (sae.W_enc.T * norm).to(x) + bias
+    left = y if sae.W_skip is None else y - x @ sae.W_skip.T
+    return Seen(centred, h - bias, h, V, sae.b_dec, left, noise)
+
+
+def variance(y: Tensor) -> Tensor:
+    return (y - y.mean(0)).square().sum()
+
+
+def dense_loss(
+    sae: SAE,
+    x: Tensor,
+    y: Tensor,
+    dead: Tensor | None,
+    objective: Objective,
+    progress: float = 1.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The whole loss; y is the target, or x again."""
+    parts, cfg, N = seen(sae, x, y, noise), sae.activation.cfg, len(x)
+    z, penalty = FORMULAS[cfg.name](sae.activation, parts, progress)
+
+    def error(z: Tensor) -> Tensor:
+        return (parts.left - z @ parts.V - parts.b_dec).square().sum()
+
+    total = error(z)
+    if objective.prefixes:
+        sizes = {*objective.prefixes, D_SAE}
+        total = torch.stack([error(z * (torch.arange(D_SAE) < size)) for size in sizes]).mean()
+    if objective.multi_k:
+        total = total + error(kept(parts.h, 4 * cfg.k, cfg.by == "abs")) / 8
+    unit = 1 / N if objective.error == "sse" else 1 / variance(y)
+    loss = unit * (total + N * penalty)
+    if dead is None or not len(dead) or not objective.auxk_coef:
+        return loss
+    k_aux = objective.k_aux or y.shape[1] // 2
+    residual = (parts.left - z @ parts.V - parts.b_dec).detach()
+    codes = kept(parts.h[:, dead], k_aux, sae.activation.signed)
+    aux = (codes @ parts.V[dead] - residual).square().sum()
+    aux = aux / (N if objective.auxk_error == "absolute" else variance(residual))
+    return loss + objective.auxk_coef * min(len(dead) / k_aux, 1) * aux

@@ -1,0 +1,104 @@
+"""SAEs trained together are those trained alone, interrupted or not."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import fastsae
+from fastsae.data import ActivationShards
+from fastsae.train import Sweep, Trainer
+from fastsae.train.log import read_lines
+from fastsae.train.sweep import stored_sweep
+from fastsae_kernels.encode import encode_topk_each, encode_topk_reference
+from fastsae_kernels.topk import By
+
+from .conftest import Stop, StoppingShards, train_config
+
+SMALL = {"d_sae": 64, "batch_size": 200, "lr": 3e-3, "log_every": 5, "dead_after": 2000}
+SAES = {
+    "k4": {"k": 4},
+    "k8": {"k": 8, "seed": 1},
+    "abs": {"activation": "abstopk", "k": 4},
+    "batch": {"activation": "batchtopk", "k": 4},
+    "jump": {"activation": "jumprelu", "target_l0": 4.0},
+}
+
+
+@pytest.fixture
+def configs(activations):
+    def build(steps=30, **settings):
+        shared = {"data": str(activations), "steps": steps, "data_seed": 0, **SMALL, **settings}
+        return {name: train_config(**shared, **own) for name, own in SAES.items()}
+
+    return build
+
+
+def losses(out):
+    return [line["loss"] for line in read_lines(out / "metrics.jsonl")]
+
+
+def test_a_sweep_trains_what_single_runs_train(configs, activations, tmp_path):
+    source = ActivationShards(activations)
+    Sweep(configs(), source, tmp_path / "sweep").fit()
+    found = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
+    assert list(found) == list(SAES)
+    assert (tmp_path / "sweep" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for name, config in configs().items():
+        out = tmp_path / name
+        Trainer(dataclasses.replace(config, out=out), source).fit()
+        together, single = losses(tmp_path / "sweep" / name), losses(out)
+        if name in ("batch", "jump"):
+            assert together == single, "these share nothing but the data"
+        np.testing.assert_allclose(together, single, rtol=1e-4)  # rounding, over 30 steps
+        sae = fastsae.load(tmp_path / "sweep" / name / "sae")
+        assert sae.activation.cfg == config.activation
+
+
+@pytest.mark.parametrize("s", [0, 1, 2])
+def test_a_shared_product_gives_the_same_codes(device, s):
+    choices: list[tuple[int, By]] = [(4, "value"), (8, "abs"), (64, "value")]
+    rows = slice(64 * s, 64 * (s + 1))
+    x, W, b = (torch.randn(*size, device=device) for size in ((300, 16), (192, 16), (192,)))
+
+    def alone(x, W, b):
+        return encode_topk_reference(x, W[rows], b[rows], *choices[s])
+
+    with torch.no_grad():
+        values, indices = encode_topk_each(x, W, b, choices)[s]
+        (same, places), (exact, _) = alone(x, W, b), alone(x.double(), W.double(), b.double())
+    assert torch.equal(indices, places)
+    assert (values - exact).abs().max() <= 2 * (same - exact).abs().max()
+
+
+def test_resuming_changes_no_bit(configs, activations, tmp_path):
+    settings = configs(checkpoint_every=4)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Sweep(settings, ActivationShards(activations), whole).fit()
+    for resume, left in ((False, 11), (True, 9)):
+        with pytest.raises(Stop):
+            Sweep(settings, StoppingShards(activations, left), broken).fit(resume)
+    last = sorted((broken / "abs" / "checkpoints").iterdir())[-1]
+    for file in last.iterdir():  # as if the sweep had been killed between two runs' checkpoints
+        file.unlink()
+    last.rmdir()
+    Sweep(stored_sweep(broken), ActivationShards(activations), broken).fit(resume=True)
+    for name in SAES:
+        one, two = (out / name / "sae" / "sae.safetensors" for out in (whole, broken))
+        assert one.read_bytes() == two.read_bytes(), name
+        assert losses(whole / name) == losses(broken / name)
+
+
+def test_what_does_not_go_together_is_refused(configs, activations, tmp_path):
+    source, one, two = ActivationShards(activations), configs(), configs(steps=31)
+    with pytest.raises(ValueError, match="at least one SAE"):
+        Sweep({}, source, tmp_path)
+    with pytest.raises(ValueError, match="must share steps, got 30 and 31"):
+        Sweep({"a": one["k4"], "b": two["k4"]}, source, tmp_path)
+    with pytest.raises(ValueError, match="holds no sweep to resume"):
+        stored_sweep(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and holds no sweep"):
+        Sweep(one, source, tmp_path).fit()
