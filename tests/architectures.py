@@ -181,7 +181,7 @@ def jumprelu(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tens
 def coefficient(activation: Any, z: Tensor) -> Tensor:
     """Where it is steered, times the square of L0 / target, which is no further from 1 than e^2."""
     value, target = activation.coefficient.value, activation.coefficient.target_l0
-    l0 = (z != 0).sum().to(value) / len(z)
+    l0 = ((z != 0).sum() / len(z)).to(value)  # a float32, as it is reported
     return value if target is None else value * (l0 / target).log().clamp(-2, 2).mul(2).exp()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import SAE, TopK
+from fastsae import SAE, AbsTopK, TopK
 from fastsae.data import ActivationShards, ShardWriter
 from fastsae.train.log import read_lines
 
@@ -277,6 +277,45 @@ def test_eval_writes_its_numbers(data, whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert found["fvu"] == pytest.approx(summary["fvu"])
     assert "FVU" in done.stdout
+
+
+def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
+    out = tmp_path / "sweep"
+    shared = ["--data", data, "--out", out, "--steps", 20, *SMALL[:2], *SMALL[4:]]
+    done = fastsae(
+        "sweep", "topk:k=8", "jumprelu:target_l0=8,by_norm=true,constraint=none", *shared
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "comparison.json").read_text())
+    assert list(found) == ["topk-k8", "jumprelu-target_l08-by_normtrue-constraintnone"]
+    assert all(name in done.stdout for name in found)
+    again = fastsae("sweep", "--resume", "--out", out)
+    assert again.stdout == done.stdout, "nothing is left to train"
+    assert "already holds a sweep" in one_line_error("sweep", "topk", *shared)
+    assert fastsae("eval", out / "topk-k8", "--data", data).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("saes", "message"),
+    [
+        ([], "name the SAEs to train"),
+        (["topp"], "activation must be one of topk, "),
+        (["topk:k"], "'k' must be setting=value"),
+        (["topk:k=4", "topk:k=4"], "topk:k=4 with seed 0 is given twice"),
+        (["topk:k=9999"], "k must be between 1 and d_sae = 512, got 9999"),
+    ],
+)
+def test_a_bad_sweep(data, tmp_path, saes, message):
+    shared = ["--data", data, "--out", tmp_path / "sweep", "--steps", 20, "--d-sae", 512]
+    assert message in one_line_error("sweep", *saes, *shared)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_what_cannot_be_upgraded(data, tmp_path):
+    SAE(32, 64, AbsTopK(4)).save(tmp_path / "sae")
+    arguments = [tmp_path / "sae", "--data", data, "--out", tmp_path / "run"]
+    assert "can be upgraded, got topk" in one_line_error("upgrade", *arguments)
+    assert "nowhere" in one_line_error("upgrade", tmp_path / "nowhere", "--data", data)
 
 
 @pytest.mark.parametrize("command", ["", "train", "sweep", "harvest", "upgrade", "eval"])

@@ -17,30 +17,16 @@ from torch import Tensor, nn
 
 from fastsae.codes import Codes
 
-from .activation import Activation, ActivationConfig, Pass, Weights, warmed
+from .activation import Activation, Pass, Weights, warmed
 from .candidates import Candidates
-from .penalty import Coefficient, check_penalty, check_warmup
+from .penalty import Coefficient, L1Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedConfig(ActivationConfig):
+class GatedConfig(L1Config):
     """Keep latents whose gate is open, at a price on gates."""
 
     name = "gated"
-
-    l1_coef: float | None = None
-    """Price of a token's gates, per unit of their sum, against its squared error."""
-
-    target_l0: float | None = None
-    """Active latents per token that the price is steered to, from l1_coef if that is given; by
-    default 32, if it is not."""
-
-    price_warmup: float = 0.1
-    """First part of training over which the price rises from 0."""
-
-    def __post_init__(self):
-        check_penalty(self.l1_coef, self.target_l0, "l1_coef")
-        check_warmup(self.price_warmup)
 
 
 class Gated(Activation):

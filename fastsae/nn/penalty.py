@@ -1,8 +1,12 @@
 """Penalties on how much a code says: their coefficient, fixed or steered towards an L0."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from .activation import ActivationConfig
 
 FIRST, GAIN, REACH = 0.03, 0.02, 2.0
 """The coefficient that steering starts from, how fast it goes, and the logarithm of how many times
@@ -50,3 +54,23 @@ def check_penalty(value: float | None, target_l0: float | None, name: str) -> No
 def check_warmup(warmup: float) -> None:
     if not 0 <= warmup <= 1:
         raise ValueError(f"price_warmup must be between 0 and 1, got {warmup}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Config(ActivationConfig):
+    """The settings of an activation with a price on the sum of its codes."""
+
+    l1_coef: float | None = None
+    """Price of a token's codes (or of its gates), per unit of their sum, against its squared
+    error."""
+
+    target_l0: float | None = None
+    """Active latents per token that the price is steered to, from l1_coef if that is given; by
+    default 32, if it is not."""
+
+    price_warmup: float = 0.1
+    """First part of training over which the price rises from 0."""
+
+    def __post_init__(self):
+        check_penalty(self.l1_coef, self.target_l0, "l1_coef")
+        check_warmup(self.price_warmup)

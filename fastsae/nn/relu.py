@@ -13,34 +13,23 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 
-from .activation import Activation, ActivationConfig, Pass, Weights, warmed
+from .activation import Activation, Pass, Weights, warmed
 from .candidates import Candidates
-from .penalty import Coefficient, check_penalty, check_warmup
+from .penalty import Coefficient, L1Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLUConfig(ActivationConfig):
+class ReLUConfig(L1Config):
     """Keep every positive pre-activation, at a price."""
 
     name = "relu"
-
-    l1_coef: float | None = None
-    """Price of a token's codes, per unit of their sum, against its squared error."""
-
-    target_l0: float | None = None
-    """Active latents per token that the price is steered to, from l1_coef if that is given; by
-    default 32, if it is not."""
 
     p_end: float = 1.0
     """Exponent of the codes in the price at the end of training, from 1 at its beginning; below 1
     it spares large codes (p-annealing, arXiv:2408.00113)."""
 
-    price_warmup: float = 0.1
-    """First part of training over which the price rises from 0."""
-
     def __post_init__(self):
-        check_penalty(self.l1_coef, self.target_l0, "l1_coef")
-        check_warmup(self.price_warmup)
+        super().__post_init__()
         if not 0 < self.p_end <= 1:
             raise ValueError(f"p_end must be above 0 and at most 1, got {self.p_end}")
 
