@@ -1,6 +1,36 @@
 """Train sparse autoencoders fast."""
 
 from .codes import Codes
-from .nn import SAE, AbsTopK, Crosscoder, TopK, load
+from .data import ActivationShards
+from .nn import (
+    SAE,
+    AbsTopK,
+    BatchTopK,
+    Crosscoder,
+    Gated,
+    JumpReLU,
+    Rational,
+    ReLU,
+    TopK,
+    Variational,
+    load,
+)
+from .train import TrainConfig, Trainer
 
-__all__ = ["SAE", "AbsTopK", "Codes", "Crosscoder", "TopK", "load"]
+__all__ = [
+    "SAE",
+    "AbsTopK",
+    "ActivationShards",
+    "BatchTopK",
+    "Codes",
+    "Crosscoder",
+    "Gated",
+    "JumpReLU",
+    "Rational",
+    "ReLU",
+    "TopK",
+    "TrainConfig",
+    "Trainer",
+    "Variational",
+    "load",
+]

@@ -81,7 +81,7 @@ class Objective:
     def check(self, sae: SAE) -> None:
         """ValueError unless the SAE can be trained so."""
         if self.prefixes and self.prefixes[-1] > sae.d_sae:
-            raise ValueError(f"prefixes must end at d_sae = {sae.d_sae}, got {self.prefixes}")
+            raise ValueError(f"prefixes must be at most d_sae = {sae.d_sae}, got {self.prefixes}")
         if self.prefixes and getattr(sae.activation.cfg, "rotation", None) == "dense":
             raise ValueError('rotation "dense" is of one reconstruction: prefixes need "support"')
         if self.multi_k:
@@ -128,9 +128,12 @@ def training_loss(
     objective.check(sae)
     if (target is None) != (sae.d_out is None):
         raise ValueError("a transcoder needs a target, and an autoencoder takes none")
-    x = sae.tokens(x)
+    shape, x = x.shape[:-1], sae.tokens(x)
+    if target is not None and target.shape != (*shape, sae.d_out):
+        raise ValueError(f"target must be of shape {[*shape, sae.d_out]}, got {list(target.shape)}")
     y = x if target is None else target.reshape(-1, len(sae.b_dec))
-    unit = 1 / total_variance(y) if objective.error == "fvu" else y.new_tensor(1 / max(len(y), 1))
+    N = max(len(y), 1)
+    unit = 1 / total_variance(y) if objective.error == "fvu" else y.new_full((), 1 / N)
     weights, centred, left = sae.weights(), sae.centre(x), y - sae.skip(x)
     if objective.multi_k:
         result, extra = wider_pass(sae, centred, left, weights)
@@ -206,7 +209,7 @@ def auxk_tokens(x: Float[Tensor, "N d_in"], n_dead: int) -> int:
 def auxk_scale(residual: Float[Tensor, "N d_out"], objective: Objective) -> Float[Tensor, ""]:
     """What the summed error of the aux codes is multiplied by."""
     if objective.auxk_error == "absolute":
-        return residual.new_tensor(1 / max(len(residual), 1))
+        return residual.new_full((), 1 / max(len(residual), 1))
     return 1 / total_variance(residual)
 
 

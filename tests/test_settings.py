@@ -124,7 +124,10 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     ({"d_sae": 16}, "k must be between 1 and d_sae = 16, got 32"),
     ({"d_sae": 16, "activation": BatchTopKConfig()}, "k must be between 1 and d_sae = 16, got 32"),
     ({"d_sae": 16, "activation": VariationalConfig()}, "k must be between 1 and d_sae = 16, got"),
-    ({"d_sae": 64, "objective": Objective(prefixes=(8, 65))}, "prefixes must end at d_sae = 64"),
+    (
+        {"d_sae": 64, "objective": Objective(prefixes=(8, 65))},
+        "must be at most d_sae = 64",
+    ),
     ({"d_sae": 127, "objective": Objective(multi_k=True)}, "4 k latents, .* and d_sae = 127"),
     *(
         ({"activation": activation, "objective": Objective(multi_k=True)}, "multi_k needs topk")
@@ -249,6 +252,6 @@ def test_an_objective_for_another_sae(activation: Activation):
     sae = SAE(8, 16, activation)
     with pytest.raises(ValueError, match="multi_k needs topk without rotation"):
         Objective(multi_k=True).check(sae)
-    with pytest.raises(ValueError, match="prefixes must end at d_sae = 16"):
+    with pytest.raises(ValueError, match="prefixes must be at most d_sae = 16"):
         Objective(prefixes=(4, 17)).check(sae)
     Objective(prefixes=(4, 16)).check(sae)

@@ -83,10 +83,11 @@ class BatchTopK(Activation):
             return found.codes(found.pre)
         hint = HINT * max(float(self.threshold), 0.0)
         total = self.cfg.k * len(x)
-        pre, indices, _, least = encode_topk_batch(x, W_enc, b_enc, total, self.cfg.by, hint)
+        pre, indices, count, least = encode_topk_batch(x, W_enc, b_enc, total, self.cfg.by, hint)
         if self.training and len(x):
             self.follow(least)
-        return Codes(pre if self.signed else pre.relu(), indices, W_enc.shape[0])
+        found = Candidates.listed(pre, indices, count, x, W_enc, b_enc)
+        return found.codes(found.pre)
 
     @torch.no_grad()
     def follow(self, least: Float[Tensor, ""]) -> None:

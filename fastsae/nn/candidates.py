@@ -18,6 +18,9 @@ from fastsae_kernels.topk import By
 DENSE = 1 / 16
 """Part of the latents that a token lists, from which on dense products are faster on a CPU."""
 
+WIDEST = 1 / 4
+"""Part of the latents that the longest list may hold: all lists are as long as that one."""
+
 PROBE = 128
 """Tokens by which the choice between few and many is made."""
 
@@ -46,9 +49,28 @@ class Candidates(NamedTuple):
             pre = linear(x, W_enc, b_enc)
             active = exceeds(pre, threshold, by)
             return cls(pre, every_latent(len(x), d_sae, x.device), active, d_sae)
-        pre, indices, count = encode_above(x, W_enc, b_enc, threshold, by)
-        places = torch.arange(indices.shape[1], device=x.device)
-        return cls(pre, indices, places < count[:, None], d_sae)
+        listed = encode_above(x, W_enc, b_enc, threshold, by)
+        return cls.listed(*listed, x, W_enc, b_enc)
+
+    @classmethod
+    def listed(
+        cls,
+        pre: Float[Tensor, "N K"],
+        indices: Int[Tensor, "N K"],
+        count: Int[Tensor, " N"],
+        x: Float[Tensor, "N d_in"],
+        W_enc: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+    ) -> "Candidates":
+        """Those that an op listed, the first `count` of each token; all latents where one token's
+        list is so long that the padding of the others would cost more."""
+        N, d_sae = len(x), W_enc.shape[0]
+        active = torch.arange(indices.shape[1], device=x.device) < count[:, None]
+        if indices.shape[1] <= WIDEST * d_sae:
+            return cls(pre, indices, active, d_sae)
+        hits = torch.zeros(N, d_sae, dtype=torch.int8, device=x.device)
+        active = hits.scatter_add_(1, indices, active.to(torch.int8)).bool()
+        return cls(linear(x, W_enc, b_enc), every_latent(N, d_sae, x.device), active, d_sae)
 
     def pick(self, parameter: Float[Tensor, " d_sae"]) -> Float[Tensor, "... K"]:
         """A parameter of each latent, where the latent is listed."""

@@ -4,8 +4,8 @@
     magnitude  z = max(exp(r_mag) (x W_enc^T) + b_mag, 0)
     price      l1_coef |max(pi, 0)|_1 + |y - (max(pi, 0) W_dec + b_dec)|^2
 
-The price holds the decoder constant. The gate is the proximal step of ReLU's regulariser; the
-magnitude is free of its shrinkage.
+The price holds the decoder constant (but for its norms, where the SAE is by_norm). The gate is the
+proximal step of ReLU's regulariser; the magnitude is free of its shrinkage.
 """
 
 from dataclasses import dataclass

@@ -39,7 +39,8 @@ class Coefficient(nn.Module):
         with torch.no_grad():
             excess = (l0.to(self.value) / self.target_l0).log().clamp(-REACH, REACH)
             price = self.value * (2 * excess).exp()
-            self.value.mul_((GAIN * excess).exp())
+            if self.training:
+                self.value.mul_((GAIN * excess).exp())
         return price * norm
 
 

@@ -190,6 +190,10 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
     arguments = {"d_in", "d_sae", "d_out", "skip", "layers", "by_norm", "activation"}
     if unknown := config.keys() ^ arguments:
         raise ValueError(f"{directory / 'config.json'}: unknown or missing {sorted(unknown)}")
+    kinds = {"d_out": (int, type(None)), "skip": (bool,), "by_norm": (bool,)}
+    for name in arguments - {"activation"}:
+        if type(config[name]) not in kinds.get(name, (int,)):
+            raise ValueError(f"{directory / 'config.json'}: {name} cannot be {config[name]!r}")
     tensors = read_tensors(directory / "sae.safetensors")
     activation = activation_of(from_dict(ActivationConfig, config.pop("activation"), "activation"))
     with torch.device("meta"):

@@ -67,10 +67,10 @@ class Ends:
 
     def columns(
         self, scales: tuple[float, ...], device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "*D"]:
+    ) -> Float[Tensor, " D"] | float:
         """The factor of each column of the data, or the one of all."""
         if len(scales) == 1:
-            return torch.tensor(scales[0], device=device)
+            return scales[0]
         parts = zip(scales, self.sources, strict=True)
         return torch.cat([torch.full((part.d_in,), s) for s, part in parts]).to(device)
 
@@ -78,4 +78,6 @@ class Ends:
         """Make an SAE that was trained on scaled data one for data as they are."""
         if self.transcoder or len(scales) == 1:
             return sae.fold_scale_(scales[0], scales[-1])
-        return sae.fold_columns_(self.columns(scales))
+        factors = self.columns(scales)
+        assert isinstance(factors, Tensor)
+        return sae.fold_columns_(factors)

@@ -1,7 +1,7 @@
 """One encoder product for several SAEs of one shape.
 
 Their encoders are slices of one matrix, and h = x W_enc^T + (b_enc - W_enc b_dec), so that all see
-the same x. It serves TopK in the fused step, whose codes need no gradient.
+the same x. It serves TopK in the fused step, whose codes need no gradient, in fp32 or tf32.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.codes import Codes
+from fastsae.device import tf32_products
 from fastsae.nn import TopK
 from fastsae_kernels.encode import encode_topk_each
 
@@ -23,6 +24,7 @@ class Stack(NamedTuple):
 
     states: dict[str, TrainState]
     W_enc: Float[Tensor, "S_d_sae d_in"]
+    tf32: bool
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "N d_in"]) -> dict[str, Codes]:
@@ -30,7 +32,8 @@ class Stack(NamedTuple):
         saes = [state.sae for state in self.states.values()]
         bias = torch.cat([torch.addmv(s.b_enc, s.W_enc, s.b_dec, alpha=-1) for s in saes])
         choices = [(s.activation.cfg.k, s.activation.cfg.by) for s in saes]
-        found = encode_topk_each(x, self.W_enc, bias, choices)
+        with tf32_products(self.tf32):
+            found = encode_topk_each(x, self.W_enc, bias, choices)
         return {
             name: Codes(*codes, state.sae.d_sae)
             for (name, state), codes in zip(self.states.items(), found, strict=True)
@@ -39,18 +42,19 @@ class Stack(NamedTuple):
 
 def stacks(trainers: dict[str, Trainer], states: dict[str, TrainState]) -> list[Stack]:
     """SAEs that can share a product, their encoders moved into one matrix where there are two."""
-    groups: dict[int, dict[str, TrainState]] = {}
+    groups: dict[tuple[int, str], dict[str, TrainState]] = {}
     for name, trainer in trainers.items():
         state = states[name]
         fused = trainer.plan.step == "fused" and not state.adam.shadow
         if fused and isinstance(state.sae.activation, TopK):
-            groups.setdefault(state.sae.d_sae, {})[name] = state
-    return [stacked(group) for group in groups.values() if len(group) > 1]
+            kind = state.sae.d_sae, trainer.plan.encoder_precision
+            groups.setdefault(kind, {})[name] = state
+    return [stacked(g, precision) for (_, precision), g in groups.items() if len(g) > 1]
 
 
-def stacked(states: dict[str, TrainState]) -> Stack:
+def stacked(states: dict[str, TrainState], precision: str) -> Stack:
     W_enc = torch.cat([state.sae.W_enc.detach() for state in states.values()])
     for state, rows in zip(states.values(), W_enc.chunk(len(states)), strict=True):
         state.adam.move("W_enc", rows)
         state.sae.W_enc.data = rows
-    return Stack(states, W_enc)
+    return Stack(states, W_enc, precision == "tf32")

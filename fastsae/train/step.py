@@ -78,7 +78,7 @@ def fused_step(
     if codes is None:
         codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
     sse, error, dots = squared_error(codes.values, codes.indices, W_dec, sae.b_dec, x)
-    unit = 1 / variance if objective.error == "fvu" else variance.new_tensor(1 / len(x))
+    unit = 1 / variance if objective.error == "fvu" else variance.new_full((), 1 / len(x))
     total = sse.sum()
     loss, fvu = total * unit, total / variance
     aux = None

@@ -2,7 +2,7 @@
 
 Each is a run like any other, with a folder of its own under the sweep's, and takes the same batches
 in the same order: they are read, shuffled and moved to the device once for all. TopK SAEs of one
-shape share the encoder's product.
+shape share the encoder's product, unless they keep bfloat16 copies.
 """
 
 import dataclasses

@@ -98,6 +98,7 @@ class Trainer:
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.init)
         else:
+            check_same_form(sae, self.start_from)
             given = ends.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
             sae.load_state_dict(given.state_dict())
         sae.to(self.device)
@@ -227,3 +228,10 @@ class Trainer:
         }
         write_json(config.out / "summary.json", summary)
         return sae.cpu()
+
+
+def check_same_form(sae: SAE, start_from: SAE) -> None:
+    """ValueError unless an SAE to start from is built as the one to be trained."""
+    wanted, given = (s.shape() | {"activation": s.activation.cfg} for s in (sae, start_from))
+    if wanted != given:
+        raise ValueError(f"the SAE to start from must be {wanted}, got {given}")

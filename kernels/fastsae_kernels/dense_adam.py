@@ -50,6 +50,7 @@ def normalise_rows_(rows: Tensor) -> None:
 
 def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
     """What torch.optim.Adam(fused=True) does (arXiv:1412.6980), in place; all of one shape."""
+    assert g.stride() == weight.stride(), "the operator goes through memory, not through indices"
     torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [weight],
         [g],

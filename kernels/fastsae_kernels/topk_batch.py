@@ -174,7 +174,7 @@ class _EncodeTopkBatch(torch.autograd.Function):
                 yield hinted
             rows = x[:: max(N // SAMPLE, 1)].contiguous()
             sampled = _guess(_product(rows, W_enc.contiguous(), b_enc.contiguous()), N, k_total, by)
-            if not 0 < hinted <= sampled:
+            if sampled > 0 and not 0 < hinted <= sampled:
                 yield sampled
             yield 0.0
 

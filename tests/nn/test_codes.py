@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastsae import SAE, BatchTopK, JumpReLU, ReLU
 from fastsae.codes import Codes, lists_every_latent
 
 N, D_SAE, D_OUT = 5, 7, 3
@@ -78,3 +79,21 @@ def test_no_tokens():
     assert codes.l0() == 0
     assert not codes.fired().any()
     assert codes.decode(torch.ones(D_SAE, D_OUT)).shape == (0, D_OUT)
+
+
+@pytest.mark.parametrize("activation", [BatchTopK(4), ReLU(), JumpReLU(threshold=6.0)], ids=str)
+def test_a_few_crowded_tokens_make_all_dense(activation):
+    """One token's long list would pad all others to its length."""
+    torch.manual_seed(0)
+    sae, x = SAE(16, 64, activation), torch.randn(200, 16)
+    with torch.no_grad():
+        sae.b_enc.fill_(-3.0)
+        x[-1] *= 100
+    dense = sae.encode(x)
+    assert lists_every_latent(dense.indices, 64)
+    h = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    kept = dense.values != 0
+    assert kept[-1].sum() > 16 and kept[:-1].float().sum(1).mean() < 8
+    assert torch.equal(dense.values, h.detach().where(kept, 0.0))
+    least = h[kept].min()
+    assert (h[~kept] <= least).all()
