@@ -8,6 +8,8 @@ import jaxtyping
 import pytest
 
 from fastsae import SAE, AbsTopK, TopK
+from fastsae.cli.parse import checked
+from fastsae.cli.train import read_train
 from fastsae.config import from_dict, to_dict
 from fastsae.losses import Objective
 from fastsae.nn import Activation, ActivationConfig, Init, TopKConfig
@@ -98,7 +100,7 @@ SETTINGS = [
         r"rows must be one of \('random', 'active_subspace'\), got 'active'",
     ),
     (Init, {"encoder": "free"}, "encoder must be one of .*, got 'free'"),
-    (Init, {"centre": "0"}, "centre must be one of .*, got '0'"),
+    (Init, {"b_dec": "0"}, "b_dec must be one of .*, got '0'"),
     (Init, {"encoder": "linear", "row_norm": 0.1}, 'encoder "linear" draws rows of its own'),
     (Init, {"encoder": "linear", "rows": "active_subspace"}, "draws rows of its own"),
 ]
@@ -255,3 +257,14 @@ def test_an_objective_for_another_sae(activation: Activation):
     with pytest.raises(ValueError, match="prefixes must be at most d_sae = 16"):
         Objective(prefixes=(4, 17)).check(sae)
     Objective(prefixes=(4, 16)).check(sae)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_command_line_knows_every_setting(name, capsys):
+    """By names that no two parts of a config share."""
+    with pytest.raises(SystemExit) as stop:
+        read_train(["--activation", name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{field.replace('_', '-')}" in shown for field in vars(CHOICES[name]))
+    assert checked(read_train(["--activation", name]).config).activation == CHOICES[name]

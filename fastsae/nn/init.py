@@ -18,7 +18,7 @@ ACTIVE_VARIANCE = 0.99
 
 Rows = Literal["random", "active_subspace"]
 Encoder = Literal["tied", "linear"]
-Centre = Literal["median", "mean", "zero"]
+Middle = Literal["median", "mean", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class Init:
     """Encoder rows: a copy of the decoder's, or the decoder's a normalised copy of rows drawn as
     torch.nn.Linear draws them (uniform, within 1 / sqrt(d_in))."""
 
-    centre: Centre = "median"
+    b_dec: Middle = "median"
     """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
 
     def __post_init__(self):
-        for name, choice in {"rows": Rows, "encoder": Encoder, "centre": Centre}.items():
+        for name, choice in {"rows": Rows, "encoder": Encoder, "b_dec": Middle}.items():
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(
                     f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
@@ -109,7 +109,7 @@ def init_from_data(
             sae.W_dec.copy_(normalize(drawn, dim=-1))
     sae.b_enc.zero_()
     middle = {"median": geometric_median, "mean": lambda y: y.mean(0), "zero": lambda y: 0 * y[0]}
-    sae.b_dec.copy_(middle[init.centre](y))
+    sae.b_dec.copy_(middle[init.b_dec](y))
     return sae
 
 

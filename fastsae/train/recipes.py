@@ -36,7 +36,7 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
     if name == "sparsify":
         return TrainConfig(
             **shared,
-            init=Init(encoder="linear", centre="mean"),
+            init=Init(encoder="linear", b_dec="mean"),
             objective=Objective(auxk_coef=0.0),
             optimizer=Optimizer(lr=rule, warmup=0, decay=0.0, eps=1e-8),
         )
@@ -44,7 +44,7 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
         return TrainConfig(
             **shared,
             by_norm=True,
-            init=Init(row_norm=0.1, centre="zero"),
+            init=Init(row_norm=0.1, b_dec="zero"),
             objective=Objective(error="sse", auxk_coef=1.0, auxk_error="absolute"),
             optimizer=Optimizer(
                 lr=3e-4, warmup=0, decay=0.0, eps=1e-8, clip=1.0, constraint="none"
