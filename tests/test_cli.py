@@ -287,12 +287,12 @@ def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "comparison.json").read_text())
-    assert list(found) == ["topk-k8", "jumprelu-target_l08-by_normtrue-constraintnone"]
+    assert list(found) == ["topk-k=8", "jumprelu-target_l0=8-by_norm=true-constraint=none"]
     assert all(name in done.stdout for name in found)
     again = fastsae("sweep", "--resume", "--out", out)
     assert again.stdout == done.stdout, "nothing is left to train"
     assert "already holds a sweep" in one_line_error("sweep", "topk", *shared)
-    assert fastsae("eval", out / "topk-k8", "--data", data).returncode == 0
+    assert fastsae("eval", out / "topk-k=8", "--data", data).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -15,6 +16,8 @@ from fastsae.train.sweep import stored_sweep
 
 from .parse import checked, parse, training_default, unchecked, with_activation
 from .train import Train, source_of
+
+NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,9 @@ class SweepCommand:
     saes: tyro.conf.Positional[tuple[str, ...]] = ()
     """The SAEs: ACTIVATION or ACTIVATION:setting=value,setting=value. A switch is set by =true."""
 
-    seeds: tuple[int, ...] = (0,)
-    """Each SAE is trained from each of these; the data come in the order of the first for all."""
+    seeds: tuple[int, ...] = ()
+    """Each SAE is trained from each of these, by default from --seed alone; the data come in the
+    order of the first for all."""
 
     resume: bool = False
     """Go on with the sweep in --out, from the last checkpoint that all its SAEs have."""
@@ -66,12 +70,15 @@ def swept(command: SweepCommand) -> dict[str, TrainConfig]:
         raise ValueError("name the SAEs to train, such as: fastsae sweep topk:k=16 topk:k=32")
     shared, configs = checked(command.config), {}
     for text in command.saes:
-        for seed in command.seeds:
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.replace("=", "")).strip("-.")
+        for seed in command.seeds or (shared.seed,):
+            name = re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")
             name += f"-seed{seed}" if len(command.seeds) > 1 else ""
             if name in configs:
                 raise ValueError(f"{text} with seed {seed} is given twice")
             configs[name] = described(text, dataclasses.replace(shared, seed=seed))
+    for setting in given_to_all(shared):
+        if not any(hasattr(config.activation, setting) for config in configs.values()):
+            raise ValueError(f"none of {', '.join(command.saes)} has the setting {setting}")
     return configs
 
 
@@ -83,6 +90,17 @@ def described(text: str, shared: TrainConfig) -> TrainConfig:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"{text}: {setting!r} must be setting=value")
+        if name.replace("-", "_") in NOT_OWN:
+            raise ValueError(f"{text}: an SAE of a sweep has no {name} of its own")
         words += [f"--{name.replace('_', '-')}", *([] if value == "true" else [value])]
-    start = Train(config=unchecked(with_activation(shared, activation)))
-    return checked(parse(Train, f"sweep {text}", words, start).config)
+    start = with_activation(shared, activation)
+    theirs = {n: v for n, v in given_to_all(shared).items() if hasattr(start.activation, n)}
+    start = dataclasses.replace(start, activation=dataclasses.replace(start.activation, **theirs))
+    return checked(parse(Train, f"sweep {text}", words, Train(config=unchecked(start))).config)
+
+
+def given_to_all(shared: TrainConfig) -> dict[str, Any]:
+    """The settings of an activation that were given for every SAE that has them."""
+    own = shared.activation
+    usual = type(own)()
+    return {name: v for name, v in vars(own).items() if v != getattr(usual, name)}

@@ -50,7 +50,8 @@ def upgrade_sae(command: Upgrade) -> None:
 
 
 def source_of(config: UpgradeConfig) -> ActivationSource:
-    return demo_shards() if config.data is None else ActivationShards(config.data)
+    device = choose_device(config.device)
+    return demo_shards(device=device) if config.data is None else ActivationShards(config.data)
 
 
 def upgrade_table(out: Path) -> str:

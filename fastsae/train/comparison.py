@@ -50,16 +50,8 @@ def _plot(out: Path, found: dict[str, dict[str, Any]]) -> None:
         steps, fvu = ([line[key] for line in lines] for key in ("step", "fvu"))
         (drawn,) = curves.plot(steps, fvu, linewidth=1.2, label=name)
         ends.scatter([summary["l0"]], [summary["fvu"]], color=drawn.get_color(), zorder=3)
-        ends.annotate(
-            name,
-            (summary["l0"], summary["fvu"]),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=7,
-        )
     curves.set_xlabel("step")
     ends.set_xlabel("active latents per token, at the end")
-    ends.set_xmargin(0.25)
     for axes in (curves, ends):
         axes.set_ylabel("fraction of variance unexplained")
         axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""The settings of other trainers that people compare against (see docs of each)."""
+"""The settings of other trainers that people compare against."""
 
 import math
 from typing import Any

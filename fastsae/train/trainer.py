@@ -232,6 +232,6 @@ class Trainer:
 
 def check_same_form(sae: SAE, start_from: SAE) -> None:
     """ValueError unless an SAE to start from is built as the one to be trained."""
-    wanted, given = (s.shape() | {"activation": s.activation.cfg} for s in (sae, start_from))
+    wanted, given = (s.shape() | {"activation": s.activation.cfg.name} for s in (sae, start_from))
     if wanted != given:
         raise ValueError(f"the SAE to start from must be {wanted}, got {given}")

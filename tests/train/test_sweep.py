@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import fastsae
+from fastsae.cli.sweep import read_sweep, swept
 from fastsae.data import ActivationShards
+from fastsae.nn import BatchTopKConfig, JumpReLUConfig, TopKConfig
 from fastsae.train import Sweep, Trainer
 from fastsae.train.log import read_lines
 from fastsae.train.sweep import stored_sweep
@@ -102,3 +104,34 @@ def test_what_does_not_go_together_is_refused(configs, activations, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty and holds no sweep"):
         Sweep(one, source, tmp_path).fit()
+
+
+def described(*words):
+    return swept(read_sweep(words))
+
+
+def test_what_the_words_of_a_sweep_mean():
+    found = described("topk:k=16", "batchtopk:lr=0.01", "jumprelu", "--k", "8", "--seed", "3")
+    assert list(found) == ["topk-k=16", "batchtopk-lr=0.01", "jumprelu"]
+    one, two, three = found.values()
+    assert one.activation == TopKConfig(k=16)
+    assert two.activation == BatchTopKConfig(k=8), "what is given to all is each one's that has it"
+    assert two.optimizer.lr == 0.01
+    assert three.activation == JumpReLUConfig()
+    assert [config.seed for config in found.values()] == [3, 3, 3]
+    seeds = described("abstopk", "--seeds", "4", "5")
+    assert {name: c.seed for name, c in seeds.items()} == {"abstopk-seed4": 4, "abstopk-seed5": 5}
+    assert seeds["abstopk-seed4"].activation == TopKConfig(by="abs")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["relu", "gated", "--k", "3"], "none of relu, gated has the setting k"),
+        (["topk:seed=5", "--seeds", "0", "1"], "an SAE of a sweep has no seed of its own"),
+        (["topk:recipe=openai"], "an SAE of a sweep has no recipe of its own"),
+    ],
+)
+def test_words_without_effect_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        described(*words)
