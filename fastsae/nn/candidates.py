@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from fastsae.codes import Codes, every_latent, lists_every_latent
 from fastsae_kernels import encode_above, gather_dot
+from fastsae_kernels.encode_above import inside
 from fastsae_kernels.topk import By
 
 DENSE = 1 / 16
@@ -65,7 +66,7 @@ class Candidates(NamedTuple):
         """Those that an op listed, the first `count` of each token; all latents where one token's
         list is so long that the padding of the others would cost more."""
         N, d_sae = len(x), W_enc.shape[0]
-        active = torch.arange(indices.shape[1], device=x.device) < count[:, None]
+        active = inside(count, indices.shape[1])
         if indices.shape[1] <= WIDEST * d_sae:
             return cls(pre, indices, active, d_sae)
         hits = torch.zeros(N, d_sae, dtype=torch.int8, device=x.device)

@@ -79,24 +79,26 @@ class JumpReLU(Activation):
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
     ) -> Codes:
-        codes, _ = self.with_l0(x, W_enc, b_enc, torch.is_grad_enabled())
-        return codes
+        found, pre, threshold = self.found(x, W_enc, b_enc, torch.is_grad_enabled())
+        return self.codes(found, pre, threshold)
 
-    def with_l0(
+    def found(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, trained: bool
-    ) -> tuple[Codes, Float[Tensor, ""]]:
-        """The codes, and the batch's L0 with a gradient for thresholds if they are trained."""
-        cfg = self.cfg
+    ) -> tuple[Candidates, Tensor, Tensor]:
+        """Latents above their threshold (or in its window, if thresholds are trained), and their
+        pre-activations and thresholds as [N, d_sae] and [d_sae], or as one row and as many."""
         threshold = self.threshold.clamp(min=0)  # also after a step that took it below
-        lowest = threshold.detach() - (cfg.bandwidth / 2 if trained else 0.0)
+        lowest = threshold.detach() - (self.cfg.bandwidth / 2 if trained else 0.0)
         found = Candidates.above(x, W_enc, b_enc, lowest)
         threshold = found.pick(threshold)
         pre = found.pre.masked_fill(~found.active, -torch.inf)
-        if threshold.dim() == 2:  # one row of as many thresholds as entries
+        if threshold.dim() == 2:
             threshold, pre = threshold.flatten(), pre.view(1, -1)
-        values = jumprelu(pre, threshold, cfg.bandwidth).view(found.pre.shape)
-        total = jumprelu_l0(pre, threshold, cfg.bandwidth).sum()
-        return found.codes(values), total / max(len(x), 1)
+        return found, pre, threshold
+
+    def codes(self, found: Candidates, pre: Tensor, threshold: Tensor) -> Codes:
+        values = jumprelu(pre, threshold, self.cfg.bandwidth)
+        return found.codes(values.view(found.pre.shape))
 
     def training_pass(
         self,
@@ -107,7 +109,9 @@ class JumpReLU(Activation):
     ) -> Pass:
         with torch.no_grad():
             self.threshold.clamp_(min=0)  # for below 0 it would have no gradient
-        codes, l0 = self.with_l0(x, weights.W_enc, weights.b_enc, True)
+        found, pre, threshold = self.found(x, weights.W_enc, weights.b_enc, True)
+        codes = self.codes(found, pre, threshold)
+        l0 = jumprelu_l0(pre, threshold, self.cfg.bandwidth).sum() / max(len(x), 1)
         recon = codes.decode(weights.W_dec) + weights.b_dec
         missed = l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
         price = warmed(progress, self.cfg.price_warmup) * self.l0_coef * missed

@@ -23,7 +23,7 @@ from ._launch import ENCODER, capability, check_devices, check_matrix, rows_at_a
 from ._op import register
 from ._topk_kernel import launch_topk
 from .sparse import decode, gather_dot, scatter_outer
-from .topk import By, Ties, check_choice, topk_indices, topk_reference
+from .topk import By, Ties, check_by, check_choice, topk_indices, topk_reference
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -158,6 +158,20 @@ _encode_topk = register(_EncodeTopk, _fake)
 # --- public ---------------------------------------------------------------------------------
 
 
+def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, by: By = "value") -> None:
+    """Raise ValueError unless these are an encoder, tokens for it, and a way to rank."""
+    check_matrix("x", x)
+    check_matrix("W_enc", W_enc, columns=x.shape[1])
+    check_by(by)
+    if b_enc.shape != W_enc.shape[:1]:
+        raise ValueError(f"b_enc must have shape {[len(W_enc)]}, got {list(b_enc.shape)}")
+    if not x.dtype == W_enc.dtype == b_enc.dtype:
+        raise ValueError(
+            f"x, W_enc and b_enc must have one dtype, got {x.dtype}, {W_enc.dtype}, {b_enc.dtype}"
+        )
+    check_devices(x=x, W_enc=W_enc, b_enc=b_enc)
+
+
 def encode_topk(
     x: Tensor,
     W_enc: Tensor,
@@ -181,18 +195,11 @@ def encode_topk(
     Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time.
     ValueError for wrong shapes or dtypes, or unless 1 <= k <= F.
     """
-    check_matrix("x", x)
-    check_matrix("W_enc", W_enc, columns=x.shape[1])
+    check_encoder(x, W_enc, b_enc, by)
     check_choice(k, by, W_enc.shape[0])
-    if b_enc.shape != W_enc.shape[:1]:
-        raise ValueError(f"b_enc must have shape {[W_enc.shape[0]]}, got {list(b_enc.shape)}")
-    if not x.dtype == W_enc.dtype == b_enc.dtype:
-        raise ValueError(
-            f"x, W_enc and b_enc must have one dtype, got {x.dtype}, {W_enc.dtype}, {b_enc.dtype}"
-        )
     if shadow is not None and shadow.shape != W_enc.shape:
         raise ValueError(f"shadow must have the shape of W_enc, got {list(shadow.shape)}")
-    check_devices(x=x, W_enc=W_enc, b_enc=b_enc, shadow=shadow)
+    check_devices(x=x, shadow=shadow)
     return _encode_topk(x, W_enc, b_enc, k, by, shadow)
 
 
@@ -202,18 +209,16 @@ def encode_topk_each(
 ) -> list[tuple[Tensor, Tensor]]:
     """encode_topk for S encoders of F latents each, stacked: one product serves all.
 
-    x [N, D], W_enc [S F, D], b_enc [S F], and for each encoder k and what it ranks by -> S pairs of
-    values [N, K] and indices [N, K]. Not differentiable. No more pre-activations exist at a time
-    than in encode_topk. ValueError unless the choices divide the rows of W_enc.
+    x [N, D], W_enc [S F, D], b_enc [S F], one floating dtype, and for each encoder k and what it
+    ranks by -> S pairs of values [N, K] in that dtype and indices [N, K] int64, as of encode_topk.
+    Not differentiable. Costs 2 N S F D FLOPs; of the pre-activations, no more than
+    FASTSAE_BUFFER_MB exist at a time and, on a GPU, a copy of one encoder's. ValueError for wrong
+    shapes or dtypes, or unless the choices divide the rows of W_enc.
     """
-    check_matrix("x", x)
-    check_matrix("W_enc", W_enc, columns=x.shape[1])
+    check_encoder(x, W_enc, b_enc)
     N, S = len(x), len(choices)
-    if not S or len(W_enc) % S or b_enc.shape != W_enc.shape[:1]:
-        raise ValueError(
-            f"W_enc and b_enc must have a multiple of {S} rows, "
-            f"got {list(W_enc.shape)} and {list(b_enc.shape)}"
-        )
+    if not S or len(W_enc) % S:
+        raise ValueError(f"W_enc must have a multiple of {S} rows, got {list(W_enc.shape)}")
     F = len(W_enc) // S
     found = []
     for k, by in choices:

@@ -22,15 +22,14 @@ from torch.nn.functional import linear
 
 from ._launch import (
     check_devices,
-    check_matrix,
     launch,
     power_of_2,
     rows_at_a_time,
     use_triton,
 )
 from ._op import register
-from .encode import _product, straight_through
-from .topk import By, _rank, check_choice
+from .encode import _product, check_encoder, straight_through
+from .topk import By, _rank
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -214,20 +213,6 @@ def fake_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _encode_above = register(_EncodeAbove, lambda x, W_enc, b_enc, threshold, by: fake_rows(x))
 
 # --- public ---------------------------------------------------------------------------------
-
-
-def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, by: By) -> None:
-    """Raise ValueError unless these are an encoder, tokens for it, and a way to rank."""
-    check_matrix("x", x)
-    check_matrix("W_enc", W_enc, columns=x.shape[1])
-    check_choice(1, by, len(W_enc))
-    if b_enc.shape != W_enc.shape[:1]:
-        raise ValueError(f"b_enc must have shape {[len(W_enc)]}, got {list(b_enc.shape)}")
-    if not x.dtype == W_enc.dtype == b_enc.dtype:
-        raise ValueError(
-            f"x, W_enc and b_enc must have one dtype, got {x.dtype}, {W_enc.dtype}, {b_enc.dtype}"
-        )
-    check_devices(x=x, W_enc=W_enc, b_enc=b_enc)
 
 
 def encode_above(

@@ -115,6 +115,11 @@ def check_choice(k: int, by: By, F: int) -> None:
     """Raise ValueError unless k of F entries can be chosen by this rank."""
     if not 1 <= k <= F:
         raise ValueError(f"k must be between 1 and d_sae = {F}, got {k}")
+    check_by(by)
+
+
+def check_by(by: By) -> None:
+    """Raise ValueError unless entries can be ranked so."""
     if by not in ("value", "abs"):
         raise ValueError(f'by must be "value" or "abs", got {by!r}')
 

@@ -21,9 +21,8 @@ from torch.nn.functional import linear, pad
 
 from ._launch import check_matrix, rows_at_a_time
 from ._op import register, register_constant
-from .encode import _product
+from .encode import _product, check_encoder
 from .encode_above import (
-    check_encoder,
     fake_rows,
     in_rows,
     list_above,
@@ -31,7 +30,7 @@ from .encode_above import (
     listed_reference,
     products,
 )
-from .topk import By, _rank, check_choice
+from .topk import By, _rank, check_by
 
 # --- references: the specification ----------------------------------------------------------
 
@@ -222,7 +221,7 @@ def topk_batch(pre: Tensor, k_total: int, by: By = "value") -> tuple[Tensor, Ten
     """
     check_matrix("pre", pre)
     N, F = pre.shape
-    check_choice(1, by, F)
+    check_by(by)
     _check_total(k_total, N, F)
     position = _topk_batch_op(pre.detach(), k_total, by)
     active, position = position >= 0, position.clamp(min=0)
