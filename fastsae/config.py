@@ -9,6 +9,14 @@ from typing import Any, TypeVar, Union
 T = TypeVar("T")
 
 
+def check_choices(config: Any, **choices: Any) -> None:
+    """ValueError unless each named setting is one of the Literal's values given for it."""
+    for name, choice in choices.items():
+        value, allowed = getattr(config, name), typing.get_args(choice)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass tree as a dict of JSON values.
 

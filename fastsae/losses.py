@@ -23,10 +23,14 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from fastsae.codes import Codes
+from fastsae.config import check_choices
 from fastsae.nn import SAE, TopK
 from fastsae.nn.activation import Pass, Weights
 from fastsae_kernels._launch import buffer_bytes
 from fastsae_kernels.topk import topk_indices
+
+Error = Literal["fvu", "sse"]
+AuxError = Literal["relative", "absolute"]
 
 AUX_BYTES = 64 << 20
 """Pre-activations of dead latents that exist at a time, on a CPU."""
@@ -38,7 +42,7 @@ WIDER, WIDER_COEF = 4, 1 / 8  # arXiv:2406.04093, A.6
 class Objective:
     """What training minimises."""
 
-    error: Literal["fvu", "sse"] = "fvu"
+    error: Error = "fvu"
     """The error as a fraction of the batch's variance, or summed over coordinates and averaged
     over tokens."""
 
@@ -55,13 +59,12 @@ class Objective:
     k_aux: int | None = None
     """Dead latents per token that take part in it; by default d_out / 2."""
 
-    auxk_error: Literal["relative", "absolute"] = "relative"
+    auxk_error: AuxError = "relative"
     """Its error as a fraction of the residual's variance, or summed over coordinates and averaged
     over tokens."""
 
     def __post_init__(self):
-        if self.error not in ("fvu", "sse"):
-            raise ValueError(f'error must be "fvu" or "sse", got {self.error!r}')
+        check_choices(self, error=Error, auxk_error=AuxError)
         rising = (0, *self.prefixes)
         if any(b <= a for a, b in zip(rising, rising[1:], strict=False)):
             raise ValueError(f"prefixes must be above 0 and rise, got {self.prefixes}")
@@ -71,10 +74,6 @@ class Objective:
             raise ValueError(f"k_aux must be at least 1, got {self.k_aux}")
         if self.auxk_coef == 0 and self.k_aux is not None:
             raise ValueError(f"k_aux = {self.k_aux} has no effect with auxk_coef = 0")
-        if self.auxk_error not in ("relative", "absolute"):
-            raise ValueError(
-                f'auxk_error must be "relative" or "absolute", got {self.auxk_error!r}'
-            )
         if self.auxk_coef == 0 and self.auxk_error != "relative":
             raise ValueError(f'auxk_error "{self.auxk_error}" has no effect with auxk_coef = 0')
 
@@ -126,12 +125,7 @@ def training_loss(
     """
     objective = objective or Objective()
     objective.check(sae)
-    if (target is None) != (sae.d_out is None):
-        raise ValueError("a transcoder needs a target, and an autoencoder takes none")
-    shape, x = x.shape[:-1], sae.tokens(x)
-    if target is not None and target.shape != (*shape, sae.d_out):
-        raise ValueError(f"target must be of shape {[*shape, sae.d_out]}, got {list(target.shape)}")
-    y = x if target is None else target.reshape(-1, len(sae.b_dec))
+    x, y = both_ends(sae, x, target)
     N = max(len(y), 1)
     unit = 1 / total_variance(y) if objective.error == "fvu" else y.new_full((), 1 / N)
     weights, centred, left = sae.weights(), sae.centre(x), y - sae.skip(x)
@@ -154,6 +148,18 @@ def training_loss(
     codes = result.codes
     parts = fvu, auxk.detach(), result.penalty.detach(), codes.l0()
     return TrainingLoss(loss, *parts, codes)
+
+
+def both_ends(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens [N, d_in] and what is to come out, [N, d_out]; ValueError if they do not fit."""
+    if (target is None) != (sae.d_out is None):
+        raise ValueError("a transcoder needs a target, and an autoencoder takes none")
+    tokens, shape = sae.tokens(x), [*x.shape[:-1], sae.d_out]
+    if target is None:
+        return tokens, tokens
+    if list(target.shape) != shape:
+        raise ValueError(f"target must be of shape {shape}, got {list(target.shape)}")
+    return tokens, target.reshape(len(tokens), -1)
 
 
 def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:

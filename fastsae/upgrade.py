@@ -130,12 +130,13 @@ def upgrade(
     """
     teacher = copy.deepcopy(teacher).cpu().eval()
     start, about = initial(teacher, source, config)
-    tuned = Trainer(tuning(start, config), source, start).fit(resume)
     cfg, out = own_objective(teacher, about["calibration_l0"]), config.out / "baseline"
     own = replace(tuning(teacher, config), activation=cfg, out=out)
+    tuner, own_tuner = Trainer(tuning(start, config), source, start), Trainer(own, source, teacher)
+    tuned = tuner.fit(resume)
     begun = resume and (out / "config.json").exists()
     try:
-        baseline = Trainer(own, source, teacher).fit(begun)
+        baseline = own_tuner.fit(begun)
     except Interrupted as stop:
         left = f"stopped amid the baseline, saved; go on with --resume --out {config.out}"
         raise Interrupted(stop.signum, left) from stop

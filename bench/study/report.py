@@ -37,13 +37,16 @@ def report(results: dict[str, Any], folder: Path) -> str:
 
 
 def about(results: dict[str, Any]) -> str:
-    scale, stamp = results["scale"], results["stamp"]
+    scale, data = results["scale"], results["runs"].values()
+    stamps = [run["stamp"] for runs in data for seeds in runs.values() for run in seeds.values()]
+    machines = {f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}" for s in stamps}
+    commits = {stamp["commit"] for stamp in stamps}
     return (
         f"Written by `python -m bench study`: {scale['steps']} steps of {scale['batch_size']} "
         f"tokens, 4096 latents, the same batches in the same order for all; mean ± standard "
         f"deviation over seeds. Upgrades and their teachers are tuned for {scale['tune_steps']} "
-        f"steps more. {stamp['cpu']}, {stamp['threads']} threads, torch {stamp['torch']}, "
-        f"commit {stamp['commit']}."
+        f"steps more. {'; '.join(sorted(machines))}; commit {', '.join(sorted(commits))}. "
+        f"Learning rate and settings are the defaults, but for JumpReLU's, which were tried."
     )
 
 

@@ -28,7 +28,8 @@ class Study:
 
     def __init__(self, path: Path, work: Path, scale: Scale):
         self.path, self.work, self.scale = path, work, scale
-        self.results: dict[str, Any] = {"scale": vars(scale), "stamp": stamp(), "runs": {}}
+        self.stamp = stamp()
+        self.results: dict[str, Any] = {"scale": vars(scale), "runs": {}}
         if path.exists():
             found = read_json(path)
             if found["scale"] != vars(scale):
@@ -40,7 +41,7 @@ class Study:
 
     def keep(self, data: str, method: str, seed: int, found: dict[str, Any]) -> None:
         runs = self.results["runs"].setdefault(data, {}).setdefault(method, {})
-        runs[str(seed)] = found
+        runs[str(seed)] = {**found, "stamp": self.stamp}
         write_json(self.path, self.results)
         shown = {name: found[name] for name in ("fvu", "l0", "dead", "seconds")}
         print(f"{data} / {method} / seed {seed}: {json.dumps(shown)}", flush=True)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import tyro
 
-from fastsae.data import ActivationShards, ActivationSource, demo_shards
-from fastsae.device import choose_device
 from fastsae.files import read_json
 from fastsae.nn import load
 from fastsae.train import stored_config
 from fastsae.upgrade import UpgradeConfig, upgrade
 
 from .parse import Unchecked, checked, parse
+from .train import source_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +38,13 @@ def read_upgrade(words: Sequence[str]) -> Upgrade:
 
 def upgrade_sae(command: Upgrade) -> None:
     config, teacher = checked(command), command.teacher
-    choose_device(config.device)
     sae = load(teacher / "sae" if (teacher / "sae").is_dir() else teacher)
     if config.data is None:
         if read_json(teacher / "config.json").get("config") is None:
             raise ValueError(f"{teacher} is not a run's folder: say which --data to fine-tune on")
         config = dataclasses.replace(config, data=stored_config(teacher).data)
-    upgrade(sae, source_of(config), config, command.resume)
+    upgrade(sae, source_of(config.run()), config, command.resume)
     print(upgrade_table(config.out))
-
-
-def source_of(config: UpgradeConfig) -> ActivationSource:
-    device = choose_device(config.device)
-    return demo_shards(device=device) if config.data is None else ActivationShards(config.data)
 
 
 def upgrade_table(out: Path) -> str:

@@ -104,6 +104,12 @@ class Activation(nn.Module, ABC):
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.cfg).items())
 
 
+def check_least_k(k: int) -> None:
+    """ValueError if no latent could be active."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+
+
 def check_k(k: int, d_sae: int) -> None:
     """ValueError if k latents of d_sae cannot be active."""
     if k > d_sae:

@@ -7,17 +7,18 @@ smallest value that a training batch kept.
 """
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.codes import Codes
+from fastsae.config import check_choices
 from fastsae_kernels import encode_topk_batch
 from fastsae_kernels.topk import By
 
-from .activation import Activation, ActivationConfig, check_k
+from .activation import Activation, ActivationConfig, check_k, check_least_k
 from .candidates import Candidates
 
 UNSET = -1.0
@@ -43,10 +44,8 @@ class BatchTopKConfig(ActivationConfig):
     """Weight of the past in the running mean that the threshold for single tokens is."""
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
-        if self.by not in get_args(By):
-            raise ValueError(f"by must be one of {get_args(By)}, got {self.by!r}")
+        check_least_k(self.k)
+        check_choices(self, by=By)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
 

@@ -4,12 +4,14 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from fastsae.config import check_choices
 
 from .sae import SAE
 
@@ -40,11 +42,7 @@ class Init:
     """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
 
     def __post_init__(self):
-        for name, choice in {"rows": Rows, "encoder": Encoder, "b_dec": Middle}.items():
-            if getattr(self, name) not in get_args(choice):
-                raise ValueError(
-                    f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
-                )
+        check_choices(self, rows=Rows, encoder=Encoder, b_dec=Middle)
         if not self.row_norm > 0:
             raise ValueError(f"row_norm must be above 0, got {self.row_norm}")
         if self.encoder == "linear" and (self.rows != "random" or self.row_norm != 1):

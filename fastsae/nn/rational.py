@@ -17,7 +17,7 @@ a change from where they started, in units that each alter r by its own size (ou
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from fastsae.codes import Codes, every_latent
+from fastsae.config import check_choices
 from fastsae_kernels import encode_topk, rational, topk
 
-from .activation import Activation, ActivationConfig, Pass, Weights, check_k
+from .activation import Activation, ActivationConfig, Pass, Weights, check_k, check_least_k
 from .candidates import Candidates
 from .penalty import Coefficient, check_penalty
 from .rational_fit import DEFAULT_DEGREE, JUMP, RationalFit, initial_coefficients
@@ -71,11 +72,7 @@ class RationalConfig(ActivationConfig):
     whose L0 is k, nor with support none."""
 
     def __post_init__(self):
-        for name, choice in {"gate": Gate, "support": Support, "centre": Centre}.items():
-            if getattr(self, name) not in get_args(choice):
-                raise ValueError(
-                    f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
-                )
+        check_choices(self, gate=Gate, support=Support, centre=Centre)
         if self.centre == "zero" and (self.gate == "relu" or self.support == "none"):
             raise ValueError(
                 f'centre "zero" is for the gates jumprelu and topk with the support of a teacher, '
@@ -83,8 +80,8 @@ class RationalConfig(ActivationConfig):
             )
         if self.k is not None and self.gate != "topk":
             raise ValueError(f'k = {self.k} has no effect with the gate "{self.gate}"')
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.k is not None:
+            check_least_k(self.k)
         degree = self.degree or (0, 1)
         if len(degree) != 2 or degree[0] < 0 or degree[1] < 1:
             raise ValueError(f"degree must be two numbers, (0, 1) or more, got {self.degree}")

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.codes import Codes
+from fastsae.config import check_choices
 from fastsae_kernels import encode_decode, encode_topk
 from fastsae_kernels.topk import By
 
-from .activation import Activation, ActivationConfig, Weights, check_k
+from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
 
 Gradient = Literal["straight_through", "rotation"]
 Rotation = Literal["support", "dense"]
@@ -43,14 +44,8 @@ class TopKConfig(ActivationConfig):
     latents, also those not kept (dense)."""
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
-        choices = {"by": By, "gradient": Gradient}
-        for name, choice in choices.items():
-            if getattr(self, name) not in get_args(choice):
-                raise ValueError(
-                    f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
-                )
+        check_least_k(self.k)
+        check_choices(self, by=By, gradient=Gradient)
         if self.rotation not in (None, *get_args(Rotation)):
             raise ValueError(f"rotation must be one of {get_args(Rotation)}, got {self.rotation!r}")
         if self.rotation is not None and self.gradient != "rotation":

@@ -9,7 +9,7 @@ computed, training too is TopK's, plus beta |mu|^2 / 2. The KL is summed over ch
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,11 +18,12 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from fastsae.codes import Codes
+from fastsae.config import check_choices
 from fastsae_kernels import encode_topk
 from fastsae_kernels._launch import rows_at_a_time
 from fastsae_kernels.topk import topk_indices
 
-from .activation import Activation, ActivationConfig, Pass, Weights, check_k, warmed
+from .activation import Activation, ActivationConfig, Pass, Weights, check_k, check_least_k, warmed
 from .penalty import check_warmup
 
 Variance = Literal["none", "fixed", "learned"]
@@ -48,10 +49,8 @@ class VariationalConfig(ActivationConfig):
     """First part of training over which the price rises from 0."""
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
-        if self.variance not in get_args(Variance):
-            raise ValueError(f"variance must be one of {get_args(Variance)}, got {self.variance!r}")
+        check_least_k(self.k)
+        check_choices(self, variance=Variance)
         if not self.beta >= 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
         check_warmup(self.price_warmup)

@@ -40,8 +40,8 @@ class TrainConfig:
     """Latents in the dictionary."""
 
     by_norm: bool = False
-    """Choose and penalise latents by their value times the norm of their decoder row, which is
-    then free. A crosscoder always does."""
+    """Choose and penalise latents by their value times the norm of their decoder row, which another
+    constraint than unit must leave free. A crosscoder always does, by the norms in its layers."""
 
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """How pre-activations become codes, with its own settings."""

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastsae.config import check_choices
 from fastsae.nn import SAE
 from fastsae_kernels.adam import (
     AdamStep,
@@ -65,11 +66,7 @@ class Optimizer:
     Adam."""
 
     def __post_init__(self):
-        for name, choice in {"constraint": Constraint, "adam_moments": Moments}.items():
-            if getattr(self, name) not in get_args(choice):
-                raise ValueError(
-                    f"{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}"
-                )
+        check_choices(self, constraint=Constraint, adam_moments=Moments)
         for name in ("lr", "eps", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:

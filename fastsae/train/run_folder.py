@@ -75,8 +75,8 @@ def _read(out: Path) -> dict[str, Any]:
 def resumed_config(given: TrainConfig) -> TrainConfig:
     """The settings of the run in given.out; ValueError for one that has another value there."""
     stored = stored_config(given.out)
-    found = _settings(to_dict(_resolved(stored)))
-    for name, value in _settings(to_dict(_resolved(given))).items():
+    found = _settings(to_dict(resolved(stored)))
+    for name, value in _settings(to_dict(resolved(given))).items():
         kept = found.get(name)
         if value != kept:
             raise ValueError(
@@ -97,7 +97,7 @@ def _settings(tree: dict[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def _resolved(config: TrainConfig) -> TrainConfig:
+def resolved(config: TrainConfig) -> TrainConfig:
     """The same with the paths of its data written out."""
     data, target = (path and path.resolve() for path in (config.data, config.target))
     layers = tuple(path.resolve() for path in config.layers)
@@ -111,6 +111,6 @@ def latest(out: Path) -> Path | None:
 
 
 def _document(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    settings = to_dict(_resolved(config))
+    settings = to_dict(resolved(config))
     del settings["out"]  # the folder may be moved
     return {"format": FORMAT, "config": settings, "fingerprint": fingerprint}

@@ -53,6 +53,7 @@ def stacks(trainers: dict[str, Trainer], states: dict[str, TrainState]) -> list[
 
 
 def stacked(states: dict[str, TrainState], precision: str) -> Stack:
+    """Move the encoders of these SAEs, and what Adam knows of them, into one matrix."""
     W_enc = torch.cat([state.sae.W_enc.detach() for state in states.values()])
     for state, rows in zip(states.values(), W_enc.chunk(len(states)), strict=True):
         state.adam.move("W_enc", rows)

@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .interrupt import Interrupted, Interrupts
 from .log import Log
 from .memory import keep_freed_memory
-from .run_folder import claimed_run
+from .run_folder import claimed_run, resolved
 from .stacked import stacks
 from .state import TrainState
 from .trainer import Trainer
@@ -139,7 +139,7 @@ def begin(out: Path, configs: dict[str, TrainConfig]) -> None:
         )
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no sweep: choose another --out")
-    runs = {name: to_dict(config) for name, config in configs.items()}
+    runs = {name: to_dict(resolved(config)) for name, config in configs.items()}
     write_json(out / "sweep.json", {"format": FORMAT, "runs": runs})
 
 

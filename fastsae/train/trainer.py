@@ -52,6 +52,9 @@ class Trainer:
         self.plan = Plan.of(config, self.ends.width_out, source.n_tokens)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
+        if start_from is not None:
+            with torch.device("meta"):
+                check_same_form(self.ends.build(config), start_from)
 
     def fit(self, resume: bool = False) -> SAE:
         """Train to the last step and return the SAE, on the CPU, for activations as they are.
@@ -98,7 +101,6 @@ class Trainer:
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.init)
         else:
-            check_same_form(sae, self.start_from)
             given = ends.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
             sae.load_state_dict(given.state_dict())
         sae.to(self.device)

@@ -1,0 +1,46 @@
+"""The study's verdicts, on results that are made up."""
+
+import pytest
+
+from bench.study.claims import Claim, verdict
+from bench.study.report import report
+
+LOWER = Claim("paper", "less", "new", "old", "fvu", False)
+
+
+def results(fvu: list[float], l0: float = 32.0) -> dict:
+    stamp = {"cpu": "none", "threads": 1, "torch": "0", "commit": "0"}
+    shared = {"l0": l0, "dead": 0.0, "curve": [[1, 1.0], [2, 0.5]], "stamp": stamp}
+    return {
+        str(seed): {"fvu": value, "pcr16": 1 - value, **shared} for seed, value in enumerate(fvu)
+    }
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "said"),
+    [
+        ([0.1, 0.1], [0.2, 0.2], "held: 0.1000 against 0.2000 (-50.0%), better in 2 of 2"),
+        ([0.3, 0.3], [0.2, 0.2], "did not hold: 0.3000 against 0.2000 (+50.0%), better in 0 of 2"),
+        ([0.1, 0.3], [0.2, 0.2], "undecided: 0.2000 against 0.2000 (+0.0%), better in 1 of 2"),
+        ([0.2, 0.2], [0.2, 0.2], "undecided: 0.2000 against 0.2000 (+0.0%), better in 0 of 2"),
+        ([0.0], [0.0], "undecided: 0.0000 against 0.0000, better in 0 of 1"),
+    ],
+)
+def test_a_verdict(new, old, said):
+    assert verdict(LOWER, {"new": results(new), "old": results(old)}) == said
+
+
+def test_what_cannot_be_compared():
+    runs = {"new": results([0.1], l0=60.0), "old": results([0.2])}
+    found = verdict(LOWER, runs)
+    assert found and found.startswith("not comparable, L0 60.0 against 32.0")
+    assert verdict(LOWER, {"new": results([0.1])}) is None
+
+
+def test_a_report(tmp_path):
+    runs = {"TopK": results([0.2, 0.3]), "AbsTopK": results([0.1, 0.2])}
+    scale = {"steps": 2, "batch_size": 8, "tune_steps": 1}
+    text = report({"scale": scale, "runs": {"planted": runs}}, tmp_path)
+    assert "| TopK | 0.2500 ± 0.0707 |" in text
+    assert "held: 0.1500 against 0.2500 (-40.0%), better in 2 of 2" in text
+    assert (tmp_path / "planted.png").read_bytes().startswith(b"\x89PNG")
