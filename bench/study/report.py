@@ -75,10 +75,12 @@ def spread(values: list[float | None], digits: int) -> str:
 
 def plot(runs: Runs, name: str, path: Path) -> None:
     """Held-out FVU of each method and seed, and FVU while training."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     ends, curves = figure.subplots(1, 2, width_ratios=[1, 1.2])
+    ends.set_prop_cycle(color=colormaps["tab20"].resampled(20)(range(20)))
     figure.suptitle(name)
     methods = sorted(runs, key=lambda m: mean(run["fvu"] for run in runs[m].values()), reverse=True)
     for place, method in enumerate(methods):
