@@ -6,6 +6,7 @@ Shapes: N tokens, F latents, D and D_out widths of the input and of the output.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fastsae.nn.activations import activation_of
 from fastsae.nn.batchtopk import BatchTopKConfig
 from fastsae.nn.gated import GatedConfig
 from fastsae.nn.jumprelu import JumpReLUConfig
+from fastsae.nn.rational import Rational, RationalConfig
 from fastsae.nn.relu import ReLUConfig
 from fastsae.nn.variational import VariationalConfig
 from fastsae_kernels.rotation import rotation_reference
@@ -43,6 +45,7 @@ RELU, GATED = ReLUConfig(l1_coef=0.1), GatedConfig(l1_coef=0.1)
 ROTATED = TopKConfig(k=K, gradient="rotation")
 ROTATED_ALL = TopKConfig(k=K, gradient="rotation", rotation="dense")
 LEARNED = VariationalConfig(k=K, variance="learned", beta=0.01)
+RATIONAL = RationalConfig(k=K, l1_coef=0.02)
 PREFIXES = 8, 24, D_SAE
 TRANSCODER, SKIP = {"d_out": D_OUT}, {"d_out": D_OUT, "skip": True}
 CROSSCODER, BY_NORM = {"layers": 2, "by_norm": True}, {"by_norm": True}
@@ -67,10 +70,24 @@ ARCHITECTURES = {
     "vsae without noise": Architecture(VariationalConfig(k=K, beta=0.01)),
     "vsae": Architecture(VariationalConfig(k=K, variance="fixed", beta=0.01)),
     "vsae of learned variance": Architecture(LEARNED),
+    "rational": Architecture(RATIONAL),
+    "rational at 0": Architecture(replace(RATIONAL, centre="zero")),
+    "rational of every latent": Architecture(
+        RationalConfig(gate="relu", support="none", l1_coef=0.1)
+    ),
+    "rational relu": Architecture(RationalConfig(gate="relu", l1_coef=0.1)),
+    "rational relu to an L0": Architecture(
+        RationalConfig(gate="relu", l1_coef=0.1, target_l0=float(K))
+    ),
+    "rational jumprelu": Architecture(RationalConfig(gate="jumprelu", l1_coef=0.1)),
+    "rational jumprelu to an L0": Architecture(
+        RationalConfig(gate="jumprelu", l1_coef=0.1, target_l0=float(K))
+    ),
     "matryoshka": Architecture(BATCHTOPK, Objective(prefixes=PREFIXES)),
     "matryoshka, topk": Architecture(TOPK, Objective(prefixes=PREFIXES[:2])),
     "matryoshka, relu": Architecture(RELU, Objective(prefixes=PREFIXES)),
     "matryoshka, rotation": Architecture(ROTATED, Objective(prefixes=PREFIXES)),
+    "matryoshka, rational": Architecture(RATIONAL, Objective(prefixes=PREFIXES)),
     "multi-k": Architecture(TOPK, Objective(multi_k=True)),
     "multi-k, matryoshka": Architecture(ABSTOPK, Objective(multi_k=True, prefixes=PREFIXES)),
     "transcoder": Architecture(TOPK, ends=TRANSCODER),
@@ -214,8 +231,44 @@ def variational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, T
     return kept(z, cfg.k, signed=True), rise(cfg, progress) * cfg.beta * kl / len(z)
 
 
+def gate(activation: Rational, h: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Which latents a rational activation's gate keeps, and where it opens."""
+    cfg = activation.cfg
+    if cfg.gate == "relu":
+        return h > 0, 0.0
+    if cfg.gate == "jumprelu":
+        return h > activation.threshold, activation.threshold
+    largest = h.detach().relu().sort(dim=1, descending=True).values
+    last, following = largest[:, activation.k - 1 :][:, :2].split(1, dim=1)
+    return (h >= last) & (h > 0), (last + following) / 2
+
+
+def phi(activation: Rational, h: Tensor) -> Tensor:
+    """The rational function of every pre-activation."""
+    p, _ = activation.degree
+    s = 0.0 if activation.cfg.centre == "zero" else gate(activation, h)[1]
+    coefficients = activation.start + activation.unit * activation.change
+    a, b = coefficients[: p + 1], coefficients[p + 1 :]
+    c_in, c_out = activation.scale * activation.scale_change.exp()
+    t = ((h - s) / c_in).clamp(-1, 1)
+    P = sum(a[i] * t**i for i in range(len(a)))
+    S = sum(b[j] * t ** (j + 1) for j in range(len(b)))
+    return c_out * P / (1 + abs(S))
+
+
+def rational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
+    kept, s = gate(activation, seen.h)
+    z = phi(activation, seen.h)
+    if activation.cfg.support == "teacher":
+        z = z.where(kept, 0.0)
+    price = coefficient(activation, z) / len(z)
+    if activation.cfg.target_l0:
+        return z, price * (seen.h - s).where(kept, 0.0).sum()
+    return z, price * z.abs().sum()
+
+
 FORMULAS: dict[str, Callable[[Any, Seen, float], tuple[Tensor, Tensor | float]]] = {
-    f.__name__: f for f in (topk, batchtopk, jumprelu, relu, gated, variational)
+    f.__name__: f for f in (topk, batchtopk, jumprelu, relu, gated, variational, rational)
 }
 
 

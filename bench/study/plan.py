@@ -62,6 +62,8 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     auxk: bool = False
     prefixes: tuple[int, ...] = ()
+    starts_at_l0: bool = False
+    """Whether as many latents are active from the start as in the end, for a price to keep so."""
 
     def config(self, k: int, seed: int, scale: Scale, out: Path) -> TrainConfig:
         """The run; "K" among the settings stands for the latents per token."""
@@ -73,7 +75,7 @@ class Method:
             d_sae=D_SAE,
             activation=cfg(**settings),
             objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
-            init=Init(),
+            init=Init(start_l0=k if self.starts_at_l0 else None),
             steps=scale.steps,
             batch_size=scale.batch_size,
             seed=seed,

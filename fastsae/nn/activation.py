@@ -62,6 +62,11 @@ class Activation(nn.Module, ABC):
     """Whether its gradient is the identity on active entries and there is no penalty, so that
     the fused training step applies."""
 
+    @property
+    def opens(self) -> Float[Tensor, " d_sae"] | float:
+        """The pre-activation above which a latent can be active."""
+        return 0.0
+
     def build(self, d_in: int, d_sae: int) -> None:
         """Make parameters for a dictionary of d_sae latents; ValueError if it is too small."""
 

@@ -3,6 +3,7 @@
 `Init` holds the choices that recipes make differently.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,9 @@ from .sae import SAE
 
 ACTIVE_VARIANCE = 0.99
 """The active subspace holds this part of the data's variance."""
+
+LATENTS = 1024
+"""Whose pre-activations of a sample exist at a time."""
 
 Rows = Literal["random", "active_subspace"]
 Encoder = Literal["tied", "linear"]
@@ -41,10 +45,17 @@ class Init:
     b_dec: Middle = "median"
     """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
 
+    start_l0: float | None = None
+    """Active latents per token before the first step: b_enc starts where each latent is active for
+    as many tokens of a sample as any other (Anthropic, transformer-circuits.pub, January 2025), not
+    at 0. For activations whose L0 is trained, in short runs."""
+
     def __post_init__(self):
         check_choices(self, rows=Rows, encoder=Encoder, b_dec=Middle)
         if not self.row_norm > 0:
             raise ValueError(f"row_norm must be above 0, got {self.row_norm}")
+        if self.start_l0 is not None and not self.start_l0 > 0:
+            raise ValueError(f"start_l0 must be above 0, got {self.start_l0}")
         if self.encoder == "linear" and (self.rows != "random" or self.row_norm != 1):
             raise ValueError(
                 f'encoder "linear" draws rows of its own: got rows "{self.rows}" '
@@ -92,7 +103,7 @@ def init_from_data(
     """Initialise an SAE for a sample x of its data, by default as in arXiv:2406.04093.
 
     Decoder rows are random directions of norm 1, the encoder is a copy, b_enc is 0 and b_dec is
-    the geometric median of x. A transcoder takes its decoder and b_dec from a sample of its target,
+    the geometric median of x. ValueError for a start_l0 above d_sae / 2. A transcoder takes its decoder and b_dec from a sample of its target,
     and its encoder rows on their own from x.
     """
     init = init or Init()
@@ -108,7 +119,23 @@ def init_from_data(
     sae.b_enc.zero_()
     middle = {"median": geometric_median, "mean": lambda y: y.mean(0), "zero": lambda y: 0 * y[0]}
     sae.b_dec.copy_(middle[init.b_dec](y))
+    if init.start_l0 is not None:
+        start_from_l0_(sae, x, init.start_l0)
     return sae
+
+
+def start_from_l0_(sae: SAE, x: Float[Tensor, "N d_in"], l0: float) -> None:
+    """Set b_enc so that each latent is active for l0 / d_sae of the tokens x, rounded up.
+
+    ValueError if that is more than half: b_enc is to keep latents off.
+    """
+    if l0 > sae.d_sae / 2:
+        raise ValueError(f"start_l0 must be at most d_sae / 2 = {sae.d_sae / 2}, got {l0}")
+    weights, x = sae.weights(), sae.centre(x)
+    rank = math.ceil(len(x) * l0 / sae.d_sae)
+    cut = [(x @ rows.T).topk(rank + 1, dim=0).values[rank] for rows in weights.W_enc.split(LATENTS)]
+    norm = sae.decoder_norms().sum(1) if sae.by_norm else 1.0
+    sae.b_enc.copy_((sae.activation.opens - torch.cat(cut)) / norm)
 
 
 def directions(

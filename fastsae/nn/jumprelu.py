@@ -73,6 +73,10 @@ class JumpReLU(Activation):
         self.threshold = nn.Parameter(torch.full((d_sae,), self.cfg.threshold))
         self.l0_coef = float(d_in) if self.cfg.l0_coef is None else self.cfg.l0_coef
 
+    @property
+    def opens(self) -> Float[Tensor, " d_sae"]:
+        return self.threshold
+
     def encode(
         self,
         x: Float[Tensor, "N d_in"],

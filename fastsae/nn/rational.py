@@ -68,8 +68,9 @@ class RationalConfig(ActivationConfig):
     """Price of a token's codes, per unit of their summed magnitudes, against its squared error."""
 
     target_l0: float | None = None
-    """Active latents per token that the price is steered to, from l1_coef; not for the gate topk,
-    whose L0 is k, nor with support none."""
+    """Active latents per token that the price is steered to, from l1_coef; it is then one of how
+    far gates are open, not of codes, for phi can make those small and leave the gates as they are.
+    Not for the gate topk, whose L0 is k, nor with support none."""
 
     def __post_init__(self):
         check_choices(self, gate=Gate, support=Support, centre=Centre)
@@ -135,6 +136,10 @@ class Rational(Activation):
         if self.cfg.gate == "jumprelu":
             self.register_buffer("threshold", torch.full((d_sae,), JUMP * size))
 
+    @property
+    def opens(self) -> Float[Tensor, " d_sae"] | float:
+        return self.threshold if self.cfg.gate == "jumprelu" else 0.0
+
     def fit(self, jump: float) -> RationalFit:
         """The best fit to the gate's activation where phi is taken of it, at c_in = c_out = 1.
 
@@ -176,7 +181,7 @@ class Rational(Activation):
         pre-activations has 0 in place of the missing ones, and so for the middle.
         """
         d_sae = len(W_enc)
-        threshold = self.threshold if self.cfg.gate == "jumprelu" else 0.0
+        threshold = self.opens
         if self.cfg.support == "none":
             pre = linear(x, W_enc, b_enc)
             if self.cfg.gate == "topk":
@@ -202,7 +207,10 @@ class Rational(Activation):
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
     ) -> Codes:
-        found, s = self.gated(x, W_enc, b_enc)
+        return self.codes(*self.gated(x, W_enc, b_enc))
+
+    def codes(self, found: Candidates, s: Tensor | float) -> Codes:
+        """phi of what the gate found, shifted by s."""
         values = rational(found.pre, *self.coefficients(), s)
         return Codes.every(values) if self.cfg.support == "none" else found.codes(values)
 
@@ -213,8 +221,12 @@ class Rational(Activation):
         weights: Weights,
         progress: float,
     ) -> Pass:
-        recon, codes = self.reconstruct(x, weights)
-        norm = codes.values.abs().sum() / max(len(x), 1)
+        found, s = self.gated(x, weights.W_enc, weights.b_enc)
+        codes = self.codes(found, s)
+        recon = codes.decode(weights.W_dec) + weights.b_dec
+        steered = self.cfg.target_l0 is not None
+        priced = found.codes(found.pre - s) if steered else codes
+        norm = priced.values.abs().sum() / max(len(x), 1)
         return Pass(recon, codes, self.coefficient(norm, codes.l0()))
 
     @torch.no_grad()
