@@ -7,7 +7,6 @@ from typing import Any
 
 from fastsae.data import ActivationSource, Synthetic, demo_shards
 from fastsae.losses import Objective
-from fastsae.nn import Init
 from fastsae.nn.activations import ACTIVATIONS
 from fastsae.train import TrainConfig
 from fastsae.upgrade import UpgradeConfig
@@ -62,8 +61,6 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     auxk: bool = False
     prefixes: tuple[int, ...] = ()
-    starts_at_l0: bool = False
-    """Whether as many latents are active from the start as in the end, for a price to keep so."""
 
     def config(self, k: int, seed: int, scale: Scale, out: Path) -> TrainConfig:
         """The run; "K" among the settings stands for the latents per token."""
@@ -75,7 +72,6 @@ class Method:
             d_sae=D_SAE,
             activation=cfg(**settings),
             objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
-            init=Init(start_l0=k if self.starts_at_l0 else None),
             steps=scale.steps,
             batch_size=scale.batch_size,
             seed=seed,
@@ -96,9 +92,7 @@ METHODS = {
     "RT support": top_k(gradient="rotation", rotation="support"),
     "RT dense": top_k(gradient="rotation", rotation="dense"),
     "BatchTopK": top_k("batchtopk", auxk=True),
-    "JumpReLU": Method(
-        "jumprelu", {"target_l0": "K", "threshold": 0.5, "bandwidth": 0.1, "price_warmup": 0.5}
-    ),
+    "JumpReLU": Method("jumprelu", {"target_l0": "K", "threshold": 1.0, "bandwidth": 0.5}),
     "ReLU": Method("relu", {"target_l0": "K"}),
     "Gated": Method("gated", {"target_l0": "K"}),
     "Matryoshka": replace(top_k(auxk=True), prefixes=(256, 512, 1024, 2048)),

@@ -58,6 +58,9 @@ class Activation(nn.Module, ABC):
     signed: bool = False
     """Whether codes can be negative."""
 
+    target_l0: float | None = None
+    """Active latents per token that a price leads to, if there is one that does."""
+
     fuses: bool = False
     """Whether its gradient is the identity on active entries and there is no penalty, so that
     the fused training step applies."""

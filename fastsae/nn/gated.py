@@ -40,6 +40,7 @@ class Gated(Activation):
         super().__init__()
         self.cfg = GatedConfig(**settings)
         self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
+        self.target_l0 = self.coefficient.target_l0
 
     def build(self, d_in: int, d_sae: int) -> None:
         self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(d_sae)) for _ in range(2))

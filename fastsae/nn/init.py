@@ -47,15 +47,15 @@ class Init:
 
     start_l0: float | None = None
     """Active latents per token before the first step: b_enc starts where each latent is active for
-    as many tokens of a sample as any other (Anthropic, transformer-circuits.pub, January 2025), not
-    at 0. For activations whose L0 is trained, in short runs."""
+    as many tokens of a sample as any other (Anthropic, transformer-circuits.pub, January 2025). By
+    default the activation's target_l0, without one none: then, and with 0, b_enc starts at 0."""
 
     def __post_init__(self):
         check_choices(self, rows=Rows, encoder=Encoder, b_dec=Middle)
         if not self.row_norm > 0:
             raise ValueError(f"row_norm must be above 0, got {self.row_norm}")
-        if self.start_l0 is not None and not self.start_l0 > 0:
-            raise ValueError(f"start_l0 must be above 0, got {self.start_l0}")
+        if self.start_l0 is not None and not self.start_l0 >= 0:
+            raise ValueError(f"start_l0 must be at least 0, got {self.start_l0}")
         if self.encoder == "linear" and (self.rows != "random" or self.row_norm != 1):
             raise ValueError(
                 f'encoder "linear" draws rows of its own: got rows "{self.rows}" '
@@ -102,8 +102,9 @@ def init_from_data(
 ) -> SAE:
     """Initialise an SAE for a sample x of its data, by default as in arXiv:2406.04093.
 
-    Decoder rows are random directions of norm 1, the encoder is a copy, b_enc is 0 and b_dec is
-    the geometric median of x. ValueError for a start_l0 above d_sae / 2. A transcoder takes its decoder and b_dec from a sample of its target,
+    Decoder rows are random directions of norm 1, the encoder is a copy and b_dec is the geometric
+    median of x; b_enc is 0, or with a target of L0 starts there. ValueError for one of d_sae or
+    more. A transcoder takes its decoder and b_dec from a sample of its target,
     and its encoder rows on their own from x.
     """
     init = init or Init()
@@ -119,21 +120,25 @@ def init_from_data(
     sae.b_enc.zero_()
     middle = {"median": geometric_median, "mean": lambda y: y.mean(0), "zero": lambda y: 0 * y[0]}
     sae.b_dec.copy_(middle[init.b_dec](y))
-    if init.start_l0 is not None:
-        start_from_l0_(sae, x, init.start_l0)
+    start_l0 = sae.activation.target_l0 if init.start_l0 is None else init.start_l0
+    if start_l0:
+        start_from_l0_(sae, x, start_l0)
     return sae
 
 
 def start_from_l0_(sae: SAE, x: Float[Tensor, "N d_in"], l0: float) -> None:
     """Set b_enc so that each latent is active for l0 / d_sae of the tokens x, rounded up.
 
-    ValueError if that is more than half: b_enc is to keep latents off.
+    ValueError if l0 is not below d_sae.
     """
-    if l0 > sae.d_sae / 2:
-        raise ValueError(f"start_l0 must be at most d_sae / 2 = {sae.d_sae / 2}, got {l0}")
+    if l0 >= sae.d_sae:
+        raise ValueError(
+            f"start_l0, by default the target_l0, must be below d_sae = {sae.d_sae}, got {l0}"
+        )
     weights, x = sae.weights(), sae.centre(x)
-    rank = math.ceil(len(x) * l0 / sae.d_sae)
-    cut = [(x @ rows.T).topk(rank + 1, dim=0).values[rank] for rows in weights.W_enc.split(LATENTS)]
+    rank = min(math.ceil(len(x) * l0 / sae.d_sae), len(x) - 1)
+    parts = (x @ rows.T for rows in weights.W_enc.split(LATENTS))
+    cut = [pre.topk(rank + 1, dim=0).values[-2:].mean(0) for pre in parts]
     norm = sae.decoder_norms().sum(1) if sae.by_norm else 1.0
     sae.b_enc.copy_((sae.activation.opens - torch.cat(cut)) / norm)
 

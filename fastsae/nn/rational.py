@@ -122,6 +122,7 @@ class Rational(Activation):
         self.degree = self.cfg.degree or DEFAULT_DEGREE[like]
         self.k = self.cfg.k or DEFAULT_K
         self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
+        self.target_l0 = self.coefficient.target_l0
 
     def build(self, d_in: int, d_sae: int) -> None:
         if self.cfg.gate == "topk":

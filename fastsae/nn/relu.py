@@ -43,6 +43,7 @@ class ReLU(Activation):
         super().__init__()
         self.cfg = ReLUConfig(**settings)
         self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
+        self.target_l0 = self.coefficient.target_l0
 
     def encode(
         self,
