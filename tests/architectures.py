@@ -263,7 +263,8 @@ def rational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tens
         z = z.where(kept, 0.0)
     price = coefficient(activation, z) / len(z)
     if activation.cfg.target_l0:
-        return z, price * (seen.h - s).where(kept, 0.0).sum()
+        opening = (seen.h - s).where(kept, 0.0).sum()
+        return z, price * opening * (z.abs().sum() / opening).detach()
     return z, price * z.abs().sum()
 
 

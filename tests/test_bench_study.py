@@ -33,14 +33,20 @@ def test_a_verdict(new, old, said):
 def test_what_cannot_be_compared():
     runs = {"new": results([0.1], l0=60.0), "old": results([0.2])}
     found = verdict(LOWER, runs)
-    assert found and found.startswith("not comparable, L0 60.0 against 32.0")
+    assert found and found.startswith("not comparable: L0 60.0 against 32.0, 0.1")
+    fewer = {"new": results([0.1], l0=20.0), "old": results([0.2])}
+    found = verdict(LOWER, fewer)
+    assert found and found.startswith("held: L0 20.0 against 32.0"), "better in both"
     assert verdict(LOWER, {"new": results([0.1])}) is None
 
 
 def test_a_report(tmp_path):
     runs = {"TopK": results([0.2, 0.3]), "AbsTopK": results([0.1, 0.2])}
     scale = {"steps": 2, "batch_size": 8, "tune_steps": 1}
-    text = report({"scale": scale, "runs": {"planted": runs}}, tmp_path)
+    times = {m: {"median": t, "min": t, "max": t} for m, t in {"TopK": 2.0, "AbsTopK": 3.0}.items()}
+    time = {"data": "planted", "methods": times, "stamp": {"cpu": "none", "threads": 1}}
+    text = report({"scale": scale, "runs": {"planted": runs}, "time": time}, tmp_path)
+    assert "| AbsTopK | 3.0 (3.0 to 3.0) | 1.50 |" in text
     assert "| TopK | 0.2500 ± 0.0707 |" in text
     assert "held: 0.1500 against 0.2500 (-40.0%), better in 2 of 2" in text
     assert (tmp_path / "planted.png").read_bytes().startswith(b"\x89PNG")

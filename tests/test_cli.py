@@ -214,6 +214,8 @@ def test_resuming_with_other_settings(whole):
     for k in (9, 32):  # 32 is the default: it must not go unnoticed
         message = one_line_error("train", "--resume", "--out", whole, "--k", k)
         assert f"k = {k} differs from the run to be resumed, which has 8" in message
+    message = one_line_error("train", "--resume", "--out", whole, "--recipe", "openai")
+    assert "--resume takes the settings of" in message
 
 
 def test_resuming_on_other_data(whole, tmp_path, data):
@@ -291,6 +293,9 @@ def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
     assert all(name in done.stdout for name in found)
     again = fastsae("sweep", "--resume", "--out", out)
     assert again.stdout == done.stdout, "nothing is left to train"
+    for more in (["topk"], ["--steps", 30], ["--seeds", 1], ["--activation", "relu"]):
+        message = one_line_error("sweep", "--resume", "--out", out, *more)
+        assert "--resume takes the SAEs and settings of" in message
     assert "already holds a sweep" in one_line_error("sweep", "topk", *shared)
     assert fastsae("eval", out / "topk-k=8", "--data", data).returncode == 0
 

@@ -256,6 +256,8 @@ def test_an_objective_for_another_sae(activation: Activation):
         Objective(multi_k=True).check(sae)
     with pytest.raises(ValueError, match="prefixes must be at most d_sae = 16"):
         Objective(prefixes=(4, 17)).check(sae)
+    with pytest.raises(ValueError, match=r"prefixes \(16,\) have no effect"):
+        Objective(prefixes=(16,)).check(sae)
     Objective(prefixes=(4, 16)).check(sae)
 
 

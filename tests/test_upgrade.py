@@ -1,5 +1,6 @@
 """Teachers trained on planted data get a rational activation: from the call and the command."""
 
+import copy
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastsae.nn import Rational, TopKConfig
 from fastsae.nn.batchtopk import BatchTopK, BatchTopKConfig
 from fastsae.nn.gated import Gated
 from fastsae.nn.jumprelu import JumpReLUConfig
-from fastsae.nn.relu import ReLUConfig
+from fastsae.nn.relu import ReLU, ReLUConfig
 from fastsae.train import Optimizer, TrainConfig, Trainer, stored_config
 from fastsae.upgrade import UpgradeConfig, upgrade
 
@@ -90,7 +91,7 @@ def rows(out) -> dict[str, dict[str, float]]:
 
 @EVERY
 def test_an_upgrade(data, teacher, tmp_path):
-    """It starts as the teacher and ends better, by as many active latents."""
+    """It starts as the teacher and ends better, by no more active latents."""
     before, config = fastsae.load(teacher / "sae"), small(data, tmp_path / "up")
     weights = {name: t.clone() for name, t in before.state_dict().items()}
     sae = upgrade(before, ActivationShards(data), config)
@@ -100,7 +101,11 @@ def test_an_upgrade(data, teacher, tmp_path):
     assert start["fvu"] == pytest.approx(baseline["fvu"], rel=0.01)
     assert start["l0"] == pytest.approx(baseline["l0"], abs=0.01)
     assert end["fvu"] < baseline["fvu"]
-    assert end["l0"] == pytest.approx(baseline["l0"], rel=0.03)
+    assert (
+        (0.97 if not isinstance(before.activation, ReLU) else 0.7)
+        < end["l0"] / baseline["l0"]
+        < 1.03
+    )
     assert found["baseline, fine-tuned"]["fvu"] < baseline["fvu"]
 
     assert all(torch.equal(t, weights[name]) for name, t in before.state_dict().items())
@@ -185,6 +190,11 @@ def test_resuming_changes_no_bit(data, teacher, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             upgrade(before, source, broken, resume=number > 0)
     assert (broken.out / "baseline" / "checkpoints").exists()
+    other = copy.deepcopy(before)
+    with torch.no_grad():
+        other.W_dec[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="a run that began from another SAE"):
+        upgrade(other, source, broken, resume=True)
     left[0] = 1000
     upgrade(before, source, broken, resume=True)
     for name in ("sae/sae.safetensors", "baseline/sae/sae.safetensors", "upgrade.json"):

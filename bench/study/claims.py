@@ -64,7 +64,8 @@ def verdict(claim: Claim, runs: Runs) -> str | None:
     """What was measured on one data set; None where a method is missing.
 
     A claim holds where the method is better from every seed, by however little: the change is
-    given. Where L0 differs by more than L0_APART, the two are not compared.
+    given. Where L0 differs by more than L0_APART, the two are not compared, unless the better one
+    also has fewer active latents.
     """
     own, other = runs.get(claim.method, {}), runs.get(claim.other, {})
     seeds = sorted(own.keys() & other.keys())
@@ -79,9 +80,11 @@ def verdict(claim: Claim, runs: Runs) -> str | None:
         f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, better in {better} of {len(seeds)}"
     )
     l0, their_l0 = (mean(runs[s]["l0"] for s in seeds) for runs in (own, other))
-    if abs(l0 / their_l0 - 1) > L0_APART:
-        return f"not comparable, L0 {l0:.1f} against {their_l0:.1f}: {figures}"
     whole = {better: "held", worse: "did not hold"}.get(len(seeds), "undecided")
+    if abs(l0 / their_l0 - 1) > L0_APART:
+        figures = f"L0 {l0:.1f} against {their_l0:.1f}, {figures}"
+        if whole == "undecided" or (whole == "held") != (l0 < their_l0):
+            return f"not comparable: {figures}"
     return f"{whole}: {figures}"
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from fastsae.data import ActivationSource, Synthetic, demo_shards
@@ -62,13 +61,12 @@ class Method:
     auxk: bool = False
     prefixes: tuple[int, ...] = ()
 
-    def config(self, k: int, seed: int, scale: Scale, out: Path) -> TrainConfig:
+    def config(self, k: int, seed: int, scale: Scale) -> TrainConfig:
         """The run; "K" among the settings stands for the latents per token."""
         settings = {name: k if value == "K" else value for name, value in self.settings.items()}
         _, cfg = ACTIVATIONS[self.activation]
         coef = Objective().auxk_coef if self.auxk else 0.0
         return TrainConfig(
-            out=out,
             d_sae=D_SAE,
             activation=cfg(**settings),
             objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
@@ -104,9 +102,8 @@ TEACHERS = ("TopK", "JumpReLU", "ReLU")
 """Methods whose SAEs are upgraded to a rational one, and fine-tuned as they are for as long."""
 
 
-def upgrade_config(seed: int, scale: Scale, out: Path) -> UpgradeConfig:
+def upgrade_config(seed: int, scale: Scale) -> UpgradeConfig:
     return UpgradeConfig(
-        out=out,
         steps=scale.tune_steps,
         batch_size=scale.batch_size,
         lr=2e-4,

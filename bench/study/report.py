@@ -19,7 +19,6 @@ COLUMNS = {  # figure: title, digits
     "probing1": ("probing, 1 latent", 3),
     "probing5": ("probing, 5", 3),
     "recovery": ("recovery", 3),
-    "seconds": ("s / 1M tokens", 1),
 }
 
 
@@ -27,6 +26,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
     """Write results.md and a picture for each data set; returns the text."""
     data: dict[str, Runs] = results["runs"]
     parts = ["# Study", about(results), "## Claims", claims_table(data)]
+    if results["time"]:
+        parts += ["## Time", time_table(results["time"])]
     for name, runs in data.items():
         picture = f"{name.lower().replace(' ', '-')}.png"
         plot(runs, name, folder / picture)
@@ -61,6 +62,22 @@ def table(runs: Runs) -> str:
     for method, seeds in runs.items():
         cells = [spread([run.get(n) for run in seeds.values()], d) for n, (_, d) in columns.items()]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def time_table(time: dict[str, Any]) -> str:
+    """Seconds of training for a million tokens, in Markdown."""
+    stamp, methods = time["stamp"], time["methods"]
+    lines = [
+        f"Training steps alone, on {time['data']}, from the SAEs that training ended with, in "
+        f"turns: median (least to most). {stamp['cpu']}, {stamp['threads']} threads.",
+        "",
+        "| | s / 1M tokens | times TopK's |",
+        "|---|---|---|",
+    ]
+    for method, found in sorted(methods.items(), key=lambda item: item[1]["median"]):
+        spread, ratio = "{median} ({min} to {max})", found["median"] / methods["TopK"]["median"]
+        lines.append(f"| {method} | {spread.format(**found)} | {ratio:.2f} |")
     return "\n".join(lines)
 
 

@@ -52,8 +52,10 @@ def read_sweep(words: Sequence[str]) -> SweepCommand:
 def sweep(command: SweepCommand) -> None:
     out = command.config.out
     if command.resume:
-        if command.saes:
-            raise ValueError(f"--resume goes on with the SAEs of {out}: name none, or choose --out")
+        if command.saes or command.seeds or checked(command.config) != TrainConfig(out=out):
+            raise ValueError(
+                f"--resume takes the SAEs and settings of {out}: give nothing but --out"
+            )
         configs = stored_sweep(out)
     else:
         configs = swept(command)

@@ -49,8 +49,10 @@ def read_train(words: Sequence[str]) -> Train:
     command = parse(Train, "train", words, default)
     if command.resume:
         stored = stored_config(command.config.out)
-        given = named(words, activation=str).activation
-        start = stored if given is None else with_activation(stored, given)
+        given = named(words, activation=str, recipe=str)
+        if given.recipe is not None:
+            raise ValueError(f"--resume takes the settings of {command.config.out}: no --recipe")
+        start = stored if given.activation is None else with_activation(stored, given.activation)
         command = parse(Train, "train", words, Train(config=unchecked(start)))
         resumed_config(checked(command.config))
     return command

@@ -68,9 +68,10 @@ class RationalConfig(ActivationConfig):
     """Price of a token's codes, per unit of their summed magnitudes, against its squared error."""
 
     target_l0: float | None = None
-    """Active latents per token that the price is steered to, from l1_coef; it is then one of how
-    far gates are open, not of codes, for phi can make those small and leave the gates as they are.
-    Not for the gate topk, whose L0 is k, nor with support none."""
+    """Active latents per token that the price is steered to, from l1_coef. It is then paid for how
+    far gates are open, in proportion and as much in all as for the codes, for phi can make codes
+    small and leave the gates as they are. Not for the gate topk, whose L0 is k, nor with support
+    none."""
 
     def __post_init__(self):
         check_choices(self, gate=Gate, support=Support, centre=Centre)
@@ -225,10 +226,11 @@ class Rational(Activation):
         found, s = self.gated(x, weights.W_enc, weights.b_enc)
         codes = self.codes(found, s)
         recon = codes.decode(weights.W_dec) + weights.b_dec
-        steered = self.cfg.target_l0 is not None
-        priced = found.codes(found.pre - s) if steered else codes
-        norm = priced.values.abs().sum() / max(len(x), 1)
-        return Pass(recon, codes, self.coefficient(norm, codes.l0()))
+        norm = codes.values.abs().sum()
+        if self.cfg.target_l0 is not None:
+            opening = found.codes(found.pre - s).values.sum()
+            norm = opening * (norm / opening.clamp_min(torch.finfo(opening.dtype).tiny)).detach()
+        return Pass(recon, codes, self.coefficient(norm / max(len(x), 1), codes.l0()))
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:

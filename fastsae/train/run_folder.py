@@ -1,14 +1,18 @@
 """A run's folder: one run at a time writes to it, and one run ever belongs to it."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastsae.checkpoint import list_checkpoints
 from fastsae.config import from_dict, to_dict
 from fastsae.files import claimed, read_json, write_json
+from fastsae.nn import SAE
 
 from .config import TrainConfig
 from .plan import Plan
@@ -25,7 +29,7 @@ def claimed_run(out: Path) -> Iterator[None]:
         yield
 
 
-def begin(config: TrainConfig, plan: Plan, fingerprint: str) -> None:
+def begin(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SAE | None) -> None:
     """Write config.json to a folder that holds nothing yet; ValueError if it does."""
     out = config.out
     if (out / "config.json").exists():
@@ -34,15 +38,21 @@ def begin(config: TrainConfig, plan: Plan, fingerprint: str) -> None:
         )
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
-    write_json(out / "config.json", {**_document(config, fingerprint), "plan": to_dict(plan)})
+    document = {**_document(config, fingerprint), "plan": to_dict(plan)}
+    if start_from is not None:
+        document["start_from"] = _digest(start_from)
+    write_json(out / "config.json", document)
 
 
-def check_same(config: TrainConfig, plan: Plan, fingerprint: str) -> None:
-    """ValueError unless config.json is that of this run, on this data, planned as it is here."""
+def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SAE | None) -> None:
+    """ValueError unless config.json is that of this run, on this data, planned as it is here, and
+    from the weights given, if any are."""
     path = config.out / "config.json"
     found, wanted = _read(config.out), _document(config, fingerprint)
     if found.get("fingerprint") != fingerprint:
         raise ValueError(f"{path} was written for other data than {config.data or 'the demo'}")
+    if start_from is not None and found.get("start_from") != _digest(start_from):
+        raise ValueError(f"{path} was written for a run that began from another SAE")
     kept = _settings(found["config"])
     changed = [n for n, value in _settings(wanted["config"]).items() if kept.get(n) != value]
     if changed:
@@ -108,6 +118,14 @@ def latest(out: Path) -> Path | None:
     """The newest checkpoint of the run, if there is one."""
     checkpoints = list_checkpoints(out / "checkpoints")
     return checkpoints[-1] if checkpoints else None
+
+
+def _digest(sae: SAE) -> str:
+    """Of the dictionary, which no scale of data is folded into."""
+    found = hashlib.blake2b(digest_size=16)
+    for rows in (sae.W_enc, sae.W_dec):
+        found.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _document(config: TrainConfig, fingerprint: str) -> dict[str, Any]:

@@ -42,10 +42,16 @@ class Sweep:
 
     def __init__(self, configs: dict[str, TrainConfig], source: ActivationSource, out: Path):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
-        order of the first one's seed. ValueError unless there are some, and they share SHARED."""
+        order of the first one's seed. ValueError unless there are some, and they share SHARED and
+        keep enough checkpoints."""
         if not configs:
             raise ValueError("a sweep needs at least one SAE")
         first, *others = configs.values()
+        if first.keep_checkpoints < 2:
+            raise ValueError(
+                "a sweep must keep 2 checkpoints or more, got keep_checkpoints = "
+                f"{first.keep_checkpoints}: killed amid its saves, it would have none of one step"
+            )
         for name in SHARED:
             for other in others:
                 one, two = getattr(first, name), getattr(other, name)
@@ -112,7 +118,10 @@ class Sweep:
                 share = (time.perf_counter() - start) / max(len(codes), 1)
                 for name, one in self.trainers.items():
                     start = time.perf_counter() - (share if name in codes else 0.0)
-                    one.advance(states[name], batch, logs[name], start, codes.pop(name, None))
+                    try:
+                        one.advance(states[name], batch, logs[name], start, codes.pop(name, None))
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from error
                 bar.update()
                 if state.step % every == 0 or state.step == steps:
                     lines = {name: log.last["fvu"] for name, log in logs.items()}

@@ -88,7 +88,7 @@ class Trainer:
         """The state to go on from: initialised from a sample of the data, or a checkpoint's."""
         config, ends = self.config, self.ends
         if resume:
-            check_same(config, self.plan, self.source.fingerprint)
+            check_same(config, self.plan, self.source.fingerprint, self.start_from)
         scales = ends.scales()
         sample = self.source.sample(SAMPLE_TOKENS, config.seed) * ends.columns(scales)
         x, target = ends.split(sample)
@@ -106,7 +106,7 @@ class Trainer:
         sae.to(self.device)
         state = TrainState.fresh(sae, self.optimizer(sae), scales)
         if not resume:  # last, so that a start that fails leaves nothing behind
-            begin(config, self.plan, self.source.fingerprint)
+            begin(config, self.plan, self.source.fingerprint, self.start_from)
             if self.start_from is not None:
                 self.save(state)  # from here on, the folder is all that a resumed run needs
         if checkpoint is not None:

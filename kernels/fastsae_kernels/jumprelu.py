@@ -93,14 +93,15 @@ def _jumprelu_kernel(
     h_ptr, threshold_ptr, out_ptr, N, F,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, L0: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(F, COLUMNS)
+    n = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     threshold = tl.load(threshold_ptr + f, mask=f < F, other=0.0).to(ACC)[None, :]
     offset, inside = n[:, None] * F + f[None, :], (n < N)[:, None] & (f < F)[None, :]
     h = tl.load(h_ptr + offset, mask=inside, other=0.0).to(ACC)
     if L0:
         count = tl.sum((h > threshold).to(ACC), axis=1)  # 0 > 0, beyond the row, counts nothing
-        tl.store(out_ptr + n * tl.num_programs(1) + tl.program_id(1), count, mask=n < N)
+        tl.store(out_ptr + n * across + tl.program_id(0) % across, count, mask=n < N)
     else:
         tl.store(out_ptr + offset, tl.where(h <= threshold, 0.0, h), mask=inside)
 
@@ -112,8 +113,10 @@ def _jumprelu_backward_kernel(
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     L0: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * SPAN
-    f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(F, COLUMNS)
+    span = (tl.program_id(0) // across).to(tl.int64)
+    first = span * SPAN
+    f = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     threshold = tl.load(threshold_ptr + f, mask=f < F, other=0.0).to(ACC)[None, :]
     half = tl.full((), half, dtype=ACC)
     acc = tl.zeros((ROWS, COLUMNS), dtype=ACC)
@@ -127,7 +130,7 @@ def _jumprelu_backward_kernel(
             g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
             tl.store(dh_ptr + offset, tl.where(h > threshold, g, 0.0), mask=inside)
         acc += tl.where(tl.abs(h - threshold) < half, g, 0.0)
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * F + f, tl.sum(acc, axis=0), mask=f < F)
+    tl.store(sums_ptr + span * F + f, tl.sum(acc, axis=0), mask=f < F)
 
 
 # --- launchers ------------------------------------------------------------------------------
@@ -148,8 +151,9 @@ def _tile(F: int) -> tuple[int, int]:
 def _launch_jumprelu(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> None:
     N, F = h.shape
     rows, columns = _tile(F)
-    grid = -(-N // rows), -(-F // columns)
-    counts = out.new_empty(N, grid[1]) if l0 else out
+    across = -(-F // columns)
+    grid = (-(-N // rows) * across,)  # of one axis, for a list of candidates is one long row
+    counts = out.new_empty(N, across) if l0 else out
     acc = tl.float64 if h.dtype == torch.float64 else tl.float32
     launch(_jumprelu_kernel, grid, h, threshold, counts, N, F, rows, columns, l0, acc)
     if l0:
@@ -162,8 +166,8 @@ def _launch_jumprelu_backward(
     N, F = h.shape
     rows, columns = _tile(F)
     span = max(SPAN, rows)
-    grid = -(-N // span), -(-F // columns)
-    sums = threshold.new_empty(grid[0], F)
+    spans = -(-N // span)
+    sums, grid = threshold.new_empty(spans, F), (spans * -(-F // columns),)
     acc = tl.float64 if h.dtype == torch.float64 else tl.float32
     constants = span, rows, columns, l0, acc
     launch(_jumprelu_backward_kernel, grid, g, h, threshold, dh, sums, N, F, half, *constants)

@@ -99,11 +99,21 @@ def test_what_does_not_go_together_is_refused(configs, activations, tmp_path):
         Sweep({}, source, tmp_path)
     with pytest.raises(ValueError, match="must share steps, got 30 and 31"):
         Sweep({"a": one["k4"], "b": two["k4"]}, source, tmp_path)
+    with pytest.raises(ValueError, match="must keep 2 checkpoints or more, got .* = 1"):
+        Sweep(configs(keep_checkpoints=1), source, tmp_path)
     with pytest.raises(ValueError, match="holds no sweep to resume"):
         stored_sweep(tmp_path)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty and holds no sweep"):
         Sweep(one, source, tmp_path).fit()
+
+
+def test_an_error_names_the_sae(configs, activations, tmp_path):
+    settings = configs()
+    optimizer = dataclasses.replace(settings["abs"].optimizer, lr=1e20)
+    settings["abs"] = dataclasses.replace(settings["abs"], optimizer=optimizer)
+    with pytest.raises(ValueError, match="abs: the loss is NaN or Inf"):
+        Sweep(settings, ActivationShards(activations), tmp_path / "sweep").fit()
 
 
 def described(*words):
