@@ -39,11 +39,11 @@ DATA = {
     "MiniLM layer 3": Data(32, lambda: demo_shards(hookpoint="encoder.layer.2")),
     "MiniLM layer 5": Data(32, lambda: demo_shards(hookpoint="encoder.layer.4")),
     "planted": Data(
-        16,
+        8,
         lambda: Synthetic(
             d_in=256,
-            n_latents=2048,
-            active=16,
+            n_latents=1024,
+            active=8,
             noise=0.02,
             frequency_exponent=0.5,
             n_tokens=600_000,
