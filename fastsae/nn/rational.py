@@ -8,6 +8,9 @@ pre-activation, held constant; or it is 0. phi is 0 nowhere, so the gate still s
 are active; then phi need not express the jump at t = 0, and starts without its steep slopes.
 Without a support it must, and starts as the best fit to the whole activation.
 
+Where phi rises it is the proximal step of some R, the one with R'(phi(h)) = h - phi(h): to train
+phi is to choose the regulariser.
+
 Coefficients span 12 orders of magnitude, more than one learning rate can serve. What is trained is
 a change from where they started, in units that each alter r by its own size (our choice):
 

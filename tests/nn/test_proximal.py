@@ -14,6 +14,7 @@ from fastsae.nn import Activation, candidates
 from fastsae.nn.batchtopk import BatchTopK
 from fastsae.nn.gated import Gated
 from fastsae.nn.jumprelu import JumpReLU
+from fastsae.nn.rational import Rational
 from fastsae.nn.relu import ReLU
 
 UNIT, REACH, F = 1 / 64, 2.0, 6
@@ -118,3 +119,23 @@ def test_the_gate_is_that_of_relu_and_magnitudes_do_not_shrink(way, monkeypatch)
         assert objective(shrunk, *problem) == least_objective(*problem)
         assert torch.equal(z, h.where(z != 0, 0.0))
     assert (codes != 0).any()
+
+
+@pytest.mark.parametrize("centre", ["gate", "zero"])
+def test_a_rational_function_that_rises_is_one_too(centre):
+    """Of R with R'(phi(h)) = h - phi(h), here as a sum over what the gate keeps of a grid."""
+    activation = Rational(gate="jumprelu", centre=centre)
+    activation.build(64, 1)
+    activation.change.data.uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(7))
+    h = torch.linspace(0, 4, 500).double()
+    phi = encoded(activation, h[:, None])[:, 0]
+    kept = h > activation.threshold
+    assert torch.equal(phi != 0, kept)
+    h, phi = h[kept], phi[kept]
+    assert (phi.diff() > 0).all() and (phi - h).abs().max() > 0.05, (
+        "else there is no R, or none to see"
+    )
+    slope = h - phi
+    R = torch.cat([h.new_zeros(1), ((slope[1:] + slope[:-1]) / 2 * phi.diff()).cumsum(0)])
+    chosen = ((phi - h[:, None]).square() / 2 + R).argmin(1)
+    assert torch.equal(chosen, torch.arange(len(h)))
