@@ -82,7 +82,9 @@ class Objective:
         if self.prefixes and self.prefixes[-1] > sae.d_sae:
             raise ValueError(f"prefixes must be at most d_sae = {sae.d_sae}, got {self.prefixes}")
         if self.prefixes == (sae.d_sae,):
-            raise ValueError(f"prefixes {self.prefixes} have no effect: they are all {sae.d_sae}")
+            raise ValueError(
+                f"prefixes {self.prefixes} have no effect: all latents count always, name fewer"
+            )
         if self.prefixes and getattr(sae.activation.cfg, "rotation", None) == "dense":
             raise ValueError('rotation "dense" is of one reconstruction: prefixes need "support"')
         if self.multi_k:

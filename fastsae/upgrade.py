@@ -66,7 +66,7 @@ class UpgradeConfig:
 
     l1_coef: float | None = None
     """Price of a token's codes, per unit of their summed magnitudes, against its squared error; by
-    default none, but for a ReLU the one it was last trained with, steered so that L0 stays."""
+    default none, but for a ReLU the one it was last trained with, steered towards its L0."""
 
     steps: int = 500
     """Steps of fine-tuning."""

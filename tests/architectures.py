@@ -83,6 +83,9 @@ ARCHITECTURES = {
     "rational jumprelu to an L0": Architecture(
         RationalConfig(gate="jumprelu", l1_coef=0.1, target_l0=float(K))
     ),
+    "rational jumprelu at 0 to an L0": Architecture(
+        RationalConfig(gate="jumprelu", centre="zero", l1_coef=0.1, target_l0=float(K))
+    ),
     "matryoshka": Architecture(BATCHTOPK, Objective(prefixes=PREFIXES)),
     "matryoshka, topk": Architecture(TOPK, Objective(prefixes=PREFIXES[:2])),
     "matryoshka, relu": Architecture(RELU, Objective(prefixes=PREFIXES)),

@@ -101,11 +101,9 @@ def test_an_upgrade(data, teacher, tmp_path):
     assert start["fvu"] == pytest.approx(baseline["fvu"], rel=0.01)
     assert start["l0"] == pytest.approx(baseline["l0"], abs=0.01)
     assert end["fvu"] < baseline["fvu"]
-    assert (
-        (0.97 if not isinstance(before.activation, ReLU) else 0.7)
-        < end["l0"] / baseline["l0"]
-        < 1.03
-    )
+    assert end["l0"] < 1.03 * baseline["l0"]
+    if not isinstance(before.activation, ReLU):  # whose latents go out for good
+        assert end["l0"] > 0.97 * baseline["l0"]
     assert found["baseline, fine-tuned"]["fvu"] < baseline["fvu"]
 
     assert all(torch.equal(t, weights[name]) for name, t in before.state_dict().items())

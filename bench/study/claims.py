@@ -11,8 +11,12 @@ L0_APART = 0.02
 """Part by which the L0 of two methods may differ."""
 
 
+MORE_IS_GOOD = ("pcr",)
+"""Figures of claims that are better the higher they are; the others the lower."""
+
+
 class Claim(NamedTuple):
-    """A statement that one method's figure is better than another's."""
+    """A statement that one method's figure is higher, or lower, than another's."""
 
     paper: str
     text: str
@@ -20,7 +24,7 @@ class Claim(NamedTuple):
     other: str
     figure: str
     higher: bool
-    """Whether more is better."""
+    """Whether it is claimed to be the higher one."""
 
 
 CLAIMS = (
@@ -63,8 +67,8 @@ def value(run: dict[str, Any], figure: str) -> float:
 def verdict(claim: Claim, runs: Runs) -> str | None:
     """What was measured on one data set; None where a method is missing.
 
-    A claim holds where the method is better from every seed, by however little: the change is
-    given. Where L0 differs by more than L0_APART, the two are not compared, unless the better one
+    A claim holds where it is so from every seed, by however little: the change is given. Where L0
+    differs by more than L0_APART, the two are not compared, unless the one of the better figure
     also has fewer active latents.
     """
     own, other = runs.get(claim.method, {}), runs.get(claim.other, {})
@@ -73,17 +77,18 @@ def verdict(claim: Claim, runs: Runs) -> str | None:
         return None
     ours, theirs = ([value(runs[s], claim.figure) for s in seeds] for runs in (own, other))
     sign = 1 if claim.higher else -1
-    better = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
-    worse = sum(sign * (a - b) < 0 for a, b in zip(ours, theirs, strict=True))
+    so = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
+    contrary = sum(sign * (a - b) < 0 for a, b in zip(ours, theirs, strict=True))
     change = f" ({mean(ours) / mean(theirs) - 1:+.1%})" if mean(theirs) else ""
     figures = (
-        f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, better in {better} of {len(seeds)}"
+        f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, as claimed in {so} of {len(seeds)}"
     )
     l0, their_l0 = (mean(runs[s]["l0"] for s in seeds) for runs in (own, other))
-    whole = {better: "held", worse: "did not hold"}.get(len(seeds), "undecided")
+    whole = {so: "held", contrary: "did not hold"}.get(len(seeds), "undecided")
     if abs(l0 / their_l0 - 1) > L0_APART:
         figures = f"L0 {l0:.1f} against {their_l0:.1f}, {figures}"
-        if whole == "undecided" or (whole == "held") != (l0 < their_l0):
+        ours_is_good = (whole == "held") == (claim.higher == (claim.figure in MORE_IS_GOOD))
+        if whole == "undecided" or ours_is_good != (l0 < their_l0):
             return f"not comparable: {figures}"
     return f"{whole}: {figures}"
 

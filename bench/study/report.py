@@ -76,8 +76,8 @@ def time_table(time: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     for method, found in sorted(methods.items(), key=lambda item: item[1]["median"]):
-        spread, ratio = "{median} ({min} to {max})", found["median"] / methods["TopK"]["median"]
-        lines.append(f"| {method} | {spread.format(**found)} | {ratio:.2f} |")
+        times, ratio = "{median} ({min} to {max})", found["median"] / methods["TopK"]["median"]
+        lines.append(f"| {method} | {times.format(**found)} | {ratio:.2f} |")
     return "\n".join(lines)
 
 

@@ -63,12 +63,15 @@ class Study:
             for method, seeds in runs.items()
             if str(seed) in seeds and not method.endswith(", tuned")
         }
-        if self.results["time"].get("data") == data or not all(
-            f.exists() for f in folders.values()
-        ):
+        names = [folder.name for folder in folders.values()]
+        if self.results["time"].get("runs") == names:
+            return
+        if missing := [folder.name for folder in folders.values() if not folder.exists()]:
+            print(f"no timing: {self.work} lacks {', '.join(missing)}", flush=True)
             return
         methods = seconds_per_million(folders, source, rounds)
-        self.results["time"] = {"data": data, "methods": methods, "stamp": self.stamp}
+        found = {"data": data, "runs": names, "methods": methods, "stamp": self.stamp}
+        self.results["time"] = found
         write_json(self.path, self.results)
 
     def train(self, data: str, source: ActivationSource, method: str, seed: int) -> None:

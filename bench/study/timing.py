@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.common import interleaved, summary
-from fastsae import load
 from fastsae.data import ActivationSource
 from fastsae.train import Trainer, stored_config
+from fastsae.train.run_folder import latest
 
 
 def seconds_per_million(
@@ -16,8 +16,8 @@ def seconds_per_million(
 ) -> dict[str, dict[str, float]]:
     """Median, least and most seconds per million tokens, by method, from the folders of runs.
 
-    A step is one on the same batch from the weights that training ended with, so that L0 is that of
-    the result; loading data is not part of it.
+    A step is one on the same batch from the last checkpoint, with the dead latents of then and a
+    learning rate of 0, so that L0 stays that of the result; loading data is not part of it.
     """
     with tempfile.TemporaryDirectory() as folder:
         steps = {
@@ -32,8 +32,8 @@ def seconds_per_million(
 def step_of(run: Path, source: ActivationSource, out: Path) -> Callable[[], object]:
     """A training step of the SAE in a run's folder, as that run took it."""
     out.mkdir()
-    trainer = Trainer(replace(stored_config(run), out=out), source, load(run / "sae"))
-    state = trainer.start(resume=False, checkpoint=None)
+    trainer = Trainer(replace(stored_config(run), out=out), source)
+    state = trainer.start(resume=False, checkpoint=latest(run))
     with trainer.batches(state) as batches:
         batch = trainer.load(batches, state)
     return lambda: trainer.step(state, batch, None)

@@ -46,19 +46,16 @@ class SweepCommand:
 
 def read_sweep(words: Sequence[str]) -> SweepCommand:
     start = dataclasses.replace(training_default(words), out=Path("runs/sweep"))
-    return parse(SweepCommand, "sweep", words, SweepCommand(config=unchecked(start)))
+    command = parse(SweepCommand, "sweep", words, SweepCommand(config=unchecked(start)))
+    out = str(command.config.out)
+    if command.resume and set(words) - {"--resume", "--out", out, f"--out={out}"}:
+        raise ValueError(f"--resume takes the SAEs and settings of {out}: give nothing but --out")
+    return command
 
 
 def sweep(command: SweepCommand) -> None:
     out = command.config.out
-    if command.resume:
-        if command.saes or command.seeds or checked(command.config) != TrainConfig(out=out):
-            raise ValueError(
-                f"--resume takes the SAEs and settings of {out}: give nothing but --out"
-            )
-        configs = stored_sweep(out)
-    else:
-        configs = swept(command)
+    configs = stored_sweep(out) if command.resume else swept(command)
     Sweep(configs, source_of(next(iter(configs.values()))), out).fit(command.resume)
     print(comparison_table(read_json(out / "comparison.json")))
     print(

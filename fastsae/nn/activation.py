@@ -51,7 +51,7 @@ class Activation(nn.Module, ABC):
 
     A subclass gives `cfg` and `encode`. It gives `training_pass` too if training costs more than
     the error, `build` if it has parameters or checks, and `fold_scale_` if those have units
-    (`fold_columns_` if those of inputs).
+    (`fold_columns_` if those of inputs); `opens_at` and `target_l0` if its L0 is trained.
     """
 
     cfg: Any
@@ -66,9 +66,9 @@ class Activation(nn.Module, ABC):
     the fused training step applies."""
 
     @property
-    def opens(self) -> Float[Tensor, " d_sae"] | float:
-        """The pre-activation above which a latent can be active."""
-        return 0.0
+    def opens_at(self) -> Float[Tensor, " d_sae"] | float | None:
+        """The pre-activation above which a latent is active, if that is what makes it so."""
+        return None
 
     def build(self, d_in: int, d_sae: int) -> None:
         """Make parameters for a dictionary of d_sae latents; ValueError if it is too small."""

@@ -45,6 +45,10 @@ class Gated(Activation):
     def build(self, d_in: int, d_sae: int) -> None:
         self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(d_sae)) for _ in range(2))
 
+    @property
+    def opens_at(self) -> float:
+        return 0.0
+
     def encode(
         self,
         x: Float[Tensor, "N d_in"],

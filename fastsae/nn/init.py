@@ -19,8 +19,8 @@ from .sae import SAE
 ACTIVE_VARIANCE = 0.99
 """The active subspace holds this part of the data's variance."""
 
-LATENTS = 1024
-"""Whose pre-activations of a sample exist at a time."""
+CHUNK = 1024
+"""Latents whose pre-activations of a sample exist at a time."""
 
 Rows = Literal["random", "active_subspace"]
 Encoder = Literal["tied", "linear"]
@@ -47,8 +47,9 @@ class Init:
 
     start_l0: float | None = None
     """Active latents per token before the first step: b_enc starts where each latent is active for
-    as many tokens of a sample as any other (Anthropic, transformer-circuits.pub, January 2025). By
-    default the activation's target_l0, without one none: then, and with 0, b_enc starts at 0."""
+    this part of d_sae of 8192 tokens, and for one at least (as Anthropic does, January 2025 update
+    of transformer-circuits.pub, but to the L0 of the end, which is our choice). By default the
+    target_l0 of the activation; without one, or with 0, b_enc starts at 0."""
 
     def __post_init__(self):
         check_choices(self, rows=Rows, encoder=Encoder, b_dec=Middle)
@@ -61,6 +62,25 @@ class Init:
                 f'encoder "linear" draws rows of its own: got rows "{self.rows}" '
                 f"and row_norm {self.row_norm}"
             )
+
+    def check(self, sae: SAE) -> None:
+        """ValueError unless the SAE can start so."""
+        start_l0 = self.l0_of(sae)
+        if start_l0 and sae.activation.opens_at is None:
+            raise ValueError(
+                f"start_l0 = {start_l0} has no effect on {sae.activation.cfg.name}: its latents "
+                "do not open at a threshold"
+            )
+        if start_l0 >= sae.d_sae:
+            raise ValueError(
+                f"an SAE starts with fewer active latents than d_sae = {sae.d_sae}, got "
+                f"{start_l0}: lower target_l0, or give start_l0 = 0"
+            )
+
+    def l0_of(self, sae: SAE) -> float:
+        """The L0 to start from; 0 for none."""
+        own = sae.activation.target_l0 or 0.0
+        return own if self.start_l0 is None else self.start_l0
 
 
 def geometric_median(
@@ -103,11 +123,12 @@ def init_from_data(
     """Initialise an SAE for a sample x of its data, by default as in arXiv:2406.04093.
 
     Decoder rows are random directions of norm 1, the encoder is a copy and b_dec is the geometric
-    median of x; b_enc is 0, or with a target of L0 starts there. ValueError for one of d_sae or
-    more. A transcoder takes its decoder and b_dec from a sample of its target,
+    median of x; b_enc is 0, or such that as many latents are active as `init` says. ValueError if
+    that cannot be. A transcoder takes its decoder and b_dec from a sample of its target,
     and its encoder rows on their own from x.
     """
     init = init or Init()
+    init.check(sae)
     y = x if target is None else target
     sae.W_dec.copy_(directions(sae.d_sae, y, init, generator))
     sae.W_enc.copy_(sae.W_dec if target is None else directions(sae.d_sae, x, init, generator))
@@ -120,27 +141,21 @@ def init_from_data(
     sae.b_enc.zero_()
     middle = {"median": geometric_median, "mean": lambda y: y.mean(0), "zero": lambda y: 0 * y[0]}
     sae.b_dec.copy_(middle[init.b_dec](y))
-    start_l0 = sae.activation.target_l0 if init.start_l0 is None else init.start_l0
-    if start_l0:
+    if start_l0 := init.l0_of(sae):
         start_from_l0_(sae, x, start_l0)
     return sae
 
 
 def start_from_l0_(sae: SAE, x: Float[Tensor, "N d_in"], l0: float) -> None:
-    """Set b_enc so that each latent is active for l0 / d_sae of the tokens x, rounded up.
-
-    ValueError if l0 is not below d_sae.
-    """
-    if l0 >= sae.d_sae:
-        raise ValueError(
-            f"start_l0, by default the target_l0, must be below d_sae = {sae.d_sae}, got {l0}"
-        )
+    """Set b_enc so that each latent is active for l0 / d_sae of the tokens x, rounded up."""
+    opens_at = sae.activation.opens_at
+    assert opens_at is not None
     weights, x = sae.weights(), sae.centre(x)
     rank = min(math.ceil(len(x) * l0 / sae.d_sae), len(x) - 1)
-    parts = (x @ rows.T for rows in weights.W_enc.split(LATENTS))
+    parts = (x @ rows.T for rows in weights.W_enc.split(CHUNK))
     cut = [pre.topk(rank + 1, dim=0).values[-2:].mean(0) for pre in parts]
     norm = sae.decoder_norms().sum(1) if sae.by_norm else 1.0
-    sae.b_enc.copy_((sae.activation.opens - torch.cat(cut)) / norm)
+    sae.b_enc.copy_((opens_at - torch.cat(cut)) / norm)
 
 
 def directions(

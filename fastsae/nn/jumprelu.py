@@ -74,7 +74,7 @@ class JumpReLU(Activation):
         self.l0_coef = float(d_in) if self.cfg.l0_coef is None else self.cfg.l0_coef
 
     @property
-    def opens(self) -> Float[Tensor, " d_sae"]:
+    def opens_at(self) -> Float[Tensor, " d_sae"]:
         return self.threshold
 
     def encode(

@@ -71,10 +71,10 @@ class RationalConfig(ActivationConfig):
     """Price of a token's codes, per unit of their summed magnitudes, against its squared error."""
 
     target_l0: float | None = None
-    """Active latents per token that the price is steered to, from l1_coef. It is then paid for how
-    far gates are open, in proportion and as much in all as for the codes, for phi can make codes
-    small and leave the gates as they are. Not for the gate topk, whose L0 is k, nor with support
-    none."""
+    """Active latents per token that the price is steered to, from l1_coef. The price is then shared
+    among latents by how far their gates are open, and as much in all as for the codes (our choice:
+    phi can make codes small and leave the gates as they are). Not for the gate topk, whose L0 is
+    k, nor with support none."""
 
     def __post_init__(self):
         check_choices(self, gate=Gate, support=Support, centre=Centre)
@@ -142,7 +142,9 @@ class Rational(Activation):
             self.register_buffer("threshold", torch.full((d_sae,), JUMP * size))
 
     @property
-    def opens(self) -> Float[Tensor, " d_sae"] | float:
+    def opens_at(self) -> Float[Tensor, " d_sae"] | float | None:
+        if self.cfg.gate == "topk" or self.cfg.support == "none":
+            return None
         return self.threshold if self.cfg.gate == "jumprelu" else 0.0
 
     def fit(self, jump: float) -> RationalFit:
@@ -186,7 +188,7 @@ class Rational(Activation):
         pre-activations has 0 in place of the missing ones, and so for the middle.
         """
         d_sae = len(W_enc)
-        threshold = self.opens
+        threshold = self.threshold if self.cfg.gate == "jumprelu" else 0.0
         if self.cfg.support == "none":
             pre = linear(x, W_enc, b_enc)
             if self.cfg.gate == "topk":
@@ -231,7 +233,9 @@ class Rational(Activation):
         recon = codes.decode(weights.W_dec) + weights.b_dec
         norm = codes.values.abs().sum()
         if self.cfg.target_l0 is not None:
-            opening = found.codes(found.pre - s).values.sum()
+            opens_at = self.opens_at
+            opens_at = found.pick(opens_at) if isinstance(opens_at, Tensor) else 0.0
+            opening = found.codes(found.pre - opens_at).values.sum()
             norm = opening * (norm / opening.clamp_min(torch.finfo(opening.dtype).tiny)).detach()
         return Pass(recon, codes, self.coefficient(norm / max(len(x), 1), codes.l0()))
 

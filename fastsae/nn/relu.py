@@ -45,6 +45,10 @@ class ReLU(Activation):
         self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
         self.target_l0 = self.coefficient.target_l0
 
+    @property
+    def opens_at(self) -> float:
+        return 0.0
+
     def encode(
         self,
         x: Float[Tensor, "N d_in"],

@@ -182,4 +182,5 @@ class TrainConfig:
             by_norm=self.by_norm or layers > 1,
         )
         self.objective.check(sae)
+        self.init.check(sae)
         return sae

@@ -25,10 +25,13 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
     rule = 2e-4 / math.sqrt(d_sae / 2**14)
     if name == "openai":
         optimizer = Optimizer(lr=1e-4, warmup=0, decay=0.0, ema=0.999)
-        return TrainConfig(**shared, optimizer=optimizer, dead_after=10_000_000)
+        return TrainConfig(
+            **shared, init=Init(start_l0=0.0), optimizer=optimizer, dead_after=10_000_000
+        )
     if name == "dictionary_learning":
         return TrainConfig(
             **shared,
+            init=Init(start_l0=0.0),
             objective=Objective(error="sse"),
             optimizer=Optimizer(lr=rule, warmup=1000, eps=1e-8, clip=1.0),
             dead_after=10_000_000,
@@ -36,7 +39,7 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
     if name == "sparsify":
         return TrainConfig(
             **shared,
-            init=Init(encoder="linear", b_dec="mean"),
+            init=Init(encoder="linear", b_dec="mean", start_l0=0.0),
             objective=Objective(auxk_coef=0.0),
             optimizer=Optimizer(lr=rule, warmup=0, decay=0.0, eps=1e-8),
         )
@@ -44,7 +47,7 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
         return TrainConfig(
             **shared,
             by_norm=True,
-            init=Init(row_norm=0.1, b_dec="zero"),
+            init=Init(row_norm=0.1, b_dec="zero", start_l0=0.0),
             objective=Objective(error="sse", auxk_coef=1.0, auxk_error="absolute"),
             optimizer=Optimizer(
                 lr=3e-4, warmup=0, decay=0.0, eps=1e-8, clip=1.0, constraint="none"

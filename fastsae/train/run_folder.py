@@ -121,10 +121,10 @@ def latest(out: Path) -> Path | None:
 
 
 def _digest(sae: SAE) -> str:
-    """Of the dictionary, which no scale of data is folded into."""
+    """Of the weights; what an activation has besides may be fitted, and off by a rounding."""
     found = hashlib.blake2b(digest_size=16)
-    for rows in (sae.W_enc, sae.W_dec):
-        found.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec):
+        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -42,16 +42,10 @@ class Sweep:
 
     def __init__(self, configs: dict[str, TrainConfig], source: ActivationSource, out: Path):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
-        order of the first one's seed. ValueError unless there are some, and they share SHARED and
-        keep enough checkpoints."""
+        order of the first one's seed. ValueError unless there are some, and they share SHARED."""
         if not configs:
             raise ValueError("a sweep needs at least one SAE")
         first, *others = configs.values()
-        if first.keep_checkpoints < 2:
-            raise ValueError(
-                "a sweep must keep 2 checkpoints or more, got keep_checkpoints = "
-                f"{first.keep_checkpoints}: killed amid its saves, it would have none of one step"
-            )
         for name in SHARED:
             for other in others:
                 one, two = getattr(first, name), getattr(other, name)
@@ -141,7 +135,10 @@ class Sweep:
 
 
 def begin(out: Path, configs: dict[str, TrainConfig]) -> None:
-    """Write sweep.json to a folder that holds nothing yet; ValueError if it does."""
+    """Write sweep.json to a folder that holds nothing yet; ValueError if it does, and for several
+    SAEs with one checkpoint each: killed amid saving them, no step would be left that all have."""
+    if len(configs) > 1 and (kept := next(iter(configs.values())).keep_checkpoints) < 2:
+        raise ValueError(f"a sweep must keep 2 checkpoints or more, got keep_checkpoints = {kept}")
     if (out / "sweep.json").exists():
         raise ValueError(
             f"{out} already holds a sweep: add --resume to go on with it, or choose another --out"

@@ -152,7 +152,7 @@ def _launch_jumprelu(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> Non
     N, F = h.shape
     rows, columns = _tile(F)
     across = -(-F // columns)
-    grid = (-(-N // rows) * across,)  # of one axis, for a list of candidates is one long row
+    grid = (-(-N // rows) * across,)  # one axis, for candidates are one row of many blocks
     counts = out.new_empty(N, across) if l0 else out
     acc = tl.float64 if h.dtype == torch.float64 else tl.float32
     launch(_jumprelu_kernel, grid, h, threshold, counts, N, F, rows, columns, l0, acc)

@@ -6,7 +6,10 @@ import torch
 from fastsae import SAE, TopK
 from fastsae.nn import Init, geometric_median, init_from_data
 from fastsae.nn.activations import activation_of
+from fastsae.nn.batchtopk import BatchTopK
+from fastsae.nn.gated import Gated, GatedConfig
 from fastsae.nn.jumprelu import JumpReLU, JumpReLUConfig
+from fastsae.nn.rational import Rational, RationalConfig
 from fastsae.nn.relu import ReLU, ReLUConfig
 
 
@@ -53,6 +56,9 @@ def test_rows_of_a_transcoder_have_the_length_too():
         (JumpReLUConfig(threshold=0.3, target_l0=4.0), None, 4.0),
         (JumpReLUConfig(threshold=0.3, target_l0=4.0), 6.0, 6.0),
         (ReLUConfig(l1_coef=0.1), 1.0, 1.0),
+        (GatedConfig(target_l0=3.0), None, 3.0),
+        (RationalConfig(gate="relu"), 3.0, 3.0),
+        (RationalConfig(gate="jumprelu"), 3.0, 3.0),
     ],
 )
 def test_each_latent_starts_as_often_active_as_the_others(ends, activation, start_l0, active):
@@ -60,8 +66,11 @@ def test_each_latent_starts_as_often_active_as_the_others(ends, activation, star
     sae = SAE(8, 32, activation_of(activation), **ends).double()
     target = x[:, :5] if "d_out" in ends else None
     init_from_data(sae, x, target=target, init=Init(start_l0=start_l0, row_norm=0.5))
-    fired = (sae.encode(x).to_dense() != 0).sum(0)
+    weights, opens_at = sae.weights(), sae.activation.opens_at
+    fired = (sae.centre(x) @ weights.W_enc.T + weights.b_enc > opens_at).sum(0)
     assert (fired == math.ceil(500 * active / 32)).all()
+    if not isinstance(sae.activation, Gated):  # whose magnitude can be 0 where the gate is open
+        assert torch.equal((sae.encode(x).to_dense() != 0).sum(0), fired)
 
 
 @pytest.mark.parametrize("activation", [TopK(4), ReLU(l1_coef=0.1), JumpReLU(l0_coef=0.1)], ids=str)
@@ -73,8 +82,18 @@ def test_b_enc_starts_at_0_without_a_target(activation):
 
 
 @pytest.mark.parametrize(
-    ("activation", "start_l0"), [(TopK(4), 32.0), (ReLU(target_l0=50.0), None)]
+    ("activation", "start_l0", "message"),
+    [
+        (TopK(4), 8.0, "start_l0 = 8.0 has no effect on topk"),
+        (BatchTopK(4), 8.0, "no effect on batchtopk"),
+        (Rational(k=4), 8.0, "no effect on rational"),
+        (Rational(gate="relu", support="none"), 8.0, "no effect on rational"),
+        (ReLU(target_l0=50.0), None, "fewer active latents than d_sae = 32, got 50.0"),
+        (Gated(), None, "fewer active latents than d_sae = 32, got 32.0: lower target_l0"),
+        (JumpReLU(), 32.0, "fewer active latents than d_sae = 32, got 32.0"),
+    ],
+    ids=lambda value: getattr(getattr(value, "cfg", None), "name", str(value)),
 )
-def test_a_start_with_every_latent_is_refused(activation, start_l0):
-    with pytest.raises(ValueError, match="start_l0, .*, must be below d_sae = 32, got"):
+def test_starts_that_cannot_be(activation, start_l0, message):
+    with pytest.raises(ValueError, match=message):
         init_from_data(SAE(8, 32, activation), torch.randn(100, 8), init=Init(start_l0=start_l0))

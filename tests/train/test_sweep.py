@@ -100,7 +100,7 @@ def test_what_does_not_go_together_is_refused(configs, activations, tmp_path):
     with pytest.raises(ValueError, match="must share steps, got 30 and 31"):
         Sweep({"a": one["k4"], "b": two["k4"]}, source, tmp_path)
     with pytest.raises(ValueError, match="must keep 2 checkpoints or more, got .* = 1"):
-        Sweep(configs(keep_checkpoints=1), source, tmp_path)
+        Sweep(configs(keep_checkpoints=1), source, tmp_path).fit()
     with pytest.raises(ValueError, match="holds no sweep to resume"):
         stored_sweep(tmp_path)
     (tmp_path / "thesis.tex").write_text("years of work")
