@@ -2,6 +2,7 @@
 
 from .codes import Codes
 from .data import ActivationShards
+from .interop import load
 from .nn import (
     SAE,
     AbsTopK,
@@ -13,7 +14,6 @@ from .nn import (
     ReLU,
     TopK,
     Variational,
-    load,
 )
 from .train import TrainConfig, Trainer
 

@@ -64,13 +64,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; a ValueError names the file if it is missing or damaged."""
+def read_json(path: Path, most: int | None = None) -> Any:
+    """The value in a JSON file, of so many bytes at most; a ValueError names the file if it is
+    missing, damaged or longer."""
     try:
+        if most is not None and path.stat().st_size > most:
+            raise ValueError(f"it has more than {most} bytes")
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from None
 
 

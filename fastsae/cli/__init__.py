@@ -1,4 +1,4 @@
-"""The command line: fastsae train | sweep | harvest | upgrade | eval."""
+"""The command line: fastsae train | sweep | harvest | upgrade | eval | convert."""
 
 import sys
 from collections.abc import Sequence

@@ -11,9 +11,10 @@ from fastsae.config import to_dict
 from fastsae.data import ActivationShards, HarvestConfig, Joined, harvest_each
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import read_json, write_json
-from fastsae.nn import load
+from fastsae.interop import load
 from fastsae.train import stored_config
 
+from .convert import Convert, convert
 from .parse import Unchecked, checked, parse
 from .sweep import SweepCommand, read_sweep, sweep
 from .train import Train, read_train, source_of, train
@@ -34,7 +35,7 @@ class Eval(Unchecked, EvalConfig):
     checked = EvalConfig
 
     run: tyro.conf.Positional[Path]
-    """A run's folder, or the folder of a saved SAE."""
+    """A run's folder, or that of a saved SAE, of fastsae or another library."""
 
 
 def harvest_activations(command: Harvest) -> None:
@@ -49,12 +50,11 @@ def harvest_activations(command: Harvest) -> None:
 
 
 def evaluate_run(command: Eval) -> None:
-    folder = command.run / "sae" if (command.run / "sae").is_dir() else command.run
-    sae = load(folder)
+    sae = load(command.run)
     config = checked(command)
     result = evaluate(sae, eval_data(command.run, config.data), config)
     write_json(command.run / "eval.json", to_dict(result))
-    print(f"{folder} on {result.data}:")
+    print(f"{command.run} on {result.data}:")
     print(evaluation_table(result))
     print(f"written to {command.run / 'eval.json'}")
 
@@ -86,4 +86,5 @@ COMMANDS = {
     ),
     "upgrade": Command(Upgrade, read_upgrade, upgrade_sae),
     "eval": Command(Eval, lambda words: parse(Eval, "eval", words), evaluate_run),
+    "convert": Command(Convert, lambda words: parse(Convert, "convert", words), convert),
 }

@@ -85,6 +85,7 @@ def run_table(out: Path) -> str:
         "tokens": f"{found['tokens']:,}, {found['tokens_per_second']:,.0f} per second",
         "time": f"{found['seconds']:.0f} s  ({found['step_path']} step)",
         "SAE": f"{out / 'sae'}  (fastsae.load({str(out / 'sae')!r}))",
+        "SAELens": found["sae_lens"],
         "numbers": f"{out / 'summary.json'}, {out / 'metrics.jsonl'}",
         "curves": str(curves) if curves.exists() else "none: pip install 'fastsae[report]'",
         "next": f"fastsae eval {out}",

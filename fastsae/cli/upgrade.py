@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from fastsae.files import read_json
-from fastsae.nn import load
+from fastsae.interop import load
 from fastsae.train import stored_config
 from fastsae.upgrade import UpgradeConfig, upgrade
 
@@ -26,7 +26,8 @@ class Upgrade(Unchecked, UpgradeConfig):
     checked = UpgradeConfig
 
     teacher: tyro.conf.Positional[Path]
-    """A run's folder, or the folder of a saved SAE: with ReLU, JumpReLU, TopK or BatchTopK."""
+    """A run's folder, or that of a saved SAE, of fastsae or another library: with ReLU, JumpReLU,
+    TopK or BatchTopK."""
 
     resume: bool = False
     """Go on with the upgrade in --out, of the same SAE and with the same settings."""
@@ -38,7 +39,7 @@ def read_upgrade(words: Sequence[str]) -> Upgrade:
 
 def upgrade_sae(command: Upgrade) -> None:
     config, teacher = checked(command), command.teacher
-    sae = load(teacher / "sae" if (teacher / "sae").is_dir() else teacher)
+    sae = load(teacher)
     if config.data is None:
         if read_json(teacher / "config.json").get("config") is None:
             raise ValueError(f"{teacher} is not a run's folder: say which --data to fine-tune on")

@@ -10,10 +10,11 @@ import torch
 
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationSource, Batch, Batches
+from fastsae.data import ActivationShards, ActivationSource, Batch, Batches
 from fastsae.device import tf32_products
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
+from fastsae.interop import sae_lens
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
 
@@ -38,10 +39,11 @@ class Trainer:
     """Trains an SAE on a source of activations and leaves the results in config.out.
 
     The folder then holds config.json, metrics.jsonl, checkpoints/, sae/ (for `fastsae.load`),
-    summary.json and, with matplotlib, curves.png. The same config, data and backend give the same
-    bits, whether or not the run was interrupted and resumed. For a transcoder, source is
-    `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With `start_from`, an SAE of
-    config's shape and activation for activations as they are, training goes on from its weights.
+    sae_lens/ where SAELens has such SAEs, summary.json and, with matplotlib, curves.png. The same
+    config, data and backend give the same bits, whether or not the run was interrupted and resumed.
+    For a transcoder, source is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
+    `start_from`, an SAE of config's shape and activation for activations as they are, training goes
+    on from its weights.
     """
 
     def __init__(
@@ -213,6 +215,7 @@ class Trainer:
         state.adam.settle()
         sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")
+        exported = self.export(sae)
         data = self.source.heldout or self.source
         result = reconstruction(sae, data, max_tokens=EVALUATION_TOKENS, device=self.device)
         lines = read_lines(config.out / "metrics.jsonl")
@@ -227,9 +230,22 @@ class Trainer:
             "tokens_per_second": state.tokens / state.seconds,
             "seconds": state.seconds,
             "step_path": self.plan.step,
+            "sae_lens": exported,
         }
         write_json(config.out / "summary.json", summary)
         return sae.cpu()
+
+    def export(self, sae: SAE) -> str:
+        """Leave the SAE in sae_lens/ as well, as SAELens reads it; where it cannot, why not."""
+        folder, first = self.config.out / "sae_lens", self.ends.sources[0]
+        about = {}
+        if isinstance(first, ActivationShards):
+            about = {"model_name": first.model, "hook_name": first.hookpoint}
+        try:
+            sae_lens.write(sae, folder, {n: v for n, v in about.items() if v is not None})
+        except ValueError as error:
+            return f"none: {error}"
+        return str(folder)
 
 
 def check_same_form(sae: SAE, start_from: SAE) -> None:

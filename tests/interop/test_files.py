@@ -1,0 +1,167 @@
+"""Formats that need no other library; the hub; what is recognised; and what a run leaves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import linear
+
+import fastsae
+from fastsae import SAE, AbsTopK, Crosscoder, JumpReLU, Rational, TopK, interop
+from fastsae.nn import Activation
+from fastsae.nn.batchtopk import BatchTopK
+from fastsae.nn.gated import Gated
+from fastsae.nn.relu import ReLU
+from fastsae.nn.variational import Variational
+
+D_IN, D_SAE, K = 12, 40, 5
+WEIGHTS = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {name: 0.4 * torch.randn(size) for name, size in WEIGHTS.items()}
+
+
+def test_gemma_scope(tmp_path):
+    W, x = weights(), torch.randn(50, D_IN)
+    threshold = 0.2 + 0.1 * torch.rand(D_SAE)
+    arrays = {name: value.numpy() for name, value in (W | {"threshold": threshold}).items()}
+    np.savez(tmp_path / "params.npz", allow_pickle=False, **arrays)
+    h = x @ W["W_enc"] + W["b_enc"]
+    expected = (h * (h > threshold)) @ W["W_dec"] + W["b_dec"]
+    for source in (tmp_path, tmp_path / "params.npz"):
+        torch.testing.assert_close(fastsae.load(source)(x), expected)
+    np.savez_compressed(tmp_path / "params.npz", allow_pickle=False, **arrays)
+    torch.testing.assert_close(fastsae.load(tmp_path)(x), expected)
+
+
+def test_openai(tmp_path):
+    W, x = weights(), torch.randn(50, D_IN)
+    state = {
+        "pre_bias": W["b_dec"],
+        "encoder.weight": W["W_enc"].T.contiguous(),
+        "latent_bias": W["b_enc"],
+        "decoder.weight": W["W_dec"].T.contiguous(),
+        "stats_last_nonzero": torch.zeros(D_SAE, dtype=torch.long),
+        "activation": "ReLU",
+        "activation_state_dict": {},
+    }
+    path = tmp_path / "layer-6.pt"
+    torch.save(state, path)
+    codes = linear(x - W["b_dec"], W["W_enc"].T, W["b_enc"]).relu()
+    torch.testing.assert_close(fastsae.load(path)(x), codes @ W["W_dec"] + W["b_dec"])
+    torch.save(state | {"activation": "TopK", "activation_state_dict": {"k": K}}, path)
+    with pytest.raises(ValueError, match="normalises each token"):
+        fastsae.load(path)
+    torch.save(state | {"activation": "GELU"}, path)
+    with pytest.raises(ValueError, match="activation must be ReLU, got 'GELU'"):
+        fastsae.load(path)
+
+
+@pytest.mark.parametrize("form", interop.WRITTEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_precision_is_kept(form, dtype, tmp_path):
+    sae = SAE(D_IN, D_SAE, TopK(K)).to(dtype)
+    interop.save(sae, tmp_path / "out", form)
+    again = fastsae.load(tmp_path / "out")
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert torch.equal(getattr(again, name), getattr(sae, name))
+
+
+def test_norms_are_folded_into_the_weights(tmp_path):
+    sae, x = SAE(D_IN, D_SAE, TopK(K), by_norm=True), torch.randn(50, D_IN)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.2, 3, D_SAE)[:, None])
+    for form in ("sae_lens", "sparsify", "dictionary_learning"):
+        interop.save(sae, tmp_path / form, form)
+        again = fastsae.load(tmp_path / form)
+        assert not again.by_norm
+        torch.testing.assert_close(again(x), sae(x))
+        torch.testing.assert_close(again.encode(x).to_dense(), sae.encode(x).to_dense())
+    assert sae.by_norm, "the SAE itself stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (Rational(k=K), "rational is fastsae's own"),
+        (BatchTopK(K), "batchtopk has no threshold yet"),
+        (BatchTopK(K, by="abs"), "batchtopk keeps signs"),
+    ],
+    ids=["rational", "batchtopk", "batchabstopk"],
+)
+@pytest.mark.parametrize("form", interop.WRITTEN[1:])
+def test_what_no_other_library_has(form, activation: Activation, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        interop.save(SAE(D_IN, D_SAE, activation), tmp_path / "out", form)
+    with pytest.raises(ValueError, match="has no crosscoders"):
+        interop.save(Crosscoder(2, 6, D_SAE, ReLU(l1_coef=0.0)), tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "activation", "message"),
+    [
+        ("sparsify", AbsTopK(K), "sparsify holds topk, not abstopk"),
+        ("sparsify", JumpReLU(), "sparsify holds topk, not jumprelu"),
+        ("dictionary_learning", AbsTopK(K), "holds topk, batchtopk, .*, not abstopk"),
+    ],
+    ids=str,
+)
+def test_what_one_library_has_not(form, activation: Activation, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        interop.save(SAE(D_IN, D_SAE, activation), tmp_path / "out", form)
+
+
+def test_what_counts_is_what_an_activation_does_outside_training(tmp_path):
+    x = torch.randn(50, D_IN)
+    for activation in (Variational(K), TopK(K, gradient="rotation"), Gated(l1_coef=0.0)):
+        sae = SAE(D_IN, D_SAE, activation).eval()
+        interop.save(sae, tmp_path / activation.cfg.name, "sae_lens")
+        torch.testing.assert_close(fastsae.load(tmp_path / activation.cfg.name)(x), sae(x))
+
+
+def test_a_form_that_is_not_one(tmp_path):
+    with pytest.raises(ValueError, match="must be one of fastsae, sae_lens, .*, got 'onnx'"):
+        interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "onnx")
+
+
+def test_nothing_to_recognise(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no SAE: it must have cfg.json and sae_weights"):
+        fastsae.load(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds no SAE"):
+        fastsae.load(tmp_path / "notes.txt")
+
+
+def test_the_hub(tmp_path, monkeypatch):
+    """With a folder that stands in for the download."""
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(tmp_path)
+
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    sae = SAE(D_IN, D_SAE, TopK(K))
+    interop.save(sae, tmp_path / "layers.3", "sparsify")
+    again = fastsae.load("EleutherAI/sae-pythia/layers.3")
+    assert torch.equal(again.W_enc, sae.W_enc)
+    ((repository, patterns),) = asked
+    assert repository == "EleutherAI/sae-pythia"
+    assert "layers.3/*.safetensors" in patterns
+    with pytest.raises(ValueError, match="on the hub has no layers.4"):
+        fastsae.load("EleutherAI/sae-pythia/layers.4")
+    for name in ("nowhere", "../elsewhere", "/no/such/folder", "a/../b"):
+        with pytest.raises(ValueError, match="does not exist"):
+            fastsae.load(name)
+    assert len(asked) == 2
+
+
+def test_metadata_says_where_activations_came_from(tmp_path):
+    about = {"model_name": "gpt2", "hook_name": "transformer.h.6"}
+    interop.sae_lens.write(SAE(D_IN, D_SAE, TopK(K)), tmp_path, about)
+    found = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert found == {"sae_lens_version": "6.0.0", **about}

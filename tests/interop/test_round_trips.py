@@ -1,0 +1,62 @@
+"""Their SAE -> their file -> ours -> the same outputs -> our file -> theirs -> the same outputs."""
+
+import pytest
+import torch
+
+from fastsae import interop
+from fastsae.interop.rules import rule_of
+
+from .peers import D_IN, PEERS, READERS
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
+
+HELD = {  # what each library's files can hold
+    "sae_lens": {"topk", "abstopk", "batchtopk", "jumprelu", "relu", "gated"},
+    "sparsify": {"topk"},
+    "dictionary_learning": {"topk", "batchtopk", "jumprelu", "relu", "gated"},
+}
+PAIRS = [(name, form) for name in PEERS for form in HELD]
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_the_same_numbers(name, tmp_path):
+    peer = PEERS[name]
+    theirs, x = peer.make(), torch.randn(64, D_IN)
+    peer.write(theirs, tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs")
+    with torch.no_grad():
+        expected = peer.recon(theirs, x)
+        assert expected.std() > 0.1
+        assert close(ours(x), expected)
+    ours.save(tmp_path / "ours")
+    assert torch.equal(interop.load(tmp_path / "ours")(x), ours(x))
+
+
+@pytest.mark.parametrize(("name", "form"), PAIRS)
+def test_from_one_library_to_another(name, form, tmp_path):
+    """Or an error that says what that one has not."""
+    peer, reader = PEERS[name], READERS[form]
+    theirs, x = peer.make(), torch.randn(64, D_IN)
+    peer.write(theirs, tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs")
+    kind = rule_of(ours).kind
+    transcodes = ours.d_out is not None
+    fits = kind in HELD[form]
+    if transcodes:
+        fits = form == "sparsify" and kind == "topk" and ours.d_out == D_IN
+        fits |= form == "sae_lens" and kind in ("relu", "jumprelu")
+    if not fits:
+        with pytest.raises(ValueError, match=r"no transcoders| holds? .*, not |holds topk, not"):
+            interop.save(ours, tmp_path / "out", form)
+        assert not (tmp_path / "out").exists()
+        return
+    interop.save(ours, tmp_path / "out", form)
+    with torch.no_grad():
+        assert close(reader.recon(reader.read(tmp_path / "out"), x), peer.recon(theirs, x))
+    again = interop.load(tmp_path / "out")
+    with torch.no_grad():
+        assert close(again(x), ours(x))
