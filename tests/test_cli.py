@@ -41,8 +41,8 @@ def fastsae(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-def sae_files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((out / "sae").iterdir())}
+def sae_files(out: Path, name: str = "sae") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((out / name).iterdir())}
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
@@ -323,7 +323,24 @@ def test_what_cannot_be_upgraded(data, tmp_path):
     assert "nowhere" in one_line_error("upgrade", tmp_path / "nowhere", "--data", data)
 
 
-@pytest.mark.parametrize("command", ["", "train", "sweep", "harvest", "upgrade", "eval"])
+def test_convert(whole, tmp_path):
+    for form in ("sae_lens", "sparsify", "dictionary_learning", "fastsae"):
+        done = fastsae("convert", whole, tmp_path / form, "--to", form)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("512 latents of width 32, topk: ")
+    back = fastsae("convert", tmp_path / "sparsify", tmp_path / "back", "--to", "fastsae")
+    assert back.returncode == 0, back.stderr
+    assert sae_files(tmp_path, "back") == sae_files(tmp_path, "fastsae")
+    assert sae_files(whole, "sae_lens") == sae_files(tmp_path, "sae_lens")
+    message = one_line_error("convert", whole, tmp_path / "back", "--to", "sae_lens")
+    assert "is not an empty folder" in message
+    message = one_line_error("convert", tmp_path, tmp_path / "out", "--to", "sae_lens")
+    assert "holds no SAE" in message and not (tmp_path / "out").exists()
+    message = one_line_error("convert", tmp_path / "nowhere", tmp_path / "out", "--to", "sae_lens")
+    assert "nowhere does not exist" in message
+
+
+@pytest.mark.parametrize("command", ["", "train", "sweep", "harvest", "upgrade", "eval", "convert"])
 def test_help(command):
     done = fastsae(*command.split(), "--help", env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0
@@ -331,4 +348,7 @@ def test_help(command):
 
 
 def test_an_unknown_command():
-    assert "must be one of train, sweep, harvest, upgrade, eval, got 'fly'" in one_line_error("fly")
+    assert (
+        "must be one of train, sweep, harvest, upgrade, eval, convert, got 'fly'"
+        in one_line_error("fly")
+    )

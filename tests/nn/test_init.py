@@ -67,6 +67,7 @@ def test_each_latent_starts_as_often_active_as_the_others(ends, activation, star
     target = x[:, :5] if "d_out" in ends else None
     init_from_data(sae, x, target=target, init=Init(start_l0=start_l0, row_norm=0.5))
     weights, opens_at = sae.weights(), sae.activation.opens_at
+    assert opens_at is not None
     fired = (sae.centre(x) @ weights.W_enc.T + weights.b_enc > opens_at).sum(0)
     assert (fired == math.ceil(500 * active / 32)).all()
     if not isinstance(sae.activation, Gated):  # whose magnitude can be 0 where the gate is open
