@@ -110,7 +110,7 @@ def plot(runs: Runs, name: str, path: Path) -> None:
     ends.set_xlabel("held-out FVU, a point for each seed")
     curves.set_xlabel("step (first seed)")
     curves.set_ylabel("FVU while training")
-    curves.legend(fontsize=7)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     for axes in (ends, curves):
         axes.grid(alpha=0.3, which="both")
     ends.set_xscale("log")
