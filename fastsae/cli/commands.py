@@ -50,6 +50,8 @@ def harvest_activations(command: Harvest) -> None:
 
 
 def evaluate_run(command: Eval) -> None:
+    if not command.run.is_dir():
+        raise ValueError(f"{command.run} is not a folder, where the results could go")
     sae = load(command.run)
     config = checked(command)
     result = evaluate(sae, eval_data(command.run, config.data), config)

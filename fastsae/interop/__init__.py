@@ -16,6 +16,8 @@ from . import dictionary_learning, gemma_scope, openai, sae_lens, sparsify
 from .hub import downloaded
 
 FOLDERS: tuple[ModuleType, ...] = (sae_lens, sparsify, dictionary_learning, gemma_scope)
+KNOWN = {module.NAME: module.FILES for module in FOLDERS}
+KNOWN["fastsae"] = "config.json", "sae.safetensors"
 WRITTEN = "fastsae", sae_lens.NAME, sparsify.NAME, dictionary_learning.NAME
 
 __all__ = ["FOLDERS", "WRITTEN", "format_of", "load", "save"]
@@ -31,14 +33,19 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
     """
     path = Path(source)
     if not path.exists():
-        path = downloaded(str(source))
+        path = downloaded(str(source), tuple({name for files in KNOWN.values() for name in files}))
     if (path / "sae").is_dir():
         path = path / "sae"
     module = format_of(path)
-    if module is nn:
-        return nn.load(path.parent if path.is_file() else path, device)
     where = path.parent if path.is_file() and module is not openai else path
-    return module.read(where).to(device)
+    if module is nn:
+        return nn.load(where, device)
+    try:
+        return module.read(where).to(device)
+    except ValueError as error:
+        if str(where) in str(error):
+            raise
+        raise ValueError(f"{where}: {error}") from error
 
 
 def format_of(path: Path) -> ModuleType:
@@ -52,11 +59,10 @@ def format_of(path: Path) -> ModuleType:
     for module in FOLDERS:
         if all((path / name).exists() for name in module.FILES):
             return module
-    if (path / "config.json").exists() and (path / "sae.safetensors").exists():
+    if all((path / name).exists() for name in KNOWN["fastsae"]):
         return nn
-    known = [f"{' and '.join(module.FILES)} ({module.NAME})" for module in FOLDERS]
-    known.append("config.json and sae.safetensors (fastsae)")
-    raise ValueError(f"{path} holds no SAE: it must have {', '.join(known)}")
+    known = [f"{' and '.join(files)} ({name})" for name, files in KNOWN.items()]
+    raise ValueError(f"{path} holds no SAE: it must have {', '.join(known)}, or be a .pt (openai)")
 
 
 def save(sae: SAE, folder: str | Path, form: str) -> None:

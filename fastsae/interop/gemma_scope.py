@@ -5,8 +5,7 @@ from pathlib import Path
 from fastsae.nn import SAE, JumpReLU
 
 from .archives import read_npz
-from .dictionary_learning import columns
-from .parts import Tensors, assembled
+from .parts import Tensors, assembled, columns
 
 NAME, FILES = "gemma_scope", ("params.npz",)
 

@@ -3,15 +3,14 @@
 import re
 from pathlib import Path
 
-WANTED = "*.json", "*.safetensors", "*.npz", "*.pt"
 
-
-def downloaded(source: str) -> Path:
-    """The local copy of organisation/repository/folder; ValueError if that cannot be had."""
+def downloaded(source: str, files: tuple[str, ...]) -> Path:
+    """The local copy of organisation/repository/folder, with those of these files that are there,
+    or of one file of a repository; ValueError if that cannot be had."""
     parts = source.split("/")
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts):
         raise ValueError(f"{source} does not exist")
-    repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -19,12 +18,14 @@ def downloaded(source: str) -> Path:
         raise ValueError(
             f"{source} does not exist; for the hub's, pip install 'fastsae[hf]'"
         ) from None
-    patterns = [f"{folder}/{name}" if folder else name for name in WANTED]
+    wanted = [f"{inside}/{name}" if inside else name for name in files]
+    if Path(inside).suffix in (".pt", ".npz"):
+        wanted = [inside]
     try:
-        copy = Path(snapshot_download(repository, allow_patterns=patterns))
+        copy = Path(snapshot_download(repository, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"{source} does not exist, here or on the hub: {text}") from None
-    if not (copy / folder).exists():
-        raise ValueError(f"{repository} on the hub has no {folder}")
-    return copy / folder
+    if not (copy / inside).exists():
+        raise ValueError(f"{repository} on the hub has no {inside}")
+    return copy / inside

@@ -11,8 +11,6 @@ from fastsae.nn import SAE, ReLU
 from .archives import read_pt
 from .parts import Tensors, assembled
 
-NAME = "openai"
-
 
 def read(path: Path) -> SAE:
     """The SAE; ValueError for a damaged file or another activation than ReLU."""

@@ -47,12 +47,19 @@ class Tensors:
         return found
 
 
+def object_in(config: Any, path: Path) -> dict[str, Any]:
+    """A config that is a JSON object; ValueError for another value."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return config
+
+
 def setting(
     config: Mapping[str, Any], name: str, kind: type, path: Path, default: Any = None
 ) -> Any:
     """A value of a config; ValueError for one that is missing or of another type."""
     value = config.get(name, default)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {value!r}")
@@ -93,13 +100,21 @@ def assembled(
     state |= {} if W_skip is None else {"W_skip": W_skip}
     state |= {f"activation.{name}": value for name, value in (own or {}).items()}
     for name, value in sae.state_dict().items():
-        if name not in state:  # of training alone
+        if name == "activation.coefficient.value":  # of training alone
             state[name] = torch.zeros(value.shape, dtype=value.dtype)
     dtype = W_enc.dtype
     weights = dict(sae.named_parameters())
     state = {n: t.to(dtype if n in weights else t.dtype).contiguous() for n, t in state.items()}
     sae.load_state_dict(state, assign=True)
     return sae.eval()
+
+
+def columns(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_enc, b_enc, W_dec and b_dec of a file where W_enc has a column for each latent."""
+    W_enc = tensors.take("W_enc", None, None).T
+    d_sae, d_in = W_enc.shape
+    b_enc, W_dec = tensors.take("b_enc", d_sae), tensors.take("W_dec", d_sae, d_in)
+    return W_enc, b_enc, W_dec, tensors.take("b_dec", d_in)
 
 
 def moved(b_enc: Tensor, W_enc: Tensor, by: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 from fastsae.files import read_json, read_tensors, write_json, write_tensors
 from fastsae.nn import SAE, TopK
 
-from .parts import MOST_JSON, Tensors, assembled, moved, plain, setting
+from .parts import MOST_JSON, Tensors, assembled, moved, object_in, plain, setting
 from .rules import expressed
 
 NAME, FILES = "sparsify", ("cfg.json", "sae.safetensors")
@@ -14,9 +14,7 @@ NAME, FILES = "sparsify", ("cfg.json", "sae.safetensors")
 def read(folder: Path) -> SAE:
     """The SAE; ValueError for a damaged file and for the activation groupmax."""
     path = folder / FILES[0]
-    config = read_json(path, MOST_JSON)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+    config = object_in(read_json(path, MOST_JSON), path)
     activation = config.get("activation", "topk")
     if activation != "topk":
         raise ValueError(f"{path}: activation must be topk, got {activation!r}")

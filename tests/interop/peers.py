@@ -38,12 +38,13 @@ def randomised(module: Any) -> Any:
 
 
 class Peer(NamedTuple):
-    """How a library makes, writes and reads one kind of SAE, and what it reconstructs."""
+    """How a library makes, writes and reads one kind of SAE, and its reconstruction and codes."""
 
     make: Callable[[], Any]
     write: Callable[[Any, Path], object]
     read: Callable[[Path], Any]
     recon: Callable[[Any, Tensor], Tensor]
+    codes: Callable[[Any, Tensor], Tensor]
 
 
 def lens(name: str, **settings: Any) -> Peer:
@@ -58,6 +59,7 @@ def lens(name: str, **settings: Any) -> Peer:
         lambda sae, path: sae.save_model(path),
         lambda path: sae_lens().SAE.load_from_disk(path),
         lambda sae, x: sae(x),
+        lambda sae, x: sae.encode(x),
     )
 
 
@@ -73,7 +75,13 @@ def coder(**settings: Any) -> Peer:
         lambda sae, path: sae.save_to_disk(path),
         lambda path: sparsify().SparseCoder.load_from_disk(path),
         lambda sae, x: sae(x).sae_out,
+        lambda sae, x: scattered(sae.encode(x)),
     )
+
+
+def scattered(found: Any) -> Tensor:
+    """Dense codes."""
+    return torch.zeros(len(found.top_acts), D_SAE).scatter(1, found.top_indices, found.top_acts)
 
 
 def dictionary(module: str, name: str, *arguments: Any, threshold: float | None = None) -> Peer:
@@ -98,7 +106,7 @@ def dictionary(module: str, name: str, *arguments: Any, threshold: float | None 
             sae, _ = utils.load_dictionary(str(path), device="cpu")
         return sae
 
-    return Peer(make, write, read, lambda sae, x: sae(x))
+    return Peer(make, write, read, lambda sae, x: sae(x), lambda sae, x: sae.encode(x))
 
 
 NOT_CENTRED = {"apply_b_dec_to_input": False}
@@ -111,9 +119,12 @@ PEERS = {
     "sae_lens jumprelu, not centred": lens("JumpReLU", **NOT_CENTRED),
     "sae_lens standard": lens("Standard"),
     "sae_lens gated": lens("Gated"),
+    "sae_lens gated, not centred": lens("Gated", **NOT_CENTRED),
     "sae_lens transcoder": lens("Transcoder", d_out=9, **NOT_CENTRED),
     "sae_lens skip transcoder": lens("SkipTranscoder", d_out=9, **NOT_CENTRED),
     "sae_lens jumprelu transcoder": lens("JumpReLUTranscoder", d_out=9, **NOT_CENTRED),
+    "sae_lens jumprelu skip": lens("JumpReLUSkipTranscoder", d_out=9, **NOT_CENTRED),
+    "sae_lens in bfloat16": lens("TopK", k=K, dtype="bfloat16"),
     "sparsify": coder(),
     "sparsify transcoder": coder(transcode=True),
     "sparsify skip transcoder": coder(transcode=True, skip_connection=True),

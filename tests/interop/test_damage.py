@@ -151,14 +151,16 @@ def test_sizes_that_the_tensors_do_not_have(form, tmp_path):
     path = sound(form, tmp_path / "sae")
     (file,) = [file for file in files_of(form, path) if file.suffix == ".json"]
     names = {"sae_lens": "d_sae", "sparsify": "num_latents", "dictionary_learning": "k"}
+    if form == "dictionary_learning":  # the k of older files is the config's
+        state = torch.load(path / "ae.pt")
+        torch.save({n: t for n, t in state.items() if n != "k"}, path / "ae.pt")
     text = file.read_text()
     for value in (10**12, -1, 0, 10**40):
         config = json.loads(text)
         config.get("trainer", config)[names[form]] = value
         file.write_text(json.dumps(config))
-        if form == "dictionary_learning":
-            continue  # k is the state dict's
-        assert str(path) in refused(path)
+        if form != "sparsify" or value != 0:  # 0 stands for d_in * expansion_factor there
+            assert str(path) in refused(path)
 
 
 @pytest.mark.parametrize("form", FORMS[:3])
@@ -204,6 +206,27 @@ def test_an_archive_that_expands(form, tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert f"holds {64 << 20} bytes in a file of" in refused(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10
+
+
+def test_a_state_dict_that_claims_to_be_larger_than_it_is(tmp_path):
+    path = sound("openai", tmp_path / "sae")
+    state = torch.load(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.save(state | {"extra": torch.zeros(1).expand(8000, 8000)}, path)
+    assert "its tensors are larger than the file" in refused(path)
+    torch.save(state | {"extra": Buffer(300_000_000)}, path)
+    assert "it holds __builtin__ bytearray" in refused(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+
+
+class Buffer:
+    """So many bytes, when it is unpickled."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __reduce__(self):
+        return bytearray, (self.size,)
 
 
 def test_an_array_that_claims_to_be_larger_than_it_is(tmp_path):

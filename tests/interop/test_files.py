@@ -151,7 +151,7 @@ def test_the_hub(tmp_path, monkeypatch):
     assert torch.equal(again.W_enc, sae.W_enc)
     ((repository, patterns),) = asked
     assert repository == "EleutherAI/sae-pythia"
-    assert "layers.3/*.safetensors" in patterns
+    assert "layers.3/sae.safetensors" in patterns and "layers.3/cfg.json" in patterns
     with pytest.raises(ValueError, match="on the hub has no layers.4"):
         fastsae.load("EleutherAI/sae-pythia/layers.4")
     for name in ("nowhere", "../elsewhere", "/no/such/folder", "a/../b"):
