@@ -282,7 +282,7 @@ def test_the_command(data, teachers, tmp_path, capsys):
 def test_errors_of_the_command(data, teachers, tmp_path):
     run, out = teachers("topk"), tmp_path / "up"
     (tmp_path / "foreign").mkdir()
-    with pytest.raises(ValueError, match="config.json does not exist"):
+    with pytest.raises(ValueError, match="foreign holds no SAE: it must have"):
         command(tmp_path / "foreign", "--data", data, "--out", out)
     with pytest.raises(ValueError, match="is not a run's folder: say which --data"):
         command(run / "sae", "--out", out)
