@@ -14,7 +14,6 @@ FLOORS = [
     {"fastsae.evals"},
     {"fastsae.train"},
     {"fastsae.upgrade"},
-    {"fastsae.upgrade"},
     {"fastsae.cli", "fastsae"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

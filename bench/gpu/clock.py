@@ -49,7 +49,7 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except torch.OutOfMemoryError:
         error = NO_ROOM
-    except Exception as problem:
+    except Exception as problem:  # it goes into the record; the other rows are worth having
         lines = str(problem).strip().splitlines() or [""]
         error = f"{type(problem).__name__}: {lines[0][:300]}"
     free()

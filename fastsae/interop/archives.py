@@ -98,9 +98,10 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 def check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
     """ValueError unless the entry's header speaks of as many bytes as follow it."""
     with archive.open(entry) as file:
-        first = np.lib.format.read_magic(file) == (1, 0)
-        header = np.lib.format.read_array_header_1_0 if first else None
-        shape, _, dtype = (header or np.lib.format.read_array_header_2_0)(file)
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
         size = dtype.itemsize
         for length in shape:
             size *= length

@@ -22,6 +22,9 @@ CLASSES = {
     "relu": "AutoEncoder",
     "gated": "GatedAutoEncoder",
 }
+ASKED_FOR = {"trainer": {"layer": 0, "lm_name": "unknown"}, "buffer": {"ctx_len": 128}}
+"""What loaders of these files ask for and an SAE does not know: it has no meaning."""
+
 READ = (*CLASSES.values(), "AutoEncoderNew", "MatryoshkaBatchTopKSAE")
 
 
@@ -101,13 +104,12 @@ def write(sae: SAE, folder: Path) -> None:
         "activation_dim": sae.d_in,
         "dict_size": sae.d_sae,
         **({} if rule.k is None else {"k": rule.k}),
-        "layer": 0,
-        "lm_name": "unknown",
+        **ASKED_FOR["trainer"],
     }
     folder.mkdir(parents=True, exist_ok=True)
     state = {n: t.detach().clone().contiguous() for n, t in state_of(sae, rule).items()}
     write_atomically(folder / FILES[1], lambda path: torch.save(state, path))
-    write_json(folder / FILES[0], {"trainer": trainer, "buffer": {"ctx_len": 128}})
+    write_json(folder / FILES[0], {"trainer": trainer, "buffer": ASKED_FOR["buffer"]})
 
 
 def state_of(sae: SAE, rule: Rule) -> dict[str, Tensor]:

@@ -114,7 +114,10 @@ def current(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def write(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None) -> None:
-    """ValueError for an SAE that SAELens has not, with the reason."""
+    """ValueError for an SAE that SAELens has not, with the reason.
+
+    metadata: what else is known of it, by SAELens' names, such as model_name and hook_name.
+    """
     sae = plain(sae, "SAELens")
     if sae.d_out is not None:
         rule = expressed(sae, "a SAELens transcoder", "relu", "jumprelu", "batchtopk")

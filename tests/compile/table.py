@@ -52,7 +52,7 @@ def recorded() -> list[Launch]:
             with recording(arch, case, shape) as launches:
                 try:
                     call()
-                except Exception as problem:
+                except Exception as problem:  # raised again, with the case it is of
                     problem.add_note(f"in {case}, {shape}, for sm_{arch}")
                     raise
             for launch in launches:
@@ -127,7 +127,7 @@ def outcome(future: Future) -> dict[str, Any]:
         return future.result()
     except BrokenProcessPool:
         return {"error": "the compiler crashed, here or on a launch that it worked on meanwhile"}
-    except Exception as problem:
+    except Exception as problem:  # of the compiler: a row of the table, and a test that fails
         return {"error": f"{type(problem).__name__}: {str(problem)[-500:]}"}
 
 

@@ -1,5 +1,6 @@
 """SAEs of the installed libraries with random weights, written by them, read by them."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +93,6 @@ def dictionary(module: str, name: str, *arguments: Any, threshold: float | None 
         return randomised(sae)
 
     def write(sae: nn.Module, path: Path) -> None:
-        import json
-
         path.mkdir()
         torch.save(sae.state_dict(), path / "ae.pt")
         trainer = {"dict_class": name, "k": K, "activation_dim": D_IN, "dict_size": D_SAE}
