@@ -2,6 +2,7 @@
 
 from .codes import Codes
 from .data import ActivationShards
+from .dropin import accelerate, restore
 from .interop import load
 from .nn import (
     SAE,
@@ -32,5 +33,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Variational",
+    "accelerate",
     "load",
+    "restore",
 ]

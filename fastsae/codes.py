@@ -53,6 +53,8 @@ class Codes(NamedTuple):
 
     def to_dense(self) -> Float[Tensor, "N d_sae"]:
         """The same codes with every inactive latent written out as 0."""
+        if lists_every_latent(self.indices, self.d_sae):
+            return self.values
         dense = self.values.new_zeros(self.values.shape[0], self.d_sae)
         return dense.scatter_add(1, self.indices, self.values)
 

@@ -10,7 +10,7 @@ FLOORS = [
     {"fastsae.config", "fastsae.codes", "fastsae.device", "fastsae.files"},
     {"fastsae.nn"},
     {"fastsae.losses"},
-    {"fastsae.data", "fastsae.checkpoint", "fastsae.interop"},
+    {"fastsae.data", "fastsae.checkpoint", "fastsae.interop", "fastsae.dropin"},
     {"fastsae.evals"},
     {"fastsae.train"},
     {"fastsae.upgrade"},

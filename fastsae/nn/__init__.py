@@ -4,6 +4,7 @@ from .crosscoder import Crosscoder
 from .gated import Gated, GatedConfig
 from .init import Init, geometric_median, init_from_data
 from .jumprelu import JumpReLU, JumpReLUConfig
+from .linear import CodesLinear, TopKLinear
 from .rational import Rational, RationalConfig
 from .relu import ReLU, ReLUConfig
 from .sae import SAE, load
@@ -17,6 +18,7 @@ __all__ = [
     "ActivationConfig",
     "BatchTopK",
     "BatchTopKConfig",
+    "CodesLinear",
     "Crosscoder",
     "Gated",
     "GatedConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "ReLUConfig",
     "TopK",
     "TopKConfig",
+    "TopKLinear",
     "Variational",
     "VariationalConfig",
     "geometric_median",

@@ -94,15 +94,10 @@ class JumpReLU(Activation):
         threshold = self.threshold.clamp(min=0)  # also after a step that took it below
         lowest = threshold.detach() - (self.cfg.bandwidth / 2 if trained else 0.0)
         found = Candidates.above(x, W_enc, b_enc, lowest)
-        threshold = found.pick(threshold)
-        pre = found.pre.masked_fill(~found.active, -torch.inf)
-        if threshold.dim() == 2:
-            threshold, pre = threshold.flatten(), pre.view(1, -1)
-        return found, pre, threshold
+        return found, *with_thresholds(found, threshold)
 
     def codes(self, found: Candidates, pre: Tensor, threshold: Tensor) -> Codes:
-        values = jumprelu(pre, threshold, self.cfg.bandwidth)
-        return found.codes(values.view(found.pre.shape))
+        return jumprelu_codes(found, pre, threshold, self.cfg.bandwidth)
 
     def training_pass(
         self,
@@ -124,3 +119,16 @@ class JumpReLU(Activation):
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:
         self.threshold.clamp_(min=0).div_(scale)
+
+
+def with_thresholds(found: Candidates, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations and thresholds as the ops want them: [N, d_sae] and [d_sae], or one row of
+    the listed ones and as many thresholds."""
+    threshold = found.pick(threshold)
+    pre = found.pre.masked_fill(~found.active, -torch.inf)
+    return (pre, threshold) if threshold.dim() == 1 else (pre.view(1, -1), threshold.flatten())
+
+
+def jumprelu_codes(found: Candidates, pre: Tensor, threshold: Tensor, bandwidth: float) -> Codes:
+    """Codes of what `with_thresholds` returned."""
+    return found.codes(jumprelu(pre, threshold, bandwidth).view(found.pre.shape))

@@ -130,16 +130,16 @@ class _EncodeTopk(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):  # g: [N, K]
         x, W_enc, values, indices = ctx.saved_tensors
-        gradients = straight_through(g, x, W_enc, values != 0, indices, ctx.needs_input_grad[:3])
+        g = g.where(values != 0, 0.0)
+        gradients = straight_through(g, x, W_enc, indices, ctx.needs_input_grad[:3])
         return *gradients, None, None, None
 
 
 def straight_through(
-    g: Tensor, x: Tensor, W_enc: Tensor, active: Tensor, indices: Tensor, needs: Sequence[bool]
+    g: Tensor, x: Tensor, W_enc: Tensor, indices: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc and b_enc from that of the values, [N, K], through active ones."""
+    """Gradients of x, W_enc and b_enc from that of the listed pre-activations, [N, K]."""
     need_x, need_W, need_b = needs
-    g = g.where(active, 0.0)
     F, ones = W_enc.shape[0], x.new_ones(x.shape[0], 1)
     return (
         decode(g, indices, W_enc) if need_x else None,

@@ -200,7 +200,7 @@ def listed_gradients(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
     """
     x, W_enc, indices, count = ctx.saved_tensors
     listed = inside(count, indices.shape[1])
-    return straight_through(g, x, W_enc, listed, indices, ctx.needs_input_grad[:3])
+    return straight_through(g.where(listed, 0.0), x, W_enc, indices, ctx.needs_input_grad[:3])
 
 
 def fake_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,8 +81,8 @@ class _EncodeDecode(torch.autograd.Function):
         encoder = None, None, None
         if any(needs[:3]):
             if ctx.gradient == "straight_through":
-                g = d_values + gather_dot(d_recon, indices, W_dec)
-                encoder = straight_through(g, x, W_enc, values != 0, indices, needs[:3])
+                g = (d_values + gather_dot(d_recon, indices, W_dec)).where(values != 0, 0.0)
+                encoder = straight_through(g, x, W_enc, indices, needs[:3])
             else:
                 arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
                 mode = ctx.gradient.removeprefix("rotation_")

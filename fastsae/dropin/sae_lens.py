@@ -1,0 +1,144 @@
+"""SAELens with our ops."""
+
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUTrainingSAE
+from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
+from torch import Tensor
+
+from fastsae.codes import Codes
+from fastsae.nn.candidates import Candidates
+from fastsae.nn.jumprelu import jumprelu_codes, with_thresholds
+from fastsae_kernels import encode_topk, gather_dot
+from fastsae_kernels.topk import topk_indices
+
+from .dense import (
+    above,
+    codes_behind,
+    entries,
+    hooked,
+    largest_of_batch,
+    pre_activations,
+    remember,
+    written_out,
+)
+
+Encoder = tuple[Tensor, Tensor, Tensor]
+"""Tokens, as the encoder sees them, its weight with a row for each latent, and its bias."""
+
+
+class Ends:
+    """What all of the classes share. Where a hook looks at pre-activations, they encode as ever."""
+
+    cfg: Any
+    d_head: Any
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    activation_fn: Any
+    hook_sae_acts_pre: Any
+    hook_sae_acts_post: Any
+    hook_sae_recons: Any
+    process_sae_in: Any
+    run_time_activation_norm_fn_out: Any
+    reshape_fn_out: Any
+
+    @property
+    def by_norm(self) -> bool:
+        """Whether latents count by the norm of their decoder row."""
+        return getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+
+    def encoder_of(self, x: Tensor) -> tuple[Encoder, tuple[int, ...]]:
+        """The encoder for x, and the shape of the activations of all latents."""
+        seen = self.process_sae_in(x)
+        W_enc, b_enc = self.W_enc.T, self.b_enc
+        if self.by_norm:
+            norm = self.W_dec.norm(dim=-1)
+            W_enc, b_enc = W_enc * norm[:, None], b_enc * norm
+        shape = *seen.shape[:-1], len(W_enc)
+        return (seen.reshape(-1, seen.shape[-1]), W_enc, b_enc), shape
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        codes = codes_behind(feature_acts)
+        if codes is None:
+            return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.by_norm:
+            ones, norm = self.W_dec.new_ones(len(codes.values), 1), self.W_dec.norm(dim=-1)
+            scale = gather_dot(ones, codes.indices, 1 / norm[:, None])
+            codes = codes._replace(values=codes.values * scale)
+        recon = (codes.decode(self.W_dec) + self.b_dec).view(*feature_acts.shape[:-1], -1)
+        recon = self.run_time_activation_norm_fn_out(self.hook_sae_recons(recon))
+        return self.reshape_fn_out(recon, self.d_head)
+
+
+class FastTopKSAE(Ends, TopKSAE):
+    def encode(self, x: Tensor) -> Tensor:
+        if hooked(self.hook_sae_acts_pre):
+            return super().encode(x)
+        encoder, shape = self.encoder_of(x)
+        codes = Codes(*encode_topk(*encoder, self.activation_fn.k), shape[-1])
+        return self.hook_sae_acts_post(written_out(codes, shape))
+
+
+class FastJumpReLUSAE(Ends, JumpReLUSAE):
+    def encode(self, x: Tensor) -> Tensor:
+        if hooked(self.hook_sae_acts_pre):
+            return super().encode(x)
+        encoder, shape = self.encoder_of(x)
+        found = Candidates.above(*encoder, self.threshold.clamp(min=0))
+        return self.hook_sae_acts_post(written_out(found.codes(found.pre), shape))
+
+
+class Training(Ends):
+    """What trains returns the pre-activations of all latents too."""
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if hooked(self.hook_sae_acts_pre):
+            return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAttributeAccessIssue]
+        encoder, shape = self.encoder_of(x)
+        pre = pre_activations(*encoder)
+        acts = self.hook_sae_acts_post(self.write(self.codes_of(pre, encoder), shape))
+        return acts, pre.view(shape)
+
+    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
+        """The codes among the pre-activations, with sparse gradients."""
+        raise NotImplementedError
+
+    def write(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+        """The codes as the library has them."""
+        return written_out(codes, shape)
+
+
+class FastTopKTrainingSAE(Training, TopKTrainingSAE):
+    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
+        indices = topk_indices(pre, self.activation_fn.k)
+        return Codes(entries(pre, indices, *encoder).relu(), indices, pre.shape[1])
+
+    def write(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+        if not self.activation_fn.use_sparse_activations:
+            return written_out(codes, shape)
+        tokens = torch.arange(len(codes.values), device=codes.values.device)
+        place = torch.unravel_index(tokens, shape[:-1])
+        place = [part.repeat_interleave(codes.indices.shape[1]) for part in place]
+        where = torch.stack([*place, codes.indices.flatten()])
+        return remember(torch.sparse_coo_tensor(where, codes.values.flatten(), shape), codes)
+
+
+class FastBatchTopKTrainingSAE(Training, BatchTopKTrainingSAE):
+    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
+        return largest_of_batch(pre, int(self.activation_fn.k * len(pre)), encoder)
+
+
+class FastJumpReLUTrainingSAE(Training, JumpReLUTrainingSAE):
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cfg.jumprelu_ste_to_input:  # then latents that are not active train the encoder
+            return JumpReLUTrainingSAE.encode_with_hidden_pre(self, x)
+        return super().encode_with_hidden_pre(x)
+
+    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
+        threshold = self.threshold.to(pre.dtype)
+        found = above(pre, threshold.detach() - self.bandwidth / 2, encoder)
+        return jumprelu_codes(found, *with_thresholds(found, threshold), self.bandwidth)

@@ -1,0 +1,65 @@
+"""EleutherAI's sparsify with our ops."""
+
+import torch
+from sparsify.fused_encoder import EncoderOutput
+from sparsify.sparse_coder import ForwardOutput, SparseCoder
+from torch import Tensor
+
+from fastsae.nn.linear import autocast
+from fastsae_kernels import decode, encode_topk
+from fastsae_kernels.topk import topk_indices
+
+from .dense import entries, pre_activations
+
+
+class FastSparseCoder(SparseCoder):
+    """The pre-activations of all latents are made only for a loss that looks at them."""
+
+    exact_compat = False
+
+    def encode(self, x: Tensor) -> EncoderOutput:
+        if self.cfg.activation != "topk":
+            return super().encode(x)
+        encoder = self.encoder_of(x)
+        pre_acts = pre_activations(*encoder).relu_()
+        if self.exact_compat:
+            indices = pre_acts.topk(self.cfg.k, sorted=False).indices  # the same ones of many zeros
+            return EncoderOutput(entries(pre_acts, indices, *encoder), indices, pre_acts.detach())
+        indices = topk_indices(pre_acts, self.cfg.k)
+        return EncoderOutput(entries(pre_acts, indices, *encoder).relu(), indices, pre_acts)
+
+    def encoder_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens as the encoder sees them, its weight and its bias."""
+        centred = x if self.cfg.transcode else x - self.b_dec
+        centred, W_enc, b_enc = autocast(centred, self.encoder.weight, self.encoder.bias)
+        return centred, W_enc, b_enc
+
+    def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        assert self.W_dec is not None, "this SparseCoder was made without a decoder"
+        return decode(top_acts.to(self.dtype), top_indices, self.W_dec) + self.b_dec
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        dead_mask: Tensor | None = None,
+        total_variance: Tensor | None = None,
+    ) -> ForwardOutput:
+        dead = dead_mask is not None and bool(dead_mask.any())
+        if dead or self.cfg.multi_topk or self.cfg.activation != "topk":
+            return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)
+        low = torch.cuda.is_bf16_supported()  # as sparsify decides, on a GPU
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            if self.exact_compat:
+                values, indices, _ = self.encode(x)
+            else:
+                values, indices = encode_topk(*self.encoder_of(x), self.cfg.k)
+            y = x if y is None else y
+            recon = self.decode(values, indices)
+            if self.W_skip is not None:
+                recon = recon + x.to(self.dtype) @ self.W_skip.mT
+            if total_variance is None:
+                total_variance = (y - y.mean(0)).square().sum()
+            fvu, none = (y - recon).square().sum() / total_variance, recon.new_zeros(())
+        return ForwardOutput(recon, values, indices, fvu, none, none)

@@ -1,0 +1,131 @@
+"""SAEs of the installed libraries that `accelerate` knows, in float64, with a loss for each."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .peers import D_IN, D_SAE, K, dictionary_learning, randomised, sae_lens, sparsify
+
+
+class Kind(NamedTuple):
+    """How a library makes a module, and what it trains on: the loss of x, with dead latents."""
+
+    make: Callable[[], Any]
+    loss: Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def dead_latents() -> Tensor:
+    return torch.arange(D_SAE) % 3 == 0
+
+
+def coder(**settings: Any) -> Kind:
+    def make() -> Any:
+        library = sparsify()
+        config = library.SparseCoderConfig(num_latents=D_SAE, k=K, **settings)
+        return randomised(library.SparseCoder(D_IN, config)).double()
+
+    def loss(sae: Any, x: Tensor, dead: Tensor) -> Tensor:
+        out = sae(x, y=x.flip(1) if sae.cfg.transcode else None, dead_mask=dead)
+        return out.fvu + out.auxk_loss / 32 + out.multi_topk_fvu / 8
+
+    return Kind(make, loss)
+
+
+def lens(name: str, training: bool = False, **settings: Any) -> Kind:
+    def make() -> Any:
+        saes = sae_lens()
+        full = f"{name}TrainingSAE" if training else f"{name}SAE"
+        config = getattr(saes, f"{full}Config")(d_in=D_IN, d_sae=D_SAE, dtype="float64", **settings)
+        return randomised(getattr(saes, full)(config))
+
+    def loss(sae: Any, x: Tensor, dead: Tensor) -> Tensor:
+        if not training:
+            return (sae(x) - x).square().sum()
+        inputs = sae_lens().sae.TrainStepInput(
+            sae_in=x,
+            coefficients={"l0": 0.3},
+            dead_neuron_mask=dead,
+            n_training_steps=1,
+            is_logging_step=False,
+        )
+        return sae.training_forward_pass(inputs).loss
+
+    return Kind(make, loss)
+
+
+def dictionary(module: str, name: str, *arguments: Any) -> Kind:
+    """A JumpReLU is trained as any module is; the others as their trainers do."""
+
+    def make() -> Any:
+        sae = getattr(dictionary_learning(module), name)(D_IN, D_SAE, *arguments)
+        return randomised(sae).double()
+
+    def loss(sae: Any, x: Tensor, dead: Tensor) -> Tensor:
+        if name == "JumpReluAutoEncoder":
+            return (sae(x) - x).square().sum()
+        topk = {"return_topk": True} if name == "AutoEncoderTopK" else {"return_active": True}
+        f, *_, post = sae.encode(x, use_threshold=False, **topk)
+        error = x - sae.decode(f)
+        largest = post.where(dead, -torch.inf).topk(3)
+        aux = torch.zeros_like(post).scatter(1, largest.indices, largest.values)
+        return error.square().mean() + (sae.decoder(aux) - error.detach()).square().mean() / 32
+
+    return Kind(make, loss)
+
+
+TOPK, BATCHTOPK = "trainers.top_k", "trainers.batch_top_k"
+KINDS = {
+    "sparsify": coder(),
+    "sparsify, multi-k": coder(multi_topk=True),
+    "sparsify transcoder": coder(transcode=True, skip_connection=True),
+    "sparsify groupmax": coder(activation="groupmax"),
+    "sae_lens topk": lens("TopK", k=K),
+    "sae_lens topk, not centred": lens("TopK", k=K, apply_b_dec_to_input=False),
+    "sae_lens topk by norm": lens("TopK", k=K, rescale_acts_by_decoder_norm=True),
+    "sae_lens topk, layer norm": lens("TopK", k=K, normalize_activations="layer_norm"),
+    "sae_lens jumprelu": lens("JumpReLU"),
+    "sae_lens topk training": lens("TopK", True, k=K),
+    "sae_lens topk training, sparse": lens("TopK", True, k=K, use_sparse_activations=True),
+    "sae_lens topk training, plain": lens("TopK", True, k=K, rescale_acts_by_decoder_norm=False),
+    "sae_lens batchtopk training": lens("BatchTopK", True, k=K + 0.5),
+    "sae_lens jumprelu training": lens("JumpReLU", True, jumprelu_bandwidth=0.5),
+    "sae_lens jumprelu training, wide": lens("JumpReLU", True, jumprelu_bandwidth=3.0),
+    "sae_lens jumprelu training, to inputs": lens(
+        "JumpReLU", True, jumprelu_bandwidth=0.5, jumprelu_ste_to_input=True
+    ),
+    "sae_lens jumprelu training, tanh": lens(
+        "JumpReLU", True, jumprelu_sparsity_loss_mode="tanh", pre_act_loss_coefficient=0.1
+    ),
+    "dictionary_learning topk": dictionary(TOPK, "AutoEncoderTopK", K),
+    "dictionary_learning batchtopk": dictionary(BATCHTOPK, "BatchTopKSAE", K),
+    "dictionary_learning jumprelu": dictionary("dictionary", "JumpReluAutoEncoder"),
+}
+
+
+def recon_and_codes(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of any of them, dense."""
+    found, out = sae.encode(x), sae(x)
+    if hasattr(found, "top_acts"):  # sparsify
+        dense = found.top_acts.new_zeros(len(x), D_SAE)
+        return out.sae_out, dense.scatter(1, found.top_indices, found.top_acts)
+    return out, found.to_dense() if found.is_sparse else found
+
+
+def with_true_gradients(sae: Any) -> Any:
+    """The module itself, but for sparsify's, whose encoder is written plainly, and for sparse
+    tensors, through which SAELens has no backward pass."""
+    if type(sae).__name__ == "TopKTrainingSAE":
+        sae.activation_fn.use_sparse_activations = False
+    if type(sae).__name__ != "SparseCoder":
+        return sae
+    output = type(sae.encode(torch.zeros(1, D_IN, dtype=torch.float64)))
+
+    def encode(x: Tensor) -> Any:
+        post = sae.encoder(x if sae.cfg.transcode else x - sae.b_dec).relu()
+        top = post.topk(K, sorted=False)
+        return output(top.values, top.indices, post)
+
+    sae.encode = encode
+    return sae

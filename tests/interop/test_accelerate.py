@@ -1,0 +1,172 @@
+"""Accelerated modules of the installed libraries against the same modules as they were."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import fastsae
+from fastsae.dropin import KNOWN
+
+from .accelerated import KINDS, dead_latents, recon_and_codes, with_true_gradients
+from .peers import D_IN
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
+
+EXACT = [name for name in KINDS if name != "sparsify groupmax"]
+TOKENS = [1, 33, 257]
+
+
+def tokens(N: int) -> torch.Tensor:
+    return torch.randn(N, D_IN, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("N", TOKENS)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_same_outputs(name, N):
+    theirs, x = KINDS[name].make(), tokens(N)
+    ours = copy.deepcopy(theirs)
+    assert fastsae.accelerate(ours) is ours
+    expected = recon_and_codes(theirs, x)
+    assert expected[0].std() > 0.1
+    assert_close(recon_and_codes(ours, x), expected)
+    with torch.inference_mode():
+        assert_close(recon_and_codes(ours, x), expected)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("N", TOKENS[1:])
+@pytest.mark.parametrize("name", EXACT)
+def test_the_same_loss_and_true_gradients(name, N, dead):
+    theirs, x = KINDS[name].make(), tokens(N).requires_grad_()
+    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    mask = dead_latents() & torch.tensor(dead)
+    if not dead and "dictionary" in name:
+        pytest.skip("without dead latents, its loss has no largest of them")
+    losses = [KINDS[name].loss(sae, x, mask) for sae in (ours, with_true_gradients(theirs))]
+    assert_close(*losses)
+    got, expected = (
+        torch.autograd.grad(loss, [x, *sae.parameters()], materialize_grads=True, allow_unused=True)
+        for loss, sae in zip(losses, (ours, theirs), strict=True)
+    )
+    assert all(g.abs().max() > 0 for g in expected[1:3])
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("name", [name for name in EXACT if "sparsify" in name])
+def test_exact_compat_has_the_gradients_of_sparsify(name, dead):
+    theirs, x = KINDS[name].make(), tokens(33).requires_grad_()
+    theirs.encoder.bias.data -= 2.5  # so that latents below 0 are chosen
+    ours = fastsae.accelerate(copy.deepcopy(theirs), exact_compat=True)
+    mask = dead_latents() & torch.tensor(dead)
+    got, expected = (
+        torch.autograd.grad(KINDS[name].loss(sae, x, mask), [x, *sae.parameters()])
+        for sae in (ours, theirs)
+    )
+    assert_close(got, expected)
+    fastsae.accelerate(ours)
+    loss = KINDS[name].loss(ours, x, mask)
+    assert not torch.allclose(torch.autograd.grad(loss, x)[0], expected[0])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_the_same_object(name):
+    module = KINDS[name].make()
+    kind, state = type(module), copy.deepcopy(module.state_dict())
+    parameters = [*module.parameters()]
+    fastsae.accelerate(module)
+    assert isinstance(module, kind) and type(module) is not kind
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+    assert_close(dict(module.state_dict()), dict(state), rtol=0, atol=0)
+    assert type(fastsae.accelerate(module)).__bases__[-1] is kind
+    x = tokens(5)
+    twins = [copy.deepcopy(module)]
+    if "sae_lens" not in name:  # which cannot be pickled
+        twins.append(pickle.loads(pickle.dumps(module)))
+    for twin in twins:
+        assert type(twin) is type(module)
+        assert_close(recon_and_codes(twin, x), recon_and_codes(module, x), rtol=0, atol=0)
+    assert fastsae.restore(module) is module
+    assert type(module) is kind and "exact_compat" not in vars(module)
+    with pytest.raises(ValueError, match="restore wants a module that was accelerated"):
+        fastsae.restore(module)
+
+
+JUMPRELU = "dictionary_learning jumprelu"
+WITH_HOOKS = {  # the submodules that people hook
+    "sae_lens": ["hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"],
+    "dictionary_learning": ["encoder", "decoder"],
+}
+
+
+@pytest.mark.parametrize(
+    "name, hooked",
+    [(n, h) for n in KINDS if n != JUMPRELU for h in WITH_HOOKS.get(n.split()[0], [])],
+)
+def test_hooks_see_and_change_what_they_did(name, hooked):
+    theirs, x = KINDS[name].make(), tokens(33)
+    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    found = []
+    for sae in (theirs, ours):
+        seen = []
+
+        def overwrite(_, inputs, output, seen=seen):
+            seen.append(output.to_dense().clone() if output.is_sparse else output.clone())
+            output = output.to_dense() if output.is_sparse else output
+            output[..., 3] = 2  # in place
+            return output
+
+        sae.get_submodule(hooked).register_forward_hook(overwrite)
+        found.append([recon_and_codes(sae, x), *seen])
+    assert len(found[0]) > 1
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "sparsify" not in name])
+def test_codes_that_were_written_into_are_decoded_as_they_are(name):
+    theirs, x = KINDS[name].make(), tokens(33)
+    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    found = []
+    with torch.no_grad():
+        for sae in (theirs, ours):
+            codes = sae.encode(x)
+            codes = codes.to_dense() if codes.is_sparse else codes
+            codes[:, 7] = 3
+            found.append(sae.decode(codes))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("name", [n for n in KINDS if "sae_lens" in n or n.endswith(" topk")])
+def test_tokens_in_sequences(name):
+    theirs, x = KINDS[name].make(), tokens(24).view(2, 3, 4, D_IN)
+    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    if "layer norm" in name or "sparsify" in name:
+        x = x.flatten(0, 2)
+    assert_close(recon_and_codes(ours, x), recon_and_codes(theirs, x))
+
+
+def test_in_bfloat16():
+    kind = KINDS["dictionary_learning topk"]
+    theirs, x = kind.make().bfloat16(), tokens(33).bfloat16()
+    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    recon, codes = recon_and_codes(ours, x)
+    assert recon.dtype == codes.dtype == torch.bfloat16
+    assert_close((recon, codes), recon_and_codes(theirs, x))
+
+
+def test_what_is_not_known_is_named():
+    with pytest.raises(ValueError) as error:
+        fastsae.accelerate(nn.Linear(2, 3))
+    assert "got torch's Linear" in str(error.value)
+    assert all(name in str(error.value) for names in KNOWN.values() for name in names)
+
+
+def test_exact_compat_where_gradients_are_true():
+    module = KINDS["dictionary_learning topk"].make()
+    with pytest.raises(ValueError, match="the gradients of AutoEncoderTopK are true"):
+        fastsae.accelerate(module, exact_compat=True)
+    assert type(module).__name__ == "AutoEncoderTopK"

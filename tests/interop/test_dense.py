@@ -1,0 +1,85 @@
+"""Dense tensors with codes behind them, against plain dense autograd."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn.functional import linear
+
+from fastsae.codes import Codes
+from fastsae.dropin.dense import (
+    above,
+    codes_behind,
+    entries,
+    largest_of_batch,
+    pre_activations,
+    written_out,
+)
+from fastsae_kernels.testing import assert_no_worse
+
+N, D, F = 9, 5, 24
+
+
+def encoder(dtype=torch.float64):
+    shapes = (N, D), (F, D), (F,)
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("latents", [range(0), range(3, 5), range(F)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pre_activations(latents, dtype):
+    def some_of(op):
+        return lambda *arguments: op(*arguments)[:, list(latents)]
+
+    assert_no_worse(some_of(pre_activations), some_of(linear), *encoder(dtype))
+
+
+def test_pre_activations_are_whole():
+    assert_no_worse(pre_activations, linear, *encoder(torch.float32))
+
+
+def test_entries():
+    x, W, b = encoder()
+    indices = torch.randint(F, (N, 4))
+    expected = linear(x, W, b).gather(1, indices)
+    assert torch.equal(entries(linear(x, W, b), indices, x, W, b), expected)
+    assert gradcheck(lambda *e: entries(linear(*e), indices, *e), (x, W, b))
+
+
+@pytest.mark.parametrize("total", [0, 1, 30, N * F])
+def test_largest_of_batch(total):
+    x, W, b = encoder()
+    pre = linear(x, W, b)
+    dense = largest_of_batch(pre, total, (x, W, b)).to_dense()
+    least = pre.flatten().sort(descending=True).values[max(total - 1, 0)].clamp(min=0)
+    expected = pre * ((pre >= least) & (pre > 0) & (total > 0))
+    assert torch.equal(dense, expected)
+    g = torch.randn_like(dense)
+    got, wanted = (torch.autograd.grad(d, (x, W, b), g) for d in (dense, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("threshold", [-10.0, 2.0, 100.0])
+def test_above(threshold):
+    arguments = encoder()
+
+    def sparse(*encoder):
+        pre = pre_activations(*encoder)
+        found = above(pre, torch.full((F,), threshold, dtype=pre.dtype), encoder)
+        return found.codes(found.pre).to_dense()
+
+    def dense(*encoder):
+        pre = linear(*encoder)
+        return pre * (pre > threshold)
+
+    assert_no_worse(sparse, dense, *arguments)
+
+
+def test_a_dense_tensor_knows_its_codes_until_it_is_written_into():
+    codes = Codes(torch.rand(6, 2) + 1, torch.tensor([[1, 3]] * 6), F)
+    dense = written_out(codes, (2, 3, F))
+    assert dense.shape == (2, 3, F) and codes_behind(dense) is codes
+    assert codes_behind(dense.clone()) is None and codes_behind(dense.detach()) is None
+    dense[0, 0, 0] = 1
+    assert codes_behind(dense) is None
+    with torch.inference_mode():
+        assert codes_behind(written_out(codes, (6, F))) is None
