@@ -37,9 +37,10 @@ def accelerate(module: Module, *, exact_compat: bool = False) -> Module:
     the same object, which computes the same outputs, up to rounding and the order of equals, and
     works with its library's trainer. `restore` undoes it.
 
-    Gradients are those of what is computed. sparsify's own differ: its aux-k and multi-k losses
-    give the encoder none, and a latent that was chosen with a pre-activation below 0, and so is 0,
-    still gets one. With `exact_compat` these stay as they are in sparsify.
+    Gradients of parameters and inputs are those of what is computed; the dense activations that a
+    training pass returns are no longer on their way. sparsify's own differ: its aux-k and multi-k
+    losses give the encoder none, and a latent that was chosen with a pre-activation below 0, and
+    so is 0, still gets one. With `exact_compat` these stay as they are in sparsify.
 
     ValueError for another module, with a list of those that are known, and for exact_compat where
     the library's gradients are right.

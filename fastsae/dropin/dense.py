@@ -4,8 +4,6 @@ Their encoders return pre-activations and codes of all latents, [N, d_sae]. Whoe
 sees them; gradients and decoders go by the few entries that count.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -105,8 +103,10 @@ def above(
 
 
 def written_out(codes: Codes, shape: tuple[int, ...]) -> Tensor:
-    """The codes as a dense tensor of that shape, which remembers them."""
-    return remember(codes.to_dense().view(shape), codes)
+    """The codes as a dense tensor of that shape, for people: it remembers them only if it has no
+    gradient, for they may ask for that of all latents."""
+    dense = codes.to_dense().view(shape)
+    return dense if dense.requires_grad else remember(dense, codes)
 
 
 def remember(dense: Tensor, codes: Codes) -> Tensor:
@@ -122,7 +122,7 @@ def codes_behind(dense: Tensor) -> Codes | None:
     return codes if codes is not None and dense._version == version else None
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether someone looks at what goes through a module, or changes it."""
-    hooks: list[Any] = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
-    return any(hooks)
+def hooked(*modules: nn.Module) -> bool:
+    """Whether someone looks at what goes through one of the modules, or changes it."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, name) for module in modules for name in names)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from dictionary_learning.dictionary import JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
@@ -18,6 +19,7 @@ from .dense import (
     hooked,
     largest_of_batch,
     pre_activations,
+    remember,
     written_out,
 )
 
@@ -27,64 +29,95 @@ def encoder_of(sae: AutoEncoderTopK | BatchTopKSAE, x: Tensor) -> tuple[Tensor, 
     return (x - sae.b_dec).reshape(-1, x.shape[-1]), sae.encoder.weight, sae.encoder.bias
 
 
-def decoded(sae: AutoEncoderTopK | BatchTopKSAE, f: Tensor) -> Tensor | None:
-    """The reconstruction, where the codes behind f are known and no hook looks at them."""
-    codes = codes_behind(f)
-    if codes is None or hooked(sae.decoder):
-        return None
-    return (codes.decode(sae.decoder.weight.T) + sae.b_dec).view(*f.shape[:-1], -1)
+def decode_codes(sae: AutoEncoderTopK | BatchTopKSAE, codes: Codes, shape: torch.Size) -> Tensor:
+    """Decode codes of tokens or activations of that shape."""
+    return (codes.decode(sae.decoder.weight.T) + sae.b_dec).view(*shape[:-1], -1)
+
+
+def decoded(sae: AutoEncoderTopK | BatchTopKSAE, f: Tensor) -> Tensor:
+    """Decode activations, by the codes behind them where those are known."""
+    codes = None if hooked(sae.decoder) else codes_behind(f)
+    return sae.decoder(f) + sae.b_dec if codes is None else decode_codes(sae, codes, f.shape)
 
 
 class FastAutoEncoderTopK(AutoEncoderTopK):
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         if use_threshold or hooked(self.encoder):
             return super().encode(x, return_topk, use_threshold)
-        encoder, k, shape = encoder_of(self, x), int(self.k), (*x.shape[:-1], self.dict_size)
+        shape = *x.shape[:-1], self.dict_size
         if not return_topk:
-            return written_out(Codes(*encode_topk(*encoder, k), self.dict_size), shape)
+            return written_out(self.codes(x), shape)
+        encoder, k = encoder_of(self, x), int(self.k)
         post = pre_activations(*encoder).relu_()
         indices = topk_indices(post, k)
-        values = entries(post, indices, *encoder).relu()
-        dense = written_out(Codes(values, indices, self.dict_size), shape)
-        top = (part.view(*shape[:-1], k) for part in (values, indices))
+        codes = Codes(entries(post, indices, *encoder).relu(), indices, self.dict_size)
+        dense = remember(written_out(codes, shape), codes)  # in training
+        top = (part.view(*shape[:-1], k) for part in codes[:2])
         return dense, *top, post.view(shape)
 
+    def codes(self, x: Tensor) -> Codes:
+        return Codes(*encode_topk(*encoder_of(self, x), int(self.k)), self.dict_size)
+
     def decode(self, x: Tensor) -> Tensor:
-        recon = decoded(self, x)
-        return super().decode(x) if recon is None else recon
+        return decoded(self, x)
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Any:
+        if output_features or hooked(self.encoder, self.decoder):
+            return super().forward(x, output_features)
+        return decode_codes(self, self.codes(x), x.shape)
 
 
 class FastBatchTopKSAE(BatchTopKSAE):
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         # the largest of a batch are chosen for k x.size(0) tokens, whatever its other dimensions
-        if hooked(self.encoder) or (use_threshold and return_active) or x.dim() != 2:
+        if hooked(self.encoder) or use_threshold == return_active or x.dim() != 2:
             return super().encode(x, return_active, use_threshold)
-        encoder, shape = encoder_of(self, x), (len(x), self.dict_size)
+        shape = *x.shape[:-1], self.dict_size
         if use_threshold:
-            found = Candidates.above(*encoder, self.threshold.clamp(min=0).expand(self.dict_size))
-            return written_out(found.codes(found.pre), shape)
+            return written_out(self.codes(x), shape)
+        encoder = encoder_of(self, x)
         post = pre_activations(*encoder).relu_()
-        dense = written_out(largest_of_batch(post, int(self.k) * len(x), encoder), shape)
-        return (dense, dense.sum(0) > 0, post) if return_active else dense
+        codes = largest_of_batch(post, int(self.k) * len(x), encoder)
+        dense = remember(written_out(codes, shape), codes)  # in training
+        return dense, dense.sum(0) > 0, post
+
+    def codes(self, x: Tensor) -> Codes:
+        """Those above the threshold, which is below 0 before it is known."""
+        threshold = self.threshold.clamp(min=0).expand(self.dict_size)
+        found = Candidates.above(*encoder_of(self, x), threshold)
+        return found.codes(found.pre)
 
     def decode(self, x: Tensor) -> Tensor:
-        recon = decoded(self, x)
-        return super().decode(x) if recon is None else recon
+        return decoded(self, x)
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Any:
+        if output_features or hooked(self.encoder, self.decoder):
+            return super().forward(x, output_features)
+        return decode_codes(self, self.codes(x), x.shape)
 
 
 class FastJumpReluAutoEncoder(JumpReluAutoEncoder):
-    """Its trainer computes pre-activations and JumpReLU itself: only what it decodes is here."""
+    """Its trainer computes the pre-activations and JumpReLU itself, and dense: it gains nothing."""
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
         if output_pre_jump:
             return super().encode(x, output_pre_jump)
+        return written_out(self.codes(x), (*x.shape[:-1], self.dict_size))
+
+    def codes(self, x: Tensor) -> Codes:
         seen = x - self.b_dec if self.apply_b_dec_to_input else x
-        seen = seen.reshape(-1, self.activation_dim)
-        found = Candidates.above(seen, self.W_enc.T, self.b_enc, self.threshold.clamp(min=0))
-        return written_out(found.codes(found.pre), (*x.shape[:-1], self.dict_size))
+        seen, threshold = seen.reshape(-1, self.activation_dim), self.threshold.clamp(min=0)
+        found = Candidates.above(seen, self.W_enc.T, self.b_enc, threshold)
+        return found.codes(found.pre)
 
     def decode(self, f: Tensor) -> Tensor:
         codes = codes_behind(f)
-        if codes is None:
-            return super().decode(f)
-        return (codes.decode(self.W_dec) + self.b_dec).view(*f.shape[:-1], -1)
+        return super().decode(f) if codes is None else self.decode_codes(codes, f.shape)
+
+    def decode_codes(self, codes: Codes, shape: torch.Size) -> Tensor:
+        return (codes.decode(self.W_dec) + self.b_dec).view(*shape[:-1], -1)
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Any:
+        if output_features:
+            return super().forward(x, output_features)
+        return self.decode_codes(self.codes(x), x.shape)

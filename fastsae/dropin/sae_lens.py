@@ -30,21 +30,32 @@ Encoder = tuple[Tensor, Tensor, Tensor]
 
 
 class Ends:
-    """What all of the classes share. Where a hook looks at pre-activations, they encode as ever."""
+    """What all of the classes share."""
 
     cfg: Any
     d_head: Any
+    use_error_term: bool
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
     activation_fn: Any
+    hook_dict: dict[str, Any]
     hook_sae_acts_pre: Any
     hook_sae_acts_post: Any
     hook_sae_recons: Any
     process_sae_in: Any
     run_time_activation_norm_fn_out: Any
     reshape_fn_out: Any
+
+    def codes(self, encoder: Encoder) -> Codes:
+        """The codes of the tokens, with sparse gradients."""
+        raise NotImplementedError
+
+    @property
+    def as_ever(self) -> bool:
+        """Whether to encode as SAELens does: a hook looks at the pre-activations."""
+        return hooked(self.hook_sae_acts_pre)
 
     @property
     def by_norm(self) -> bool:
@@ -61,84 +72,99 @@ class Ends:
         shape = *seen.shape[:-1], len(W_enc)
         return (seen.reshape(-1, seen.shape[-1]), W_enc, b_enc), shape
 
+    def encode(self, x: Tensor) -> Tensor:
+        if self.as_ever:
+            return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
+        encoder, shape = self.encoder_of(x)
+        return self.hook_sae_acts_post(self.written(self.codes(encoder), shape))
+
+    def written(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+        """The codes as the library has them."""
+        return written_out(codes, shape)
+
     def decode(self, feature_acts: Tensor) -> Tensor:
         codes = codes_behind(feature_acts)
         if codes is None:
             return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.decode_codes(codes, feature_acts.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.as_ever or self.use_error_term or hooked(*self.hook_dict.values()):
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        encoder, shape = self.encoder_of(x)
+        return self.decode_codes(self.codes(encoder), shape)
+
+    def decode_codes(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+        """Decode codes of activations of that shape."""
         if self.by_norm:
             ones, norm = self.W_dec.new_ones(len(codes.values), 1), self.W_dec.norm(dim=-1)
             scale = gather_dot(ones, codes.indices, 1 / norm[:, None])
             codes = codes._replace(values=codes.values * scale)
-        recon = (codes.decode(self.W_dec) + self.b_dec).view(*feature_acts.shape[:-1], -1)
+        recon = (codes.decode(self.W_dec) + self.b_dec).view(*shape[:-1], -1)
         recon = self.run_time_activation_norm_fn_out(self.hook_sae_recons(recon))
         return self.reshape_fn_out(recon, self.d_head)
 
 
 class FastTopKSAE(Ends, TopKSAE):
-    def encode(self, x: Tensor) -> Tensor:
-        if hooked(self.hook_sae_acts_pre):
-            return super().encode(x)
-        encoder, shape = self.encoder_of(x)
-        codes = Codes(*encode_topk(*encoder, self.activation_fn.k), shape[-1])
-        return self.hook_sae_acts_post(written_out(codes, shape))
+    def codes(self, encoder: Encoder) -> Codes:
+        return Codes(*encode_topk(*encoder, self.activation_fn.k), self.cfg.d_sae)
 
 
 class FastJumpReLUSAE(Ends, JumpReLUSAE):
-    def encode(self, x: Tensor) -> Tensor:
-        if hooked(self.hook_sae_acts_pre):
-            return super().encode(x)
-        encoder, shape = self.encoder_of(x)
+    def codes(self, encoder: Encoder) -> Codes:
         found = Candidates.above(*encoder, self.threshold.clamp(min=0))
-        return self.hook_sae_acts_post(written_out(found.codes(found.pre), shape))
+        return found.codes(found.pre)
 
 
 class Training(Ends):
-    """What trains returns the pre-activations of all latents too."""
+    """What trains makes the pre-activations of all latents too."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if hooked(self.hook_sae_acts_pre):
+        if self.as_ever:
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAttributeAccessIssue]
         encoder, shape = self.encoder_of(x)
         pre = pre_activations(*encoder)
-        acts = self.hook_sae_acts_post(self.write(self.codes_of(pre, encoder), shape))
-        return acts, pre.view(shape)
+        codes = self.codes_among(pre, encoder)
+        acts = self.written(codes, shape)
+        if not hooked(self.hook_sae_acts_post):  # then nobody can ask for their gradient
+            remember(acts, codes)
+        return self.hook_sae_acts_post(acts), pre.view(shape)
 
-    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
-        """The codes among the pre-activations, with sparse gradients."""
+    def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
+        """The codes, given all pre-activations."""
         raise NotImplementedError
 
-    def write(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
-        """The codes as the library has them."""
-        return written_out(codes, shape)
+    def codes(self, encoder: Encoder) -> Codes:
+        return self.codes_among(pre_activations(*encoder), encoder)
 
 
 class FastTopKTrainingSAE(Training, TopKTrainingSAE):
-    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
+    def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         indices = topk_indices(pre, self.activation_fn.k)
         return Codes(entries(pre, indices, *encoder).relu(), indices, pre.shape[1])
 
-    def write(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+    def written(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
         if not self.activation_fn.use_sparse_activations:
             return written_out(codes, shape)
         tokens = torch.arange(len(codes.values), device=codes.values.device)
         place = torch.unravel_index(tokens, shape[:-1])
         place = [part.repeat_interleave(codes.indices.shape[1]) for part in place]
         where = torch.stack([*place, codes.indices.flatten()])
-        return remember(torch.sparse_coo_tensor(where, codes.values.flatten(), shape), codes)
+        return torch.sparse_coo_tensor(where, codes.values.flatten(), shape)
 
 
 class FastBatchTopKTrainingSAE(Training, BatchTopKTrainingSAE):
-    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
+    def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         return largest_of_batch(pre, int(self.activation_fn.k * len(pre)), encoder)
 
 
 class FastJumpReLUTrainingSAE(Training, JumpReLUTrainingSAE):
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cfg.jumprelu_ste_to_input:  # then latents that are not active train the encoder
-            return JumpReLUTrainingSAE.encode_with_hidden_pre(self, x)
-        return super().encode_with_hidden_pre(x)
+    @property
+    def as_ever(self) -> bool:
+        """Also where latents that are not active train the encoder."""
+        return super().as_ever or self.cfg.jumprelu_ste_to_input
 
-    def codes_of(self, pre: Tensor, encoder: Encoder) -> Codes:
+    def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         threshold = self.threshold.to(pre.dtype)
         found = above(pre, threshold.detach() - self.bandwidth / 2, encoder)
         return jumprelu_codes(found, *with_thresholds(found, threshold), self.bandwidth)

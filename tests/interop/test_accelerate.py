@@ -140,6 +140,38 @@ def test_codes_that_were_written_into_are_decoded_as_they_are(name):
     assert_close(*found)
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if "sparsify" not in name])
+def test_activations_have_the_gradient_of_every_latent(name):
+    theirs, x = KINDS[name].make(), tokens(33)
+    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    found = []
+    for sae in (theirs, ours):
+        acts = sae.encode(x)
+        if acts.is_sparse:
+            pytest.skip("SAELens has no backward pass of sparse activations")
+        found.append(torch.autograd.grad(sae.decode(acts).square().sum(), acts)[0])
+    assert (found[0] != 0).all()
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "training" in name])
+def test_hooks_see_the_gradient_of_every_latent(name):
+    if "sparse" in name:
+        pytest.skip("SAELens has no backward pass of sparse activations")
+    theirs, x = KINDS[name].make(), tokens(33)
+    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    found = []
+    for sae in (theirs, ours):
+        seen = []
+        sae.hook_sae_acts_post.register_forward_hook(
+            lambda *a, s=seen: a[2].register_hook(s.append)
+        )
+        KINDS[name].loss(sae, x, dead_latents()).backward()
+        found.append(seen)
+    assert len(found[0]) == 1
+    assert_close(*found)
+
+
 @pytest.mark.parametrize("name", [n for n in KINDS if "sae_lens" in n or n.endswith(" topk")])
 def test_tokens_in_sequences(name):
     theirs, x = KINDS[name].make(), tokens(24).view(2, 3, 4, D_IN)
