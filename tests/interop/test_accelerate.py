@@ -163,9 +163,11 @@ def test_hooks_see_the_gradient_of_every_latent(name):
     found = []
     for sae in (theirs, ours):
         seen = []
-        sae.hook_sae_acts_post.register_forward_hook(
-            lambda *a, s=seen: a[2].register_hook(s.append)
-        )
+
+        def see_gradient(_, inputs, output, seen=seen):
+            output.register_hook(seen.append)
+
+        sae.hook_sae_acts_post.register_forward_hook(see_gradient)
         KINDS[name].loss(sae, x, dead_latents()).backward()
         found.append(seen)
     assert len(found[0]) == 1
