@@ -1,9 +1,10 @@
-"""python -m bench step | quality | study | gpu"""
+"""python -m bench step | quality | peers | study | gpu"""
 
 import argparse
 import sys
 from pathlib import Path
 
+from . import peers
 from .gpu import guard
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     quality = commands.add_parser("quality", help="held-out FVU against a dense trainer")
     quality.add_argument("--steps", type=int, default=600)
     quality.add_argument("--ways", nargs="+", help="which of them, by their names in the results")
+    peers.add_arguments(commands.add_parser("peers", help="a race against other trainers of SAEs"))
     study = commands.add_parser("study", help="every method on real and planted data, with seeds")
     study.add_argument("--work", type=Path, default=Path("runs/study"), help="folder for the SAEs")
     names = ("MiniLM layer 3", "MiniLM layer 5", "planted")
@@ -34,6 +36,11 @@ def main() -> None:
         from .quality import WAYS, bench
 
         bench(arguments.steps, arguments.ways or list(WAYS))
+    elif arguments.command == "peers":
+        from .peers.race import bench, chosen
+
+        sizes, names = chosen(arguments.shapes), arguments.contenders
+        print(bench(sizes, arguments.rounds, arguments.steps, names, arguments.data))
     elif arguments.command == "study":
         from .study.plan import Scale
         from .study.run import bench

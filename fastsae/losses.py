@@ -6,11 +6,12 @@
     aux      = sum |aux codes W_dec - residual|^2 / sum |residual - mean(residual)|^2
     loss     = FVU + N penalty / sum |y - mean(y)|^2 + auxk_coef * min(n_dead / k_aux, 1) * aux
 
-The penalty is the activation's own, per token, so that its coefficient weighs it against a token's
-squared error, as papers do. With nested prefixes of the dictionary, the error is the mean of the
-prefixes' errors. With multi_k, a reconstruction from 4 k latents counts an eighth as much.
-The aux codes of a token are its k_aux best-ranked dead latents (Gao et al. 2024,
-arXiv:2406.04093, A.2). Their encoder rows are trained as well as their decoder rows.
+With layer_norm, x stands for the normalised tokens. The penalty is the activation's own, per token,
+so that its coefficient weighs it against a token's squared error, as papers do. With nested
+prefixes of the dictionary, the error is the mean of the prefixes' errors. With multi_k, a
+reconstruction from 4 k latents counts an eighth as much. The aux codes of a token are its k_aux
+best-ranked dead latents (Gao et al. 2024, arXiv:2406.04093, A.2). Their encoder rows are trained as
+well as their decoder rows.
 """
 
 from dataclasses import dataclass

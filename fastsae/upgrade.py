@@ -166,7 +166,7 @@ def initial(
     l0 = float(scaled.encode(x).l0())
     settings, threshold = gate_of(scaled, l0)
     activation = Rational(**vars(config.function(settings)))
-    sae = SAE(teacher.d_in, teacher.d_sae, activation, by_norm=teacher.by_norm).eval()
+    sae = SAE(**teacher.shape(), activation=activation).eval()
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             sae.get_parameter(name).copy_(scaled.get_parameter(name))
@@ -212,7 +212,7 @@ def calibrated(
     ones, else all. ValueError if there are none.
     """
     weights = sae.weights()
-    found, s = activation.gated(sae.centre(x), weights.W_enc, weights.b_enc)
+    found, s = activation.gated(sae.centre(sae.tokens(x)), weights.W_enc, weights.b_enc)
     taken = found.active if activation.cfg.support == "teacher" else torch.ones_like(found.active)
     h, s, target = (
         values.expand(taken.shape)[taken]
@@ -251,6 +251,7 @@ def tuning(sae: SAE, config: UpgradeConfig) -> TrainConfig:
         "unit" if unit else "none",
         d_sae=sae.d_sae,
         by_norm=sae.by_norm,
+        layer_norm=sae.layer_norm,
         activation=sae.activation.cfg,
     )
 

@@ -49,6 +49,7 @@ RATIONAL = RationalConfig(k=K, l1_coef=0.02)
 PREFIXES = 8, 24, D_SAE
 TRANSCODER, SKIP = {"d_out": D_OUT}, {"d_out": D_OUT, "skip": True}
 CROSSCODER, BY_NORM = {"layers": 2, "by_norm": True}, {"by_norm": True}
+LAYER_NORM = {"layer_norm": True}
 
 ARCHITECTURES = {
     "topk": Architecture(TOPK),
@@ -106,6 +107,8 @@ ARCHITECTURES = {
     "rotation by norm": Architecture(ROTATED_ALL, ends=BY_NORM),
     "jumprelu by norm": Architecture(JUMPRELU, ends=BY_NORM),
     "gated by norm": Architecture(GATED, ends=BY_NORM),
+    "layer norm": Architecture(TOPK, ends=LAYER_NORM),
+    "jumprelu by norm, layer norm": Architecture(JUMPRELU, ends={**BY_NORM, **LAYER_NORM}),
     "summed error": Architecture(TOPK, Objective(error="sse")),
     "relu, summed error": Architecture(RELU, Objective(error="sse")),
     "absolute auxk": Architecture(TOPK, Objective(auxk_error="absolute")),
@@ -286,6 +289,12 @@ def seen(sae: SAE, x: Tensor, y: Tensor, noise: Tensor | None) -> Seen:
     return Seen(centred, h - bias, h, V, sae.b_dec, left, noise)
 
 
+def normalised(x: Tensor) -> Tensor:
+    """Each token with a mean of 0 and a deviation of 1."""
+    centred = x - x.mean(1, keepdim=True)
+    return centred / (x.std(1, keepdim=True) + 1e-5)
+
+
 def variance(y: Tensor) -> Tensor:
     return (y - y.mean(0)).square().sum()
 
@@ -300,6 +309,8 @@ def dense_loss(
     noise: Tensor | None = None,
 ) -> Tensor:
     """The whole loss; y is the target, or x again."""
+    if sae.layer_norm:
+        x = y = normalised(x)
     parts, cfg, N = seen(sae, x, y, noise), sae.activation.cfg, len(x)
     z, penalty = FORMULAS[cfg.name](sae.activation, parts, progress)
 

@@ -163,6 +163,27 @@ def test_rows_of_other_norms_stay(data, teacher, tmp_path, by_norm):
         torch.testing.assert_close(norms, torch.full_like(norms, 2.0), rtol=0.05, atol=0.0)
 
 
+def test_layer_norm_stays(data, tmp_path):
+    """The rational activation is calibrated on pre-activations of normalised tokens."""
+    out, activation, optimizer = tmp_path / "teacher", TEACHERS["topk"], Optimizer(lr=5e-3)
+    teacher = TrainConfig(
+        data=data,
+        out=out,
+        d_sae=64,
+        layer_norm=True,
+        activation=activation,
+        steps=100,
+        batch_size=256,
+        optimizer=optimizer,
+    )
+    before = Trainer(teacher, ActivationShards(data)).fit()
+    config = small(data, tmp_path / "up", steps=20)
+    sae = upgrade(before, ActivationShards(data), config)
+    assert sae.layer_norm and fastsae.load(config.out / "baseline" / "sae").layer_norm
+    found = rows(config.out)
+    assert found["rational"]["fvu"] == pytest.approx(found["baseline"]["fvu"], rel=0.01)
+
+
 class Stop(Exception):
     pass
 

@@ -77,6 +77,7 @@ def assembled(
     transcodes: bool = False,
     W_skip: Tensor | None = None,
     by_norm: bool = False,
+    layer_norm: bool = False,
     own: Mapping[str, Tensor] | None = None,
 ) -> SAE:
     """An SAE in evaluation mode of these tensors, W_enc and W_dec with a row for each latent.
@@ -93,6 +94,7 @@ def assembled(
             W_dec.shape[1] if transcodes else None,
             skip=W_skip is not None,
             by_norm=by_norm,
+            layer_norm=layer_norm,
         )
     if not centres and not transcodes:
         b_enc = moved(b_enc, W_enc, b_dec)
@@ -122,10 +124,13 @@ def moved(b_enc: Tensor, W_enc: Tensor, by: Tensor) -> Tensor:
     return (b_enc.double() + W_enc.double() @ by.double()).to(b_enc.dtype)
 
 
-def plain(sae: SAE, form: str) -> SAE:
-    """A copy on the CPU, its codes those of its weights alone; ValueError for a crosscoder."""
+def plain(sae: SAE, form: str, *, layer_norm: bool = False) -> SAE:
+    """A copy on the CPU, its codes those of its weights alone; ValueError for a crosscoder, and
+    with layer_norm unless the form has that."""
     if sae.layers > 1:
         raise ValueError(f"{form} has no crosscoders")
+    if sae.layer_norm and not layer_norm:
+        raise ValueError(f"{form} has no SAEs with layer_norm")
     sae = copy.deepcopy(sae).cpu().eval()
     sae.settle_norms_()
     return sae

@@ -1,6 +1,7 @@
 """SAELens: cfg.json beside sae_weights.safetensors, W_enc with a column for each latent.
 
 A BatchTopK is saved as the JumpReLU that it is outside training, as SAELens itself does.
+With reshape_activations "hook_z", the heads of an activation are side by side here.
 """
 
 from pathlib import Path
@@ -33,6 +34,9 @@ KINDS = {
 }
 """What each architecture is here."""
 
+NORMALISATIONS = "none", "layer_norm", "expected_average_only_in", "covariance_whitening"
+"""Of tokens by the SAE, but for the last two: SAELens does those to data before they reach it."""
+
 
 def read(folder: Path) -> SAE:
     """The SAE; ValueError for a damaged file, an architecture or a normalisation we have not."""
@@ -44,9 +48,9 @@ def read(folder: Path) -> SAE:
             f"{path}: architecture must be one of {', '.join(KINDS)}, got {architecture!r}"
         )
     tensors = Tensors(folder / FILES[1], read_tensors(folder / FILES[1]))
-    if "scaling_factor" in tensors and (tensors.tensors["scaling_factor"] != 1).any():
-        raise ValueError(f"{tensors.path}: a scaling_factor that is not 1 is not supported")
     d_in, d_sae = (setting(config, name, int, path) for name in ("d_in", "d_sae"))
+    if "scaling_factor" in tensors and (tensors.take("scaling_factor", d_sae) != 1).any():
+        raise ValueError(f"{tensors.path}: a scaling_factor that is not 1 is not supported")
     transcodes, kind = "transcoder" in architecture, KINDS[architecture]
     d_out = setting(config, "d_out", int, path) if transcodes else d_in
     centres = setting(config, "apply_b_dec_to_input", bool, path, True)
@@ -65,6 +69,7 @@ def read(folder: Path) -> SAE:
         W_skip=tensors.take("W_skip", d_out, d_in) if "skip" in architecture else None,
         by_norm="topk" in kind
         and setting(config, "rescale_acts_by_decoder_norm", bool, path, False),
+        layer_norm=config.get("normalize_activations") == "layer_norm",
         own=own,
     )
     dtype = setting(config, "dtype", str, path, "float32").removeprefix("torch.")
@@ -103,13 +108,15 @@ def current(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if architecture in ("standard", "topk") and activation == "topk":
         given = config.get("activation_fn_kwargs")
         k = given.get("k") if isinstance(given, dict) else None
-        config |= {"architecture": "topk", "k": config.get("k", k)}
+        config |= {"architecture": "topk", "k": config.get("k") if k is None else k}
     elif architecture == "standard" and activation not in ("relu", None):
         raise ValueError(f"{path}: activation_fn must be relu or topk, got {activation!r}")
-    # SAELens scales data by that average before they reach the SAE, which has no part in it
     normalisation = config.get("normalize_activations")
-    if normalisation not in ("none", None, False, True, "expected_average_only_in"):
-        raise ValueError(f"{path}: normalize_activations {normalisation!r} is not supported")
+    if normalisation not in (None, False, True, *NORMALISATIONS):
+        raise ValueError(
+            f"{path}: normalize_activations must be one of {', '.join(NORMALISATIONS)}, "
+            f"got {normalisation!r}"
+        )
     return config
 
 
@@ -118,7 +125,7 @@ def write(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None) -> Non
 
     metadata: what else is known of it, by SAELens' names, such as model_name and hook_name.
     """
-    sae = plain(sae, "SAELens")
+    sae = plain(sae, "SAELens", layer_norm=True)
     if sae.d_out is not None:
         rule = expressed(sae, "a SAELens transcoder", "relu", "jumprelu", "batchtopk")
     else:
@@ -133,7 +140,7 @@ def write(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None) -> Non
         "dtype": names[sae.W_enc.dtype],
         "device": "cpu",
         "apply_b_dec_to_input": sae.d_out is None,
-        "normalize_activations": "none",
+        "normalize_activations": "layer_norm" if sae.layer_norm else "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": VERSION, **(metadata or {})},
     }

@@ -129,6 +129,7 @@ def init_from_data(
     """
     init = init or Init()
     init.check(sae)
+    x = sae.tokens(x)
     y = x if target is None else target
     sae.W_dec.copy_(directions(sae.d_sae, y, init, generator))
     sae.W_enc.copy_(sae.W_dec if target is None else directions(sae.d_sae, x, init, generator))

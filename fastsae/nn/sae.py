@@ -17,6 +17,9 @@ from .activations import activation_of
 
 FORMAT = "fastsae.sae.1"
 
+LAYER_NORM_EPS = 1e-5
+"""What is added to a token's standard deviation, as OpenAI and SAELens do."""
+
 
 class SAE(nn.Module):
     """Reconstructs activations x from a few latents of a large dictionary.
@@ -30,6 +33,9 @@ class SAE(nn.Module):
     by_norm: what the activation selects, penalises and returns is h times the norm of the latent's
     decoder row (with layers, the sum of its norms in each), as if that norm were 1 (the decoder
     divides by it): a latent then counts by what it adds to the output.
+    layer_norm: an autoencoder sees each token less its mean and divided by its standard deviation
+    (over n - 1, plus 1e-5), and its output is multiplied by that deviation and moved by that mean,
+    as in the SAEs of arXiv:2406.04093. It is trained to reconstruct the tokens as it sees them.
     """
 
     def __init__(
@@ -42,19 +48,15 @@ class SAE(nn.Module):
         skip: bool = False,
         layers: int = 1,
         by_norm: bool = False,
+        layer_norm: bool = False,
     ):
         super().__init__()
         for name, size in {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "layers": layers}.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if skip and d_out is None:
-            raise ValueError("skip needs d_out: an autoencoder with one would pass x on unseen")
-        if d_in % layers or (layers > 1 and d_out is not None):
-            raise ValueError(
-                f"layers must divide d_in = {d_in} and d_out be None, got {layers} and {d_out}"
-            )
+        check_ends(d_in, d_out, skip, layers, layer_norm)
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out
-        self.layers, self.by_norm = layers, by_norm
+        self.layers, self.by_norm, self.layer_norm = layers, by_norm, layer_norm
         activation.build(d_in, d_sae)
         self.activation = activation
         rows = normalize(torch.randn(d_sae, d_out or d_in), dim=-1)
@@ -75,13 +77,21 @@ class SAE(nn.Module):
         return self.activation.encode(self.centre(self.tokens(x)), weights.W_enc, weights.b_enc)
 
     def tokens(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
+        """x flattened by `flat`, and with layer_norm each token normalised: what is to be coded."""
+        x = self.flat(x)
+        if not self.layer_norm:
+            return x
+        mean, deviation = moments(x)
+        return (x - mean) / (deviation + LAYER_NORM_EPS)
+
+    def flat(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
         """x with its leading dimensions flattened; ValueError if the last one is not d_in."""
         if x.shape[-1] != self.d_in:
             raise ValueError(f"x must end in d_in = {self.d_in}, got shape {list(x.shape)}")
         return x.reshape(-1, self.d_in)
 
     def centre(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
-        """What the encoder's weights see."""
+        """What the encoder's weights see of tokens."""
         return x - self.b_dec if self.d_out is None else x
 
     def weights(self) -> Weights:
@@ -98,13 +108,23 @@ class SAE(nn.Module):
         return torch.linalg.vector_norm(self.W_dec.unflatten(1, (self.layers, -1)), dim=2)
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Float[Tensor, "N d_out"]:
-        """The reconstruction that codes stand for; a skip transcoder's needs the tokens x too."""
+        """The reconstruction that codes stand for; with skip and layer_norm, together with x."""
         recon = codes.decode(self.weights().W_dec) + self.b_dec
-        if self.W_skip is None:
+        if self.W_skip is None and not self.layer_norm:
             return recon
         if x is None:
-            raise ValueError("a skip transcoder decodes codes together with their tokens x")
-        return recon + self.skip(self.tokens(x))
+            kind = "an SAE with layer_norm" if self.layer_norm else "a skip transcoder"
+            raise ValueError(f"{kind} decodes codes together with their tokens x")
+        return self.output(recon, self.flat(x))
+
+    def output(
+        self, recon: Float[Tensor, "N d_out"], x: Float[Tensor, "N d_in"]
+    ) -> Float[Tensor, "N d_out"]:
+        """What becomes of the reconstruction that codes and b_dec make, for x as it came."""
+        if self.layer_norm:
+            mean, deviation = moments(x)
+            return recon * deviation + mean
+        return recon + self.skip(x)
 
     def skip(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_out"] | float:
         """What reaches the output beside the codes."""
@@ -112,9 +132,9 @@ class SAE(nn.Module):
 
     def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "N d_out"], Codes]:
         """The output for x with the codes it was decoded from, in one differentiable op."""
-        x = self.tokens(x)
-        recon, codes = self.activation.reconstruct(self.centre(x), self.weights())
-        return recon + self.skip(x), codes
+        seen = self.centre(self.tokens(x))
+        recon, codes = self.activation.reconstruct(seen, self.weights())
+        return self.output(recon, self.flat(x)), codes
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         recon, _ = self.reconstruct(x)
@@ -125,8 +145,11 @@ class SAE(nn.Module):
         """Turn an SAE of scale * x into one of x, whose codes are 1 / scale as large.
 
         A transcoder's output was out * y and becomes y; else `out` is the same scale. A transcoder
-        by_norm becomes one that is not.
+        by_norm becomes one that is not. With layer_norm nothing changes, codes neither: each token
+        is divided by its own deviation, and the 1e-5 in it is not scaled.
         """
+        if self.layer_norm:
+            return self
         out = scale if out is None else out
         if out != scale:
             self.settle_norms_()
@@ -141,7 +164,12 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold_columns_(self, factors: Float[Tensor, " d_in"]) -> "SAE":
-        """Turn an autoencoder of factors * x into one of x, with the same codes, not by_norm."""
+        """Turn an autoencoder of factors * x into one of x, with the same codes, not by_norm.
+
+        ValueError with layer_norm: factors change what a token's mean and deviation are.
+        """
+        if self.layer_norm:
+            raise ValueError("an SAE with layer_norm cannot take on factors of single columns")
         self.settle_norms_()
         self.W_enc.mul_(factors)
         self.W_dec.div_(factors)
@@ -170,12 +198,35 @@ class SAE(nn.Module):
         """The arguments that it was built with, but for the activation."""
         ends = {"d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.d_out}
         skip = self.W_skip is not None
-        return {**ends, "skip": skip, "layers": self.layers, "by_norm": self.by_norm}
+        kept = {"layers": self.layers, "by_norm": self.by_norm, "layer_norm": self.layer_norm}
+        return {**ends, "skip": skip, **kept}
 
     def extra_repr(self) -> str:
         shown = {"d_in": self.d_in, "d_sae": self.d_sae}
-        special = {n: v for n, v in self.shape().items() if v not in (None, False, 1)}
+        special = {n: v for n, v in self.shape().items() if v is True or v not in (None, False, 1)}
         return ", ".join(f"{name}={value}" for name, value in (shown | special).items())
+
+
+def check_ends(d_in: int, d_out: int | None, skip: bool, layers: int, layer_norm: bool) -> None:
+    """ValueError for ends that do not go together."""
+    if skip and d_out is None:
+        raise ValueError("skip needs d_out: an autoencoder with one would pass x on unseen")
+    if d_in % layers or (layers > 1 and d_out is not None):
+        raise ValueError(
+            f"layers must divide d_in = {d_in} and d_out be None, got {layers} and {d_out}"
+        )
+    if layer_norm and (d_out is not None or layers > 1 or d_in < 2):
+        raise ValueError(
+            "layer_norm needs an autoencoder with one layer and a d_in of at least 2, "
+            f"got d_out = {d_out}, layers = {layers} and d_in = {d_in}"
+        )
+
+
+def moments(x: Float[Tensor, "N d_in"]) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N 1"]]:
+    """The mean of each token's entries and their standard deviation, also of no tokens at all."""
+    mean = x.mean(1, keepdim=True)
+    norm = torch.linalg.vector_norm(x - mean, dim=1, keepdim=True)
+    return mean, norm / (x.shape[1] - 1) ** 0.5
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
@@ -187,10 +238,12 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
     config = read_json(directory / "config.json")
     if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
         raise ValueError(f"{directory / 'config.json'} is not the config of a {FORMAT} file")
-    arguments = {"d_in", "d_sae", "d_out", "skip", "layers", "by_norm", "activation"}
+    config = {"layer_norm": False, **config}  # which older files do not name
+    arguments = {"d_in", "d_sae", "d_out", "skip", "layers", "by_norm", "layer_norm", "activation"}
     if unknown := config.keys() ^ arguments:
         raise ValueError(f"{directory / 'config.json'}: unknown or missing {sorted(unknown)}")
-    kinds = {"d_out": (int, type(None)), "skip": (bool,), "by_norm": (bool,)}
+    kinds: dict[str, tuple[type, ...]] = {"d_out": (int, type(None))}
+    kinds |= dict.fromkeys(("skip", "by_norm", "layer_norm"), (bool,))
     for name in arguments - {"activation"}:
         if type(config[name]) not in kinds.get(name, (int,)):
             raise ValueError(f"{directory / 'config.json'}: {name} cannot be {config[name]!r}")

@@ -43,6 +43,10 @@ class TrainConfig:
     """Choose and penalise latents by their value times the norm of their decoder row, which another
     constraint than unit must leave free. A crosscoder always does, by the norms in its layers."""
 
+    layer_norm: bool = False
+    """An autoencoder sees each token less its mean, divided by its standard deviation, and is
+    trained to reconstruct that; the saved SAE takes and returns activations as they are."""
+
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """How pre-activations become codes, with its own settings."""
 
@@ -111,6 +115,8 @@ class TrainConfig:
             raise ValueError("give either a target (transcoder) or layers (crosscoder), got both")
         if self.skip and self.target is None:
             raise ValueError("skip has no effect without a target: it is a transcoder's")
+        if self.layer_norm and (self.target is not None or self.layers):
+            raise ValueError("layer_norm is an autoencoder's: give it no target and no layers")
         if self.by_norm and self.layers:
             raise ValueError("by_norm has no effect with layers: a crosscoder always does so")
         if self.by_norm and self.optimizer.constraint == "unit":
@@ -130,7 +136,7 @@ class TrainConfig:
         if constraint == "aligned" and start.encoder != "tied":
             raise ValueError(f'constraint "aligned" needs a tied encoder, got "{start.encoder}"')
         with torch.device("meta"):
-            self.build(1, None if self.target is None else 1)
+            self.build(2, None if self.target is None else 1)
         self.check_step()
 
     def check_step(self) -> None:
@@ -180,6 +186,7 @@ class TrainConfig:
             skip=self.skip,
             layers=layers,
             by_norm=self.by_norm or layers > 1,
+            layer_norm=self.layer_norm,
         )
         self.objective.check(sae)
         self.init.check(sae)

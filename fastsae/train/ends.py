@@ -1,8 +1,8 @@
 """What goes into an SAE and what is to come out: the columns of its data, and their scales.
 
 An autoencoder has one source; a transcoder two, its inputs and its targets, side by side; a
-crosscoder one for each layer. Each source is scaled to a mean square of 1 for training, and the
-saved SAE takes and returns activations as they are.
+crosscoder one for each layer. Each source is scaled to a mean square of 1 for training, unless the
+SAE itself normalises each token, and the saved SAE takes and returns activations as they are.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ class Ends:
 
     sources: tuple[ActivationSource, ...]
     transcoder: bool
+    layer_norm: bool
 
     @classmethod
     def of(cls, config: TrainConfig, source: ActivationSource) -> "Ends":
@@ -36,7 +37,7 @@ class Ends:
         widths = [part.d_in for part in sources]
         if config.layers and len(set(widths)) > 1:
             raise ValueError(f"a crosscoder's layers must have one width, got {widths}")
-        return cls(sources, config.target is not None)
+        return cls(sources, config.target is not None, config.layer_norm)
 
     @property
     def width_in(self) -> int:
@@ -63,7 +64,7 @@ class Ends:
         squares = [source.mean_square for source in self.sources]
         if not all(0 < square < torch.inf for square in squares):
             raise ValueError(f"activations must have a mean square above 0, got {squares}")
-        return tuple(square**-0.5 for square in squares)
+        return (1.0,) if self.layer_norm else tuple(square**-0.5 for square in squares)
 
     def columns(
         self, scales: tuple[float, ...], device: torch.device | str = "cpu"

@@ -30,6 +30,7 @@ class Stack(NamedTuple):
     def encode(self, x: Float[Tensor, "N d_in"]) -> dict[str, Codes]:
         """The codes of a batch in each SAE."""
         saes = [state.sae for state in self.states.values()]
+        x = saes[0].tokens(x)
         bias = torch.cat([torch.addmv(s.b_enc, s.W_enc, s.b_dec, alpha=-1) for s in saes])
         choices = [(s.activation.cfg.k, s.activation.cfg.by) for s in saes]
         with tf32_products(self.tf32):
@@ -42,14 +43,14 @@ class Stack(NamedTuple):
 
 def stacks(trainers: dict[str, Trainer], states: dict[str, TrainState]) -> list[Stack]:
     """SAEs that can share a product, their encoders moved into one matrix where there are two."""
-    groups: dict[tuple[int, str], dict[str, TrainState]] = {}
+    groups: dict[tuple[int, bool, str], dict[str, TrainState]] = {}
     for name, trainer in trainers.items():
         state = states[name]
         fused = trainer.plan.step == "fused" and not state.adam.shadow
         if fused and isinstance(state.sae.activation, TopK):
-            kind = state.sae.d_sae, trainer.plan.encoder_precision
+            kind = state.sae.d_sae, state.sae.layer_norm, trainer.plan.encoder_precision
             groups.setdefault(kind, {})[name] = state
-    return [stacked(g, precision) for (_, precision), g in groups.items() if len(g) > 1]
+    return [stacked(g, precision) for (*_, precision), g in groups.items() if len(g) > 1]
 
 
 def stacked(states: dict[str, TrainState], precision: str) -> Stack:

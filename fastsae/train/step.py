@@ -68,6 +68,7 @@ def fused_step(
 
     `codes` are those of x, where they are known already.
     """
+    x = sae.tokens(x)
     low = "W_dec" in adam.shadow  # then every product is of bfloat16
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
     centred = x - x.mean(0)

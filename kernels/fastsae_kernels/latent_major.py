@@ -9,6 +9,7 @@ by a program of its own, and the latent's program adds up chunks.
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,38 @@ def latent_major(indices: Tensor, F: int, active: Tensor | None = None) -> Laten
     each = torch.arange(F + 1, device=latent.device, dtype=torch.int32)
     start = torch.searchsorted(latent, each, out_int32=True)
     return LatentMajor(entry, (entry // max(indices.shape[1], 1)).int(), latent, start)
+
+
+class _Latest(NamedTuple):
+    """What indices were sorted to, for as long as they live."""
+
+    indices: weakref.ref[Tensor]
+    version: int
+    F: int
+    runs: LatentMajor
+
+
+_latest: _Latest | None = None
+
+
+def latent_major_once(indices: Tensor, F: int) -> LatentMajor:
+    """latent_major, without sorting the same tensor again: the weight gradients of one backward
+    pass have their indices in common."""
+    if indices.is_inference():  # whose changes are not counted
+        return latent_major(indices, F)
+    global _latest
+    last, version = _latest, indices._version
+    if last and last.indices() is indices and (last.version, last.F) == (version, F):
+        return last.runs
+    runs = latent_major(indices, F)
+    _latest = _Latest(weakref.ref(indices, _forget), version, F, runs)
+    return runs
+
+
+def _forget(indices: weakref.ref[Tensor]) -> None:
+    global _latest
+    if _latest and _latest.indices is indices:
+        _latest = None
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------

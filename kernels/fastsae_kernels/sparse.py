@@ -28,7 +28,7 @@ from ._launch import (
     use_triton,
 )
 from ._op import register
-from .latent_major import constants_for, latent_major, launch_blocks, load_rows, sum_runs
+from .latent_major import constants_for, latent_major_once, launch_blocks, load_rows, sum_runs
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -190,7 +190,7 @@ class _ScatterOuter(torch.autograd.Function):
         check_indices(indices, F)
         if not indices.numel():
             return x.new_zeros(F, x.shape[1])
-        runs = latent_major(indices, F)
+        runs = latent_major_once(indices, F)
         weights = values.flatten()[runs.entry].to(x.dtype)
         return sum_runs(weights, x.contiguous(), runs)
 

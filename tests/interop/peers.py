@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -53,7 +54,10 @@ def lens(name: str, **settings: Any) -> Peer:
         saes = sae_lens()
         full = name if "Transcoder" in name else f"{name}SAE"
         cls, cfg = getattr(saes, full), getattr(saes, f"{full}Config")
-        return randomised(cls(cfg(d_in=D_IN, d_sae=D_SAE, **settings)))
+        sae = randomised(cls(cfg(d_in=D_IN, d_sae=D_SAE, **settings)))
+        if "BatchTopK" in name:
+            sae.topk_threshold.fill_(0.4)
+        return sae
 
     return Peer(
         make,
@@ -62,6 +66,57 @@ def lens(name: str, **settings: Any) -> Peer:
         lambda sae, x: sae(x),
         lambda sae, x: sae.encode(x),
     )
+
+
+def inferred(peer: Peer) -> Peer:
+    """What a training SAE writes for inference."""
+    return peer._replace(write=lambda sae, path: sae.save_inference_model(path))
+
+
+def in_training(peer: Peer) -> Peer:
+    """What a BatchTopK in training writes of itself, which is read for training alone: outside it,
+    it is the JumpReLU that it writes then."""
+
+    def read(path: Path) -> Any:
+        sae_lens().TrainingSAE.load_from_disk(path).save_inference_model(path / "inference")
+        return peer.read(path / "inference")
+
+    return peer._replace(read=read)
+
+
+def before_6(peer: Peer, **changes: Any) -> Peer:
+    """The file as SAELens 3 to 5 wrote it, whose config was that of a run."""
+
+    def write(sae: Any, path: Path) -> None:
+        path.mkdir()
+        state = {**sae.state_dict(), "scaling_factor": torch.ones(D_SAE)}
+        save_file(state, path / "sae_weights.safetensors")
+        config = {
+            "architecture": "standard",
+            "d_in": D_IN,
+            "d_sae": D_SAE,
+            "activation_fn_str": "relu",
+            "activation_fn_kwargs": {},
+            "apply_b_dec_to_input": True,
+            "finetuning_scaling_factor": False,
+            "normalize_activations": "none",
+            "dtype": "torch.float32",
+            "device": "cpu",
+            "model_name": "gpt2-small",
+            "hook_name": "blocks.6.hook_resid_pre",
+            "hook_layer": 6,
+            "hook_head_index": None,
+            "prepend_bos": True,
+            "context_size": 128,
+            "dataset_path": "Skylion007/openwebtext",
+            "dataset_trust_remote_code": True,
+            "sae_lens_training_version": None,
+            "neuronpedia_id": None,
+        }
+        config = {n: v for n, v in (config | changes).items() if v is not ...}
+        (path / "cfg.json").write_text(json.dumps(config))
+
+    return peer._replace(write=write)
 
 
 def coder(**settings: Any) -> Peer:
@@ -108,7 +163,23 @@ def dictionary(module: str, name: str, *arguments: Any, threshold: float | None 
     return Peer(make, write, read, lambda sae, x: sae(x), lambda sae, x: sae.encode(x))
 
 
+def in_heads(peer: Peer, heads: int) -> Peer:
+    """One that SAELens gives activations with a dimension of heads, which are side by side here."""
+
+    def parted(x: Tensor) -> Tensor:
+        return x.unflatten(1, (heads, -1))
+
+    return peer._replace(
+        recon=lambda sae, x: peer.recon(sae, parted(x)).flatten(1),
+        codes=lambda sae, x: peer.codes(sae, parted(x)),
+    )
+
+
 NOT_CENTRED = {"apply_b_dec_to_input": False}
+NORMED = {"normalize_activations": "layer_norm"}
+BATCHED = lens("BatchTopKTraining", k=float(K))
+BETWEEN = lens("BatchTopKTraining", k=K + 0.5)
+NESTED = lens("MatryoshkaBatchTopKTraining", k=float(K), matryoshka_widths=[10, D_SAE])
 PEERS = {
     "sae_lens topk": lens("TopK", k=K),
     "sae_lens topk, not centred": lens("TopK", k=K, **NOT_CENTRED),
@@ -124,6 +195,38 @@ PEERS = {
     "sae_lens jumprelu transcoder": lens("JumpReLUTranscoder", d_out=9, **NOT_CENTRED),
     "sae_lens jumprelu skip": lens("JumpReLUSkipTranscoder", d_out=9, **NOT_CENTRED),
     "sae_lens in bfloat16": lens("TopK", k=K, dtype="bfloat16"),
+    "sae_lens topk, layer norm": lens("TopK", k=K, **NORMED),
+    "sae_lens topk by norm, layer norm": lens(
+        "TopK", k=K, rescale_acts_by_decoder_norm=True, **NORMED
+    ),
+    "sae_lens jumprelu, layer norm, not centred": lens("JumpReLU", **NORMED, **NOT_CENTRED),
+    "sae_lens standard, layer norm": lens("Standard", **NORMED),
+    "sae_lens gated, layer norm": lens("Gated", **NORMED),
+    "sae_lens whitened": lens("TopK", k=K, normalize_activations="covariance_whitening"),
+    "sae_lens training topk": lens("TopKTraining", k=K),
+    "sae_lens training topk, layer norm": lens("TopKTraining", k=K, **NORMED),
+    "sae_lens trained topk": inferred(lens("TopKTraining", k=K)),
+    "sae_lens training abstopk": lens("AbsTopKTraining", k=K),
+    "sae_lens training batchtopk": in_training(BATCHED),
+    "sae_lens trained batchtopk": inferred(BATCHED),
+    "sae_lens training batchtopk, k of 5.5": in_training(BETWEEN),
+    "sae_lens training matryoshka": in_training(NESTED),
+    "sae_lens trained matryoshka": inferred(NESTED),
+    "sae_lens training jumprelu": lens("JumpReLUTraining"),
+    "sae_lens trained jumprelu": inferred(lens("JumpReLUTraining")),
+    "sae_lens training standard": lens("StandardTraining"),
+    "sae_lens training gated": lens("GatedTraining"),
+    "sae_lens 5 standard": before_6(lens("Standard")),
+    "sae_lens 5 topk": before_6(
+        lens("TopK", k=K), activation_fn_str="topk", activation_fn_kwargs={"k": K}
+    ),
+    "sae_lens 5 jumprelu": before_6(lens("JumpReLU"), architecture="jumprelu"),
+    "sae_lens 5 gated": before_6(lens("Gated"), architecture="gated"),
+    "sae_lens 5 layer norm": before_6(lens("Standard"), normalize_activations="layer_norm"),
+    "sae_lens 5 not centred": before_6(lens("Standard"), **NOT_CENTRED),
+    "sae_lens hook_z": in_heads(lens("Standard", reshape_activations="hook_z"), 3),
+    "sae_lens 5 hook_z": in_heads(before_6(lens("Standard"), hook_name="attn.hook_z"), 3),
+    "sae_lens 2": before_6(lens("Standard"), architecture=..., normalize_activations=True),
     "sparsify": coder(),
     "sparsify transcoder": coder(transcode=True),
     "sparsify skip transcoder": coder(transcode=True, skip_connection=True),

@@ -1,14 +1,18 @@
 """Formats that need no other library; the hub; what is recognised; and what a run leaves."""
 
 import json
+from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import linear
 
 import fastsae
 from fastsae import SAE, AbsTopK, Crosscoder, JumpReLU, Rational, TopK, interop
+from fastsae.files import read_tensors
 from fastsae.nn import Activation
 from fastsae.nn.batchtopk import BatchTopK
 from fastsae.nn.gated import Gated
@@ -36,27 +40,111 @@ def test_gemma_scope(tmp_path):
     torch.testing.assert_close(fastsae.load(tmp_path)(x), expected)
 
 
-def test_openai(tmp_path):
-    W, x = weights(), torch.randn(50, D_IN)
-    state = {
+def openai_state(W: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """As `Autoencoder.state_dict` of their sparse_autoencoder/model.py."""
+    return {
         "pre_bias": W["b_dec"],
         "encoder.weight": W["W_enc"].T.contiguous(),
         "latent_bias": W["b_enc"],
         "decoder.weight": W["W_dec"].T.contiguous(),
         "stats_last_nonzero": torch.zeros(D_SAE, dtype=torch.long),
+        "latents_activation_frequency": torch.ones(D_SAE),
+        "latents_mean_square": torch.zeros(D_SAE),
         "activation": "ReLU",
-        "activation_state_dict": {},
+        "activation_state_dict": OrderedDict(),
     }
+
+
+def test_openai_relu(tmp_path):
+    W, x = weights(), torch.randn(50, D_IN)
     path = tmp_path / "layer-6.pt"
-    torch.save(state, path)
+    torch.save(openai_state(W), path)
     codes = linear(x - W["b_dec"], W["W_enc"].T, W["b_enc"]).relu()
     torch.testing.assert_close(fastsae.load(path)(x), codes @ W["W_dec"] + W["b_dec"])
-    torch.save(state | {"activation": "TopK", "activation_state_dict": {"k": K}}, path)
-    with pytest.raises(ValueError, match="normalises each token"):
-        fastsae.load(path)
-    torch.save(state | {"activation": "GELU"}, path)
-    with pytest.raises(ValueError, match="activation must be ReLU, got 'GELU'"):
-        fastsae.load(path)
+
+
+def test_openai_topk(tmp_path):
+    """Which normalises each token: that is kept in files of ours and of SAELens."""
+    W, x = weights(), 3 * torch.randn(50, D_IN) + torch.randn(50, 1)
+    path = tmp_path / "layer-6.pt"
+    own = OrderedDict(k=K, postact_fn="ReLU")
+    torch.save(openai_state(W) | {"activation": "TopK", "activation_state_dict": own}, path)
+    mean, deviation = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    z = (x - mean) / (deviation + 1e-5)
+    kept = linear(z - W["b_dec"], W["W_enc"].T, W["b_enc"]).topk(K)
+    codes = torch.zeros(50, D_SAE).scatter(1, kept.indices, kept.values.relu())
+    recon = (codes @ W["W_dec"] + W["b_dec"]) * deviation + mean
+    sae = fastsae.load(path)
+    sae.save(tmp_path / "fastsae")
+    interop.save(sae, tmp_path / "sae_lens", "sae_lens")
+    for again in (sae, fastsae.load(tmp_path / "fastsae"), fastsae.load(tmp_path / "sae_lens")):
+        torch.testing.assert_close(again(x), recon)
+        torch.testing.assert_close(again.encode(x).to_dense(), codes)
+    for form in ("sparsify", "dictionary_learning"):
+        with pytest.raises(ValueError, match=f"{form} has no SAEs with layer_norm"):
+            interop.save(sae, tmp_path / form, form)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "GELU"}, "activation must be ReLU or TopK, got 'GELU'"),
+        ({"activation": "TopK"}, r"must have k and postact_fn 'ReLU', got OrderedDict\(\)"),
+        (
+            {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "Identity"}},
+            "must have k and postact_fn 'ReLU', got .*Identity",
+        ),
+        (
+            {"activation": "TopK", "activation_state_dict": {"k": "5", "postact_fn": "ReLU"}},
+            "k must be of type int, got '5'",
+        ),
+        (
+            {"activation": "TopK", "activation_state_dict": {"k": 41, "postact_fn": "ReLU"}},
+            "k must be between 1 and d_sae = 40, got 41",
+        ),
+    ],
+    ids=str,
+)
+def test_an_openai_activation_that_is_not_here(changes, message, tmp_path):
+    torch.save(openai_state(weights()) | changes, tmp_path / "sae.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        fastsae.load(tmp_path / "sae.pt")
+    assert str(tmp_path / "sae.pt") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn must be relu or topk, got 'tanh-relu'"),
+        ({"activation_fn": "topk"}, "k must be of type int, got None"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 0}}, "k must be at least 1, got"),
+        ({"architecture": "matching_pursuit"}, "architecture must be one of .*'matching_pursuit'"),
+        ({"normalize_activations": "constant_norm_rescale"}, "must be one of none, layer_norm, "),
+        (
+            {"architecture": "transcoder", "d_out": D_IN, "normalize_activations": "layer_norm"},
+            "layer_norm needs an autoencoder",
+        ),
+    ],
+    ids=str,
+)
+def test_a_sae_lens_config_that_is_not_honoured(changes, message, tmp_path):
+    interop.save(SAE(D_IN, D_SAE, ReLU(l1_coef=0.0)), tmp_path, "sae_lens")
+    path = tmp_path / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message) as caught:
+        fastsae.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_sae_lens_finetuned_by_factors(tmp_path):
+    interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "sae_lens")
+    path = tmp_path / "sae_weights.safetensors"
+    tensors = read_tensors(path)
+    save_file({**tensors, "scaling_factor": torch.ones(D_SAE)}, path)
+    assert fastsae.load(tmp_path).d_sae == D_SAE
+    save_file({**tensors, "scaling_factor": torch.full((D_SAE,), 1.1)}, path)
+    with pytest.raises(ValueError, match="a scaling_factor that is not 1 is not supported"):
+        fastsae.load(tmp_path)
 
 
 @pytest.mark.parametrize("form", interop.WRITTEN)

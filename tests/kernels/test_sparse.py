@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -6,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastsae_kernels import decode, gather_dot, scatter_outer
 from fastsae_kernels._launch import use_triton
-from fastsae_kernels.latent_major import latent_major
+from fastsae_kernels.latent_major import latent_major, latent_major_once
 from fastsae_kernels.sparse import (
     decode_reference,
     gather_dot_reference,
@@ -182,3 +184,17 @@ def test_width_of_x_must_be_that_of_W():
     indices = torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"x must be floating point of shape \[3, 4\]"):
         gather_dot(torch.ones(3, 5), indices, torch.ones(5, 4))
+
+
+def test_indices_are_sorted_once_and_again_when_they_change():
+    indices = torch.tensor([[1, 2], [2, 0]])
+    first = latent_major_once(indices, 4)
+    assert latent_major_once(indices, 4) is first
+    assert latent_major_once(indices, 5) is not first
+    assert latent_major_once(indices.clone(), 4) is not first
+    first = latent_major_once(indices, 4)
+    indices[0, 0] = 3
+    assert latent_major_once(indices, 4).latent.tolist() == [0, 2, 2, 3]
+    gone = weakref.ref(latent_major_once(indices, 4).entry)
+    del indices
+    assert gone() is None

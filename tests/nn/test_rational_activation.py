@@ -183,7 +183,10 @@ def test_saved_and_folded(tmp_path, gate, support):
     sae.save(tmp_path)
     again = fastsae.load(tmp_path)
     assert again.activation.cfg == sae.activation.cfg
-    assert torch.equal(again(x), sae(x))
+    torch.testing.assert_close(dict(again.state_dict()), dict(sae.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        again(x), sae(x)
+    )  # a product's last bit depends on where its matrix lies
 
 
 def test_the_degree_is_kept_with_the_config(tmp_path):

@@ -79,6 +79,23 @@ def test_a_crosscoder_codes_layers_together(folders, tmp_path):
         assert fvu < 0.5, "each layer counts alike, though one is 30 times as large"
 
 
+@pytest.mark.parametrize("step", ["fused", "autograd"])
+def test_layer_norm_is_in_the_saved_sae(folders, tmp_path, step):
+    """Its figures are of activations as they are, and of whatever size."""
+    settings = {**SMALL, "k": 4, "layer_norm": True, "step": step}
+    config = train_config(out=str(tmp_path / "run"), **settings)
+    sae, summary, lines = trained(config, folders["y"])
+    assert summary["step_path"] == step
+    assert lines[-1]["fvu"] < 0.7 * lines[0]["fvu"]
+    again, x = fastsae.load(tmp_path / "run" / "sae"), torch.from_numpy(np.load(folders["y"]))
+    assert again.layer_norm and torch.equal(again(x), sae.eval()(x))
+    fvu = (x - again(x).detach()).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(fvu) == pytest.approx(summary["fvu"], rel=1e-4)
+    assert fvu < 0.7 * lines[0]["fvu"]
+    lens = fastsae.load(tmp_path / "run" / "sae_lens")
+    assert lens.layer_norm and torch.equal(lens(x), again(x))
+
+
 def test_data_that_does_not_fit_is_refused(folders, tmp_path):
     x, y, narrow = (ActivationShards(path) for path in folders.values())
     config = TrainConfig(out=tmp_path, target=folders["y"])

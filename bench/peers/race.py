@@ -1,0 +1,168 @@
+"""Starts every contender when its turn comes, and keeps what they say."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import common
+from bench.gpu import data as gpu_data
+from fastsae.data import ActivationShards, demo_shards
+from fastsae.device import choose_device
+from fastsae.train.optim import default_lr
+
+from .contender import CONTENDERS, SAME_LR
+from .report import plot, tables
+from .task import Task
+
+Size = tuple[int, int, int, int]
+"""tokens, d_in, d_sae, k"""
+
+TURN = 2.0
+"""Seconds for which steps are timed in a turn; a step that takes longer is timed once."""
+
+
+def bench(
+    sizes: dict[str, Size],
+    rounds: int,
+    steps: int,
+    names: list[str] | None = None,
+    data: Path | None = None,
+    trained: Size = common.SHAPES["a"],
+    turn: float = TURN,
+) -> str:
+    """Race at every size, then over steps of training, of the size trained but as wide as data.
+
+    Leaves peers-cpu.json or peers-cuda.json in bench/results, beside what is there of other sizes,
+    and with matplotlib a picture. Returns their tables. ValueError for a contender that there is
+    not, for nothing to do, for a run too short to be timed, and for data without a held-out part.
+    """
+    check(rounds, steps, names)
+    shards = training_data(data) if steps else None
+    ready, about = installed(names or list(CONTENDERS))
+    device = choose_device("auto")
+    if device == "cuda":
+        about["gpu"] = torch.cuda.get_device_name()
+    path = common.RESULTS / f"peers-{device}.json"
+
+    def keep(name: str, task: dict[str, Any], contenders: dict[str, Any]) -> None:
+        common.write(path.stem, {name: {**task, **about, "contenders": contenders}})
+
+    for name, size in sizes.items() if rounds else ():
+        task = {**sized(size), "device": device, "seconds": turn}
+        keep(name, task, race(name, task, ready, rounds))
+    if shards is not None:
+        task = {**sized(trained), "d_in": shards.d_in, "device": device, "steps": steps}
+        found = training({**task, "data": str(shards.path)}, ready)
+        keep("training", {**task, "data": shards.fingerprint}, found)
+    results = json.loads(path.read_text())
+    if find_spec("matplotlib") is not None:
+        plot(results, path.with_suffix(".png"))
+    return tables(results)
+
+
+def check(rounds: int, steps: int, names: list[str] | None) -> None:
+    if rounds < 0 or not (rounds or steps):
+        raise ValueError(f"rounds or steps must be above 0, got {rounds} and {steps}")
+    if steps and steps < 3:
+        raise ValueError(f"steps must be at least 3, or 0 for no training runs, got {steps}")
+    if unknown := set(names or ()) - set(CONTENDERS):
+        raise ValueError(f"contenders are {'; '.join(CONTENDERS)}: got {'; '.join(unknown)}")
+
+
+def chosen(names: list[str] | None) -> dict[str, Size]:
+    """Those of this machine's sizes that have these names, by default all."""
+    sizes = gpu_data.SHAPES if torch.cuda.is_available() else common.SHAPES
+    if unknown := set(names or ()) - set(sizes):
+        raise ValueError(f"shapes here are {', '.join(sizes)}: got {', '.join(unknown)}")
+    return {name: sizes[name] for name in names or sizes}
+
+
+def sized(size: Size) -> dict[str, Any]:
+    """The part of a task that its size is."""
+    return dict(zip(("tokens", "d_in", "d_sae", "k"), size, strict=True))
+
+
+def training_data(folder: Path | None) -> ActivationShards:
+    """The activations in a folder, or the demo's."""
+    shards = ActivationShards(folder) if folder else demo_shards()
+    if shards.heldout is None:
+        raise ValueError(f"{shards.path} must have a held-out part to measure on, in heldout/")
+    return shards
+
+
+def installed(names: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Those contenders that can run here; and the versions of their libraries, and which lack."""
+    versions: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        package = CONTENDERS[name].package
+        if package is None:
+            continue
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            missing[name] = f"{package} is not installed"
+            print(f"{name} is missing: {missing[name]}", flush=True)
+    return [n for n in names if n not in missing], {"versions": versions, "missing": missing}
+
+
+def race(shape: str, task: dict[str, Any], names: list[str], rounds: int) -> dict[str, Any]:
+    """Times of a step and the most memory of each contender, or why it has none."""
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            if any("error" in turn for turn in turns[name]):
+                continue
+            found = run(Task(contender=name, **task))
+            turns[name].append(found)
+            said = found.get("error") or f"{median(found['ms']):.1f} ms"
+            print(f"{shape}, round {number + 1} of {rounds}, {name}: {said}", flush=True)
+    return {name: of_turns(found, task["tokens"]) for name, found in turns.items()}
+
+
+def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """What a contender's turns come to: of each, the median counts."""
+    if "error" in turns[-1]:
+        return turns[-1]
+    ms = common.summary([median(turn["ms"]) for turn in turns])
+    peak = max(turn["peak MB"] for turn in turns)
+    return {"ms": ms, "tokens/s": round(tokens / ms["median"] * 1e3), "peak MB": round(peak)}
+
+
+def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Every contender's run with its own learning rate, and where it means the same, fastsae's."""
+    lr = default_lr(task["d_sae"], task["steps"])
+    runs = {name: Task(contender=name, **task) for name in names}
+    for name in names:
+        if CONTENDERS[name].package and CONTENDERS[name].adam:
+            runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
+    results = {}
+    for name, one in runs.items():
+        found = run(one)
+        if "error" not in found:
+            times = found.pop("ms")
+            each = sum(times) / len(times) / 1e3
+            found |= {"tokens/s": round(one.tokens / each), "seconds": round(one.steps * each, 1)}
+        results[name] = found
+        print(f"training, {name}: {found}", flush=True)
+    return results
+
+
+def run(task: Task) -> dict[str, Any]:
+    """What a contender's process says, or the error that it ended with."""
+    command = [sys.executable, "-m", "bench.peers.contender", json.dumps(asdict(task))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+    error = next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]
+    hint = " (try: pip uninstall torchvision)" if "torchvision" in done.stderr else ""
+    return {"error": error + hint}

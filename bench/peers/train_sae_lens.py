@@ -1,0 +1,41 @@
+"""SAELens: its SAETrainer with a TopKTrainingSAE."""
+
+from typing import Any
+
+from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
+from sae_lens.saes import (  # pyright: ignore[reportMissingImports]
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from .stream import Stream
+from .task import Task, Trained
+
+
+def train(task: Task, stream: Stream, **settings: Any) -> Trained:
+    """All other settings are the defaults: Adam at 3e-4, without warm-up."""
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=task.d_in,
+            d_sae=task.d_sae,
+            k=task.k,
+            device=task.device,
+            **settings,
+        )
+    )
+    config = SAETrainerConfig(
+        total_training_samples=task.steps * task.tokens,
+        train_batch_size_samples=task.tokens,
+        device=task.device,
+        lr_end=0.0,  # must be given, though a constant learning rate has no use for it
+        **({} if task.lr is None else {"lr": task.lr}),
+    )
+    SAETrainer(config, sae, stream).fit()
+
+    def code(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = sae.encode(x)
+        return sae.decode(codes), (codes.to_dense() != 0).sum(1)
+
+    return Trained(code, config.lr, config.lr_warm_up_steps)

@@ -1,0 +1,96 @@
+"""EleutherAI's sparsify: its Trainer, on a model whose only layer hands out the batches."""
+
+import os
+from collections.abc import Iterator
+from itertools import chain
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .stream import Stream
+from .task import Task, Trained
+
+if not torch.cuda.is_available():
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton wherever that is installed
+
+from sparsify import (  # pyright: ignore[reportMissingImports]  # noqa: E402
+    SparseCoder,
+    SparseCoderConfig,
+    TrainConfig,
+    Trainer,
+)
+
+
+class Layer(nn.Module):
+    """Answers with the next activations, whichever tokens it is asked for."""
+
+    def __init__(self, activations: Iterator[Tensor]):
+        super().__init__()
+        self.activations = activations
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return next(self.activations).unflatten(0, input_ids.shape)
+
+
+class Model(PreTrainedModel):
+    """As much of a language model as the Trainer needs: a layer to hook, and a device."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, activations: Iterator[Tensor], device: str):
+        super().__init__(PretrainedConfig())
+        self.layer = Layer(activations)
+        self.place = nn.Parameter(torch.empty(0, device=device))
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """With which the Trainer asks for the width of the activations, before all else."""
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.layer(input_ids)
+
+
+class Sequences(Dataset):
+    """One sequence for each step; what its tokens are does not matter to the model."""
+
+    def __init__(self, task: Task):
+        self.steps, self.ids = task.steps, torch.zeros(task.tokens, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids}
+
+
+def train(task: Task, stream: Stream, *, optimizer: Literal["signum", "adam"]) -> Trained:
+    """All other settings are the defaults; what is measured is the SAE that it saves."""
+    model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
+    warmup = task.warmup(default=1000)
+    with TemporaryDirectory() as folder:
+        config = TrainConfig(
+            SparseCoderConfig(num_latents=task.d_sae, k=task.k),
+            batch_size=1,
+            optimizer=optimizer,
+            lr=task.lr,
+            lr_warmup_steps=warmup,
+            hookpoints=["layer"],
+            log_to_wandb=False,
+            save_dir=folder,
+        )
+        trainer = Trainer(config, Sequences(task), model)
+        (group,) = trainer.optimizers[0].param_groups
+        lr = group.get("initial_lr", group["lr"])
+        trainer.fit()
+        sae = SparseCoder.load_from_disk(f"{folder}/unnamed/layer", device=task.device)
+
+    def code(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = sae(x)
+        return out.sae_out, (out.latent_acts != 0).sum(1)
+
+    return Trained(code, lr, warmup if optimizer == "adam" else 0)
