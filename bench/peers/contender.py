@@ -28,6 +28,13 @@ class Contender(NamedTuple):
     """What must be installed, by its name on PyPI; None for what is here."""
     adam: bool = True
     """Whether a learning rate means what it does in fastsae."""
+    accelerated: bool = False
+    """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
+
+    @property
+    def peer(self) -> bool:
+        """Whether it is what fastsae is compared with."""
+        return self.package is not None and not self.accelerated
 
 
 CONTENDERS = {
@@ -44,6 +51,11 @@ CONTENDERS = {
     "sparsify": Contender("train_sparsify", {"optimizer": "signum"}, "eai-sparsify", adam=False),
     "sparsify, Adam": Contender("train_sparsify", {"optimizer": "adam"}, "eai-sparsify"),
 }
+for _name in ("SAELens", "dictionary_learning", "sparsify"):
+    _own = CONTENDERS[_name]
+    CONTENDERS[f"{_name}, accelerated"] = _own._replace(
+        options={**_own.options, "accelerate": True}, accelerated=True
+    )
 
 SAME_LR = ", fastsae's learning rate"
 """What the name of a run with it ends in."""

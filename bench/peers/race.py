@@ -140,9 +140,10 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Every contender's run with its own learning rate, and where it means the same, fastsae's."""
     lr = default_lr(task["d_sae"], task["steps"])
+    names = [name for name in names if not CONTENDERS[name].accelerated]  # the same mathematics
     runs = {name: Task(contender=name, **task) for name in names}
     for name in names:
-        if CONTENDERS[name].package and CONTENDERS[name].adam:
+        if CONTENDERS[name].peer and CONTENDERS[name].adam:
             runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
     results = {}
     for name, one in runs.items():

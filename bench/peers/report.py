@@ -79,7 +79,7 @@ def verdicts(
     figures: dict[str, float], judge: Callable[[str, float, float], tuple[str, bool]]
 ) -> list[str]:
     """Each of fastsae's figures against the least of the peers', if there is one."""
-    peers = {name: f for name, f in figures.items() if CONTENDERS[own_name(name)].package}
+    peers = {name: f for name, f in figures.items() if CONTENDERS[own_name(name)].peer}
     if not peers:
         return []
     best = min(peers, key=lambda name: peers[name])

@@ -11,16 +11,22 @@ from dictionary_learning.trainers.top_k import (  # pyright: ignore[reportMissin
 from dictionary_learning.training import trainSAE  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+import fastsae
 from fastsae.files import read_json
 
 from .stream import Stream
 from .task import Task, Trained
 
 
-def train(task: Task, stream: Stream) -> Trained:
+def accelerated(*sizes: int) -> AutoEncoderTopK:
+    return fastsae.accelerate(AutoEncoderTopK(*sizes))
+
+
+def train(task: Task, stream: Stream, *, accelerate: bool = False) -> Trained:
     """All other settings are the defaults: Adam at 2e-4 / sqrt(d_sae / 16384)."""
     settings: dict[str, Any] = {
         "trainer": TopKTrainer,
+        "dict_class": accelerated if accelerate else AutoEncoderTopK,
         "steps": task.steps,
         "activation_dim": task.d_in,
         "dict_size": task.d_sae,

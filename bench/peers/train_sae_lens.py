@@ -10,11 +10,13 @@ from sae_lens.saes import (  # pyright: ignore[reportMissingImports]
 from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+import fastsae
+
 from .stream import Stream
 from .task import Task, Trained
 
 
-def train(task: Task, stream: Stream, **settings: Any) -> Trained:
+def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: Any) -> Trained:
     """All other settings are the defaults: Adam at 3e-4, without warm-up."""
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
@@ -25,6 +27,8 @@ def train(task: Task, stream: Stream, **settings: Any) -> Trained:
             **settings,
         )
     )
+    if accelerate:
+        fastsae.accelerate(sae)
     config = SAETrainerConfig(
         total_training_samples=task.steps * task.tokens,
         train_batch_size_samples=task.tokens,

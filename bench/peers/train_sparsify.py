@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
+import fastsae
+
 from .stream import Stream
 from .task import Task, Trained
 
@@ -68,7 +70,9 @@ class Sequences(Dataset):
         return {"input_ids": self.ids}
 
 
-def train(task: Task, stream: Stream, *, optimizer: Literal["signum", "adam"]) -> Trained:
+def train(
+    task: Task, stream: Stream, *, optimizer: Literal["signum", "adam"], accelerate: bool = False
+) -> Trained:
     """All other settings are the defaults; what is measured is the SAE that it saves."""
     model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
     warmup = task.warmup(default=1000)
@@ -84,6 +88,8 @@ def train(task: Task, stream: Stream, *, optimizer: Literal["signum", "adam"]) -
             save_dir=folder,
         )
         trainer = Trainer(config, Sequences(task), model)
+        if accelerate:
+            fastsae.accelerate(trainer.saes["layer"])
         (group,) = trainer.optimizers[0].param_groups
         lr = group.get("initial_lr", group["lr"])
         trainer.fit()

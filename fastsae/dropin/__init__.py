@@ -5,7 +5,7 @@ changes: parameters, state_dict, hooks, device, dtype, what isinstance says, cop
 """
 
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -35,7 +35,9 @@ def accelerate(module: Module, *, exact_compat: bool = False) -> Module:
     module: a SparseCoder of sparsify; a TopK, BatchTopK or JumpReLU SAE of SAELens, for training
     or not; an AutoEncoderTopK, BatchTopKSAE or JumpReluAutoEncoder of dictionary_learning. Returns
     the same object, which computes the same outputs, up to rounding and the order of equals, and
-    works with its library's trainer. `restore` undoes it.
+    works with its library's trainer. `restore` undoes it. It goes on as its library does for few
+    tokens, for which that is faster; where a hook, or a method or part of its own that someone
+    replaced, has to be heard; and, but for sparsify's, under autocast. A NaN exceeds no threshold.
 
     Gradients of parameters and inputs are those of what is computed; the dense activations that a
     training pass returns are no longer on their way. sparsify's own differ: its aux-k and multi-k
@@ -45,17 +47,18 @@ def accelerate(module: Module, *, exact_compat: bool = False) -> Module:
     ValueError for another module, with a list of those that are known, and for exact_compat where
     the library's gradients are right.
     """
-    if is_accelerated(module):
-        restore(module)
-    library, name = type(module).__module__.split(".")[0], type(module).__qualname__
+    kind = own_class(module)
+    library, name = kind.__module__.split(".")[0], kind.__qualname__
     if name not in KNOWN.get(library, ()):
-        known = "; ".join(f"{names} of {key}" for key, names in listed().items())
+        known = "; ".join(f"{', '.join(names)} of {key}" for key, names in KNOWN.items())
         raise ValueError(f"accelerate knows {known}; got {library}'s {name}")
+    activation = getattr(getattr(module, "cfg", None), "activation", "topk")
+    if activation != "topk":
+        raise ValueError(f"accelerate knows a {name} with topk, got one with {activation}")
     if exact_compat and name not in WRONG_GRADIENTS:
-        raise ValueError(
-            f"exact_compat has no effect: the gradients of {name} are true as they are"
-        )
+        raise ValueError(f"exact_compat has no effect: {name} has true gradients as it is")
     module.__class__ = getattr(import_module(f"fastsae.dropin.{library}"), f"Fast{name}")
+    vars(module).pop("exact_compat", None)
     if exact_compat:
         vars(module)["exact_compat"] = True
     return module
@@ -66,20 +69,15 @@ def restore(module: Module) -> Module:
 
     Returns the same object. ValueError if it was not accelerated.
     """
-    if not is_accelerated(module):
-        raise ValueError(
-            f"restore wants a module that was accelerated, got {type(module).__name__}"
-        )
-    module.__class__ = type(module).__bases__[-1]
+    kind = own_class(module)
+    if kind is type(module):
+        raise ValueError(f"restore wants a module that was accelerated, got {kind.__name__}")
+    module.__class__ = kind
     vars(module).pop("exact_compat", None)
     return module
 
 
-def listed() -> dict[str, str]:
-    """What is known, for people."""
-    return {library: ", ".join(names) for library, names in KNOWN.items()}
-
-
-def is_accelerated(module: nn.Module) -> bool:
-    """Whether its class is one of ours, whose last base is the class that it stands in for."""
-    return type(module).__module__.startswith(f"{__name__}.")
+def own_class(module: nn.Module) -> Any:
+    """Its library's class: the last base of one of ours, which stands in for it."""
+    kind = type(module)
+    return kind.__bases__[-1] if kind.__module__.startswith(f"{__name__}.") else kind

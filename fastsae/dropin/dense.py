@@ -4,46 +4,59 @@ Their encoders return pre-activations and codes of all latents, [N, d_sae]. Whoe
 sees them; gradients and decoders go by the few entries that count.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsae.codes import Codes, every_latent
-from fastsae.nn.candidates import Candidates, crowded
+from fastsae.nn.candidates import WIDEST, Candidates, crowded
 from fastsae_kernels import topk_batch
 from fastsae_kernels.encode import straight_through
 from fastsae_kernels.encode_above import in_rows, inside, list_above
 
 FEW = 1 / 4
-"""Part of the latents up to which a product over those that have a gradient is the faster one."""
+"""Part of the latents up to which only those that have a gradient are multiplied for it."""
+
+FEWEST = 128
+"""Tokens up to which a dense product costs less than what our ops do first."""
 
 
 class _PreActivations(Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc):
-        ctx.save_for_backward(x, W_enc)
+    def forward(x, W_enc, b_enc):
         return linear(x, W_enc, b_enc)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, *gradients):
         (g,), (x, W_enc) = gradients, ctx.saved_tensors
+        need_x, need_W, need_b = ctx.needs_input_grad
         latents = g.any(0).nonzero()[:, 0]
         if len(latents) > FEW * len(W_enc):
-            g = g.to(W_enc.dtype)
-            return g @ W_enc, g.T @ x, g.sum(0)
-        g, d_W_enc = g[:, latents].to(W_enc.dtype), torch.zeros_like(W_enc)
-        d_W_enc[latents] = g.T @ x
-        d_b_enc = g.new_zeros(len(W_enc)).index_copy_(0, latents, g.sum(0))
-        return g @ W_enc[latents], d_W_enc, d_b_enc
+            latents = torch.arange(len(W_enc), device=g.device)
+        g = g[:, latents].to(W_enc.dtype)
+        d_W_enc = torch.zeros_like(W_enc).index_copy_(0, latents, g.T @ x) if need_W else None
+        d_b_enc = g.new_zeros(len(W_enc)).index_copy_(0, latents, g.sum(0)) if need_b else None
+        return g @ W_enc[latents] if need_x else None, d_W_enc, d_b_enc
 
 
 class _Entries(Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, pre, indices):
-        ctx.save_for_backward(x, W_enc, indices)
+    def forward(x, W_enc, b_enc, pre, indices):
         return pre.gather(1, indices)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W_enc, _, _, indices = inputs
+        ctx.save_for_backward(x, W_enc, indices)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -94,12 +107,13 @@ def above(
 ) -> Candidates:
     """The pre-activations that exceed their latent's threshold, or all if those are many."""
     N, d_sae = pre.shape
-    if crowded(*encoder, threshold):
-        return Candidates(pre, every_latent(N, d_sae, pre.device), pre > threshold, d_sae)
-    threshold = threshold.to(torch.promote_types(pre.dtype, torch.float32)).contiguous()
-    _, indices, count = in_rows(*list_above(pre.detach(), threshold, "value"), N, d_sae)
-    listed = entries(pre, indices, *encoder)
-    return Candidates(listed, indices, inside(count, indices.shape[1]), d_sae)
+    if not crowded(*encoder, threshold):
+        wide = threshold.to(torch.promote_types(pre.dtype, torch.float32)).contiguous()
+        _, indices, count = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
+        if indices.shape[1] <= WIDEST * d_sae:
+            listed = entries(pre, indices, *encoder)
+            return Candidates(listed, indices, inside(count, indices.shape[1]), d_sae)
+    return Candidates(pre, every_latent(N, d_sae, pre.device), pre > threshold, d_sae)
 
 
 def written_out(codes: Codes, shape: tuple[int, ...]) -> Tensor:
@@ -109,20 +123,46 @@ def written_out(codes: Codes, shape: tuple[int, ...]) -> Tensor:
     return dense if dense.requires_grad else remember(dense, codes)
 
 
+class Memory(NamedTuple):
+    """Codes, and what their tensor was like when they were all of it."""
+
+    codes: Codes
+    version: int
+    requires_grad: bool
+
+
+_memories = WeakTensorKeyDictionary()
+
+
 def remember(dense: Tensor, codes: Codes) -> Tensor:
-    """Let `codes_behind` find the codes for as long as nobody writes into the tensor."""
-    if not dense.is_inference():  # whose changes are not counted
-        vars(dense)["codes"] = codes, dense._version
+    """Let `codes_behind` find the codes, until someone writes into the tensor in a way that torch
+    counts, or asks for its gradient."""
+    if not torch.compiler.is_compiling() and not dense.is_inference():  # whose writes nobody counts
+        _memories[dense] = Memory(codes, dense._version, dense.requires_grad)
     return dense
 
 
 def codes_behind(dense: Tensor) -> Codes | None:
     """The codes that a tensor was made from, or None where they are unknown or no longer it."""
-    codes, version = vars(dense).get("codes", (None, None))
-    return codes if codes is not None and dense._version == version else None
+    if torch.compiler.is_compiling() or dense not in _memories:
+        return None
+    memory = _memories[dense]
+    same = (memory.version, memory.requires_grad) == (dense._version, dense.requires_grad)
+    return memory.codes if same else None
 
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether someone looks at what goes through one of the modules, or changes it."""
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(module, name) for module in modules for name in names)
+
+
+def gains(module: object, x: Tensor) -> bool:
+    """Whether our ops serve x: enough tokens, no autocast, and no method that someone replaced."""
+    enough = x.shape[:-1].numel() > FEWEST
+    return enough and not replaced(module) and not torch.is_autocast_enabled(x.device.type)
+
+
+def replaced(module: object) -> bool:
+    """Whether someone put methods of their own into the object."""
+    return bool({"encode", "decode", "encode_with_hidden_pre"} & vars(module).keys())

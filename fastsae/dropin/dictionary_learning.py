@@ -16,12 +16,19 @@ from fastsae_kernels.topk import topk_indices
 from .dense import (
     codes_behind,
     entries,
+    gains,
     hooked,
     largest_of_batch,
     pre_activations,
     remember,
     written_out,
 )
+
+
+def ours(sae: AutoEncoderTopK | BatchTopKSAE, x: Tensor) -> bool:
+    """Whether to encode x by our ops: nothing else has a part in it."""
+    plain = type(sae.encoder) is type(sae.decoder) is torch.nn.Linear
+    return plain and gains(sae, x) and not hooked(sae.encoder)
 
 
 def encoder_of(sae: AutoEncoderTopK | BatchTopKSAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +49,7 @@ def decoded(sae: AutoEncoderTopK | BatchTopKSAE, f: Tensor) -> Tensor:
 
 class FastAutoEncoderTopK(AutoEncoderTopK):
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        if use_threshold or hooked(self.encoder):
+        if use_threshold or not ours(self, x):
             return super().encode(x, return_topk, use_threshold)
         shape = *x.shape[:-1], self.dict_size
         if not return_topk:
@@ -51,7 +58,7 @@ class FastAutoEncoderTopK(AutoEncoderTopK):
         post = pre_activations(*encoder).relu_()
         indices = topk_indices(post, k)
         codes = Codes(entries(post, indices, *encoder).relu(), indices, self.dict_size)
-        dense = remember(written_out(codes, shape), codes)  # in training
+        dense = remember(written_out(codes, shape), codes)  # the trainer decodes it as it is
         top = (part.view(*shape[:-1], k) for part in codes[:2])
         return dense, *top, post.view(shape)
 
@@ -62,7 +69,7 @@ class FastAutoEncoderTopK(AutoEncoderTopK):
         return decoded(self, x)
 
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        if output_features or hooked(self.encoder, self.decoder):
+        if output_features or not ours(self, x) or hooked(self.decoder):
             return super().forward(x, output_features)
         return decode_codes(self, self.codes(x), x.shape)
 
@@ -70,7 +77,7 @@ class FastAutoEncoderTopK(AutoEncoderTopK):
 class FastBatchTopKSAE(BatchTopKSAE):
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         # the largest of a batch are chosen for k x.size(0) tokens, whatever its other dimensions
-        if hooked(self.encoder) or use_threshold == return_active or x.dim() != 2:
+        if not ours(self, x) or use_threshold == return_active or x.dim() != 2:
             return super().encode(x, return_active, use_threshold)
         shape = *x.shape[:-1], self.dict_size
         if use_threshold:
@@ -78,7 +85,7 @@ class FastBatchTopKSAE(BatchTopKSAE):
         encoder = encoder_of(self, x)
         post = pre_activations(*encoder).relu_()
         codes = largest_of_batch(post, int(self.k) * len(x), encoder)
-        dense = remember(written_out(codes, shape), codes)  # in training
+        dense = remember(written_out(codes, shape), codes)  # the trainer decodes it as it is
         return dense, dense.sum(0) > 0, post
 
     def codes(self, x: Tensor) -> Codes:
@@ -91,7 +98,7 @@ class FastBatchTopKSAE(BatchTopKSAE):
         return decoded(self, x)
 
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        if output_features or hooked(self.encoder, self.decoder):
+        if output_features or not ours(self, x) or hooked(self.decoder):
             return super().forward(x, output_features)
         return decode_codes(self, self.codes(x), x.shape)
 
@@ -100,7 +107,7 @@ class FastJumpReluAutoEncoder(JumpReluAutoEncoder):
     """Its trainer computes the pre-activations and JumpReLU itself, and dense: it gains nothing."""
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
-        if output_pre_jump:
+        if output_pre_jump or not gains(self, x):
             return super().encode(x, output_pre_jump)
         return written_out(self.codes(x), (*x.shape[:-1], self.dict_size))
 
@@ -118,6 +125,6 @@ class FastJumpReluAutoEncoder(JumpReluAutoEncoder):
         return (codes.decode(self.W_dec) + self.b_dec).view(*shape[:-1], -1)
 
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        if output_features:
+        if output_features or not gains(self, x):
             return super().forward(x, output_features)
         return self.decode_codes(self.codes(x), x.shape)

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUTrainingSAE
-from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from torch import Tensor
 
 from fastsae.codes import Codes
@@ -18,6 +18,7 @@ from .dense import (
     above,
     codes_behind,
     entries,
+    gains,
     hooked,
     largest_of_batch,
     pre_activations,
@@ -40,6 +41,9 @@ class Ends:
     W_dec: Tensor
     b_dec: Tensor
     activation_fn: Any
+    activation: type
+    """What activation_fn is, unless someone replaced it."""
+
     hook_dict: dict[str, Any]
     hook_sae_acts_pre: Any
     hook_sae_acts_post: Any
@@ -52,10 +56,10 @@ class Ends:
         """The codes of the tokens, with sparse gradients."""
         raise NotImplementedError
 
-    @property
-    def as_ever(self) -> bool:
-        """Whether to encode as SAELens does: a hook looks at the pre-activations."""
-        return hooked(self.hook_sae_acts_pre)
+    def ours(self, x: Tensor) -> bool:
+        """Whether to encode x by our ops: nothing else has a part in it."""
+        plain = type(self.activation_fn) is self.activation
+        return plain and gains(self, x) and not hooked(self.hook_sae_acts_pre, self.activation_fn)
 
     @property
     def by_norm(self) -> bool:
@@ -73,7 +77,7 @@ class Ends:
         return (seen.reshape(-1, seen.shape[-1]), W_enc, b_enc), shape
 
     def encode(self, x: Tensor) -> Tensor:
-        if self.as_ever:
+        if not self.ours(x):
             return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
         encoder, shape = self.encoder_of(x)
         return self.hook_sae_acts_post(self.written(self.codes(encoder), shape))
@@ -89,7 +93,7 @@ class Ends:
         return self.decode_codes(codes, feature_acts.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.as_ever or self.use_error_term or hooked(*self.hook_dict.values()):
+        if not self.ours(x) or self.use_error_term or hooked(*self.hook_dict.values()):
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         encoder, shape = self.encoder_of(x)
         return self.decode_codes(self.codes(encoder), shape)
@@ -106,11 +110,15 @@ class Ends:
 
 
 class FastTopKSAE(Ends, TopKSAE):
+    activation = TopK
+
     def codes(self, encoder: Encoder) -> Codes:
         return Codes(*encode_topk(*encoder, self.activation_fn.k), self.cfg.d_sae)
 
 
 class FastJumpReLUSAE(Ends, JumpReLUSAE):
+    activation = torch.nn.ReLU
+
     def codes(self, encoder: Encoder) -> Codes:
         found = Candidates.above(*encoder, self.threshold.clamp(min=0))
         return found.codes(found.pre)
@@ -120,13 +128,13 @@ class Training(Ends):
     """What trains makes the pre-activations of all latents too."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.as_ever:
+        if not self.ours(x):
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAttributeAccessIssue]
         encoder, shape = self.encoder_of(x)
         pre = pre_activations(*encoder)
         codes = self.codes_among(pre, encoder)
         acts = self.written(codes, shape)
-        if not hooked(self.hook_sae_acts_post):  # then nobody can ask for their gradient
+        if not hooked(self.hook_sae_acts_post):  # then nobody sees them before the loss
             remember(acts, codes)
         return self.hook_sae_acts_post(acts), pre.view(shape)
 
@@ -139,6 +147,8 @@ class Training(Ends):
 
 
 class FastTopKTrainingSAE(Training, TopKTrainingSAE):
+    activation = TopK
+
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         indices = topk_indices(pre, self.activation_fn.k)
         return Codes(entries(pre, indices, *encoder).relu(), indices, pre.shape[1])
@@ -154,15 +164,18 @@ class FastTopKTrainingSAE(Training, TopKTrainingSAE):
 
 
 class FastBatchTopKTrainingSAE(Training, BatchTopKTrainingSAE):
+    activation = BatchTopK
+
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         return largest_of_batch(pre, int(self.activation_fn.k * len(pre)), encoder)
 
 
 class FastJumpReLUTrainingSAE(Training, JumpReLUTrainingSAE):
-    @property
-    def as_ever(self) -> bool:
-        """Also where latents that are not active train the encoder."""
-        return super().as_ever or self.cfg.jumprelu_ste_to_input
+    activation = torch.nn.ReLU  # which SAELens makes and does not use
+
+    def ours(self, x: Tensor) -> bool:
+        """Not where latents that are not active train the encoder."""
+        return super().ours(x) and not self.cfg.jumprelu_ste_to_input
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         threshold = self.threshold.to(pre.dtype)

@@ -9,7 +9,7 @@ from fastsae.nn.linear import autocast
 from fastsae_kernels import decode, encode_topk
 from fastsae_kernels.topk import topk_indices
 
-from .dense import entries, pre_activations
+from .dense import entries, pre_activations, replaced
 
 
 class FastSparseCoder(SparseCoder):
@@ -18,7 +18,7 @@ class FastSparseCoder(SparseCoder):
     exact_compat = False
 
     def encode(self, x: Tensor) -> EncoderOutput:
-        if self.cfg.activation != "topk":
+        if x.dim() != 2:
             return super().encode(x)
         encoder = self.encoder_of(x)
         pre_acts = pre_activations(*encoder).relu_()
@@ -26,7 +26,8 @@ class FastSparseCoder(SparseCoder):
             indices = pre_acts.topk(self.cfg.k, sorted=False).indices  # the same ones of many zeros
             return EncoderOutput(entries(pre_acts, indices, *encoder), indices, pre_acts.detach())
         indices = topk_indices(pre_acts, self.cfg.k)
-        return EncoderOutput(entries(pre_acts, indices, *encoder).relu(), indices, pre_acts)
+        values = entries(pre_acts, indices, *encoder).relu()
+        return EncoderOutput(values, active_only(values, indices), pre_acts)
 
     def encoder_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens as the encoder sees them, its weight and its bias."""
@@ -47,7 +48,7 @@ class FastSparseCoder(SparseCoder):
         total_variance: Tensor | None = None,
     ) -> ForwardOutput:
         dead = dead_mask is not None and bool(dead_mask.any())
-        if dead or self.cfg.multi_topk or self.cfg.activation != "topk":
+        if dead or self.cfg.multi_topk or replaced(self):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)
         low = torch.cuda.is_bf16_supported()  # as sparsify decides, on a GPU
         with torch.autocast("cuda", torch.bfloat16, enabled=low):
@@ -55,11 +56,18 @@ class FastSparseCoder(SparseCoder):
                 values, indices, _ = self.encode(x)
             else:
                 values, indices = encode_topk(*self.encoder_of(x), self.cfg.k)
+                indices = active_only(values, indices)
             y = x if y is None else y
             recon = self.decode(values, indices)
             if self.W_skip is not None:
                 recon = recon + x.to(self.dtype) @ self.W_skip.mT
             if total_variance is None:
-                total_variance = (y - y.mean(0)).square().sum()
-            fvu, none = (y - recon).square().sum() / total_variance, recon.new_zeros(())
+                total_variance = (y - y.mean(0)).pow(2).sum()
+            fvu, none = (y - recon).pow(2).sum() / total_variance, recon.new_zeros(())
         return ForwardOutput(recon, values, indices, fvu, none, none)
+
+
+def active_only(values: Tensor, indices: Tensor) -> Tensor:
+    """Indices that name a token's best latent in place of those that are not active: sparsify's
+    trainer takes every latent that is listed to have fired."""
+    return indices.where(values > 0, indices[:, :1])

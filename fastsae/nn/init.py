@@ -5,7 +5,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,14 @@ from .sae import SAE
 ACTIVE_VARIANCE = 0.99
 """The active subspace holds this part of the data's variance."""
 
+FIT_TOKENS = 4096
+"""Of a sample, by which an encoder is fitted."""
+
 CHUNK = 1024
 """Latents whose pre-activations of a sample exist at a time."""
 
 Rows = Literal["random", "active_subspace"]
-Encoder = Literal["tied", "linear"]
+Encoder = Literal["fitted", "tied", "linear"]
 Middle = Literal["median", "mean", "zero"]
 
 
@@ -38,9 +41,12 @@ class Init:
     row_norm: float = 1.0
     """Length of the decoder's and the encoder's rows."""
 
-    encoder: Encoder = "tied"
-    """Encoder rows: a copy of the decoder's, or the decoder's a normalised copy of rows drawn as
-    torch.nn.Linear draws them (uniform, within 1 / sqrt(d_in))."""
+    encoder: Encoder | None = None
+    """Encoder rows: a copy of the decoder's (tied); such a copy times the factor by which the first
+    reconstruction of a sample has the least error (fitted); or the decoder's a normalised copy of
+    rows drawn as torch.nn.Linear draws them (linear: uniform, within 1 / sqrt(d_in)). By default
+    fitted in autoencoders whose latents compete for places, else tied: the latents that win a token
+    resemble it and so each other, and with rows of norm 1 they say it too loudly together."""
 
     b_dec: Middle = "median"
     """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
@@ -52,7 +58,9 @@ class Init:
     target_l0 of the activation; without one, or with 0, b_enc starts at 0."""
 
     def __post_init__(self):
-        check_choices(self, rows=Rows, encoder=Encoder, b_dec=Middle)
+        check_choices(self, rows=Rows, b_dec=Middle)
+        if self.encoder not in (None, *get_args(Encoder)):
+            raise ValueError(f"encoder must be one of {get_args(Encoder)}, got {self.encoder!r}")
         if not self.row_norm > 0:
             raise ValueError(f"row_norm must be above 0, got {self.row_norm}")
         if self.start_l0 is not None and not self.start_l0 >= 0:
@@ -76,6 +84,16 @@ class Init:
                 f"an SAE starts with fewer active latents than d_sae = {sae.d_sae}, got "
                 f"{start_l0}: lower target_l0, or give start_l0 = 0"
             )
+        if self.encoder == "fitted" and self.encoder_of(sae) != Init().encoder_of(sae):
+            raise ValueError(
+                f"a fitted encoder is an autoencoder's whose latents compete for places, as those "
+                f"of topk do: got {sae.activation.cfg.name} and d_out = {sae.d_out}"
+            )
+
+    def encoder_of(self, sae: SAE) -> Encoder:
+        """How its encoder starts."""
+        ranks = sae.d_out is None and sae.activation.opens_at is None
+        return self.encoder or ("fitted" if ranks else "tied")
 
     def l0_of(self, sae: SAE) -> float:
         """The L0 to start from; 0 for none."""
@@ -120,12 +138,12 @@ def init_from_data(
     target: Float[Tensor, "N d_out"] | None = None,
     init: Init | None = None,
 ) -> SAE:
-    """Initialise an SAE for a sample x of its data, by default as in arXiv:2406.04093.
+    """Initialise an SAE for a sample x of its data, by default much as in arXiv:2406.04093.
 
-    Decoder rows are random directions of norm 1, the encoder is a copy and b_dec is the geometric
-    median of x; b_enc is 0, or such that as many latents are active as `init` says. ValueError if
-    that cannot be. A transcoder takes its decoder and b_dec from a sample of its target,
-    and its encoder rows on their own from x.
+    Decoder rows are random directions of norm 1, encoder rows the same, of the length that `init`
+    says, and b_dec is the geometric median of x; b_enc is 0, or such that as many latents are
+    active as `init` says. ValueError if that cannot be. A transcoder takes its decoder and b_dec
+    from a sample of its target, and its encoder rows on their own from x.
     """
     init = init or Init()
     init.check(sae)
@@ -144,7 +162,23 @@ def init_from_data(
     sae.b_dec.copy_(middle[init.b_dec](y))
     if start_l0 := init.l0_of(sae):
         start_from_l0_(sae, x, start_l0)
+    if init.encoder_of(sae) == "fitted":
+        fit_encoder_(sae, x[:FIT_TOKENS])
     return sae
+
+
+def fit_encoder_(sae: SAE, x: Float[Tensor, "N d_in"]) -> None:
+    """Multiply the encoder by the factor by which x's reconstruction has the least squared error.
+
+    That is least squares where codes grow with the encoder and b_enc is 0.
+    """
+    training = sae.training
+    recon, _ = sae.eval().activation.reconstruct(sae.centre(x), sae.weights())
+    sae.train(training)
+    recon, wanted = recon - sae.b_dec, x - sae.b_dec
+    factor = (recon * wanted).sum() / recon.square().sum()
+    if 0 < factor < torch.inf:
+        sae.W_enc.mul_(factor)
 
 
 def start_from_l0_(sae: SAE, x: Float[Tensor, "N d_in"], l0: float) -> None:

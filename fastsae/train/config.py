@@ -1,6 +1,6 @@
 """What a training run is made of."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -133,11 +133,17 @@ class TrainConfig:
             raise ValueError(
                 f'row_norm = {start.row_norm} needs constraint "none", got "{constraint}"'
             )
-        if constraint == "aligned" and start.encoder != "tied":
+        if constraint == "aligned" and start.encoder not in (None, "tied"):
             raise ValueError(f'constraint "aligned" needs a tied encoder, got "{start.encoder}"')
         with torch.device("meta"):
             self.build(2, None if self.target is None else 1)
         self.check_step()
+
+    @property
+    def start(self) -> Init:
+        """How weights start: as `init` says, under the constraint."""
+        aligned = self.optimizer.constraint == "aligned"
+        return replace(self.init, encoder="tied") if aligned else self.init
 
     def check_step(self) -> None:
         """ValueError for a setting that the step cannot have."""

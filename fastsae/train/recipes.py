@@ -22,16 +22,20 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
     usual = TrainConfig()
     d_sae, batch_size = d_sae or usual.d_sae, batch_size or usual.batch_size
     shared: dict[str, Any] = {"d_sae": d_sae, "batch_size": batch_size}
+    tied = Init(encoder="tied", start_l0=0.0)
     rule = 2e-4 / math.sqrt(d_sae / 2**14)
     if name == "openai":
         optimizer = Optimizer(lr=1e-4, warmup=0, decay=0.0, ema=0.999)
         return TrainConfig(
-            **shared, init=Init(start_l0=0.0), optimizer=optimizer, dead_after=10_000_000
+            **shared,
+            init=Init(encoder="tied", start_l0=0.0),
+            optimizer=optimizer,
+            dead_after=10_000_000,
         )
     if name == "dictionary_learning":
         return TrainConfig(
             **shared,
-            init=Init(start_l0=0.0),
+            init=tied,
             objective=Objective(error="sse"),
             optimizer=Optimizer(lr=rule, warmup=1000, eps=1e-8, clip=1.0),
             dead_after=10_000_000,
@@ -47,7 +51,7 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
         return TrainConfig(
             **shared,
             by_norm=True,
-            init=Init(row_norm=0.1, b_dec="zero", start_l0=0.0),
+            init=Init(encoder="tied", row_norm=0.1, b_dec="zero", start_l0=0.0),
             objective=Objective(error="sse", auxk_coef=1.0, auxk_error="absolute"),
             optimizer=Optimizer(
                 lr=3e-4, warmup=0, decay=0.0, eps=1e-8, clip=1.0, constraint="none"

@@ -101,7 +101,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # for activations that draw numbers
         sae = ends.build(config)
         if self.start_from is None:
-            init_from_data(sae, x, generator, target, config.init)
+            init_from_data(sae, x, generator, target, config.start)
         else:
             given = ends.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
             sae.load_state_dict(given.state_dict())

@@ -9,7 +9,6 @@ by a program of its own, and the latent's program adds up chunks.
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
 
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+from torch.utils.weak import TensorWeakRef
 
 from ._launch import launch, power_of_2, use_triton
 
@@ -52,10 +52,10 @@ def latent_major(indices: Tensor, F: int, active: Tensor | None = None) -> Laten
 
 
 class _Latest(NamedTuple):
-    """What indices were sorted to, for as long as they live."""
+    """What the indices of a backward pass were sorted to, for as long as they live."""
 
-    indices: weakref.ref[Tensor]
-    version: int
+    indices: TensorWeakRef
+    backward_pass: int
     F: int
     runs: LatentMajor
 
@@ -64,23 +64,15 @@ _latest: _Latest | None = None
 
 
 def latent_major_once(indices: Tensor, F: int) -> LatentMajor:
-    """latent_major, without sorting the same tensor again: the weight gradients of one backward
-    pass have their indices in common."""
-    if indices.is_inference():  # whose changes are not counted
-        return latent_major(indices, F)
+    """latent_major, without sorting a tensor again in one backward pass: its weight gradients have
+    their indices in common. Elsewhere, where these may change in between, it sorts every time."""
     global _latest
-    last, version = _latest, indices._version
-    if last and last.indices() is indices and (last.version, last.F) == (version, F):
+    last, backward_pass = _latest, torch._C._current_graph_task_id()
+    if last and (last.backward_pass, last.F) == (backward_pass, F) and last.indices() is indices:
         return last.runs
     runs = latent_major(indices, F)
-    _latest = _Latest(weakref.ref(indices, _forget), version, F, runs)
+    _latest = None if backward_pass < 0 else _Latest(TensorWeakRef(indices), backward_pass, F, runs)
     return runs
-
-
-def _forget(indices: weakref.ref[Tensor]) -> None:
-    global _latest
-    if _latest and _latest.indices is indices:
-        _latest = None
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------

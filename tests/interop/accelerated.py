@@ -80,7 +80,6 @@ KINDS = {
     "sparsify": coder(),
     "sparsify, multi-k": coder(multi_topk=True),
     "sparsify transcoder": coder(transcode=True, skip_connection=True),
-    "sparsify groupmax": coder(activation="groupmax"),
     "sae_lens topk": lens("TopK", k=K),
     "sae_lens topk, not centred": lens("TopK", k=K, apply_b_dec_to_input=False),
     "sae_lens topk by norm": lens("TopK", k=K, rescale_acts_by_decoder_norm=True),
@@ -109,7 +108,7 @@ def recon_and_codes(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     found, out = sae.encode(x), sae(x)
     if hasattr(found, "top_acts"):  # sparsify
         dense = found.top_acts.new_zeros(len(x), D_SAE)
-        return out.sae_out, dense.scatter(1, found.top_indices, found.top_acts)
+        return out.sae_out, dense.scatter_add(1, found.top_indices, found.top_acts)
     return out, found.to_dense() if found.is_sparse else found
 
 

@@ -1,14 +1,13 @@
-import weakref
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastsae_kernels import decode, gather_dot, scatter_outer
+from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer
 from fastsae_kernels._launch import use_triton
-from fastsae_kernels.latent_major import latent_major, latent_major_once
+from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.sparse import (
     decode_reference,
     gather_dot_reference,
@@ -186,15 +185,23 @@ def test_width_of_x_must_be_that_of_W():
         gather_dot(torch.ones(3, 5), indices, torch.ones(5, 4))
 
 
-def test_indices_are_sorted_once_and_again_when_they_change():
-    indices = torch.tensor([[1, 2], [2, 0]])
-    first = latent_major_once(indices, 4)
-    assert latent_major_once(indices, 4) is first
-    assert latent_major_once(indices, 5) is not first
-    assert latent_major_once(indices.clone(), 4) is not first
-    first = latent_major_once(indices, 4)
-    indices[0, 0] = 3
-    assert latent_major_once(indices, 4).latent.tolist() == [0, 2, 2, 3]
-    gone = weakref.ref(latent_major_once(indices, 4).entry)
-    del indices
-    assert gone() is None
+def test_a_backward_pass_sorts_its_indices_once(monkeypatch):
+    sorted_indices = []
+
+    def counted(indices, F):
+        sorted_indices.append(indices.clone())
+        return latent_major(indices, F)
+
+    monkeypatch.setattr("fastsae_kernels.latent_major.latent_major", counted)
+    x, W = torch.randn(4, 5), torch.randn(7, 5, requires_grad=True)
+    b = torch.zeros(7, requires_grad=True)
+    for steps in (1, 2):
+        values, indices = encode_topk(x, W, b, 2)
+        decode(values, indices, W).square().sum().backward()
+        assert len(sorted_indices) == steps
+    array = np.array([[1, 2], [2, 0]])
+    indices = torch.from_numpy(array)
+    before = scatter_outer(torch.ones(2, 2), indices, torch.eye(2), 4)
+    array[0, 0] = 3  # which torch does not see
+    after = scatter_outer(torch.ones(2, 2), indices, torch.eye(2), 4)
+    assert before[1, 0] == after[3, 0] == 1 and before[3, 0] == after[1, 0] == 0

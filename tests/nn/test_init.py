@@ -30,7 +30,7 @@ def test_geometric_median_of_equal_rows():
 def test_init_from_data():
     x = torch.randn(100, 8) + 3
     sae = SAE(8, 32, TopK(4))
-    init_from_data(sae, x, torch.Generator().manual_seed(1))
+    init_from_data(sae, x, torch.Generator().manual_seed(1), init=Init(encoder="tied"))
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
     assert torch.equal(sae.W_enc, sae.W_dec)
     assert not sae.b_enc.any()
@@ -98,3 +98,32 @@ def test_b_enc_starts_at_0_without_a_target(activation):
 def test_starts_that_cannot_be(activation, start_l0, message):
     with pytest.raises(ValueError, match=message):
         init_from_data(SAE(8, 32, activation), torch.randn(100, 8), init=Init(start_l0=start_l0))
+
+
+@pytest.mark.parametrize("activation", [TopK(4), TopK(4, by="abs"), BatchTopK(4)])
+@pytest.mark.parametrize("ends", [{}, {"by_norm": True}, {"layer_norm": True}, {"layers": 2}])
+def test_no_other_length_of_a_fitted_encoder_reconstructs_better(activation, ends):
+    x = 5 * torch.randn(100, 8, dtype=torch.float64) + 3
+    sae = init_from_data(SAE(8, 32, activation, **ends).double(), x)
+    cosine = torch.nn.functional.cosine_similarity(sae.W_enc, sae.W_dec)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    assert sae.training
+    sae.eval()
+
+    @torch.no_grad()
+    def error(factor: float) -> float:
+        tokens, weights = sae.tokens(x), sae.weights()
+        weights = weights._replace(W_enc=factor * weights.W_enc)
+        recon, _ = sae.activation.reconstruct(sae.centre(tokens), weights)
+        return float((recon - tokens).square().sum())
+
+    assert error(1.0) < min(error(0.99), error(1.01))
+
+
+def test_who_is_fitted():
+    assert Init().encoder_of(SAE(8, 32, TopK(4))) == "fitted"
+    assert Init().encoder_of(SAE(8, 32, JumpReLU())) == "tied"
+    assert Init().encoder_of(SAE(8, 32, TopK(4), 8)) == "tied"
+    assert Init(encoder="tied").encoder_of(SAE(8, 32, TopK(4))) == "tied"
+    with pytest.raises(ValueError, match="whose latents compete for places.* got jumprelu"):
+        Init(encoder="fitted").check(SAE(8, 32, JumpReLU(target_l0=4.0)))

@@ -92,7 +92,7 @@ def test_the_rotation_gradient_trains(config, activation, rotation):
     run = config(activation=activation, gradient="rotation", rotation=rotation, steps=100)
     sae = fit(run)
     lines = read_lines(run.out / "metrics.jsonl")
-    assert lines[-1]["fvu"] < 0.5 * lines[0]["fvu"]
+    assert lines[-1]["fvu"] < 0.7 * lines[0]["fvu"]
     assert json.loads((run.out / "summary.json").read_text())["step_path"] == "autograd"
     assert fastsae.load(run.out / "sae").activation.cfg == sae.activation.cfg
     assert sae.activation.cfg.rotation == rotation
