@@ -13,7 +13,7 @@ import torch
 from fastsae import SAE, TopK
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.evals import reconstruction
-from fastsae.nn import init_from_data
+from fastsae.nn import Init, init_from_data
 from fastsae.train import Optimizer, TrainConfig, Trainer
 from fastsae.train.optim import schedule
 from fastsae.train.plan import Plan
@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16 encoder": {"encoder_precision": "bf16"},
     "bf16 moments": {"optimizer": Optimizer(adam_moments="bf16")},
     "window of 8": {"optimizer": Optimizer(adam_window=8)},
+    "tied encoder": {"init": Init(encoder="tied")},
 }
 WAYS = (*OPTIONS, "dense")
 
@@ -37,22 +38,22 @@ def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
     scale = source.mean_square**-0.5
     sample = source.sample(SAMPLE_TOKENS, config.seed) * scale
     generator = torch.Generator().manual_seed(config.seed)
-    sae = init_from_data(config.build(source.d_in), sample, generator)
+    sae = init_from_data(config.build(source.d_in), sample, generator).to(plan.device)
     model = DenseTopK(sae)
     adam = dense_adam(model, plan.lr)
-    unfired = torch.zeros(config.d_sae, dtype=torch.int64)
+    unfired = torch.zeros(config.d_sae, dtype=torch.int64, device=plan.device)
     with source.batches(config.batch_size, config.seed) as batches:
         for step in range(plan.steps):
             factor = schedule(step, plan.steps, plan.warmup, config.optimizer.decay)
             adam.param_groups[0]["lr"] = plan.lr * factor
             dead = unfired >= plan.dead_after
-            x = next(batches).x * scale
+            x = next(batches).x.to(plan.device) * scale
             _, fired = dense_step(model, adam, x, dead, plan.k_aux)
             unfired = (unfired + config.batch_size).masked_fill(fired, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             sae.get_parameter(name).copy_(parameter)
-    return sae.fold_scale_(scale)
+    return sae.fold_scale_(scale).cpu()
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def bf16_agreement(sae: SAE, data: ActivationShards) -> float:
     assert isinstance(sae.activation, TopK)
     shadow, same, active = sae.W_enc.bfloat16(), 0, 0
     for rows in torch.arange(data.n_tokens).split(4096):
-        centred = sae.centre(data.rows(rows))
+        centred = sae.centre(sae.tokens(data.rows(rows)))
         exact = sae.encode(data.rows(rows))
         low = sae.activation.encode(centred, sae.W_enc, sae.b_enc, shadow=shadow)
         same += int(((exact.to_dense() != 0) & (low.to_dense() != 0)).sum())

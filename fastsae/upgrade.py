@@ -155,11 +155,11 @@ def initial(
 ) -> tuple[SAE, dict[str, Any]]:
     """The teacher with a calibrated rational activation, and what there is to say of it.
 
-    All is done as training sees it: for activations of mean square 1.
+    All is done as training sees it: for activations of mean square 1, or each normalised.
     """
     if teacher.d_out is not None or teacher.layers > 1:
         raise ValueError("only an autoencoder of one layer can be upgraded")
-    scale = source.mean_square**-0.5
+    scale = 1.0 if teacher.layer_norm else source.mean_square**-0.5
     scaled = copy.deepcopy(teacher).fold_scale_(1 / scale)
     check_fits(teacher, source)
     x = source.sample(CALIBRATION_TOKENS, config.seed) * scale

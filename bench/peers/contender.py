@@ -51,11 +51,13 @@ CONTENDERS = {
     "sparsify": Contender("train_sparsify", {"optimizer": "signum"}, "eai-sparsify", adam=False),
     "sparsify, Adam": Contender("train_sparsify", {"optimizer": "adam"}, "eai-sparsify"),
 }
-for _name in ("SAELens", "dictionary_learning", "sparsify"):
-    _own = CONTENDERS[_name]
-    CONTENDERS[f"{_name}, accelerated"] = _own._replace(
-        options={**_own.options, "accelerate": True}, accelerated=True
+CONTENDERS |= {
+    f"{name}, accelerated": own._replace(
+        options={**own.options, "accelerate": True}, accelerated=True
     )
+    for name, own in CONTENDERS.items()
+    if name in ("SAELens", "dictionary_learning", "sparsify")
+}
 
 SAME_LR = ", fastsae's learning rate"
 """What the name of a run with it ends in."""

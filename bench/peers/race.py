@@ -163,6 +163,8 @@ def run(task: Task) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout)
+    if done.returncode < 0:
+        return {"error": f"killed by signal {-done.returncode}"}
     lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
     error = next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]
     hint = " (try: pip uninstall torchvision)" if "torchvision" in done.stderr else ""

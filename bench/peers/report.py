@@ -101,7 +101,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    colors = {name: colormaps["tab10"](n) for n, name in enumerate(CONTENDERS)}
+    colors = {name: colormaps["tab20"](n) for n, name in enumerate(CONTENDERS)}
     figure = Figure(figsize=(12, 5), layout="constrained")
     speeds, quality = figure.subplots(1, 2)
     plot_speeds(speeds, {n: finished(f) for n, f in results.items() if n != "training"}, colors)

@@ -31,7 +31,7 @@ class Task:
     """Stop once steps have been timed for so long."""
 
     data: str | None = None
-    """A folder of activations; without it, every batch is of the same random numbers."""
+    """A folder of activations; without it, two batches of Gaussian random numbers in turn."""
 
     steps: int = LONG
     """Optimisation steps."""

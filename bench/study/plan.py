@@ -6,6 +6,7 @@ from typing import Any
 
 from fastsae.data import ActivationSource, Synthetic, demo_shards
 from fastsae.losses import Objective
+from fastsae.nn import Init
 from fastsae.nn.activations import ACTIVATIONS
 from fastsae.train import TrainConfig
 from fastsae.upgrade import UpgradeConfig
@@ -70,6 +71,7 @@ class Method:
             d_sae=D_SAE,
             activation=cfg(**settings),
             objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
+            init=Init(encoder="tied"),  # all methods alike
             steps=scale.steps,
             batch_size=scale.batch_size,
             seed=seed,

@@ -30,7 +30,7 @@ Encoder = tuple[Tensor, Tensor, Tensor]
 """Tokens, as the encoder sees them, its weight with a row for each latent, and its bias."""
 
 
-class Ends:
+class Fast:
     """What all of the classes share."""
 
     cfg: Any
@@ -109,14 +109,14 @@ class Ends:
         return self.reshape_fn_out(recon, self.d_head)
 
 
-class FastTopKSAE(Ends, TopKSAE):
+class FastTopKSAE(Fast, TopKSAE):
     activation = TopK
 
     def codes(self, encoder: Encoder) -> Codes:
         return Codes(*encode_topk(*encoder, self.activation_fn.k), self.cfg.d_sae)
 
 
-class FastJumpReLUSAE(Ends, JumpReLUSAE):
+class FastJumpReLUSAE(Fast, JumpReLUSAE):
     activation = torch.nn.ReLU
 
     def codes(self, encoder: Encoder) -> Codes:
@@ -124,7 +124,7 @@ class FastJumpReLUSAE(Ends, JumpReLUSAE):
         return found.codes(found.pre)
 
 
-class Training(Ends):
+class FastTraining(Fast):
     """What trains makes the pre-activations of all latents too."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ class Training(Ends):
         return self.codes_among(pre_activations(*encoder), encoder)
 
 
-class FastTopKTrainingSAE(Training, TopKTrainingSAE):
+class FastTopKTrainingSAE(FastTraining, TopKTrainingSAE):
     activation = TopK
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
@@ -163,14 +163,14 @@ class FastTopKTrainingSAE(Training, TopKTrainingSAE):
         return torch.sparse_coo_tensor(where, codes.values.flatten(), shape)
 
 
-class FastBatchTopKTrainingSAE(Training, BatchTopKTrainingSAE):
+class FastBatchTopKTrainingSAE(FastTraining, BatchTopKTrainingSAE):
     activation = BatchTopK
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         return largest_of_batch(pre, int(self.activation_fn.k * len(pre)), encoder)
 
 
-class FastJumpReLUTrainingSAE(Training, JumpReLUTrainingSAE):
+class FastJumpReLUTrainingSAE(FastTraining, JumpReLUTrainingSAE):
     activation = torch.nn.ReLU  # which SAELens makes and does not use
 
     def ours(self, x: Tensor) -> bool:

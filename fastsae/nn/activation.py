@@ -58,6 +58,9 @@ class Activation(nn.Module, ABC):
     signed: bool = False
     """Whether codes can be negative."""
 
+    proportional: bool = False
+    """Whether codes grow as pre-activations do, all of a token's by one factor."""
+
     target_l0: float | None = None
     """Active latents per token that a price leads to, if there is one that does."""
 

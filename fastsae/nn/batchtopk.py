@@ -59,7 +59,7 @@ class BatchTopK(Activation):
 
     cfg: BatchTopKConfig
     threshold: Float[Tensor, ""]
-    fuses = True
+    fuses = proportional = True
 
     def __init__(self, k: int = 32, **settings: Any):
         super().__init__()

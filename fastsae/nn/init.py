@@ -1,4 +1,4 @@
-"""Where training starts: decoder rows of one length, an encoder tied to them, b_dec amid the data.
+"""Where training starts: decoder rows of one length, the encoder's along them, b_dec amid the data.
 
 `Init` holds the choices that recipes make differently.
 """
@@ -39,14 +39,14 @@ class Init:
     99 % of the variance of a sample of the data, so that none is born dead (arXiv:2508.16929)."""
 
     row_norm: float = 1.0
-    """Length of the decoder's and the encoder's rows."""
+    """Length of the decoder's rows, and of tied encoder rows."""
 
     encoder: Encoder | None = None
     """Encoder rows: a copy of the decoder's (tied); such a copy times the factor by which the first
-    reconstruction of a sample has the least error (fitted); or the decoder's a normalised copy of
-    rows drawn as torch.nn.Linear draws them (linear: uniform, within 1 / sqrt(d_in)). By default
-    fitted in autoencoders whose latents compete for places, else tied: the latents that win a token
-    resemble it and so each other, and with rows of norm 1 they say it too loudly together."""
+    reconstruction of a sample has the least error (fitted; much as in arXiv:2406.04093, A.1, which
+    matches lengths); or the decoder's a normalised copy of rows drawn as torch.nn.Linear draws them
+    (linear: uniform, within 1 / sqrt(d_in)). By default fitted in autoencoders with TopK, AbsTopK
+    or BatchTopK, unless their rows are to stay aligned; else tied."""
 
     b_dec: Middle = "median"
     """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
@@ -84,16 +84,15 @@ class Init:
                 f"an SAE starts with fewer active latents than d_sae = {sae.d_sae}, got "
                 f"{start_l0}: lower target_l0, or give start_l0 = 0"
             )
-        if self.encoder == "fitted" and self.encoder_of(sae) != Init().encoder_of(sae):
+        if self.encoder == "fitted" and not can_fit(sae):
             raise ValueError(
-                f"a fitted encoder is an autoencoder's whose latents compete for places, as those "
-                f"of topk do: got {sae.activation.cfg.name} and d_out = {sae.d_out}"
+                "a fitted encoder is that of an autoencoder with topk, abstopk or batchtopk, got "
+                f"{sae.activation.cfg.name} and d_out = {sae.d_out}"
             )
 
     def encoder_of(self, sae: SAE) -> Encoder:
         """How its encoder starts."""
-        ranks = sae.d_out is None and sae.activation.opens_at is None
-        return self.encoder or ("fitted" if ranks else "tied")
+        return self.encoder or ("fitted" if can_fit(sae) else "tied")
 
     def l0_of(self, sae: SAE) -> float:
         """The L0 to start from; 0 for none."""
@@ -140,8 +139,8 @@ def init_from_data(
 ) -> SAE:
     """Initialise an SAE for a sample x of its data, by default much as in arXiv:2406.04093.
 
-    Decoder rows are random directions of norm 1, encoder rows the same, of the length that `init`
-    says, and b_dec is the geometric median of x; b_enc is 0, or such that as many latents are
+    Decoder rows are random directions, encoder rows the same, of the lengths that `init` says, and
+    b_dec is the geometric median of x; b_enc is 0, or such that as many latents are
     active as `init` says. ValueError if that cannot be. A transcoder takes its decoder and b_dec
     from a sample of its target, and its encoder rows on their own from x.
     """
@@ -167,10 +166,16 @@ def init_from_data(
     return sae
 
 
+def can_fit(sae: SAE) -> bool:
+    """Whether one factor on the encoder is one on the codes, and they are to give x back."""
+    return sae.d_out is None and sae.activation.proportional
+
+
 def fit_encoder_(sae: SAE, x: Float[Tensor, "N d_in"]) -> None:
     """Multiply the encoder by the factor by which x's reconstruction has the least squared error.
 
-    That is least squares where codes grow with the encoder and b_enc is 0.
+    The latents that win a token resemble it and so each other: with rows of norm 1 they say it too
+    loudly together.
     """
     training = sae.training
     recon, _ = sae.eval().activation.reconstruct(sae.centre(x), sae.weights())

@@ -62,6 +62,7 @@ class TopK(Activation):
     """
 
     cfg: TopKConfig
+    proportional = True
 
     def __init__(self, k: int = 32, **settings: Any):
         super().__init__()

@@ -29,7 +29,7 @@ from .trainer import Trainer
 
 FORMAT = "fastsae.sweep.1"
 SHARED = (
-    *("data", "target", "layers", "steps", "batch_size", "device"),
+    *("data", "target", "layers", "layer_norm", "steps", "batch_size", "device"),
     *("checkpoint_every", "keep_checkpoints", "log_every"),
 )
 

@@ -125,5 +125,5 @@ def test_who_is_fitted():
     assert Init().encoder_of(SAE(8, 32, JumpReLU())) == "tied"
     assert Init().encoder_of(SAE(8, 32, TopK(4), 8)) == "tied"
     assert Init(encoder="tied").encoder_of(SAE(8, 32, TopK(4))) == "tied"
-    with pytest.raises(ValueError, match="whose latents compete for places.* got jumprelu"):
+    with pytest.raises(ValueError, match="topk, abstopk or batchtopk, got jumprelu"):
         Init(encoder="fitted").check(SAE(8, 32, JumpReLU(target_l0=4.0)))

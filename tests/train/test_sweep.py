@@ -23,19 +23,18 @@ SMALL = {"d_sae": 64, "batch_size": 200, "lr": 3e-3, "log_every": 5, "dead_after
 SAES = {
     "k4": {"k": 4},
     "k8": {"k": 8, "seed": 1},
-    "normed": {"k": 4, "layer_norm": True},
-    "normed8": {"k": 8, "layer_norm": True},
     "abs": {"activation": "abstopk", "k": 4},
     "batch": {"activation": "batchtopk", "k": 4},
     "jump": {"activation": "jumprelu", "target_l0": 4.0},
 }
+NORMED = {"k4": {"k": 4, "layer_norm": True}, "k8": {"k": 8, "layer_norm": True}}
 
 
 @pytest.fixture
 def configs(activations):
-    def build(steps=30, **settings):
+    def build(steps=30, saes=SAES, **settings):
         shared = {"data": str(activations), "steps": steps, "data_seed": 0, **SMALL, **settings}
-        return {name: train_config(**shared, **own) for name, own in SAES.items()}
+        return {name: train_config(**shared, **own) for name, own in saes.items()}
 
     return build
 
@@ -44,13 +43,14 @@ def losses(out):
     return [line["loss"] for line in read_lines(out / "metrics.jsonl")]
 
 
-def test_a_sweep_trains_what_single_runs_train(configs, activations, tmp_path):
+@pytest.mark.parametrize("saes", [SAES, NORMED], ids=["plain", "layer_norm"])
+def test_a_sweep_trains_what_single_runs_train(saes, configs, activations, tmp_path):
     source = ActivationShards(activations)
-    Sweep(configs(), source, tmp_path / "sweep").fit()
+    Sweep(configs(saes=saes), source, tmp_path / "sweep").fit()
     found = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
-    assert list(found) == list(SAES)
+    assert list(found) == list(saes)
     assert (tmp_path / "sweep" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    for name, config in configs().items():
+    for name, config in configs(saes=saes).items():
         out = tmp_path / name
         Trainer(dataclasses.replace(config, out=out), source).fit()
         together, single = losses(tmp_path / "sweep" / name), losses(out)
