@@ -67,8 +67,15 @@ def stamp() -> dict[str, Any]:
         "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in lines),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": said("git describe --always --dirty --exclude '*'") or "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """That of the code, and whether anything but results was changed since."""
+    found = said("git describe --always --exclude '*'")
+    changed = said("git status --porcelain --untracked-files=no -- ':(top,exclude)bench/results'")
+    return f"{found}-dirty" if changed else found or "unknown"
 
 
 def said(command: str) -> str:

@@ -13,6 +13,7 @@ from fastsae.nn.candidates import Candidates
 from fastsae_kernels import encode_topk
 from fastsae_kernels.topk import topk_indices
 
+from . import own_class
 from .dense import (
     codes_behind,
     entries,
@@ -41,13 +42,22 @@ def decode_codes(sae: AutoEncoderTopK | BatchTopKSAE, codes: Codes, shape: torch
     return (codes.decode(sae.decoder.weight.T) + sae.b_dec).view(*shape[:-1], -1)
 
 
-def decoded(sae: AutoEncoderTopK | BatchTopKSAE, f: Tensor) -> Tensor:
+def decode(self: AutoEncoderTopK | BatchTopKSAE, x: Tensor) -> Tensor:
     """Decode activations, by the codes behind them where those are known."""
-    codes = None if hooked(sae.decoder) else codes_behind(f)
-    return sae.decoder(f) + sae.b_dec if codes is None else decode_codes(sae, codes, f.shape)
+    codes = None if hooked(self.decoder) else codes_behind(x)
+    return self.decoder(x) + self.b_dec if codes is None else decode_codes(self, codes, x.shape)
+
+
+def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
+    """Without dense activations, unless someone wants them."""
+    if output_features or not ours(self, x) or hooked(self.decoder):
+        return own_class(self).forward(self, x, output_features)
+    return decode_codes(self, self.codes(x), x.shape)
 
 
 class FastAutoEncoderTopK(AutoEncoderTopK):
+    decode, forward = decode, forward
+
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         if use_threshold or not ours(self, x):
             return super().encode(x, return_topk, use_threshold)
@@ -65,16 +75,10 @@ class FastAutoEncoderTopK(AutoEncoderTopK):
     def codes(self, x: Tensor) -> Codes:
         return Codes(*encode_topk(*encoder_of(self, x), int(self.k)), self.dict_size)
 
-    def decode(self, x: Tensor) -> Tensor:
-        return decoded(self, x)
-
-    def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        if output_features or not ours(self, x) or hooked(self.decoder):
-            return super().forward(x, output_features)
-        return decode_codes(self, self.codes(x), x.shape)
-
 
 class FastBatchTopKSAE(BatchTopKSAE):
+    decode, forward = decode, forward
+
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         # the largest of a batch are chosen for k x.size(0) tokens, whatever its other dimensions
         if not ours(self, x) or use_threshold == return_active or x.dim() != 2:
@@ -93,14 +97,6 @@ class FastBatchTopKSAE(BatchTopKSAE):
         threshold = self.threshold.clamp(min=0).expand(self.dict_size)
         found = Candidates.above(*encoder_of(self, x), threshold)
         return found.codes(found.pre)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return decoded(self, x)
-
-    def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        if output_features or not ours(self, x) or hooked(self.decoder):
-            return super().forward(x, output_features)
-        return decode_codes(self, self.codes(x), x.shape)
 
 
 class FastJumpReluAutoEncoder(JumpReluAutoEncoder):
