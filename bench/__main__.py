@@ -28,6 +28,13 @@ def main() -> None:
     gpu = commands.add_parser("gpu", help="on a GPU: checks, every kernel, the training step")
     guard.add_arguments(gpu)
     arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except ValueError as error:  # what was given and what is allowed
+        parser.error(str(error))
+
+
+def run(arguments: argparse.Namespace) -> None:
     if arguments.command == "step":
         from .step import bench
 
