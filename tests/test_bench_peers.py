@@ -15,7 +15,7 @@ from bench.peers.stream import TimeUp, open_stream
 from bench.peers.task import Task
 from fastsae.data import ShardWriter, Synthetic
 
-TINY = 64, 16, 96, 4
+TINY = 256, 16, 96, 4  # tokens enough for accelerated SAEs to take our ops
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,10 @@ def accelerate(module: Module, *, exact_compat: bool = False) -> Module:
     module: a SparseCoder of sparsify; a TopK, BatchTopK or JumpReLU SAE of SAELens, for training
     or not; an AutoEncoderTopK, BatchTopKSAE or JumpReluAutoEncoder of dictionary_learning. Returns
     the same object, which computes the same outputs, up to rounding and the order of equals, and
-    works with its library's trainer. `restore` undoes it. It goes on as its library does for few
-    tokens, for which that is faster; where a hook, or a method or part of its own that someone
-    replaced, has to be heard; and, but for sparsify's, under autocast. A NaN exceeds no threshold.
+    works with its library's trainer. `restore` undoes it. It goes on as its library does where a
+    hook, or a method or part of its own that someone replaced, has to be heard; and, but for
+    sparsify's, under autocast and for few tokens, for which that is faster. A NaN exceeds no
+    threshold.
 
     Gradients of parameters and inputs are those of what is computed; the dense activations that a
     training pass returns are no longer on their way. sparsify's own differ: its aux-k and multi-k

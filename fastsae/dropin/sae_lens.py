@@ -53,7 +53,7 @@ class Fast:
     reshape_fn_out: Any
 
     def codes(self, encoder: Encoder) -> Codes:
-        """The codes of the tokens, with sparse gradients."""
+        """The codes of the tokens, with sparse gradients: what each class gives."""
         raise NotImplementedError
 
     def ours(self, x: Tensor) -> bool:
@@ -139,7 +139,7 @@ class FastTraining(Fast):
         return self.hook_sae_acts_post(acts), pre.view(shape)
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
-        """The codes, given all pre-activations."""
+        """The codes, given all pre-activations: what each class that trains gives."""
         raise NotImplementedError
 
     def codes(self, encoder: Encoder) -> Codes:

@@ -140,9 +140,9 @@ def init_from_data(
     """Initialise an SAE for a sample x of its data, by default much as in arXiv:2406.04093.
 
     Decoder rows are random directions, encoder rows the same, of the lengths that `init` says, and
-    b_dec is the geometric median of x; b_enc is 0, or such that as many latents are
-    active as `init` says. ValueError if that cannot be. A transcoder takes its decoder and b_dec
-    from a sample of its target, and its encoder rows on their own from x.
+    b_dec is the geometric median of x; b_enc is 0, or such that as many latents are active as
+    `init` says. ValueError if that cannot be. A transcoder takes its decoder and b_dec from a
+    sample of its target, and its encoder rows on their own from x.
     """
     init = init or Init()
     init.check(sae)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastsae
+from fastsae.dropin.dense import FEWEST
 
 from .peers import D_IN, D_SAE, K, dictionary_learning, sae_lens, sparsify
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 
-STEPS, N = 5, 64
+STEPS, N = 5, 2 * FEWEST  # so many tokens that it is our ops that are tested
 
 
 def batches() -> list[Tensor]:
