@@ -20,6 +20,7 @@ from fastsae_kernels.adam import (
     settle_,
 )
 from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_
+from fastsae_kernels.float8 import quantize_rows
 
 Constraint = Literal["unit", "aligned", "none"]
 Moments = Literal["fp32", "bf16"]
@@ -119,10 +120,11 @@ class Adam:
         settings: Optimizer | None = None,
         *,
         shadows: Collection[str] = (),
+        float8: bool = False,
         seed: int = 0,
     ):
-        """`shadows` names the weights that are also kept in bfloat16; `seed` is that of stochastic
-        rounding. See `fastsae_kernels.adam`."""
+        """`shadows` names the weights that are also kept in bfloat16, with `float8` the encoder is
+        kept in fp8 too; `seed` is that of stochastic rounding. See `fastsae_kernels.adam`."""
         self.settings = settings = settings or Optimizer()
         low = torch.bfloat16 if settings.adam_moments == "bf16" else None
         self.parameters = {name: p.detach() for name, p in sae.named_parameters()}
@@ -130,6 +132,7 @@ class Adam:
         self.first = {n: torch.zeros_like(p, dtype=kept[n]) for n, p in self.parameters.items()}
         self.second = {n: torch.zeros_like(m) for n, m in self.first.items()}
         self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
+        self.float8 = quantize_rows(self.parameters["W_enc"]) if float8 else None
         averaged = self.parameters if settings.ema else {}
         self.average = {name: torch.zeros_like(p) for name, p in averaged.items()}
         self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed)
@@ -177,7 +180,8 @@ class Adam:
         adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
 
     def end_step(self) -> None:
-        """Take the step into the average."""
+        """Take the step into the average, and the encoder into its copy in fp8."""
+        self.requantize()
         for name, average in self.average.items():
             average.lerp_(self.parameters[name], 1 - (self.settings.ema or 0))
 
@@ -189,12 +193,19 @@ class Adam:
             self.parameters[name].copy_(average).div_(1 - (self.settings.ema or 0) ** self.at.step)
         if self.average:
             self.constrain()
+        self.requantize()
+
+    def requantize(self) -> None:
+        """Take the encoder into its copy in fp8, where there is one."""
+        if self.float8 is not None:
+            quantize_rows(self.parameters["W_enc"], self.float8)
 
     def restored(self, step: int) -> None:
         """Go on after a step whose parameters and state_dict have been copied in."""
         self.at = self.at._replace(step=step)
         for name, shadow in self.shadow.items():
             shadow.copy_(self.parameters[name])
+        self.requantize()
 
     def state_dict(self) -> dict[str, Tensor]:
         kept = {"first": self.first, "second": self.second, "average": self.average}

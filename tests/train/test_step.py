@@ -7,12 +7,13 @@ import torch
 
 from fastsae import SAE, AbsTopK, TopK, losses
 from fastsae.losses import Objective, training_loss
-from fastsae.train.optim import Adam, default_lr, schedule
+from fastsae.train.optim import Adam, Optimizer, default_lr, schedule
 from fastsae.train.step import autograd_step, fused_step
 from fastsae_kernels import adam as adam_module
 from fastsae_kernels import loss, sparse
 from fastsae_kernels._launch import INTERPRET, interpreted
 from fastsae_kernels.dense_adam import normalise_rows_
+from fastsae_kernels.float8 import quantize_rows
 
 D_IN, D_SAE, K, K_AUX = 12, 70, 4, 6
 DEAD = {"none": lambda: None, "some": lambda: torch.arange(0, D_SAE, 5)}
@@ -77,14 +78,26 @@ def test_both_ways_report_the_same(sae, dead):
     assert torch.equal(results[0].codes.indices, results[1].codes.indices)
 
 
-def test_the_shadow_follows_the_weights(sae):
+@pytest.mark.parametrize("window", [1, 3])
+def test_the_shadows_follow_the_weights(sae, window):
     sae = sae.float()
-    adam = Adam(sae, shadows=("W_enc", "W_dec"))
-    for _ in range(3):
+    options = Optimizer(adam_window=window)
+    adam = Adam(sae, options, shadows=("W_enc", "W_dec"), float8=True)
+    for _ in range(4):
         adam.begin_step(1e-2)
         fused_step(sae, adam, torch.randn(40, D_IN), None, Objective())
+        check_shadows(sae, adam)
+    adam.settle()
+    check_shadows(sae, adam)
+
+
+def check_shadows(sae: SAE, adam: Adam) -> None:
+    """Bit for bit what a restored run makes from the weights."""
     for name, shadow in adam.shadow.items():
         assert torch.equal(shadow, sae.get_parameter(name).detach().bfloat16())
+    assert adam.float8 is not None
+    for got, expected in zip(adam.float8, quantize_rows(sae.W_enc.detach()), strict=True):
+        assert torch.equal(got.float(), expected.float())
 
 
 def test_the_same_step_gives_the_same_bits(sae):
