@@ -3,6 +3,7 @@
 Shapes: N tokens, K active latents per token, F latents, D model width.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
