@@ -3,7 +3,6 @@
 Shapes: N tokens, K active latents per token, F latents, D model width.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,8 +63,8 @@ def launch_decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+def launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), (F, D) = indices.shape, W.shape
-    out = x.new_empty(N, K, dtype=dtype)
+    out = x.new_empty(N, K)
     launch(_gather_dot_kernel, (N,), x, indices, W, out, F, K, D, *constants_for(x))
     return out

@@ -23,7 +23,8 @@ from ._launch import ENCODER, capability, check_devices, check_matrix, rows_at_a
 from ._op import register
 from ._topk_kernel import launch_topk
 from .float8 import Float8Rows, scaled_product, why_not_float8
-from .sparse import decode, gather_dot_as, scatter_outer
+from .rescore import rescore
+from .sparse import decode, scatter_outer
 from .topk import By, Ties, check_by, check_choice, topk_indices, topk_reference
 
 # --- reference: the specification -----------------------------------------------------------
@@ -125,11 +126,7 @@ def _select_rescored(
     ties = "any" if scale is None else "lowest"
     spare = candidates_for(k, W.shape[0])
     _, candidates = _select(x.to(low), shadow, b.to(low), spare, by, ties, scale)
-    candidates = candidates.sort(dim=1).values  # so that ties go to the lowest latent
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = gather_dot_as(x, candidates, W, wide) + b[candidates]
-    place = topk_indices(h, k, by)
-    return h.gather(1, place).to(x.dtype), candidates.gather(1, place)
+    return rescore(x, W, b, candidates, k, by)
 
 
 # --- autograd -------------------------------------------------------------------------------

@@ -47,13 +47,13 @@ def _decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return embedding_bag(indices, W, per_sample_weights=values.to(W.dtype), mode="sum")
 
 
-def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), F = indices.shape, W.shape[0]
     wide = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
     # sampled_addmm knows one dtype, no half precision, and no more entries than a dense matrix has.
     if not x.dtype == W.dtype == wide or K > F:
         rows = zip(x.to(wide).split(64), indices.split(64), strict=True)
-        return torch.cat([(W[i].to(wide) @ t[:, :, None])[:, :, 0] for t, i in rows]).to(dtype)
+        return torch.cat([(W[i].to(wide) @ t[:, :, None])[:, :, 0] for t, i in rows]).to(x)
     start = torch.arange(0, N * K + 1, K, dtype=indices.dtype)
     zeros = x.new_zeros(N * K)
     with warnings.catch_warnings():
@@ -61,20 +61,7 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype)
         pattern = torch.sparse_csr_tensor(
             start, indices.flatten(), zeros, (N, F), check_invariants=False
         )
-    found = torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values()
-    return found.view(N, K).to(dtype)
-
-
-def gather_dot_as(x: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
-    """gather_dot without a gradient, its fp32 sums rounded to this dtype: -> [N, K]"""
-    check_indices(indices, W.shape[0])
-    if not indices.numel():
-        return x.new_zeros(indices.shape, dtype=dtype)
-    if use_triton(W):
-        from ._sparse_kernel import launch_gather_dot as run
-    else:
-        run = _gather_dot_torch
-    return run(x.contiguous(), indices.contiguous(), W.contiguous(), dtype)
+    return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values().view(N, K)
 
 
 # --- autograd -------------------------------------------------------------------------------
@@ -110,7 +97,14 @@ class _Decode(torch.autograd.Function):
 class _GatherDot(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-        return gather_dot_as(x, indices, W, x.dtype)
+        check_indices(indices, W.shape[0])
+        if not indices.numel():
+            return x.new_zeros(indices.shape)
+        if use_triton(W):
+            from ._sparse_kernel import launch_gather_dot as run
+        else:
+            run = _gather_dot_torch
+        return run(x.contiguous(), indices.contiguous(), W.contiguous())
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -12,6 +12,7 @@ import torch
 from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer, squared_error, topk
 from fastsae_kernels._encode_above_kernel import launch_count, launch_list
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
+from fastsae_kernels.float8 import quantize_rows
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import _rational_backward, rational
@@ -42,6 +43,11 @@ def _encode(s: Inputs, by: By = "value") -> None:
     """The product by our kernel."""
     with patch("fastsae_kernels.encode.ENCODER", "triton"):
         encode_topk(*s.encoder, by)
+
+
+def _encode_fp8(s: Inputs) -> None:
+    """What ranks the candidates of a product in fp8."""
+    encode_topk(*s.encoder, shadow=quantize_rows(s.W))
 
 
 def _adam(
@@ -106,6 +112,7 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "topk abs": (TWO, lambda s: topk(s.pre, s.K, "abs")),
     "encode": (LARGE, _encode),
     "encode abs": (TWO, lambda s: _encode(s, "abs")),
+    "encode fp8": ({"A bf16", "D bf16"}, _encode_fp8),
     "encode shadow": ({"A fp32"}, lambda s: encode_topk(*s.encoder, shadow=s.W.bfloat16())),
     "above": (FEW, lambda s: launch_count(s.pre, s.thresholds, "value")),
     "above abs": (TWO, lambda s: launch_count(s.pre, s.thresholds, "abs")),
