@@ -52,7 +52,7 @@ def test_rows_are_rounded_to_four_bits(device, shape, dtype):
 
 
 def test_rows_of_every_size(device):
-    """Zeros stay zeros, tiny rows vanish, the largest numbers fit, NaN and Inf are not lost."""
+    """Zeros stay zeros, tiny rows vanish, the largest numbers fit, NaN and Inf mark their row."""
     x = torch.tensor([0.0, 1e-40, 3e38, float("nan"), float("inf"), -float("inf")])
     x = torch.stack([x, torch.ones(6)], dim=1).to(device)
     x[:3, 1] = 0
@@ -61,7 +61,21 @@ def test_rows_of_every_size(device):
     assert back[0].tolist() == back[1].tolist() == [0, 0]
     assert float(scale[0]) == SMALLEST_SCALE
     torch.testing.assert_close(back[2], x[2], rtol=2**-4, atol=0.0)
-    assert back[3:, 0].isnan().all()
+    assert scale[3:].isinf().all()
+
+
+@DTYPE
+@pytest.mark.parametrize("D", [1, 33, 600])
+def test_the_kernel_writes_the_bits_of_the_torch_path(device, D, dtype):
+    """Also ties between neighbours, and subnormal numbers."""
+    x = torch.randn(20, D) * 10 ** torch.randn(20, D)
+    x[0] = torch.linspace(-256, 256, D)
+    x[1] = 256.0
+    x[1, 1:] = torch.linspace(0, 2**-5, D - 1)
+    x = x.to(device, dtype)
+    got, expected = quantize_rows(x), quantize_rows(x.double())
+    assert torch.equal(got.scale, expected.scale)
+    assert torch.equal(got.rows.float(), expected.rows.float())
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -133,7 +147,7 @@ def test_a_wrong_shadow_only_proposes(device, by):
     x, W, b = integers(9, device, torch.float32)
     shadow = quantize_rows(integers(9, device, torch.float32)[1])
     values, indices = encode_topk(x, W, b, K, by, shadow=shadow)
-    candidates = topk_indices(scaled_product(x, shadow, b), candidates_for(K, F), by)
+    candidates = topk_indices(scaled_product(x, shadow, b), candidates_for(K, F, True), by)
     pre = torch.addmm(b, x, W.t())
     proposed = torch.zeros_like(pre, dtype=torch.bool).scatter(1, candidates, True)
     pre = pre.masked_fill(~proposed, -1e9 if by == "value" else 0.0)
@@ -149,9 +163,12 @@ def test_nan_is_never_dropped(device):
     assert values.isnan().any(1).tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize(("k", "F", "expected"), [(1, 100, 9), (32, 4096, 48), (5, 7, 7)])
-def test_candidates(k, F, expected):
-    assert candidates_for(k, F) == expected
+@pytest.mark.parametrize(
+    ("k", "F", "float8", "expected"),
+    [(1, 100, True, 9), (32, 4096, True, 64), (32, 4096, False, 48), (5, 7, True, 7)],
+)
+def test_candidates(k, F, float8, expected):
+    assert candidates_for(k, F, float8) == expected
 
 
 def test_a_wrong_shadow_is_refused():
@@ -185,5 +202,5 @@ def test_a_cpu_has_it_not():
 
 
 def test_when_it_pays():
-    assert float8_pays(131_072, 64) and float8_pays(32_768, 32)
-    assert not float8_pays(24_576, 32)
+    assert float8_pays(131_072, 64) and float8_pays(1 << 20, 128)
+    assert not float8_pays(32_768, 32) and not float8_pays(24_576, 32)
