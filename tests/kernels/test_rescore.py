@@ -17,7 +17,7 @@ each_shape = pytest.mark.parametrize(
 )
 
 
-def make(shape, device, draw, dtype=torch.float32):
+def make(shape, device, draw, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
     """x, W, b and candidates in any order"""
     N, D, F, C, _ = shape
     candidates = torch.rand(N, F).topk(C).indices.to(device)
