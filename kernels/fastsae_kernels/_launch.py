@@ -5,11 +5,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+HAS_TRITON = find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _BUFFER_MB = os.environ.get("FASTSAE_BUFFER_MB")
 ENCODER = os.environ.get("FASTSAE_ENCODER")
@@ -21,8 +23,18 @@ _local = threading.local()
 
 
 def use_triton(x: Tensor) -> bool:
-    """Kernels run on CUDA tensors, and on CPU tensors inside `interpreted()`."""
-    return x.is_cuda or getattr(_local, "interpreted", False)
+    """Kernels run on CUDA tensors, and on CPU tensors inside `interpreted()`.
+
+    ValueError where they would, but Triton is not installed. Ops ask this before they import a
+    kernel's module, so that all else works without Triton.
+    """
+    wanted = x.is_cuda or getattr(_local, "interpreted", False)
+    if wanted and not HAS_TRITON:
+        raise ValueError(
+            "CUDA tensors need Triton, which is not installed: pip install 'triton>=3.6' "
+            "(on Windows, triton-windows), or use the CPU"
+        )
+    return wanted
 
 
 @contextmanager

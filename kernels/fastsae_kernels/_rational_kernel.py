@@ -10,9 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch, power_of_2
-
-Scalars = tuple[Tensor, Tensor, Tensor, Tensor]
-"""a, b, c_in, c_out"""
+from .rational import Scalars, wide_dtype
 
 # --- kernels: h and what has its shape are row-major ----------------------------------------
 
@@ -110,11 +108,6 @@ BLOCK, BACKWARD_BLOCK = 1024, 512
 
 A program has one warp, so that its sums need no shared memory and no barrier.
 """
-
-
-def wide_dtype(h: Tensor) -> torch.dtype:
-    """What h is computed in."""
-    return torch.promote_types(h.dtype, torch.float32)
 
 
 def tile(shape: torch.Size, block: int) -> tuple[int, int, int]:

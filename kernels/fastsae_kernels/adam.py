@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ._adam_kernel import _adam_kernel
+from ._latent_major_kernel import CHUNK, constants_for, launch_sum_chunks
 from ._launch import (
     buffer_bytes,
     capability,
@@ -42,13 +43,7 @@ from .dense_adam import (
     seed32,
     stochastic_bf16,
 )
-from .latent_major import (
-    CHUNK,
-    LatentMajor,
-    constants_for,
-    launch_sum_chunks,
-    sum_runs,
-)
+from .latent_major import LatentMajor, sum_runs
 
 BLOCK_BYTES = 1 << 20
 """Rows that, with their gradients and moments, stay in a CPU's cache."""

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._latent_major_kernel import constants_for, load_rows
 from ._launch import (
     check_codes,
     check_devices,
@@ -25,15 +26,8 @@ from ._launch import (
     use_triton,
 )
 from ._op import register
-from .latent_major import constants_for, load_rows
-from .sparse import (
-    decode,
-    decode_reference,
-    gather_dot,
-    gather_dot_reference,
-    load_latents,
-    scatter_outer,
-)
+from ._sparse_kernel import load_latents
+from .sparse import decode, decode_reference, gather_dot, gather_dot_reference, scatter_outer
 
 # --- reference: the specification -----------------------------------------------------------
 

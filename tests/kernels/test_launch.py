@@ -2,6 +2,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsae_kernels import _launch
 from fastsae_kernels._launch import (
@@ -48,6 +49,15 @@ def test_the_interpreter_must_have_been_chosen(monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRET", False)
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 before"), interpreted():
         pass
+
+
+def test_a_gpu_without_triton_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(_launch, "HAS_TRITON", False)
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+    with pytest.raises(ValueError, match="CUDA tensors need Triton, .*: pip install"):
+        use_triton(x)
+    assert not use_triton(torch.ones(1))
 
 
 @pytest.mark.parametrize(("n", "least"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
