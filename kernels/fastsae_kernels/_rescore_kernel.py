@@ -60,6 +60,8 @@ def _rescore_kernel(
             lower = (rivals[None, :] == key[:, None]) & (latents[None, :] < f[:, None])
             place += tl.sum(((above | lower) & (rival < C)[None, :]).to(tl.int32), axis=1)
         kept = (c < C) & (place < K)
+        if not ABS:
+            h = tl.where(h < 0, 0.0, h)
         tl.store(value_ptr + n * K + place, h, mask=kept)
         tl.store(index_ptr + n * K + place, f, mask=kept)
 

@@ -1,7 +1,8 @@
 """The k largest of some candidates of each token, ranked by exact pre-activations.
 
     h[n, c] = x[n] . W[candidates[n, c]] + b[candidates[n, c]],  by sums in fp32
-    rescore(x, W, b, candidates, k)    h at the k largest h of each token, and its latents
+    rescore(x, W, b, candidates, k)            max(h, 0) at the k largest h of each token
+    rescore(x, W, b, candidates, k, by="abs")  h at the k largest |h|
 
 Shapes: N tokens, C candidates per token, K kept, F latents, D model width.
 """
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ._launch import use_triton
 from .sparse import gather_dot
-from .topk import By, topk_indices
+from .topk import By, topk, topk_reference
 
 HALF = torch.bfloat16, torch.float16
 
@@ -25,9 +26,8 @@ def rescore_reference(
     latents = candidates.sort(dim=1).values
     wide = torch.float32 if x.dtype in HALF else x.dtype
     h = torch.einsum("nd,ncd->nc", x.to(wide), W[latents].to(wide)) + b[latents]
-    rank = h.abs() if by == "abs" else h
-    place = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return h.gather(1, place).to(x.dtype), latents.gather(1, place)
+    values, place = topk_reference(h, k, by)
+    return values.to(x.dtype), latents.gather(1, place)
 
 
 # --- torch path: what runs without a GPU ----------------------------------------------------
@@ -39,8 +39,8 @@ def _rescore_torch(
     latents = candidates.sort(dim=1).values  # so that ties go to the lowest latent
     wide = torch.float32 if x.dtype in HALF else x.dtype
     h = gather_dot(x.to(wide), latents, W) + b[latents]
-    place = topk_indices(h, k, by)
-    return h.gather(1, place).to(x.dtype), latents.gather(1, place)
+    values, place = topk(h, k, by)
+    return values.to(x.dtype), latents.gather(1, place)
 
 
 # --- public ---------------------------------------------------------------------------------
@@ -51,8 +51,8 @@ def rescore(
 ) -> tuple[Tensor, Tensor]:
     """Rank candidates [N, C], different latents of each token, and keep k of them.
 
-    x [N, D], W [F, D], b [F] -> values [N, K], rounded to x's dtype after they are ranked, and
-    indices [N, K], largest first, ties to the lowest latent, NaN before any number. Not
+    x [N, D], W [F, D], b [F] -> values and indices [N, K] as of topk, largest first, ties to the
+    lowest latent, NaN before any number; values are rounded to x's dtype after they are ranked. Not
     differentiable. Reads N C D elements of W.
     """
     if use_triton(x) and x.dtype != torch.float64:
