@@ -13,6 +13,7 @@ from fastsae.config import check_choices
 from fastsae.nn import SAE
 from fastsae_kernels.adam import (
     AdamStep,
+    BiasGradients,
     RowGradients,
     Rows,
     Window,
@@ -175,9 +176,9 @@ class Adam:
         elif self.settings.constraint == "aligned":
             align_rows_(self.parameters["W_enc"], self.parameters["W_dec"])
 
-    def update_rows(self, gradients: RowGradients) -> None:
+    def update_rows(self, gradients: RowGradients) -> BiasGradients:
         """Move both weights down their sparse gradients, and constrain the decoder's rows."""
-        adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
+        return adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
 
     def end_step(self) -> None:
         """Take the step into the average, and the encoder into its copy in fp8."""
