@@ -150,10 +150,9 @@ class Adam:
         self.parameters[name] = home
 
     def rows(self, name: str) -> Rows:
-        """A weight with its moments and its shadow."""
-        return Rows(
-            self.parameters[name], self.first[name], self.second[name], self.shadow.get(name)
-        )
+        """A weight with its moments and its copies."""
+        state = self.parameters[name], self.first[name], self.second[name], self.shadow.get(name)
+        return Rows(*state, self.float8 if name == "W_enc" else None)
 
     def update(self, name: str, gradient: Tensor) -> None:
         """Move a parameter down its dense gradient."""
@@ -181,8 +180,7 @@ class Adam:
         return adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
 
     def end_step(self) -> None:
-        """Take the step into the average, and the encoder into its copy in fp8."""
-        self.requantize()
+        """Take the step into the average."""
         for name, average in self.average.items():
             average.lerp_(self.parameters[name], 1 - (self.settings.ema or 0))
 
@@ -194,19 +192,14 @@ class Adam:
             self.parameters[name].copy_(average).div_(1 - (self.settings.ema or 0) ** self.at.step)
         if self.average:
             self.constrain()
-        self.requantize()
-
-    def requantize(self) -> None:
-        """Take the encoder into its copy in fp8, where there is one."""
-        if self.float8 is not None:
-            quantize_rows(self.parameters["W_enc"], self.float8)
 
     def restored(self, step: int) -> None:
         """Go on after a step whose parameters and state_dict have been copied in."""
         self.at = self.at._replace(step=step)
         for name, shadow in self.shadow.items():
             shadow.copy_(self.parameters[name])
-        self.requantize()
+        if self.float8 is not None:
+            quantize_rows(self.parameters["W_enc"], self.float8)
 
     def state_dict(self) -> dict[str, Tensor]:
         kept = {"first": self.first, "second": self.second, "average": self.average}

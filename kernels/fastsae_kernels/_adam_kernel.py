@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._float8_kernel import quantize_row
 from ._latent_major_kernel import CHUNK, launch_sum_chunks, sum_run
 from ._launch import launch, power_of_2
 
@@ -101,7 +102,7 @@ def _sum_weights(w_ptr, first, last, CHUNK: tl.constexpr):
 
 @triton.jit
 def _adam_kernel(
-    W_ptr, m_ptr, v_ptr, shadow_ptr,
+    W_ptr, m_ptr, v_ptr, shadow_ptr, row8_ptr, scale8_ptr,
     start_ptr, token_ptr, w_ptr, x_ptr, chunk_ptr,  # entries in latent order, sums of whole chunks
     slot_ptr, extra_ptr,  # [F]: row of the extra gradients, or -1
     row_ptr, missed_ptr, count_ptr, table_ptr,  # of _visits_kernel; None to visit every row
@@ -160,6 +161,10 @@ def _adam_kernel(
         tl.store(W_ptr + at, w, mask=mask, eviction_policy="evict_first")
         if shadow_ptr is not None:
             tl.store(shadow_ptr + at, w, mask=mask)
+        if row8_ptr is not None:
+            row8, scale8 = quantize_row(w)
+            tl.store(row8_ptr + at, row8, mask=mask)
+            tl.store(scale8_ptr + f, scale8)
         if STOCHASTIC:
             bits = _mix(d ^ _mix(_mix(seed + f) + 2 * step + UNIT))
             m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
@@ -236,7 +241,7 @@ def launch_adam(
         launch(
             _adam_kernel,
             (programs, 1),
-            *state,
+            *(*state[:4], *(state.float8 or (None, None))),
             *(g.runs.start, g.runs.token, weights, x, launch_sum_chunks(weights, x, g.runs)),
             *(slot, extra),
             *visits,

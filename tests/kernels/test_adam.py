@@ -14,6 +14,7 @@ from fastsae_kernels.adam import (
     settle_,
 )
 from fastsae_kernels.dense_adam import adam_reference, stochastic_bf16
+from fastsae_kernels.float8 import quantize_rows
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.sparse import scatter_outer_reference
 
@@ -53,7 +54,7 @@ def extra_gradients(dtype) -> tuple[Tensor, Tensor]:
 def rows(W: Tensor, moments: torch.dtype | None = None, device="cpu") -> Rows:
     W = W.clone().to(device)
     zeros = torch.zeros_like(W, dtype=moments)
-    return Rows(W, zeros, zeros.clone(), W.bfloat16())
+    return Rows(W, zeros, zeros.clone(), W.bfloat16(), quantize_rows(W))
 
 
 def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32, seed=0):
@@ -108,9 +109,12 @@ def test_steps_equal_torch_adam(device, steps, extra):
         assert error <= 2 * allowed + torch.finfo(torch.float32).eps * e.abs().max()
 
 
-def test_shadows_and_norms(device):
-    for state, unit in zip(train(device, steps=3), (True, False), strict=True):
-        assert state.shadow is not None
+@pytest.mark.parametrize("T", [1, 3])
+def test_shadows_and_norms(device, T):
+    for state, unit in zip(train(device, T=T, steps=3), (True, False), strict=True):
+        assert state.shadow is not None and state.float8 is not None
+        for got, expected in zip(state.float8, quantize_rows(state.weight), strict=True):
+            assert torch.equal(got.float(), expected.float()), "what a restored run would make"
         # Triton's interpreter drops bits where a GPU rounds to the nearest.
         ulp = state.weight.abs() * 2**-7 if device == "cpu" else 0.0
         assert ((state.shadow.float() - state.weight.bfloat16().float()).abs() <= ulp).all()
