@@ -13,7 +13,7 @@ Shapes: N tokens, F latents, K kept, M groups.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch, power_of_2
-
-By = Literal["value", "abs"]
+from .topk import DTYPES, By
 
 # --- kernel: all tensors row-major ----------------------------------------------------------
 
@@ -195,12 +194,6 @@ def _topk_kernel(
 
 
 # --- launcher -------------------------------------------------------------------------------
-
-DTYPES = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Input dtypes of the kernel, and how many low bits of a float32 each does not have."""
-
-MOST = 1024
-"""The largest k of the kernel: it keeps at least 4 k maxima in registers."""
 
 
 class Layout(NamedTuple):

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._encode_kernel import can_encode, launch_encode
 from ._launch import ENCODER, capability, check_devices, check_matrix, rows_at_a_time, use_triton
 from ._op import register
-from ._topk_kernel import launch_topk
 from .sparse import decode, gather_dot, scatter_outer
 from .topk import By, Ties, check_by, check_choice, topk_indices, topk_reference
 
@@ -64,7 +62,11 @@ def _product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 def _with_maxima(x: Tensor, F: int, k: int) -> bool:
     """Whether the product comes from our kernel, which finds the groups' maxima on the way."""
-    if not use_triton(x) or not can_encode(x, F, k):
+    if not use_triton(x):
+        return False
+    from ._encode_kernel import can_encode
+
+    if not can_encode(x, F, k):
         return False
     wins = (capability(x)[0], x.shape[1], F) in TRITON_WINS
     return ENCODER == "triton" or (wins and ENCODER is None)
@@ -83,6 +85,9 @@ def _select(
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         if with_maxima:
+            from ._encode_kernel import launch_encode
+            from ._topk_kernel import launch_topk
+
             pre, maxima, tile = launch_encode(x[rows], W, b, by)
             indices[rows] = launch_topk(pre, k, by, maxima, tile)
             del maxima

@@ -18,9 +18,15 @@ from torch import Tensor
 
 from ._launch import check_matrix, rows_at_a_time, use_triton
 from ._op import register_constant
-from ._topk_kernel import DTYPES, MOST, By, launch_topk
 
+By = Literal["value", "abs"]
 Ties = Literal["lowest", "any"]
+
+DTYPES = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Input dtypes of the kernel, and how many low bits of a float32 each does not have."""
+
+MOST = 1024
+"""The largest k of the kernel: it keeps at least 4 k maxima in registers."""
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -128,6 +134,8 @@ def _topk_indices(pre: Tensor, k: int, by: str, ties: str) -> Tensor:
     if not pre.shape[0]:
         return pre.new_empty(0, k, dtype=torch.int64)
     if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
+        from ._topk_kernel import launch_topk
+
         return launch_topk(pre.contiguous(), k, by)
     # Few rows at a time, so that what is picked from them stays in the cache.
     choose = _largest if ties == "any" and not pre.is_cuda else _topk_indices_torch
