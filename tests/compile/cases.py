@@ -11,6 +11,7 @@ import torch
 
 from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer, squared_error, topk
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
+from fastsae_kernels.center import center
 from fastsae_kernels.encode_above import _launch_count, _launch_list
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
@@ -99,6 +100,7 @@ TWO = {"A bf16", "odd fp32"}
 Call = Callable[[Inputs], object]
 
 CASES: dict[str, tuple[Iterable[str], Call]] = {
+    "center": (EVERY, lambda s: center(s.x, s.b_dec, bf16)),
     "decode": (EVERY, lambda s: decode(s.values, s.indices, s.W)),
     "gather_dot": (EVERY, lambda s: gather_dot(s.x, s.indices, s.W)),
     "scatter_outer": (EVERY, lambda s: scatter_outer(s.values, s.indices, s.x, s.F)),
