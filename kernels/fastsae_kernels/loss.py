@@ -4,8 +4,8 @@
     sse[n]    = |error[n]|^2
     dots[n,k] = error[n] . W[i[n, k]]          half the gradient of sse[n] in v[n, k]
 
-The rows of W that a token picks are needed twice, to decode and for the dot products. They stay in
-registers while they fit (64 KB), and are read again from the L2 cache otherwise.
+The rows of W that a token picks are needed twice, to decode and for the dot products: the kernel
+(_loss_kernel.py) reads them once.
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
 
@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import check_codes, check_devices, check_indices, check_matrix, use_triton
+from ._launch import (
+    check_codes,
+    check_devices,
+    check_indices,
+    check_matrix,
+    use_triton,
+)
 from ._op import register
-from .sparse import decode, decode_reference, gather_dot, gather_dot_reference, scatter_outer
-
-WIDEST = 8192
-"""The largest D of the kernel: a token's error stays in registers."""
+from .sparse import (
+    decode,
+    decode_reference,
+    gather_dot,
+    gather_dot_reference,
+    scatter_outer,
+)
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -54,11 +63,11 @@ class _SquaredError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         check_indices(indices, W.shape[0])
         inputs = [t.contiguous() for t in (values, indices, W, b, target)]
-        if use_triton(W) and W.shape[1] <= WIDEST and indices.numel():
-            from ._loss_kernel import launch_squared_error as run
-        else:
-            run = _squared_error_torch
-        return run(*inputs)
+        if not (use_triton(W) and indices.numel()):
+            return _squared_error_torch(*inputs)
+        from ._loss_kernel import launch_squared_error
+
+        return launch_squared_error(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -12,6 +12,7 @@ import torch
 from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer, squared_error, topk
 from fastsae_kernels._encode_above_kernel import launch_count, launch_list
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
+from fastsae_kernels.center import center
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import _rational_backward, rational
@@ -85,6 +86,7 @@ AWKWARD = {
     "k=1000": Inputs(64, 1000, 40000, 1000, fp32),
     "wide": Inputs(64, 8192, 4096, 32, bf16),
     "wide fp32": Inputs(64, 5120, 4096, 32, fp32),
+    "k=200": Inputs(64, 2304, 40000, 200, bf16),
     "k=500": Inputs(64, 528, 40000, 500, fp32),
     "d_in=1": Inputs(64, 1, 4096, 32, bf16),
     "all 1": Inputs(1, 1, 1, 1, fp32),
@@ -98,6 +100,7 @@ TWO = {"A bf16", "odd fp32"}
 Call = Callable[[Inputs], object]
 
 CASES: dict[str, tuple[Iterable[str], Call]] = {
+    "center": (EVERY, lambda s: center(s.x, s.b_dec, bf16)),
     "decode": (EVERY, lambda s: decode(s.values, s.indices, s.W)),
     "gather_dot": (EVERY, lambda s: gather_dot(s.x, s.indices, s.W)),
     "scatter_outer": (EVERY, lambda s: scatter_outer(s.values, s.indices, s.x, s.F)),

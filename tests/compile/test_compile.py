@@ -24,6 +24,10 @@ kernels under each release, while rows that do not fit the registers take a hund
 REGISTERS = 64 << 10
 """Of a streaming multiprocessor."""
 
+PROGRAMS = {"_squared_error_kernel": 3}
+"""How many programs must share a multiprocessor of sm_90 at real shapes, so that some load while
+others compute."""
+
 TENSOR_CORES = {80: {"mma"}, 90: {"wgmma"}, 100: {"tcgen05", "mma"}}
 
 
@@ -74,6 +78,21 @@ def test_programs_fit_a_multiprocessor(compiled):
         return "" if fits else f"{registers} registers, {row['shared']} bytes of shared memory"
 
     check(compiled, too_much)
+
+
+def test_programs_hide_each_others_latency(compiled):
+    def too_few(row: dict) -> str:
+        programs = min(
+            REGISTERS // (-(-row["registers"] // 8) * 8 * row["warps"] * 32),
+            (SHARED[90] + 1024) // (row["shared"] + 1024),  # each program takes 1 KB more
+            64 // row["warps"],
+            32,
+        )
+        wanted = PROGRAMS[row["kernel"]]
+        return f"{programs} programs, {wanted} wanted" if programs < wanted else ""
+
+    real = [row for row in compiled if row["real"] and row["arch"] == 90]
+    check([row for row in real if row["kernel"] in PROGRAMS], too_few)
 
 
 def test_aligned_rows_are_loaded_by_128_bits(compiled):
