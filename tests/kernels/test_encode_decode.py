@@ -185,9 +185,7 @@ def test_loss_of_one_output_alone(device, gradient):
 def test_first_and_second_derivatives(device, check, by):
     """Of the straight-through gradient: the others are not derivatives."""
     leaves = [t.requires_grad_() for t in separated((1, 2, 1, 3, 2), device, torch.float64, by)]
-    assert check(
-        lambda *tensors: encode_decode(*tensors, k=2, by=by)[:2], leaves, fast_mode=True
-    )
+    assert check(lambda *tensors: encode_decode(*tensors, k=2, by=by)[:2], leaves, fast_mode=True)
 
 
 @each_gradient
