@@ -57,7 +57,7 @@ def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> 
     free()
     wrap = with_gradients if backward else (lambda function: function)
     prepare = leaves_of if backward else (lambda make, p: make(p))
-    most = 2 if p.dry else 64 if p.device.type == "cuda" else 4
+    most = 1 if p.dry else 64 if p.device.type == "cuda" else 4
     sets = input_sets(partial(prepare, op.make, p), most)
     cost = op.cost(p, *sets[0])
     if backward and op.backward is not None:

@@ -271,8 +271,9 @@ def jumprelu_op(run: Callable, reference: Callable, tensors: float) -> Op:
 
 
 def rotation_inputs(p: Problem, mode: str) -> tuple:
-    data = *encoder(p), p.weights()
-    return *data, *p.codes(), p.normal(p.N, p.D), p.normal(p.N, p.K), mode
+    data = encoder(p)
+    codes = ours.encode_topk(*data, p.K)
+    return *data, p.weights(), *codes, p.normal(p.N, p.D), p.normal(p.N, p.K), mode
 
 
 def rotation_cost(p: Problem, *arguments: Any) -> Cost:

@@ -21,10 +21,10 @@ SHAPES: dict[str, Size] = {  # small letters for CPUs, capitals for GPUs
     "D": (4096, 4096, 1048576, 128),
 }
 TINY: dict[str, Size] = {
-    "A": (6, 33, 40, 4),
-    "B": (5, 16, 24, 2),
-    "C": (7, 20, 30, 2),
-    "D": (4, 17, 35, 4),
+    "A": (6, 33, 20, 4),
+    "B": (4, 16, 12, 2),
+    "C": (5, 20, 14, 2),
+    "D": (4, 17, 18, 4),
 }
 """What stands for the shapes of a GPU in a dry run."""
 

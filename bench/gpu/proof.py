@@ -19,8 +19,9 @@ from bench.record import ROOT, Record
 STEP_OPS = "topk", "encode_topk", "squared_error", "latent_major", "adam_", "step"
 """What a training step is made of."""
 
-WORKERS = 8
-"""Processes that run tests, where pytest-xdist is installed."""
+WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}
+"""Where pytest-xdist is installed, processes for core tests and for others: no more, and those of
+a file one after another, so that the largest fit into memory together."""
 
 
 def run_tests(record: Record, part: str, dry: bool, core: bool) -> None:
@@ -52,7 +53,7 @@ def run_pytest(select: list[str], file: Path, dry: bool, record: Record, part: s
     command = [sys.executable, "-m", "pytest", *select, "-o", "addopts=", "-q", "--no-header"]
     command += ["--import-mode=importlib", "-p", "no:cacheprovider", "-p", "bench.gpu.outcomes"]
     if find_spec("xdist") is not None:
-        command += ["-n", "0" if dry else str(WORKERS)]
+        command += ["-n", "0"] if dry else WORKERS["core" in select]
     environment = {**os.environ, "FASTSAE_OUTCOMES": str(file)}
     if dry:
         environment["FASTSAE_TINY"] = "1"
