@@ -20,13 +20,11 @@ SHAPES: dict[str, Size] = {  # small letters for CPUs, capitals for GPUs
     "C": (16384, 768, 24576, 32),
     "D": (4096, 4096, 1048576, 128),
 }
-TINY: dict[str, Size] = {
-    "A": (6, 33, 20, 4),
-    "B": (4, 16, 12, 2),
-    "C": (5, 20, 14, 2),
-    "D": (4, 17, 18, 4),
-}
+TINY: dict[str, Size] = {"A": (6, 33, 20, 4), "B": (4, 16, 12, 2), "C": (5, 20, 14, 2)}
+TINY["D"] = 4, 17, 18, 4
 """What stands for the shapes of a GPU in a dry run."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Spread = Literal["uniform", "zipf", "hot"]
 """How often latents fire: all alike, the q-th most frequent as 1 / q, or one in every token."""
@@ -37,10 +35,10 @@ def shape_names(device: str) -> list[str]:
     return list("ABCD" if device == "cuda" else "abcd")
 
 
-def parse_shape(text: str) -> tuple[str, Size]:
+def parse_shape(text: str) -> Size:
     """A shape by its letter or as tokens,d_in,d_sae,k; ValueError for anything else."""
     if text in SHAPES:
-        return text, SHAPES[text]
+        return SHAPES[text]
     try:
         N, D, F, K = map(int, text.split(","))
     except ValueError:
@@ -48,7 +46,7 @@ def parse_shape(text: str) -> tuple[str, Size]:
     if min(N, D, F, K) < 1 or K > F:
         letters = ", ".join(SHAPES)
         raise ValueError(f"a shape is one of {letters}, or tokens,d_in,d_sae,k: got {text!r}")
-    return text, (N, D, F, K)
+    return N, D, F, K
 
 
 class Problem(NamedTuple):
@@ -77,12 +75,10 @@ class Problem(NamedTuple):
         """[N, K], distinct within a token: each of K classes of latents gives one."""
         members = self.F // self.K
         u = torch.rand(self.N, self.K, device=self.device)
-        if self.spread == "zipf":
-            q = ((members + 1) ** u - 1).long().clamp_(max=members - 1)
-        else:
-            q = (members * u).long().clamp_(max=members - 1)
+        q = (members + 1) ** u - 1 if self.spread == "zipf" else members * u
         if self.spread == "hot":
             q[:, 0] = 0
+        q = q.long().clamp_(max=members - 1)
         latent = q * self.K + torch.arange(self.K, device=self.device)
         return torch.randperm(self.F, device=self.device)[latent]
 
@@ -95,6 +91,10 @@ class Problem(NamedTuple):
         """Tokens whose pre-activations exist at a time."""
         x = torch.empty(self.N, 0, dtype=self.dtype, device=self.device)
         return rows_at_a_time(x, self.F)
+
+
+def precision(p: Problem) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == p.dtype)
 
 
 def check_spread(spread: str) -> None:

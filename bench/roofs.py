@@ -5,13 +5,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
 from fastsae.device import tf32_products
 
 from .clock import digits, measure
-from .problem import Problem
+from .problem import DTYPES, Problem
+
+Row = dict[str, Any]
 
 
 class Cost(NamedTuple):
@@ -27,10 +28,10 @@ class Cost(NamedTuple):
 
 
 class Roofs(NamedTuple):
-    """What this machine reached in this run; NaN where that is not known."""
+    """What this machine reached in this run."""
 
     bandwidth: float
-    """Bytes per second of a copy, read and written."""
+    """Bytes per second of a copy, read and written; NaN where that is not known."""
     rates: dict[str, float]
     """FLOP/s of square products, by precision."""
 
@@ -40,52 +41,37 @@ class Roofs(NamedTuple):
         return 1e3 * max(flops, cost.bytes / self.bandwidth)
 
 
-PRECISIONS = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,
-}
+PRODUCTS = {**DTYPES, "tf32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 
-def product(p: Problem, precision: str) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
-    """The encoder's GEMM, x W^T without bias for all tokens at once, and its arguments."""
-    dtype = PRECISIONS[precision]
-    if precision != "fp8":
+def product(p: Problem, kind: str) -> tuple[Callable[..., object], tuple]:
+    """The encoder's GEMM, x W^T for all tokens at once, and its arguments; `linear` adds a bias,
+    far slower where no fused epilogue is found."""
+    if kind == "linear":
+        return linear, (p.normal(p.N, p.D), p.normal(p.F, p.D), p.normal(p.F))
+    dtype = PRODUCTS[kind]
+    x, W = (p.normal(n, p.D, dtype=torch.bfloat16).to(dtype) for n in (p.N, p.F))
+    if kind != "fp8":
         out = torch.empty(p.N, p.F, dtype=dtype, device=p.device)
-        inputs = p.normal(p.N, p.D, dtype=dtype), p.normal(p.F, p.D, dtype=dtype)
-        return lambda x, W: torch.mm(x, W.t(), out=out), inputs
-    x, W = p.normal(p.N, p.D).to(dtype), p.normal(p.F, p.D).to(dtype)
-    scales = torch.ones(p.N, 1, device=p.device), torch.ones(1, p.F, device=p.device)
-
-    def scaled(x: Tensor, W: Tensor, *scales: Tensor) -> Tensor:
-        return torch._scaled_mm(x, W.t(), *scales, out_dtype=torch.bfloat16)
-
-    return scaled, (x, W, *scales)
+        return lambda x, W: torch.mm(x, W.t(), out=out), (x, W)
+    rows, columns = torch.ones(p.N, 1, device=p.device), torch.ones(1, p.F, device=p.device)
+    return torch._scaled_mm, (x, W.t(), rows, columns, None, None, torch.bfloat16)
 
 
-def product_row(p: Problem, precision: str, budget: float = 100, space=True) -> dict[str, Any]:
-    with tf32_products(precision == "tf32"):
-        run, inputs = product(p, precision)
+def product_row(p: Problem, kind: str, budget: float = 100, space: bool = True) -> Row:
+    with tf32_products(kind == "tf32"):
+        run, inputs = product(p, kind)
         row = measure(run, [inputs], p.device, budget, space=space, dry=p.dry)
     return row | {"TFLOP/s": digits(2 * p.N * p.D * p.F / row["ms"]["median"] / 1e9)}
 
 
-def linear_row(p: Problem) -> dict[str, Any]:
-    """The same with bias: far slower than the product where no fused epilogue is found."""
-    inputs = p.normal(p.N, p.D), p.normal(p.F, p.D), p.normal(p.F)
-    row = measure(linear, [inputs], p.device, 60, dry=p.dry)
-    return row | {"TFLOP/s": digits(2 * p.N * p.D * p.F / row["ms"]["median"] / 1e9)}
-
-
-def copy_row(p: Problem, budget: float = 200.0, space: bool = True) -> dict[str, Any]:
+def copy_row(p: Problem, budget: float = 200.0, space: bool = True) -> Row:
     """A copy within the device: of 4 GB on a GPU, of 256 MB on a CPU."""
     size = 1 << (20 if p.dry else 30 if p.device.type == "cuda" else 26)
     source = p.normal(size, dtype=torch.float32)
     target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source), [()], p.device, budget, space=space, dry=p.dry)
-    return copy | {"GB/s": digits(2 * source.nbytes / copy["ms"]["median"] / 1e6)}
+    row = measure(lambda: target.copy_(source), [()], p.device, budget, space=space, dry=p.dry)
+    return row | {"GB/s": digits(2 * source.nbytes / row["ms"]["median"] / 1e6)}
 
 
 def square(p: Problem) -> Problem:
@@ -94,18 +80,13 @@ def square(p: Problem) -> Problem:
     return p._replace(name="square", N=side, D=side, F=side)
 
 
-def roofs_from(rows: dict[str, dict[str, Any]]) -> Roofs:
-    """From the rows "copy" and "bf16 square", or those that were held for 2 s, as a step is."""
-    found = {name: row for name, row in rows.items() if "ms" in row}
-    rates = {}
-    for precision in PRECISIONS:
-        row = found.get(f"{precision} square", {})
-        rates[precision] = row.get("TFLOP/s", math.nan) * 1e12
-    return Roofs(found.get("copy", {}).get("GB/s", math.nan) * 1e9, rates)
+def roofs_from(rows: dict[str, Row]) -> Roofs:
+    """From the rows of a copy and of square products."""
+    rates = {kind: rows.get(f"{kind} square", {}).get("TFLOP/s") for kind in PRODUCTS}
+    bandwidth = rows.get("copy", {}).get("GB/s", math.nan) * 1e9
+    return Roofs(bandwidth, {kind: rate * 1e12 for kind, rate in rates.items() if rate})
 
 
-def measure_roofs(p: Problem, rates: set[str]) -> Roofs:
-    """The roofs that some costs need."""
-    rows = {"copy": copy_row(p)}
-    rows |= {f"{rate} square": product_row(square(p), rate) for rate in sorted(rates)}
-    return roofs_from(rows)
+def measure_roofs(p: Problem, kinds: set[str]) -> Roofs:
+    squares = {f"{kind} square": product_row(square(p), kind) for kind in sorted(kinds)}
+    return roofs_from({"copy": copy_row(p), **squares})

@@ -17,50 +17,43 @@ DONE, FAILED, INTERRUPTED = 0, 10, 130
 
 RESTARTS = 10
 
-ALLOCATOR = "expandable_segments:True"
-"""What the trainer's memory would like best, where the driver allows it."""
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""What large allocations would like best, where the driver allows it."""
 
 PROBE = "import torch; torch.ones(1 << 26, device='cuda').sum().item()"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", choices=list("ABCD"), default=list("BCAD"))
-    parser.add_argument("--parts", nargs="+", help="which parts to run (default: all)")
-    parser.add_argument("--commit", help="commit hash to record when git is unavailable")
-    parser.add_argument("--out", type=Path, help="folder of the JSON: $OUT or bench/results")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="run the whole benchmark on a CPU at tiny sizes"
-    )
-    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--dry-run", action="store_true", help="run the whole benchmark on a CPU at tiny sizes")
+    shapes = "shapes to run, in this order (default: B C A D)"
+    add("--shapes", nargs="+", choices=list("ABCD"), default=list("BCAD"), help=shapes)
+    add("--parts", nargs="+", help="which parts to run (default: all)")
+    add("--commit", help="commit hash to record when git is unavailable")
+    add("--out", type=Path, help="folder of the JSON (default: $OUT or bench/results)")
+    add("--since", type=float, help=argparse.SUPPRESS)
+    add("--again", action="store_true", help=argparse.SUPPRESS)
 
 
 def folder(arguments: argparse.Namespace) -> Path:
-    if arguments.out is not None:
-        return arguments.out
-    if arguments.dry_run:
+    if arguments.out is None and arguments.dry_run:
         return Path(tempfile.mkdtemp(prefix="fastsae-dry-run-"))
-    return Path(os.environ.get("OUT") or Path(__file__).parents[1] / "results")
+    return arguments.out or Path(os.environ.get("OUT") or Path(__file__).parents[1] / "results")
 
 
 def environment(dry_run: bool) -> dict[str, str]:
     """Of all processes of the benchmark."""
     root = Path(__file__).parents[2]
     paths = os.environ.get("PYTHONPATH"), str(root), str(root / "kernels")
-    found = {
-        **os.environ,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
+    found = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if dry_run:
         return found | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with_segments = found | {"PYTORCH_ALLOC_CONF": ALLOCATOR}
-    probe = subprocess.run([sys.executable, "-c", PROBE], env=with_segments, capture_output=True)
-    if probe.returncode:
+    command = [sys.executable, "-c", PROBE]
+    if subprocess.run(command, env=found | ALLOCATOR, capture_output=True).returncode:
         print(f"this machine refuses {ALLOCATOR}: running without it", flush=True)
         return found
-    return with_segments
+    return found | ALLOCATOR
 
 
 def guarded(arguments: argparse.Namespace) -> int:

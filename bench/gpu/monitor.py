@@ -4,7 +4,6 @@ import subprocess
 import threading
 import time
 from statistics import median
-from typing import Any
 
 QUERIES = {"clocks.sm": "SM MHz", "clocks.mem": "memory MHz", "power.draw": "W"}
 QUERIES |= {"temperature.gpu": "C"}
@@ -21,27 +20,20 @@ class Monitor:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         except OSError:
             self.process = None
-        else:
-            threading.Thread(target=self.read, daemon=True).start()
+        threading.Thread(target=self.read, daemon=True).start()
 
     def read(self) -> None:
-        assert self.process is not None and self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in (self.process and self.process.stdout) or ():
             try:
-                numbers = [float(word) for word in line.split(",")]
+                self.samples.append((time.time(), [float(word) for word in line.split(",")]))
             except ValueError:  # [N/A]
                 continue
-            self.samples.append((time.time(), numbers))
 
-    def since(self, start: float) -> dict[str, Any]:
-        """The medians from a time on, and the most watts."""
+    def since(self, start: float) -> dict[str, float]:
+        """The medians from a time on."""
         rows = [numbers for at, numbers in self.samples if at > start]
-        if not rows:
-            return {}
-        columns = dict(zip(QUERIES.values(), zip(*rows, strict=True), strict=True))
-        return {name: median(found) for name, found in columns.items()} | {
-            "most W": max(columns["W"])
-        }
+        columns = zip(*rows, strict=True)
+        return {name: median(found) for name, found in zip(QUERIES.values(), columns, strict=False)}
 
     def stop(self) -> None:
         if self.process is not None:

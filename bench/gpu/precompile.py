@@ -13,13 +13,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from bench.contender import empty_sae, step_of
+from bench.contender import Contender, empty_sae, step_of
+from bench.ops import OPS, Op
 from bench.problem import SHAPES, Problem
 from bench.record import ROOT
 
@@ -27,7 +29,7 @@ from .step import contenders
 
 
 def recorder() -> Any:
-    """tests/compile/recorder.py."""
+    """tests/compile/recorder.py"""
     spec = spec_from_file_location("recorder", ROOT / "tests" / "compile" / "recorder.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules["recorder"] = module_from_spec(spec)
@@ -35,35 +37,27 @@ def recorder() -> Any:
     return module
 
 
-def steps_of(p: Problem) -> None:
-    """A step of every contender of ours that this code has."""
-    for contender in contenders(p).values():
-        if contender.ours:
-            with contender.patched():
-                sae = empty_sae(p)
-                try:
-                    step = step_of(contender, p, sae)
-                except (TypeError, ValueError):
-                    continue
-                step(torch.empty(p.N, p.D, device="meta"))
+def take_step(contender: Contender, p: Problem) -> None:
+    with contender.patched():
+        step_of(contender, p, empty_sae(p))(torch.empty(p.N, p.D, device=p.device))
+
+
+def call_op(op: Op, p: Problem) -> None:
+    op.run(*op.make(p))
 
 
 def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
-    """Every launch, each once, and what could not be recorded."""
-    from bench.ops import OPS
-
-    launches, problems = [], []
-    recording = recorder().recording
-    for name in names:
-        p = Problem(name, *SHAPES[name], torch.device("meta"))
-        calls = {"step": lambda p=p: steps_of(p)}
-        calls |= {op.name: lambda p=p, op=op: op.run(*op.make(p)) for op in OPS}
-        for call_name, call in calls.items():
-            with recording(arch, call_name, name) as found:
+    """Every launch, each once, and what could not be recorded: ops that read a value back."""
+    launches, problems, recording = [], [], recorder().recording
+    for p in (Problem(name, *SHAPES[name], torch.device("meta")) for name in names):
+        calls = {n: partial(take_step, c, p) for n, c in contenders(p).items() if c.ours}
+        calls |= {op.name: partial(call_op, op, p) for op in OPS}
+        for name, call in calls.items():
+            with recording(arch, name, p.name) as found:
                 try:
                     call()
-                except Exception as problem:  # ops that read a value back cannot be recorded
-                    problems.append(f"{name} {call_name}: {str(problem)[:80]}")
+                except Exception as problem:  # the launches before it count all the same
+                    problems.append(f"{p.name} {name}: {str(problem)[:80]}")
             launches += [launch for launch in found if launch not in launches]
     return launches, problems
 
@@ -81,9 +75,8 @@ def main() -> None:
     arch, names, *dry = sys.argv[1:]
     start = time.time()
     launches, problems = recorded(int(arch), names)
-    after = time.time()
+    after, workers = time.time(), len(os.sched_getaffinity(0))
     # Forked, so that nobody has to import torch again; no thread has been started.
-    workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         errors = [e for e in pool.map(compiled, launches[:1] if dry else launches) if e]
     found = {"launches": len(launches), "record s": after - start, "compile s": time.time() - after}
@@ -94,13 +87,10 @@ def precompile(arch: int, names: str, dry: bool) -> dict[str, Any]:
     """What main prints, run in a process of its own."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bench.gpu.precompile", str(arch), names]
-    done = subprocess.run(
-        command + ["--dry-run"] * dry, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "bench.gpu.precompile", str(arch), names, *["--dry-run"] * dry]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return {"error": lines[-1][:300]} if done.returncode else json.loads(lines[-1])
 
 
 if __name__ == "__main__":

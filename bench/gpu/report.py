@@ -14,44 +14,30 @@ MOST = 10
 """Failures that are listed, and kernels of a step."""
 
 
-def kernel_lines(record: Record) -> Iterator[str]:
+def lines_of(record: Record) -> Iterator[str]:
+    """The most valuable last."""
     for key, row in reversed(record.rows("kernels").items()):
         yield f"{key:34} {kernel_line(row)}"
-
-
-def profile_lines(record: Record) -> Iterator[str]:
-    for key in record.rows("profile"):
-        if step.WINDOW in key:
-            yield key
-            yield from step.profile_lines(record, key, MOST)
-
-
-def floor_lines(record: Record) -> Iterator[str]:
     for name, row in record.rows("floors").items():
         rate = [f"{row[unit]} {unit}" for unit in ("GB/s", "TFLOP/s") if unit in row]
-        clocks = f" {row['SM MHz']:.0f} MHz {row['W']:.0f} W" if "SM MHz" in row else ""
-        yield f"  {name:20} {rate[0] if rate else row.get('error')}{clocks}"
-
-
-def test_lines(record: Record) -> Iterator[str]:
-    failed = proof.failures(record)
-    for node, error in list(failed.items())[:MOST]:
+        yield f"  {name:20} {rate[0] if rate else row.get('error')}{step.clocks(row)}"
+    for key in record.rows("profile"):
+        if step.WINDOW in key:
+            yield from (key, *step.profile_lines(record, key, MOST))
+    for key, row in record.rows("step").items():
+        yield step.line(key, row)
+    for node, error in list(proof.failures(record).items())[:MOST]:
         yield f"  FAILED {node[-70:]}: {' '.join(error.split())[:90]}"
     for part in ("core tests", "tests"):
         for row in record.rows(part).values():
-            yield f"{part}: " + ", ".join(
-                f"{key} {row[key]}" for key in ("ended", "passed", "skipped", "failed", "error")
-                if key in row
-            )  # fmt: skip
+            shown = [key for key in ("ended", "passed", "skipped", "failed", "error") if key in row]
+            yield f"{part}: " + ", ".join(f"{key} {row[key]}" for key in shown)
 
 
 def short_table(record: Record) -> str:
-    """The most valuable rows last; the first are left out where there is no room."""
+    """The lines that there is room for; the first are left out."""
     header = f"{record.stamp['gpu']}, commit {record.stamp['commit']}, {record.path}"
-    header += "; median ms, floor ms and part of it, others as multiples of ours"
-    lines = [*kernel_lines(record), *floor_lines(record), *profile_lines(record)]
-    lines += [step.line(key, row) for key, row in record.rows("step").items()]
-    lines += test_lines(record)
+    lines = [*lines_of(record)]
     whole = len(lines)
     while sum(map(len, lines)) + len(lines) + len(header) + 80 > ROOM:
         lines.pop(0)

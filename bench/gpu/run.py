@@ -1,4 +1,4 @@
-"""Full GPU benchmark: precompile, floors, smoke tests, training steps, kernels, all tests.
+"""Full GPU benchmark: precompile, floors, core tests, training steps, kernels, all tests, peers.
 
 It ends within ten minutes and writes every row as soon as it is measured. `--dry-run` runs the
 whole benchmark on a CPU at tiny sizes, through Triton's interpreter.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from bench.kernels import op_row
 from bench.ops import OPS
 from bench.problem import SHAPES, TINY, Problem
 from bench.record import ROOT, Record
-from bench.roofs import copy_row, linear_row, product_row, roofs_from, square
+from bench.roofs import copy_row, product_row, roofs_from, square
 from fastsae_kernels._launch import interpreted
 
 from . import proof
@@ -45,34 +45,43 @@ class Run:
     again: bool
     """Whether an earlier process of this run died."""
 
+    def row(self, part: str, key: str, work: Callable[[], dict[str, Any]], **more: float) -> None:
+        """Measure and show a row, with the clocks at which it ran."""
+
+        def watched() -> dict[str, Any]:
+            start = time.time()
+            return work() | self.monitor.since(start)
+
+        row = self.record.row(part, key, watched, **more)
+        self.record.say(f"{key:20} " + ", ".join(f"{name} {value}" for name, value in row.items()))
+
 
 def compile_kernels(run: Run) -> None:
     major, minor = (9, 0) if run.dry else torch.cuda.get_device_capability()
     names = "".join(p.name for p in run.problems)
-    work = partial(precompile, 10 * major + minor, names, run.dry)
-    row = run.record.row("compile", "triton", work, 1e9)
-    run.record.say(", ".join(f"{key} {value}" for key, value in row.items()))
+    run.row(
+        "compile", "triton", partial(precompile, 10 * major + minor, names, run.dry), patience=1e9
+    )
 
 
 def measure_floors(run: Run) -> None:
     """Short bursts, and for copy and GEMM two seconds back to back, as hot as a step runs."""
     p = run.problems[0]
+    held = {"budget": 2000.0, "space": False}
     rows: dict[str, Callable[[], dict[str, Any]]] = {"copy": partial(copy_row, p)}
-    for precision in ("bf16", "fp8", "tf32", "fp32"):
-        rows[f"{precision} square"] = partial(product_row, square(p), precision)
-    rows["copy for 2 s"] = partial(copy_row, p, 2000, False)
-    rows["bf16 square for 2 s"] = partial(product_row, square(p), "bf16", 2000, False)
+    for kind in ("bf16", "fp8", "tf32", "fp32"):
+        rows[f"{kind} square"] = partial(product_row, square(p), kind)
+    rows["copy for 2 s"] = partial(copy_row, p, **held)
+    rows["bf16 square for 2 s"] = partial(product_row, square(p), "bf16", **held)
     for q in run.problems:
-        rows |= {f"{kind} {q.name}": partial(product_row, q, kind) for kind in ("bf16", "fp8")}
-        rows[f"linear {q.name}"] = partial(linear_row, q)
+        for kind in ("bf16", "fp8", "linear"):
+            rows[f"{kind} {q.name}"] = partial(product_row, q, kind)
     for name, work in rows.items():
+        run.row("floors", name, work)
 
-        def watched(work=work) -> dict[str, Any]:
-            start = time.time()
-            return work() | run.monitor.since(start)
 
-        row = run.record.row("floors", name, watched)
-        run.record.say(f"{name:20} " + ", ".join(f"{key} {value}" for key, value in row.items()))
+def run_tests(run: Run, part: str) -> None:
+    proof.run_tests(run.record, part, run.dry)
 
 
 def time_steps(run: Run) -> None:
@@ -94,26 +103,18 @@ def time_kernels(run: Run) -> None:
 
 def race_peers(run: Run) -> None:
     """Against other trainers, where any is installed."""
-    from bench.peers.contender import CONTENDERS
-
-    found = []
-    for package in {one.package for one in CONTENDERS.values() if one.package}:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    if not found or run.dry:
-        run.record.put("peers", "race", {"skipped": ", ".join(found) or "no peer is installed"})
-        return
+    here = [name for name in ("sae_lens", "sparsify", "dictionary_learning") if find_spec(name)]
     command = [sys.executable, "-m", "bench", "peers", "--rounds", "1", "--steps", "0"]
     command += ["--shapes", *(p.name for p in run.problems)]
 
     def race() -> dict[str, Any]:
+        if run.dry or not here:
+            return {"skipped": f"installed: {', '.join(here) or 'none'}"}
         limit = max(1, run.record.left("peers"))
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
         return {"output": done.stdout[-8000:], "code": done.returncode}
 
-    run.record.say(str(run.record.row("peers", "race", race, 1e9).get("output")))
+    run.row("peers", "race", race, patience=1e9)
 
 
 class Part(NamedTuple):
@@ -122,18 +123,13 @@ class Part(NamedTuple):
     """After which it begins no row."""
 
 
-def tests(core: bool) -> Callable[[Run], None]:
-    part = "core tests" if core else "tests"
-    return lambda run: proof.run_tests(run.record, part, run.dry, core)
-
-
 PARTS = {
     "compile": Part(compile_kernels, 60),
     "floors": Part(measure_floors, 45),
-    "core tests": Part(tests(core=True), 60),
+    "core tests": Part(partial(run_tests, part="core tests"), 60),
     "step": Part(time_steps, 150),
     "kernels": Part(time_kernels, 100),
-    "tests": Part(tests(core=False), 120),
+    "tests": Part(partial(run_tests, part="tests"), 120),
     "peers": Part(race_peers, 60),
 }
 """In order; all of it ends with record.LAST."""
@@ -143,16 +139,16 @@ def bench(arguments: argparse.Namespace) -> int:
     names = arguments.parts or [*PARTS]
     if unknown := set(names) - PARTS.keys():
         raise ValueError(f"parts are {', '.join(PARTS)}: got {', '.join(sorted(unknown))}")
-    dry = arguments.dry_run
-    device = torch.device("cpu" if dry else "cuda")
+    dry, again = arguments.dry_run, arguments.again
     if not dry and not torch.cuda.is_available():
         raise ValueError("no CUDA GPU here: --dry-run runs the whole benchmark on a CPU")
+    device = torch.device("cpu" if dry else "cuda")
     sizes, dtype = (TINY, torch.float32) if dry else (SHAPES, torch.bfloat16)
     problems = [Problem(n, *sizes[n], device, dtype, dry=dry) for n in arguments.shapes]
-    record = Record(arguments.out, device, arguments.since, arguments.again, arguments.commit)
-    run, broken = Run(record, problems, Monitor(), dry, arguments.again), False
+    record = Record(arguments.out, device, arguments.since, again, arguments.commit)
+    run, broken = Run(record, problems, Monitor(), dry, again), False
     for name in (name for name in PARTS if name in names):
-        record.begin(name, arguments.again, PARTS[name].seconds)
+        record.begin(name, again, PARTS[name].seconds)
         try:
             with interpreted() if dry else nullcontext():
                 PARTS[name].run(run)
