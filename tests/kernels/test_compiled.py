@@ -39,7 +39,7 @@ def ragged(name: str):
 def test_a_graph_is_compiled_once_more_when_the_number_changes(name, device):
     """And computes the bits that eager mode does."""
     (op, make), traced = OPS[name], compiled(name, "aot_eager")
-    for N in SIZES:
+    for N in (5, 6, 7):  # few, for the kernels are interpreted
         arguments = arguments_on(device, make(N))
         with ragged(name):
             found = gradients(traced, arguments)
