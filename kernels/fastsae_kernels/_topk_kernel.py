@@ -1,15 +1,14 @@
 """The kernel of topk.py: the k largest entries of each row in one read of it.
 
-1. Each of M groups keeps three numbers in registers: its largest key, which piece of V neighbors
-   that is in, and the largest key of its other pieces. Given the encoder's maxima, only the first.
-2. A key that k and a few more of the M maxima reach takes the place of sorting them: counts of
-   those that reach P pivots narrow it down to a (P + 1)-th at a time.
-3. The groups whose maximum reaches that key hold the k largest entries. Of most, one piece is
-   read again; of those with more such pieces, all. What reaches the key is listed, k and a few.
+1. Each of M groups keeps in registers its largest key, which piece of V entries that is in, and
+   the largest key of its other pieces; or the encoder has found the maxima.
+2. Counts of the maxima that reach P pivots narrow down a key that k and a few more reach.
+3. Those groups hold the k largest entries. One piece of each is read again, or all if another has
+   such a key as well. What reaches the key is listed, k and a few.
 4. Listed entries are ranked by (key, -index), which has no ties.
-Where ties list more entries than there is room for, counts of the whole row, by the same pivots,
-find the k-th largest key exactly. Keys are integers in the order of the entries as they are in
-memory, so no two passes can disagree.
+Where more are listed than there is room for, as by ties, counts of the whole row find the k-th
+largest key exactly. Keys are integers in the order of the entries as they are in memory, so no two
+passes can disagree.
 
 Where the groups have their entries is a Layout of _topk_layout.py.
 Shapes: N tokens, F latents, K kept, M groups, P pivots or pieces, V entries of a piece.
@@ -44,9 +43,8 @@ def _load_ranks(row_ptr, column, F, ABS: tl.constexpr):
     Those beyond the row rank no higher than any in it, and behind its equals: as k are kept of F,
     none of them wins, and nobody has to mask them again.
     """
-    if ABS:
-        return tl.abs(tl.load(row_ptr + column, mask=column < F, other=0.0).to(tl.float32))
-    return tl.load(row_ptr + column, mask=column < F, other=float("-inf")).to(tl.float32)
+    x = tl.load(row_ptr + column, mask=column < F, other=0.0 if ABS else float("-inf"))
+    return tl.abs(x.to(tl.float32)) if ABS else x.to(tl.float32)
 
 
 @triton.jit
@@ -292,17 +290,18 @@ def launch_topk(
     found = torch.empty(N, capacity, dtype=torch.int32, device=pre.device)
     packed = torch.empty(N, capacity, dtype=torch.int64, device=pre.device)
     *constants, tile, groups = layout
-    threads = 32 * warps_for(layout.M)
+    threads, even = 32 * warps_for(layout.M), maxima is None and layout.tile == F
     launch(
         _topk_kernel,
         (N,),
         *(pre, maxima, found, packed, values, indices, pre.stride(0), F, k, tile, groups),
         *constants,
-        EVEN=maxima is None and layout.tile == F,
+        EVEN=even,
         CAPACITY=capacity,
         PIECES=min(threads, layout.M),
         BLOCK=8 * threads,
         ABS=by == "abs",
         SHIFT=DTYPES[pre.dtype],
         num_warps=threads // 32,
+        maxnreg=80 if even and threads == 32 else None,  # 25 programs in place of 21, and no spill
     )
