@@ -26,7 +26,7 @@ def _sum_entries(
     w_ptr, token_ptr, x_ptr, first, last, head, skipped, d, D, acc,
     BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add the weighted tokens of entries first to last; those from `head` on lie `skipped` later."""
+    """Add the weighted tokens of some entries; those from `head` on lie `skipped` later."""
     for start in range(first, last, BLOCK_K):
         place = start + tl.arange(0, BLOCK_K)
         e = tl.where(place < head, place, place + skipped)
