@@ -15,6 +15,8 @@ from fastsae_kernels.rotation import (
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By, topk_reference
 
+from .pairs import pairwise
+
 SHAPES = [  # N, D, D_out, F, k
     (1, 1, 1, 1, 1),
     (1, 3, 3, 7, 2),
@@ -25,11 +27,7 @@ SHAPES = [  # N, D, D_out, F, k
     (0, 4, 5, 8, 2),
 ]
 each_mode = pytest.mark.parametrize("mode", ["support", "dense"])
-BY = pytest.mark.parametrize("by", ["value", "abs"])
-
-
-def name(shape):
-    return "N{}-D{}-out{}-F{}-k{}".format(*shape)
+CHOICES = {"way": ["gram", "dense"], "by": ["value", "abs"], "mode": ["support", "dense"]}
 
 
 @pytest.fixture(params=["gram", "dense"])
@@ -85,17 +83,13 @@ def assert_same(gradients, expected):
         assert torch.equal(one, two)
 
 
-@each_mode
-@BY
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] != 1], ids=name)
+@pairwise(["way"], shape=[s for s in SHAPES if s[0] != 1], **CHOICES)
 def test_gradients(device, way, shape, by, mode):
     """Not of one token: the reference's error is a matter of luck there."""
     no_worse(make(shape, device, by=by), mode)
 
 
-@each_mode
-@BY
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pairwise(["way"], shape=SHAPES, **CHOICES)
 def test_formulas_are_exact(device, way, shape, by, mode):
     """Up to roundings of float64, of which the formulas cancel a few hundred at most."""
     arguments = make(shape, device, torch.float64, by)
