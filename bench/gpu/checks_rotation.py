@@ -58,7 +58,7 @@ def rotation_checks(problems: list[Problem]) -> Iterator[Check]:
     for mode in ("support", "dense"):
         for way in ("gram", "dense"):
             choose = patch(
-                "fastsae_kernels.rotation._gram_is_cheaper", lambda *_, w=way: w == "gram"
+                "fastsae_kernels.rotation.gram_is_cheaper", lambda *_, w=way: w == "gram"
             )
             for dtype in (fp32, bf16):
                 run = choose(partial(no_worse, rotation_case, small, dtype, mode=mode))
