@@ -155,7 +155,8 @@ def straight_through(
 
 
 def _fake(x, W_enc, b_enc, k, by, shadow):
-    return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    N = x.shape[0]
+    return x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
 
 
 _encode_topk = register(_EncodeTopk, _fake)

@@ -151,10 +151,10 @@ def rotation_gradients(
     if mode not in ("support", "dense"):
         raise ValueError(f'mode must be "support" or "dense", got {mode!r}')
     check_codes(values, indices)
-    check_matrix("x", x, rows=len(indices))
+    check_matrix("x", x, rows=indices.shape[0])
     check_matrix("W_enc", W_enc, columns=x.shape[1])
-    check_matrix("W_dec", W_dec, rows=len(W_enc))
-    check_matrix("d_recon", d_recon, len(x), W_dec.shape[1])
+    check_matrix("W_dec", W_dec, rows=W_enc.shape[0])
+    check_matrix("d_recon", d_recon, x.shape[0], W_dec.shape[1])
     d_values = torch.zeros_like(values) if d_values is None else d_values
     for name, t, like in (("b_enc", b_enc, W_enc[:, 0]), ("d_values", d_values, values)):
         if t.shape != like.shape:

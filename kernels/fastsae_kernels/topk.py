@@ -161,7 +161,7 @@ def _topk_indices(pre: Tensor, k: int, by: str, ties: str) -> Tensor:
 
 
 _topk_indices_op = register_constant(
-    _topk_indices, lambda pre, k, by, ties: pre.new_empty(len(pre), k, dtype=torch.int64)
+    _topk_indices, lambda pre, k, by, ties: pre.new_empty(pre.shape[0], k, dtype=torch.int64)
 )
 
 

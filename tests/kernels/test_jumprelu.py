@@ -122,7 +122,7 @@ def test_a_second_derivative_is_refused(op, reference, device):
     out = op(h, threshold, 2.0)
     g = torch.ones_like(out).requires_grad_()
     (gradient,) = torch.autograd.grad(out, threshold, g, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="jumprelu_backward has no derivative"):
         torch.autograd.grad(gradient.sum(), g)
 
 
