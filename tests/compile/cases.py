@@ -16,6 +16,7 @@ from fastsae_kernels.center import center
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import _rational_backward, rational
+from fastsae_kernels.rotation import Mode, rotation_gradients
 from fastsae_kernels.topk import By, topk_indices, write_topk
 
 torch.backends.cuda.matmul.fp32_precision = "tf32"  # the encoder's kernel has no other for fp32
@@ -58,6 +59,13 @@ def _adam(
     runs = latent_major(s.indices, s.F)
     gradients = RowGradients(runs, s.entries, s.x, s.entries, s.x, more)
     adam_(rows, rows, gradients, AdamStep(1, 1e-3), window)
+
+
+def _rotation(s: Inputs, mode: Mode, need_x: bool = True) -> None:
+    """By the way that has a kernel, whichever is cheaper."""
+    code = s.values, s.indices, s.x, s.values
+    with patch("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: True):
+        rotation_gradients(s.x, s.W, s.b_enc, s.W, *code, mode, (need_x, False, False))
 
 
 A = 8192, 4096, 131072, 64
@@ -128,6 +136,9 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "jumprelu l0": (TWO, lambda s: jumprelu_l0(s.pre, s.b_enc, 1e-3)),
     "jumprelu'": (FEW, lambda s: _jumprelu_backward(s.pre, s.pre, s.b_enc, 1e-3, False)),
     "jumprelu' l0": (TWO, lambda s: _jumprelu_backward(s.pre[:, 0], s.pre, s.b_enc, 1e-3, True)),
+    "rotation dense": (EVERY, lambda s: _rotation(s, "dense")),
+    "rotation support": (FEW, lambda s: _rotation(s, "support")),
+    "rotation weights": (TWO, lambda s: _rotation(s, "dense", False)),
 }
 """Where each is compiled: at every shape, or where its arguments or its price suggest."""
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from fastsae_kernels._rotation_ways import Layer, gram_is_cheaper
 from fastsae_kernels.rotation import (
     Mode,
-    _gram_is_cheaper,
-    _Layer,
     rotation_gradient_reference,
     rotation_gradients,
     rotation_gradients_reference,
@@ -33,7 +32,7 @@ CHOICES = {"way": ["gram", "dense"], "by": ["value", "abs"], "mode": ["support",
 @pytest.fixture(params=["gram", "dense"])
 def way(request, monkeypatch):
     gram = request.param == "gram"
-    monkeypatch.setattr("fastsae_kernels.rotation._gram_is_cheaper", lambda *_: gram)
+    monkeypatch.setattr("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: gram)
 
 
 def make(shape, device="cpu", dtype=torch.float32, by: By = "value"):
@@ -100,6 +99,12 @@ def test_formulas_are_exact(device, way, shape, by, mode):
 
 
 @each_mode
+def test_more_columns_and_latents_than_a_block(device, mode, monkeypatch):
+    monkeypatch.setattr("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: True)
+    no_worse(make((3, 1030, 1100, 150, 140), device), mode)
+
+
+@each_mode
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(device, way, dtype, mode):
     no_worse(make((37, 5, 6, 20, 3), device, dtype), mode)
@@ -157,7 +162,7 @@ def test_reference_scales_and_turns_h_to_q():
 @pytest.mark.parametrize("tokens", [0, 3, 100])
 def test_chunks_of_tokens(device, monkeypatch, tokens, mode):
     """The buffer holds h, g and a product of so many tokens (one at least)."""
-    monkeypatch.setattr("fastsae_kernels.rotation._gram_is_cheaper", lambda *_: False)
+    monkeypatch.setattr("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: False)
     size = 2 * 20 * 4 * tokens
     monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: size)
     no_worse(make((7, 5, 6, 20, 3), device), mode)
@@ -169,9 +174,9 @@ def test_gram_way_where_there_are_many_tokens(mode, d_out):
     F, D = 24576, 384
     x, W_enc, b_enc = (torch.empty(s, device="meta") for s in ((0, D), (F, D), (F,)))
     W_dec = torch.empty(F, d_out, device="meta") if mode == "dense" else None
-    layer = _Layer(x, W_enc, b_enc, W_dec, x)
+    layer = Layer(x, W_enc, b_enc, W_dec, x)
     for needs in ((True, True, True), (False, True, True), (True, False, False)):
-        cheaper = [_gram_is_cheaper(N, layer, needs) for N in (1, D // 2, 2 * D, 4096)]
+        cheaper = [gram_is_cheaper(N, layer, needs) for N in (1, D // 2, 2 * D, 4096)]
         assert cheaper == [False, False, True, True]
 
 
