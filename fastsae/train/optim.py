@@ -20,7 +20,7 @@ from fastsae_kernels.adam import (
     adam_,
     settle_,
 )
-from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_
+from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_, scalars_of
 from fastsae_kernels.float8 import quantize_rows
 
 Constraint = Literal["unit", "aligned", "none"]
@@ -136,7 +136,10 @@ class Adam:
         self.float8 = quantize_rows(self.parameters["W_enc"]) if float8 else None
         averaged = self.parameters if settings.ema else {}
         self.average = {name: torch.zeros_like(p) for name, p in averaged.items()}
-        self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed)
+        scalars = None
+        if sae.W_enc.is_cuda:  # where they are, no launch changes from step to step
+            scalars = scalars_of(AdamStep(1, 0.0)).to(sae.W_enc.device)
+        self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed, scalars)
         self.window: Window | None = None
         if settings.adam_window > 1:
             updated = torch.zeros(sae.d_sae, dtype=torch.int32, device=sae.W_enc.device)
@@ -144,6 +147,8 @@ class Adam:
 
     def begin_step(self, lr: float) -> None:
         self.at = self.at._replace(step=self.at.step + 1, lr=lr)
+        if self.at.scalars is not None:
+            self.at.scalars.copy_(scalars_of(self.at), non_blocking=True)
 
     def move(self, name: str, home: Tensor) -> None:
         """Keep a parameter in other memory, of the same values, from now on."""

@@ -40,6 +40,8 @@ class Plan:
         if step == "auto":
             step = "autograd" if config.unfused else "fused"
         device = choose_device(config.device)
+        if config.cuda_graph == "on" and device == "cpu":
+            raise ValueError('cuda_graph "on" needs a GPU, got device cpu')
         precision = encoder_precision(config, step, device, d_out)
         eighth = max(steps * config.batch_size // 8, 1)
         dead_after = config.dead_after or min(10_000_000, eighth)

@@ -131,14 +131,14 @@ def _adam_kernel(
         m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
-        if centre_ptr is not None:
-            bias = _sum_weights(w_ptr, first, last, CHUNK)
-            tl.store(bias_ptr + f, bias, mask=tl.program_id(1) == 0)
-            centre += bias * w
         g = sum_run(
             w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
             CHUNK, BLOCK_K, BLOCK_D, tl.float32,
         )  # fmt: skip
+        if centre_ptr is not None:
+            bias = _sum_weights(w_ptr, first, last, CHUNK)
+            tl.store(bias_ptr + f, bias, mask=tl.program_id(1) == 0)
+            centre += bias * w
         if extra_ptr is not None:
             slot = tl.load(slot_ptr + f)
             at_slot = slot.to(tl.int64) * D + d
@@ -189,9 +189,9 @@ CONSTANTS = {"maxnreg": 128}
 another works. Half of the columns and of the registers do not do: a third of them are addresses."""
 
 
-def rows_in_flight(x: Tensor, unit: bool) -> int:
+def rows_in_flight(x: Tensor, state: "Rows", unit: bool) -> int:
     """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for."""
-    return 4 if unit or x.element_size() == 2 else 2
+    return 4 if unit or (x.element_size() == 2 and state.shadow is not None) else 2
 
 
 def launch_visits(
@@ -253,7 +253,7 @@ def launch_adam(
             ROWS=rows,
             BLOCK_T=0 if window is None else visits[-1].shape[1],
             CHUNK=CHUNK,
-            BLOCK_K=rows_in_flight(x, unit),
+            BLOCK_K=rows_in_flight(x, state, unit),
             BLOCK_D=block_d,
             num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
             **CONSTANTS,

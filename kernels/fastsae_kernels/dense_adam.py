@@ -54,14 +54,17 @@ def normalise_rows_(rows: Tensor) -> None:
 def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
     """What torch.optim.Adam(fused=True) does (arXiv:1412.6980), in place; all of one shape."""
     assert g.stride() == weight.stride(), "the operator goes through memory, not through indices"
+    lr, step = at.lr, None
+    if at.scalars is not None:
+        lr, step = at.scalars.view(torch.float32)[2:4].unbind()
     torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [weight],
         [g],
         [first],
         [second],
         [],
-        [torch.full((), float(at.step), device=weight.device)],
-        lr=at.lr,
+        [torch.full((), float(at.step), device=weight.device) if step is None else step],
+        lr=lr,
         beta1=at.betas[0],
         beta2=at.betas[1],
         weight_decay=0.0,
@@ -101,4 +104,4 @@ def scalars_of(at: AdamStep) -> Tensor:
 
 def scalars_on(at: AdamStep, device: torch.device) -> Tensor:
     """The step's scalars on a device, copied unless the step has them there already."""
-    return scalars_of(at).to(device) if at.scalars is None else at.scalars
+    return scalars_of(at).to(device, non_blocking=True) if at.scalars is None else at.scalars

@@ -91,13 +91,13 @@ def _select(
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
     x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator misreads others
     with_maxima = scale is None and _with_maxima(x, F, k)
-    if with_maxima:
-        from ._encode_kernel import launch_encode
-        from ._topk_kernel import launch_topk
     chunk = rows_at_a_time(x, F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         if with_maxima:
+            from ._encode_kernel import launch_encode
+            from ._topk_kernel import launch_topk
+
             pre, maxima, tile = launch_encode(x[rows], W, b, by)
             launch_topk(pre, k, by, values[rows], indices[rows], maxima, tile)
             del maxima
@@ -179,7 +179,8 @@ def straight_through(
 
 
 def _fake(x, W_enc, b_enc, k, by, shadow, scale):
-    return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    N = x.shape[0]
+    return x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
 
 
 _encode_topk = register(_EncodeTopk, _fake)
