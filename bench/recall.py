@@ -27,7 +27,7 @@ from fastsae.nn import TopKConfig
 from fastsae.train import Optimizer, TrainConfig, Trainer
 from fastsae_kernels.float8 import SMALLEST_SCALE, quantize_rows
 
-from .common import write
+from .record import write
 
 MARGINS = (1.0, 1.25, 1.5, 1.75, 2.0, 4.0)
 TOKENS = 512  # of which all pre-activations exist at a time

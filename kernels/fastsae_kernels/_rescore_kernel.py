@@ -73,12 +73,17 @@ def launch_rescore(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By
 ) -> tuple[Tensor, Tensor]:
     (N, C), (F, D) = candidates.shape, W.shape
+    constants = constants_for(x)
     h = torch.empty(N, C, dtype=torch.float32, device=x.device)
     values, indices = x.new_empty(N, k), candidates.new_empty(N, k)
     launch(
         _rescore_kernel,
         (N,),
         *(x, candidates.contiguous(), W, b.contiguous(), h, values, indices, F, C, k, D),
-        *(by == "abs", TILE, *constants_for(x)),
+        ABS=by == "abs",
+        TILE=TILE,
+        BLOCK_C=constants.BLOCK_K,
+        BLOCK_D=constants.BLOCK_D,
+        ACC=constants.ACC,
     )
     return values, indices

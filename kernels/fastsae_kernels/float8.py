@@ -33,6 +33,19 @@ class Float8Rows(NamedTuple):
     """float32 [F]"""
 
 
+# --- reference: the specification -----------------------------------------------------------
+
+
+def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite [F, D] -> e4m3 [F, D], float32 [F]"""
+    largest = x.abs().amax(1).float().clamp_min(2.0**-93)
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
+    return (x.float() / scale[:, None]).to(E4M3), scale
+
+
+# --- torch path: what runs without a GPU ----------------------------------------------------
+
+
 def _quantize_torch(x: Tensor, out: Float8Rows) -> None:
     step = rows_at_a_time(x, x.shape[1])  # a whole dictionary needs no fp32 copy of itself
     for part, rows, scale in zip(*(t.split(step) for t in (x, *out)), strict=True):
@@ -40,6 +53,9 @@ def _quantize_torch(x: Tensor, out: Float8Rows) -> None:
         power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
         torch.clamp(power * 2.0**-7, min=SMALLEST_SCALE, out=scale)
         rows.copy_(part / scale[:, None])
+
+
+# --- public ---------------------------------------------------------------------------------
 
 
 def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
