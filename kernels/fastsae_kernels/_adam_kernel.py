@@ -162,7 +162,7 @@ def _adam_kernel(
         if shadow_ptr is not None:
             tl.store(shadow_ptr + at, w, mask=mask)
         if row8_ptr is not None:
-            row8, scale8 = quantize_row(w)
+            row8, scale8 = quantize_row(w)  # pyright: ignore
             tl.store(row8_ptr + at, row8, mask=mask)
             tl.store(scale8_ptr + f, scale8)
         if STOCHASTIC:
