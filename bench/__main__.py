@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
 
         bench(arguments)
     elif arguments.command == "quality":
-        from .quality import CONTENDERS, bench
+        from .peers.race import quality
 
-        bench(arguments.steps, arguments.variants or list(CONTENDERS))
+        quality(arguments.steps, arguments.variants)
     elif arguments.command == "peers":
         from .peers.race import bench, chosen
 

@@ -19,7 +19,7 @@ from fastsae.data import ActivationShards, demo_shards
 from fastsae.device import choose_device
 from fastsae.train.optim import default_lr
 
-from .contender import CONTENDERS, SAME_LR
+from .contender import CONTENDERS, SAME_LR, VARIANTS
 from .report import plot, tables
 from .task import Task
 
@@ -64,6 +64,18 @@ def bench(
     if find_spec("matplotlib") is not None:
         plot(results, path.with_suffix(".png"))
     return tables(results)
+
+
+def quality(steps: int, names: list[str] | None = None, data: Path | None = None) -> None:
+    """The training runs of fastsae's variants and dense PyTorch, into quality-cpu.json."""
+    if unknown := set(names or ()) - set(VARIANTS):
+        raise ValueError(f"variants are {'; '.join(VARIANTS)}: got {'; '.join(unknown)}")
+    check(0, steps, None)
+    shards, device = training_data(data), choose_device("auto")
+    task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device, "steps": steps}
+    for name, found in training({**task, "data": str(shards.path)}, names or [*VARIANTS]).items():
+        about = {**task, "data": shards.fingerprint, "train_tokens": shards.n_tokens}
+        record.write(f"quality-{device}", {name: about | found})
 
 
 def check(rounds: int, steps: int, names: list[str] | None) -> None:
@@ -138,10 +150,11 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Every contender's run with its own learning rate, and where it means the same, fastsae's."""
     lr = default_lr(task["d_sae"], task["steps"])
-    names = [name for name in names if not CONTENDERS[name].accelerated]  # the same mathematics
+    all = CONTENDERS | VARIANTS
+    names = [name for name in names if not all[name].accelerated]  # the same mathematics
     runs = {name: Task(contender=name, **task) for name in names}
     for name in names:
-        if CONTENDERS[name].peer and CONTENDERS[name].adam:
+        if all[name].peer and all[name].adam:
             runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
     results = {}
     for name, one in runs.items():

@@ -1,20 +1,16 @@
 """The race's tables in Markdown, and its picture."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .contender import CONTENDERS, SAME_LR
-
-GOALS = {"fastsae": 1.5, "fastsae, bf16 encoder": 2.2}
-"""How many times as fast as the fastest peer each is to be, at every size."""
 
 Rows = dict[str, dict[str, Any]]
 """What was found of each contender that came to the end."""
 
 
 def tables(results: dict[str, Any]) -> str:
-    """A table for each size and one of the training runs, and what they say of the goals."""
+    """A table for each size and one of the training runs."""
     parts = []
     for name, found in results.items():
         rows = finished(found)
@@ -26,7 +22,6 @@ def tables(results: dict[str, Any]) -> str:
         parts.append(training_table(rows) if name == "training" else step_table(rows))
         failed = {n: one["error"] for n, one in found["contenders"].items() if n not in rows}
         notes = [f"- {n}: {why}" for n, why in (found["missing"] | failed).items()]
-        notes += quality_goals(rows) if name == "training" else speed_goals(rows)
         parts += ["\n".join(notes)] if notes else []
     return "\n\n".join(parts)
 
@@ -58,37 +53,6 @@ def training_table(rows: Rows) -> str:
         time = f"{row['tokens/s']:,} | {row['seconds']:.0f}"
         lines.append(f"| {name} | {recipe} | {quality} | {row['L0']:.1f} | {time} |")
     return "\n".join(lines)
-
-
-def speed_goals(rows: Rows) -> list[str]:
-    def judge(name: str, ours: float, theirs: float) -> tuple[str, bool]:
-        ratio, goal = theirs / ours, GOALS[name]
-        return f"{ratio:.2f} times as fast as the fastest peer (goal: {goal})", ratio >= goal
-
-    return verdicts({name: row["ms"]["median"] for name, row in rows.items()}, judge)
-
-
-def quality_goals(rows: Rows) -> list[str]:
-    def judge(name: str, ours: float, theirs: float) -> tuple[str, bool]:
-        return f"FVU {ours:.4f}, the best peer's {theirs:.4f} (goal: no more)", ours <= theirs
-
-    return verdicts({name: row["held-out FVU"] for name, row in rows.items()}, judge)
-
-
-def verdicts(
-    figures: dict[str, float], judge: Callable[[str, float, float], tuple[str, bool]]
-) -> list[str]:
-    """Each of fastsae's figures against the least of the peers', if there is one."""
-    peers = {name: f for name, f in figures.items() if CONTENDERS[own_name(name)].peer}
-    if not peers:
-        return []
-    best = min(peers, key=lambda name: peers[name])
-    lines = []
-    for name in GOALS:
-        if name in figures:
-            said, met = judge(name, figures[name], peers[best])
-            lines.append(f"- {name}: {said}, {best}: {'met' if met else 'NOT met'}")
-    return lines
 
 
 def own_name(run: str) -> str:

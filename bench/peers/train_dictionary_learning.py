@@ -14,8 +14,7 @@ from torch import Tensor
 import fastsae
 from fastsae.files import read_json
 
-from .stream import Stream
-from .task import Task, Trained
+from .task import Stream, Task, Trained
 
 
 def accelerated(*sizes: int) -> AutoEncoderTopK:
@@ -45,6 +44,6 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False) -> Trained:
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         recon, codes = sae(x, output_features=True)
-        return recon, (codes != 0).sum(1)
+        return recon, codes != 0
 
     return Trained(code, used["lr"], used["warmup_steps"])

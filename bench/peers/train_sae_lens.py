@@ -12,8 +12,7 @@ from torch import Tensor
 
 import fastsae
 
-from .stream import Stream
-from .task import Task, Trained
+from .task import Stream, Task, Trained
 
 
 def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: Any) -> Trained:
@@ -40,6 +39,6 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: A
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         codes = sae.encode(x)
-        return sae.decode(codes), (codes.to_dense() != 0).sum(1)
+        return sae.decode(codes), codes.to_dense() != 0
 
     return Trained(code, config.lr, config.lr_warm_up_steps)

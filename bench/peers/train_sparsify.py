@@ -13,8 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import fastsae
 
-from .stream import Stream
-from .task import Task, Trained
+from .task import Stream, Task, Trained
 
 if not torch.cuda.is_available():
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton wherever that is installed
@@ -97,6 +96,7 @@ def train(
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         out = sae(x)
-        return out.sae_out, (out.latent_acts != 0).sum(1)
+        active = torch.zeros(len(x), task.d_sae, dtype=torch.bool, device=x.device)
+        return out.sae_out, active.scatter(1, out.latent_indices, out.latent_acts != 0)
 
     return Trained(code, lr, warmup if optimizer == "adam" else 0)
