@@ -1,7 +1,6 @@
 """Results: the stamp that each carries, and files that are written after every row."""
 
 import faulthandler
-import hashlib
 import json
 import math
 import os
@@ -37,7 +36,7 @@ LAST, END = 510, 540
 # --- the stamp ------------------------------------------------------------------------------
 
 
-def stamp(device: str = "cpu", commit: str | None = None) -> dict[str, Any]:
+def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
     """The machine, the versions and the commit that a result belongs to."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -76,15 +75,6 @@ def shell_output(command: str) -> str:
     return "" if failed else output.strip()
 
 
-def digest() -> str:
-    """Of all code, for a machine without git."""
-    total = hashlib.sha256()
-    for folder in ("bench", "fastsae", "kernels"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            total.update(path.read_bytes())
-    return total.hexdigest()[:12]
-
-
 def write(name: str, results: dict[str, dict[str, Any]]) -> Path:
     """Put results, each with its stamp, beside the other ones of that file."""
     path = RESULTS / f"{name}.json"
@@ -113,18 +103,10 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 class Record:
     """Parts of rows: a row is measured once, and is an error if its process died with it."""
 
-    def __init__(
-        self,
-        folder: Path,
-        device: torch.device,
-        since: float,
-        again: bool,
-        commit: str | None = None,
-    ):
+    def __init__(self, folder: Path, device: torch.device, since: float, again: bool, commit=""):
         self.device, self.since = device, since
         date = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        about = {"triton": version("triton"), "date": date, "sources": digest()}
-        self.stamp = stamp(device.type, commit) | about
+        self.stamp = stamp(device.type, commit) | {"triton": version("triton"), "date": date}
         self.stamp.setdefault("gpu", "dry run")
         slug = re.sub(r"[^a-z0-9]+", "-", f"gpu-{self.stamp['gpu']}".lower()).strip("-")
         self.path = folder / f"{slug}.json"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = "shapes to run, in this order (default: B C A D)"
     add("--shapes", nargs="+", choices=list("ABCD"), default=list("BCAD"), help=shapes)
     add("--parts", nargs="+", help="which parts to run (default: all)")
-    add("--commit", help="commit hash to record when git is unavailable")
+    add("--commit", default="", help="commit hash to record when git is unavailable")
     add("--out", type=Path, help="folder of the JSON (default: $OUT or bench/results)")
     add("--since", type=float, help=argparse.SUPPRESS)
     add("--again", action="store_true", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The study's tables and pictures, from its results."""
+"""The study's tables and plots, from its results."""
 
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,7 +23,7 @@ COLUMNS = {  # figure: title, digits
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """Write results.md and a picture for each data set; returns the text."""
+    """Write results.md and a plot for each data set; returns the text."""
     data: dict[str, Runs] = results["runs"]
     parts = ["# Study", about(results), "## Claims", claims_table(data)]
     if results["time"]:
@@ -55,10 +55,8 @@ def table(runs: Runs) -> str:
     """Mean and spread over seeds of each figure, a row for each method, in Markdown."""
     known = {name for seeds in runs.values() for run in seeds.values() for name in run}
     columns = {name: column for name, column in COLUMNS.items() if name in known}
-    lines = [
-        "| | " + " | ".join(title for title, _ in columns.values()) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
+    titles = " | ".join(title for title, _ in columns.values())
+    lines = [f"| | {titles} |", "|---|" + "---|" * len(columns)]
     for method, seeds in runs.items():
         cells = [spread([run.get(n) for run in seeds.values()], d) for n, (_, d) in columns.items()]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -68,13 +66,9 @@ def table(runs: Runs) -> str:
 def time_table(time: dict[str, Any]) -> str:
     """Seconds of training for a million tokens, in Markdown."""
     stamp, methods = time["stamp"], time["methods"]
-    lines = [
-        f"Training steps alone, on {time['data']}, from the SAEs that training ended with, in "
-        f"turns: median (least to most). {stamp['cpu']}, {stamp['threads']} threads.",
-        "",
-        "| | s / 1M tokens | times TopK's |",
-        "|---|---|---|",
-    ]
+    about = f"Training steps alone, on {time['data']}, from the SAEs that training ended with, in "
+    about += f"turns: median (least to most). {stamp['cpu']}, {stamp['threads']} threads."
+    lines = [about, "", "| | s / 1M tokens | times TopK's |", "|---|---|---|"]
     for method, found in sorted(methods.items(), key=lambda item: item[1]["median"]):
         times, ratio = "{median} ({min} to {max})", found["median"] / methods["TopK"]["median"]
         lines.append(f"| {method} | {times.format(**found)} | {ratio:.2f} |")
