@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .clock import digits, free, input_sets, measure, peak_bytes, timed
 from .ops import Make, Op, chosen_ops
-from .problem import DTYPES, Problem, check_spread, parse_shape, precision
+from .problem import DTYPES, Problem, Spread, check_names, parse_shape, precision
 from .record import attempt, stamp
 from .roofs import Cost, Roofs, measure_roofs
 
@@ -166,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def problems_of(arguments: argparse.Namespace) -> list[Problem]:
     """One, or those of a sweep."""
-    check_spread(arguments.indices)
+    check_names("indices", [arguments.indices], get_args(Spread))
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", "bf16") if gpu else ("cpu", "fp32")
     name, letter = arguments.shape or ("A" if gpu else "a"), arguments.sweep

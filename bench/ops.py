@@ -21,7 +21,7 @@ from fastsae_kernels.rational import rational_reference
 from fastsae_kernels.rotation import rotation_gradients
 
 from .dense import rotation_dense
-from .problem import Problem, precision
+from .problem import Problem, check_names, precision
 from .roofs import Cost
 
 fp32, bf16 = torch.float32, torch.bfloat16
@@ -287,8 +287,7 @@ OPS: list[Op] = [
 def chosen_ops(names: list[str] | None, backward: bool) -> list[Op]:
     """The entries of the named functions, or all; ValueError for a name that there is not."""
     functions = list(dict.fromkeys(op.function for op in OPS))
-    if unknown := set(names or ()) - {*functions}:
-        raise ValueError(f"ops are {', '.join(functions)}: got {', '.join(sorted(unknown))}")
+    check_names("ops", names, functions)
     chosen = [op for op in OPS if op.function in (names or functions)]
     found = [op for op in chosen if op.gradients or not backward]
     if not found:

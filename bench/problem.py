@@ -1,6 +1,7 @@
 """The shapes that are measured everywhere, and random inputs like those of a training run."""
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ def precision(p: Problem) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == p.dtype)
 
 
-def check_spread(spread: str) -> None:
-    if spread not in get_args(Spread):
-        raise ValueError(f"indices are {', '.join(get_args(Spread))}: got {spread}")
+def check_names(kind: str, given: Iterable[str] | None, allowed: Iterable[str]) -> None:
+    """ValueError unless all that are given are allowed."""
+    if unknown := set(given or ()) - {*allowed}:
+        raise ValueError(f"{kind} are {'; '.join(allowed)}: got {'; '.join(sorted(unknown))}")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ def write(name: str, results: dict[str, dict[str, Any]]) -> Path:
     kept.update({key: {**stamp(), **result} for key, result in results.items()})
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
+
+
+def markdown(titles: list[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # --- rows that fail, and a run that may die -------------------------------------------------

@@ -109,11 +109,11 @@ def test_one_launch_for_the_profiler(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--op nothing", "ops are encode_topk, .*: got nothing"),
+        ("--op nothing", "ops are encode_topk; .*: got nothing"),
         ("--op adam_ --backward", "adam_ has no gradient"),
         ("--shape 1,2", "a shape is one of a, .*: got '1,2'"),
         ("--shape 4,4,4,5", "a shape is one of"),
-        ("--indices all", "indices are uniform, zipf, hot: got all"),
+        ("--indices all", "indices are uniform; zipf; hot: got all"),
         ("--op decode topk --sweep F --plot x.png", "draws one op"),
     ],
 )

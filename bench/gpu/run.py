@@ -21,7 +21,7 @@ import torch
 from bench.kernels import line as kernel_line
 from bench.kernels import op_row
 from bench.ops import OPS
-from bench.problem import SHAPES, TINY, Problem
+from bench.problem import SHAPES, TINY, Problem, check_names
 from bench.record import ROOT, Record
 from bench.roofs import copy_row, product_row, roofs_from, square
 from fastsae_kernels._launch import interpreted
@@ -137,8 +137,7 @@ PARTS = {
 
 def bench(arguments: argparse.Namespace) -> int:
     names = arguments.parts or [*PARTS]
-    if unknown := set(names) - PARTS.keys():
-        raise ValueError(f"parts are {', '.join(PARTS)}: got {', '.join(sorted(unknown))}")
+    check_names("parts", names, PARTS)
     dry, again = arguments.dry_run, arguments.again
     if not dry and not torch.cuda.is_available():
         raise ValueError("no CUDA GPU here: --dry-run runs the whole benchmark on a CPU")

@@ -1,7 +1,9 @@
-"""The race's tables in Markdown, and its picture."""
+"""The race's tables in Markdown, and its plot."""
 
 from pathlib import Path
 from typing import Any
+
+from bench.record import markdown
 
 from .contender import CONTENDERS, SAME_LR
 
@@ -32,32 +34,30 @@ def finished(found: dict[str, Any]) -> Rows:
 
 def step_table(rows: Rows) -> str:
     least = min((row["ms"]["median"] for row in rows.values()), default=0)
-    lines = [
-        "| | ms per step, median (least to most) | times the fastest's | tokens/s | peak MB |",
-        "|---|---|---|---|---|",
+    titles = [
+        "",
+        "ms per step, median (least to most)",
+        "times the fastest's",
+        "tokens/s",
+        "peak MB",
     ]
+    cells = []
     for name, row in rows.items():
-        ms = "{median:.1f} ({min:.1f} to {max:.1f})".format(**row["ms"])
-        times = f"{row['ms']['median'] / least:.2f}"
-        lines.append(f"| {name} | {ms} | {times} | {row['tokens/s']:,} | {row['peak MB']:,} |")
-    return "\n".join(lines)
+        ms, times = "{median:.1f} ({min:.1f} to {max:.1f})", row["ms"]["median"] / least
+        last = f"{row['tokens/s']:,}", f"{row['peak MB']:,}"
+        cells.append([name, ms.format(**row["ms"]), f"{times:.2f}", *last])
+    return markdown(titles, cells)
+
+
+TRAINING = {"learning rate": "lr", "warm-up steps": "warm-up", "held-out FVU": "held-out FVU"}
+TRAINING |= {"L0": "L0", "tokens/s": "tokens/s", "seconds": "seconds"}
 
 
 def training_table(rows: Rows) -> str:
-    lines = [
-        "| | learning rate | warm-up steps | held-out FVU | L0 | tokens/s | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        recipe, quality = f"{row['lr']:.2g} | {row['warm-up']}", f"{row['held-out FVU']:.4f}"
-        time = f"{row['tokens/s']:,} | {row['seconds']:.0f}"
-        lines.append(f"| {name} | {recipe} | {quality} | {row['L0']:.1f} | {time} |")
-    return "\n".join(lines)
-
-
-def own_name(run: str) -> str:
-    """Of the contender whose training run it is."""
-    return run.removesuffix(SAME_LR)
+    cells = (
+        [name, *(f"{row[key]:.4g}" for key in TRAINING.values())] for name, row in rows.items()
+    )
+    return markdown(["", *TRAINING], cells)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -70,7 +70,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     speeds, quality = figure.subplots(1, 2)
     plot_speeds(speeds, {n: finished(f) for n, f in results.items() if n != "training"}, colors)
     for name, row in finished(results.get("training", {"contenders": {}})).items():
-        own = own_name(name)
+        own = name.removesuffix(SAME_LR)
         marker = "o" if own == name else "^"
         quality.plot(row["seconds"], row["held-out FVU"], marker, color=colors[own], markersize=9)
     quality.set_xlabel("seconds of training (triangles: with fastsae's learning rate)")
@@ -86,13 +86,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def plot_speeds(axes: Any, shapes: dict[str, Rows], colors: dict[str, Any]) -> None:
     """A group of points for each size, with the spread over the rounds."""
-    width = 0.8 / len(colors)
     for place, rows in enumerate(shapes.values()):
         for n, (name, color) in enumerate(colors.items()):
             if name in rows:
-                ms, left = rows[name]["ms"], place + (n + 0.5) * width - 0.4
-                spread = [[ms["median"] - ms["min"]], [ms["max"] - ms["median"]]]
-                axes.errorbar(left, ms["median"], spread, fmt="o", color=color, markersize=7)
+                ms, left = rows[name]["ms"], place + (n + 0.5) * 0.8 / len(colors) - 0.4
+                axes.vlines(left, ms["min"], ms["max"], color=color)
+                axes.plot(left, ms["median"], "o", color=color, markersize=7)
     axes.set_xticks(range(len(shapes)), list(shapes))
     axes.set_xlabel("size")
     axes.set_ylabel("ms per step")

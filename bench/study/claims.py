@@ -3,6 +3,8 @@
 from statistics import mean
 from typing import Any, NamedTuple
 
+from bench.record import markdown
+
 Runs = dict[str, dict[str, dict[str, Any]]]
 """The results of one data set: by method, by seed."""
 
@@ -86,8 +88,8 @@ def verdict(claim: Claim, runs: Runs) -> str | None:
 
 def claims_table(data: dict[str, Runs]) -> str:
     """A line for each claim, a column for each data set, in Markdown."""
-    lines = ["| paper | claim | " + " | ".join(data) + " |", "|---|---|" + "---|" * len(data)]
-    for claim in CLAIMS:
-        found = [verdict(claim, runs) or "–" for runs in data.values()]
-        lines.append(f"| {claim.paper} | {claim.text} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
+    rows = (
+        [claim.paper, claim.text, *(verdict(claim, runs) or "–" for runs in data.values())]
+        for claim in CLAIMS
+    )
+    return markdown(["paper", "claim", *data], rows)

@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from bench.record import markdown
+
 from .claims import Runs, claims_table
 
 COLUMNS = {  # figure: title, digits
@@ -55,12 +57,11 @@ def table(runs: Runs) -> str:
     """Mean and spread over seeds of each figure, a row for each method, in Markdown."""
     known = {name for seeds in runs.values() for run in seeds.values() for name in run}
     columns = {name: column for name, column in COLUMNS.items() if name in known}
-    titles = " | ".join(title for title, _ in columns.values())
-    lines = [f"| | {titles} |", "|---|" + "---|" * len(columns)]
-    for method, seeds in runs.items():
-        cells = [spread([run.get(n) for run in seeds.values()], d) for n, (_, d) in columns.items()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = (
+        [method, *(spread([r.get(n) for r in seeds.values()], d) for n, (_, d) in columns.items())]
+        for method, seeds in runs.items()
+    )
+    return markdown(["", *(title for title, _ in columns.values())], rows)
 
 
 def time_table(time: dict[str, Any]) -> str:
@@ -68,20 +69,18 @@ def time_table(time: dict[str, Any]) -> str:
     stamp, methods = time["stamp"], time["methods"]
     about = f"Training steps alone, on {time['data']}, from the SAEs that training ended with, in "
     about += f"turns: median (least to most). {stamp['cpu']}, {stamp['threads']} threads."
-    lines = [about, "", "| | s / 1M tokens | times TopK's |", "|---|---|---|"]
+    rows = []
     for method, found in sorted(methods.items(), key=lambda item: item[1]["median"]):
-        times, ratio = "{median} ({min} to {max})", found["median"] / methods["TopK"]["median"]
-        lines.append(f"| {method} | {times.format(**found)} | {ratio:.2f} |")
-    return "\n".join(lines)
+        ratio = found["median"] / methods["TopK"]["median"]
+        rows.append([method, "{median} ({min} to {max})".format(**found), f"{ratio:.2f}"])
+    return f"{about}\n\n" + markdown(["", "s / 1M tokens", "times TopK's"], rows)
 
 
 def spread(values: list[float | None], digits: int) -> str:
     found = [value for value in values if value is not None]
     if not found:
         return "–"
-    if len(found) == 1:
-        return f"{found[0]:.{digits}f}"
-    return f"{mean(found):.{digits}f} ± {stdev(found):.{digits}f}"
+    return f"{mean(found):.{digits}f}" + (f" ± {stdev(found):.{digits}f}" if found[1:] else "")
 
 
 def plot(runs: Runs, name: str, path: Path) -> None:
