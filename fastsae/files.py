@@ -1,6 +1,5 @@
 """JSON and safetensors files that are either whole or absent; nothing is ever pickled."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,8 +32,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make the renames in a directory durable, on a system where a directory can be opened."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
@@ -49,13 +51,16 @@ def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} must be a folder, it is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,7 +1,18 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from fastsae.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from fastsae.files import (
+    claimed,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 
 
 def test_round_trips(tmp_path):
@@ -40,3 +51,49 @@ def test_damage_names_the_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"a.safetensors is not a whole safetensors file"):
         read_tensors(path)
+
+
+def test_no_directory_is_opened_where_none_can_be(tmp_path, monkeypatch):
+    def refuse(path, *arguments):
+        raise PermissionError(f"a directory cannot be opened: {path}")
+
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    monkeypatch.setattr(os, "open", refuse)
+    write_json(tmp_path / "a.json", 1)
+    assert read_json(tmp_path / "a.json") == 1
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from fastsae.files import claimed
+
+with claimed(Path(sys.argv[1])) as mine:
+    print(mine, flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def claim(folder, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CLAIM, str(folder), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_one_process_at_a_time_claims_a_folder(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with claimed(folder) as mine:
+        assert mine
+        with claimed(folder) as again:
+            assert not again
+        assert claim(folder, 0).communicate()[0] == "False\n"
+    assert claim(folder, 0).communicate()[0] == "True\n"
+
+
+def test_a_killed_process_holds_nothing_and_others_wait_for_it(tmp_path):
+    with claim(tmp_path, 60) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "True\n"
+        with claimed(tmp_path) as mine:
+            assert not mine
+        holder.kill()
+        with claimed(tmp_path, wait=True) as mine:
+            assert mine

@@ -1,4 +1,7 @@
-"""Triton kernels for sparse autoencoders. Floor 0: imports torch and triton, nothing of fastsae."""
+"""Triton kernels for sparse autoencoders, and the same ops on CPUs, where Triton is not needed.
+
+Floor 0: imports torch, and triton when a kernel runs; nothing of fastsae.
+"""
 
 from .encode import encode_topk
 from .encode_above import encode_above

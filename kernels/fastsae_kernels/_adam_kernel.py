@@ -7,7 +7,7 @@ Shapes: N tokens, K active latents per token, F latents, D width, E = N K entrie
 import triton
 import triton.language as tl
 
-from .latent_major import sum_run
+from ._latent_major_kernel import sum_run
 
 # --- kernel: all tensors row-major ----------------------------------------------------------
 

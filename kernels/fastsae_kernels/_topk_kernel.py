@@ -13,7 +13,7 @@ Shapes: N tokens, F latents, K kept, M groups.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch, power_of_2
-
-By = Literal["value", "abs"]
+from .topk import DTYPES, By
 
 # --- kernel: all tensors row-major ----------------------------------------------------------
 
@@ -158,12 +157,13 @@ def _pack_exactly(
 
 @triton.jit
 def _topk_kernel(
-    pre_ptr, maxima_ptr, group_ptr, packed_ptr, out_ptr, F, k, tile, groups,
+    pre_ptr, maxima_ptr, group_ptr, packed_ptr, values_ptr, indices_ptr,
+    stride, F, k, tile, groups,
     M: tl.constexpr, S: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr, JUMP: tl.constexpr,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    row_ptr = pre_ptr + n * F
+    row_ptr = pre_ptr + n * stride
     packed_ptr += n * CAPACITY
     if maxima_ptr is None:
         maxima = _group_maxima(row_ptr, F, M, V, ABS, SHIFT)
@@ -191,16 +191,16 @@ def _topk_kernel(
             rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), axis=1)
     else:
         mine, rank = tl.sort(mine, descending=True), slot
-    tl.store(out_ptr + n * k + rank, 0x7FFFFFFF - (mine & 0x7FFFFFFF), mask=rank < k)
+    index = 0x7FFFFFFF - (mine & 0x7FFFFFFF).to(tl.int32)
+    tl.store(indices_ptr + n * k + rank, index, mask=rank < k)
+    if values_ptr is not None:
+        value = tl.load(row_ptr + index, mask=rank < k)
+        if not ABS:
+            value = tl.maximum(value.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(values_ptr + n * k + rank, value, mask=rank < k)
 
 
 # --- launcher -------------------------------------------------------------------------------
-
-DTYPES = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Input dtypes of the kernel, and how many low bits of a float32 each does not have."""
-
-MOST = 1024
-"""The largest k of the kernel: it keeps at least 4 k maxima in registers."""
 
 
 class Layout(NamedTuple):
@@ -233,9 +233,18 @@ def encoder_tiles(groups: int, tile: int, F: int) -> Layout:
     return Layout(power_of_2(groups), S, V, S, S * V, tile, groups)
 
 
-def launch_topk(pre: Tensor, k: int, by: By, maxima: Tensor | None = None, tile: int = 0) -> Tensor:
-    """Indices of the k largest of each row, largest first: contiguous [N, F] -> int64 [N, K]
+def launch_topk(
+    pre: Tensor,
+    k: int,
+    by: By,
+    values: Tensor | None,
+    indices: Tensor,
+    maxima: Tensor | None = None,
+    tile: int = 0,
+) -> None:
+    """Write the k largest of each row, largest first, to contiguous [N, K]; no values if None.
 
+    Rows of pre [N, F] may be apart, their entries are not. by="value" writes 0 for negative ones.
     Given the maxima [N, groups] of the encoder's tiles, it reads only the best groups of each row.
     """
     N, F = pre.shape
@@ -243,16 +252,14 @@ def launch_topk(pre: Tensor, k: int, by: By, maxima: Tensor | None = None, tile:
         layout = one_tile(F, k, pre.element_size())
     else:
         layout = encoder_tiles(maxima.shape[1], tile, F)
-    capacity = max(16, 2 * power_of_2(k))  # random rows need 1.2 k at most
+    capacity = max(16, 2 * power_of_2(k))  # random rows need 1.6 k at most
     found = torch.empty(N, capacity, dtype=torch.int32, device=pre.device)
     packed = torch.empty(N, capacity, dtype=torch.int64, device=pre.device)
-    out = torch.empty(N, k, dtype=torch.int64, device=pre.device)
     *constants, tile, groups = layout
     launch(
         _topk_kernel,
         (N,),
-        *(pre, maxima, found, packed, out, F, k, tile, groups),
+        *(pre, maxima, found, packed, values, indices, pre.stride(0), F, k, tile, groups),
         *(*constants, capacity, min(2048, layout.M), by == "abs", DTYPES[pre.dtype]),
         num_warps=min(8, max(1, layout.M * layout.V // 512)),
     )
-    return out

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._adam_kernel import _adam_kernel
 from ._launch import (
     buffer_bytes,
     capability,
@@ -42,13 +41,7 @@ from .dense_adam import (
     seed32,
     stochastic_bf16,
 )
-from .latent_major import (
-    CHUNK,
-    LatentMajor,
-    constants_for,
-    launch_sum_chunks,
-    sum_runs,
-)
+from .latent_major import LatentMajor, sum_runs
 
 BLOCK_BYTES = 1 << 20
 """Rows that, with their gradients and moments, stay in a CPU's cache."""
@@ -178,6 +171,9 @@ def _adam_torch(
 def _launch_adam(
     decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
 ) -> None:
+    from ._adam_kernel import _adam_kernel
+    from ._latent_major_kernel import CHUNK, constants_for, launch_sum_chunks
+
     F, D = decoder.weight.shape
     block_k, _, acc = constants_for(decoder.weight)
     if D > WIDEST // 2:  # fewer rows in flight, so that nothing is spilled

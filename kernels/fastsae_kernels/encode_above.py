@@ -15,18 +15,10 @@ Shapes: N tokens, F latents, D model width, K the largest count, M entries in al
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import (
-    check_devices,
-    launch,
-    power_of_2,
-    rows_at_a_time,
-    use_triton,
-)
+from ._launch import check_devices, rows_at_a_time, use_triton
 from ._op import register
 from .encode import _product, check_encoder, straight_through
 from .topk import By, _rank
@@ -67,61 +59,6 @@ def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]
     return pre.flatten()[position], position
 
 
-# --- kernel: all tensors row-major ----------------------------------------------------------
-
-
-@triton.jit
-def _above_kernel(
-    pre_ptr, threshold_ptr, rows_ptr, values_ptr, position_ptr, F,
-    BLOCK: tl.constexpr, ABS: tl.constexpr, LIST: tl.constexpr,
-):  # fmt: skip
-    """Count the entries of a row; or list them, from the place in the lists that is the row's."""
-    n = tl.program_id(0).to(tl.int64)
-    place = tl.load(rows_ptr + n) if LIST else tl.zeros((), dtype=tl.int64)
-    for start in range(0, F, BLOCK):
-        f = start + tl.arange(0, BLOCK)
-        threshold = tl.load(threshold_ptr + f, mask=f < F, other=float("inf"))
-        h = tl.load(pre_ptr + n * F + f, mask=f < F, other=0.0).to(threshold.dtype)
-        above = ((tl.abs(h) if ABS else h) > threshold).to(tl.int32)
-        found = tl.sum(above)
-        if LIST and found > 0:
-            at = tl.cumsum(above) - 1
-            tl.store(values_ptr + place + at, h, mask=above != 0)
-            tl.store(position_ptr + place + at, n * F + f, mask=above != 0)
-        place += found
-    if not LIST:
-        tl.store(rows_ptr + n, place)
-
-
-# --- launchers ------------------------------------------------------------------------------
-
-BLOCK = 2048
-"""Entries of a row that a program has in flight."""
-
-
-def _launch_above(pre: Tensor, threshold: Tensor, by: By, *lists: Tensor | None) -> None:
-    (N, F), (_, values, _) = pre.shape, lists
-    constants = min(BLOCK, power_of_2(F)), by == "abs", values is not None
-    launch(_above_kernel, (N,), pre, threshold, *lists, F, *constants)
-
-
-def _launch_count(pre: Tensor, threshold: Tensor, by: By) -> Tensor:
-    """How many entries each row has: [N]"""
-    count = torch.empty(len(pre), dtype=torch.int64, device=pre.device)
-    _launch_above(pre, threshold, by, count, None, None)
-    return count
-
-
-def _launch_list(
-    pre: Tensor, threshold: Tensor, by: By, first: Tensor, M: int
-) -> tuple[Tensor, Tensor]:
-    """The M entries and their positions, each row's from its place on in first, [N]."""
-    values = pre.new_empty(M)
-    position = torch.empty(M, dtype=torch.int64, device=pre.device)
-    _launch_above(pre, threshold, by, first, values, position)
-    return values, position
-
-
 # --- flat lists -----------------------------------------------------------------------------
 
 
@@ -143,9 +80,11 @@ def list_above(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
     """
     if not use_triton(pre):
         return _list_torch(pre, threshold, by)
-    count = _launch_count(pre, threshold, by)
+    from ._encode_above_kernel import launch_count, launch_list
+
+    count = launch_count(pre, threshold, by)
     end = count.cumsum(0)
-    return _launch_list(pre, threshold, by, end - count, int(end[-1]))
+    return launch_list(pre, threshold, by, end - count, int(end[-1]))
 
 
 def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> tuple[Tensor, Tensor, Tensor]:

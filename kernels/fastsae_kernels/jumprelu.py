@@ -17,11 +17,9 @@ for fp64 h).
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_devices, launch, power_of_2, rows_at_a_time, use_triton
+from ._launch import check_devices, rows_at_a_time, use_triton
 from ._op import register, register_constant
 
 # --- reference: the specification -----------------------------------------------------------
@@ -85,95 +83,6 @@ def _jumprelu_backward_torch(
     return torch.stack(sums).sum(0)
 
 
-# --- kernels: all tensors row-major ---------------------------------------------------------
-
-
-@triton.jit
-def _jumprelu_kernel(
-    h_ptr, threshold_ptr, out_ptr, N, F,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, L0: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    across = tl.cdiv(F, COLUMNS)
-    n = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    f = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    threshold = tl.load(threshold_ptr + f, mask=f < F, other=0.0).to(ACC)[None, :]
-    offset, inside = n[:, None] * F + f[None, :], (n < N)[:, None] & (f < F)[None, :]
-    h = tl.load(h_ptr + offset, mask=inside, other=0.0).to(ACC)
-    if L0:
-        count = tl.sum((h > threshold).to(ACC), axis=1)  # 0 > 0, beyond the row, counts nothing
-        tl.store(out_ptr + n * across + tl.program_id(0) % across, count, mask=n < N)
-    else:
-        tl.store(out_ptr + offset, tl.where(h <= threshold, 0.0, h), mask=inside)
-
-
-@triton.jit
-def _jumprelu_backward_kernel(
-    g_ptr, h_ptr, threshold_ptr, dh_ptr, sums_ptr, N, F,
-    half: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
-    SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    L0: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    across = tl.cdiv(F, COLUMNS)
-    span = (tl.program_id(0) // across).to(tl.int64)
-    first = span * SPAN
-    f = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    threshold = tl.load(threshold_ptr + f, mask=f < F, other=0.0).to(ACC)[None, :]
-    half = tl.full((), half, dtype=ACC)
-    acc = tl.zeros((ROWS, COLUMNS), dtype=ACC)
-    for start in range(0, SPAN, ROWS):
-        n = first + start + tl.arange(0, ROWS)
-        offset, inside = n[:, None] * F + f[None, :], (n < N)[:, None] & (f < F)[None, :]
-        h = tl.load(h_ptr + offset, mask=inside, other=0.0).to(ACC)
-        if L0:
-            g = tl.load(g_ptr + n, mask=n < N, other=0.0).to(ACC)[:, None]
-        else:
-            g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
-            tl.store(dh_ptr + offset, tl.where(h > threshold, g, 0.0), mask=inside)
-        acc += tl.where(tl.abs(h - threshold) < half, g, 0.0)
-    tl.store(sums_ptr + span * F + f, tl.sum(acc, axis=0), mask=f < F)
-
-
-# --- launchers ------------------------------------------------------------------------------
-
-BLOCK = 4096
-"""Entries that a program has in flight: some rows of up to 1024 columns."""
-
-SPAN = 64
-"""Rows that a program of the backward kernel adds up."""
-
-
-def _tile(F: int) -> tuple[int, int]:
-    """Rows and columns of BLOCK."""
-    columns = min(1024, power_of_2(F))
-    return BLOCK // columns, columns
-
-
-def _launch_jumprelu(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> None:
-    N, F = h.shape
-    rows, columns = _tile(F)
-    across = -(-F // columns)
-    grid = (-(-N // rows) * across,)  # one axis, for candidates are one row of many blocks
-    counts = out.new_empty(N, across) if l0 else out
-    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
-    launch(_jumprelu_kernel, grid, h, threshold, counts, N, F, rows, columns, l0, acc)
-    if l0:
-        torch.sum(counts, 1, out=out)
-
-
-def _launch_jumprelu_backward(
-    g: Tensor, h: Tensor, threshold: Tensor, dh: Tensor, half: float, l0: bool
-) -> Tensor:
-    N, F = h.shape
-    rows, columns = _tile(F)
-    span = max(SPAN, rows)
-    spans = -(-N // span)
-    sums, grid = threshold.new_empty(spans, F), (spans * -(-F // columns),)
-    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
-    constants = span, rows, columns, l0, acc
-    launch(_jumprelu_backward_kernel, grid, g, h, threshold, dh, sums, N, F, half, *constants)
-    return sums.sum(0)
-
-
 # --- autograd -------------------------------------------------------------------------------
 
 
@@ -198,7 +107,10 @@ class _Jumprelu(torch.autograd.Function):
         out = _new_out(h, threshold, bandwidth, l0)
         if not h.numel():
             return out.zero_()
-        run = _launch_jumprelu if use_triton(h) else _jumprelu_torch
+        if use_triton(h):
+            from ._jumprelu_kernel import launch_jumprelu as run
+        else:
+            run = _jumprelu_torch
         run(h.contiguous(), threshold.to(_wide(h)).contiguous(), out, l0)
         return out
 
@@ -222,7 +134,10 @@ def _jumprelu_backward(
     if not h.numel():
         return dh, d_threshold.zero_()
     wide = threshold.to(_wide(h)).contiguous()
-    run = _launch_jumprelu_backward if use_triton(h) else _jumprelu_backward_torch
+    if use_triton(h):
+        from ._jumprelu_kernel import launch_jumprelu_backward as run
+    else:
+        run = _jumprelu_backward_torch
     g = (g[:, None] if l0 else g).contiguous()
     sums = run(g, h.contiguous(), wide, dh, bandwidth / 2, l0)
     slope = -1 / bandwidth if l0 else wide / -bandwidth

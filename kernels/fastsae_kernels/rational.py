@@ -27,7 +27,15 @@ from torch.nn.functional import pad
 
 from ._launch import check_devices, use_triton
 from ._op import register, register_constant
-from ._rational_kernel import Scalars, launch_rational, launch_rational_backward, wide_dtype
+
+Scalars = tuple[Tensor, Tensor, Tensor, Tensor]
+"""a, b, c_in, c_out"""
+
+
+def wide_dtype(h: Tensor) -> torch.dtype:
+    """What h is computed in."""
+    return torch.promote_types(h.dtype, torch.float32)
+
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -124,7 +132,10 @@ class _Rational(torch.autograd.Function):
         out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
         if h.numel():
             matrix, scalars = _as_matrix(shift, h), (a.contiguous(), b.contiguous(), c_in, c_out)
-            run = launch_rational if use_triton(h) else _rational_torch
+            if use_triton(h):
+                from ._rational_kernel import launch_rational as run
+            else:
+                run = _rational_torch
             run(h.contiguous().view(matrix.shape), matrix, scalars, out.view(matrix.shape))
         return out
 
@@ -159,7 +170,10 @@ def _rational_backward(
         return dh, h.new_zeros(len(a) + len(b) + 2, dtype=wide_dtype(h))
     matrix, scalars = _as_matrix(shift, h), (a.contiguous(), b.contiguous(), c_in, c_out)
     g, h = (x.contiguous().view(matrix.shape) for x in (g, h))
-    run = launch_rational_backward if use_triton(h) else _rational_backward_torch
+    if use_triton(h):
+        from ._rational_kernel import launch_rational_backward as run
+    else:
+        run = _rational_backward_torch
     return dh, run(g, h, matrix, scalars, dh.view(matrix.shape))
 
 

@@ -10,8 +10,9 @@ from unittest.mock import patch
 import torch
 
 from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer, squared_error, topk
+from fastsae_kernels._encode_above_kernel import launch_count, launch_list
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
-from fastsae_kernels.encode_above import _launch_count, _launch_list
+from fastsae_kernels.center import center
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import _rational_backward, rational
@@ -85,6 +86,7 @@ AWKWARD = {
     "k=1000": Inputs(64, 1000, 40000, 1000, fp32),
     "wide": Inputs(64, 8192, 4096, 32, bf16),
     "wide fp32": Inputs(64, 5120, 4096, 32, fp32),
+    "k=200": Inputs(64, 2304, 40000, 200, bf16),
     "k=500": Inputs(64, 528, 40000, 500, fp32),
     "d_in=1": Inputs(64, 1, 4096, 32, bf16),
     "all 1": Inputs(1, 1, 1, 1, fp32),
@@ -98,6 +100,7 @@ TWO = {"A bf16", "odd fp32"}
 Call = Callable[[Inputs], object]
 
 CASES: dict[str, tuple[Iterable[str], Call]] = {
+    "center": (EVERY, lambda s: center(s.x, s.b_dec, bf16)),
     "decode": (EVERY, lambda s: decode(s.values, s.indices, s.W)),
     "gather_dot": (EVERY, lambda s: gather_dot(s.x, s.indices, s.W)),
     "scatter_outer": (EVERY, lambda s: scatter_outer(s.values, s.indices, s.x, s.F)),
@@ -107,10 +110,10 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "encode": (LARGE, _encode),
     "encode abs": (TWO, lambda s: _encode(s, "abs")),
     "encode shadow": ({"A fp32"}, lambda s: encode_topk(*s.encoder, shadow=s.W.bfloat16())),
-    "above": (FEW, lambda s: _launch_count(s.pre, s.thresholds, "value")),
-    "above abs": (TWO, lambda s: _launch_count(s.pre, s.thresholds, "abs")),
-    "above list": (FEW, lambda s: _launch_list(s.pre, s.thresholds, "value", s.rows, 1)),
-    "above list abs": (TWO, lambda s: _launch_list(s.pre, s.thresholds, "abs", s.rows, 1)),
+    "above": (FEW, lambda s: launch_count(s.pre, s.thresholds, "value")),
+    "above abs": (TWO, lambda s: launch_count(s.pre, s.thresholds, "abs")),
+    "above list": (FEW, lambda s: launch_list(s.pre, s.thresholds, "value", s.rows, 1)),
+    "above list abs": (TWO, lambda s: launch_list(s.pre, s.thresholds, "abs", s.rows, 1)),
     "adam": ({*FEW, "B bf16", "k=1", "k=1000", "all 1"}, _adam),
     "adam extra": (TWO, lambda s: _adam(s, extra=64)),
     "adam bare": (TWO, lambda s: _adam(s, shadow=False)),

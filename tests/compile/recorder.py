@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +21,12 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+import fastsae_kernels
 from fastsae_kernels import _launch
+
+# Ops import these only when they launch one, and `recording` patches what is already imported.
+for file in sorted(Path(fastsae_kernels.__file__).parent.glob("_*_kernel.py")):
+    import_module(f"fastsae_kernels.{file.stem}")
 
 
 @dataclass(frozen=True, kw_only=True)

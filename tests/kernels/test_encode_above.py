@@ -1,4 +1,3 @@
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Of the kernel; the module by its name, which in the package is the function's."""
-    monkeypatch.setattr(import_module("fastsae_kernels.encode_above"), "BLOCK", 32)
+    monkeypatch.setattr("fastsae_kernels._encode_above_kernel.BLOCK", 32)
 
 
 def integers(shape, device, dtype=torch.float32):

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer
 from fastsae_kernels._launch import use_triton
-from fastsae_kernels.latent_major import latent_major
+from fastsae_kernels.latent_major import latent_major, sum_runs
 from fastsae_kernels.sparse import (
     decode_reference,
     gather_dot_reference,
@@ -128,6 +128,15 @@ def test_latent_major_keeps_token_order():
     assert token.tolist() == [0, 2, 0, 1, 1, 2]
     assert latent.tolist() == [0, 0, 2, 2, 2, 3]
     assert start.tolist() == [0, 2, 2, 5, 6, 6]
+
+
+@pytest.mark.parametrize("rows", [slice(0, 20), slice(3, 11), slice(19, 20), slice(5, 5)], ids=str)
+def test_sum_runs_of_some_rows_are_those_of_all(rows, device):
+    values, indices, x, _ = make((300, 3, 20, 33), device=device)  # 45 entries a latent
+    indices[:, 0] = 7  # and one with several chunks
+    runs = latent_major(indices, 20)
+    some = sum_runs(values.flatten()[runs.entry], x, runs, rows)
+    assert torch.equal(some, scatter_outer(values, indices, x, 20)[rows])
 
 
 @pytest.mark.parametrize(

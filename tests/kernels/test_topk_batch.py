@@ -67,7 +67,7 @@ def assert_as_reference(pre, k_total, by: By = "value"):
 @pytest.fixture(autouse=True)
 def small_blocks_and_samples(monkeypatch):
     """The modules by their names, which in the package are those of functions."""
-    monkeypatch.setattr(import_module("fastsae_kernels.encode_above"), "BLOCK", 32)
+    monkeypatch.setattr("fastsae_kernels._encode_above_kernel.BLOCK", 32)
     monkeypatch.setattr(import_module("fastsae_kernels.topk_batch"), "SAMPLE", 4)
 
 
