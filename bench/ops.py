@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag, linear
 
 import fastsae_kernels as ours
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
+from fastsae_kernels.center import center
 from fastsae_kernels.jumprelu import jumprelu_l0_reference, jumprelu_reference
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import rational_reference
@@ -155,6 +156,10 @@ def error_torch(values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: T
     return error.square().sum(1), low, gather_torch(low, indices, W.detach())
 
 
+def center_torch(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (x - b).to(dtype), (x - x.mean(0)).square().sum()
+
+
 def outer_torch(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
     outer = (values[:, :, None] * x[:, None, :]).flatten(0, 1)
     return x.new_zeros(F, x.shape[1]).index_add(0, indices.flatten(), outer)
@@ -256,6 +261,9 @@ OPS: list[Op] = [
     Op(ours.topk, lambda p: (pre_activations(p), p.K),
        partial(elementwise, outputs=0), torch.topk, step=True),
     Op(ours.squared_error, error_inputs, partial(sparse_cost, rows=3, products=2), error_torch,
+       step=True),
+    Op(center, lambda p: (p.normal(p.N, p.D, dtype=fp32), p.normal(p.D, dtype=fp32), p.dtype),
+       lambda p, *_: Cost((4 + p.dtype.itemsize) * p.N * p.D, 9 * p.N * p.D), center_torch, False,
        step=True),
     Op(latent_major, lambda p: (p.indices(), p.F),
        lambda p, *_: Cost(p.N * p.K * (8 + 8 + 4 + 4) + 4 * p.F),

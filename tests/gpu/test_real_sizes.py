@@ -28,6 +28,7 @@ from fastsae_kernels import (
     topk_batch,
 )
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, adam_
+from fastsae_kernels.center import center, center_reference
 from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.encode_above import encode_above_reference
 from fastsae_kernels.jumprelu import jumprelu_l0_reference, jumprelu_reference
@@ -79,6 +80,10 @@ def same_dtype(function: Callable) -> Callable:
     return lambda values, *more: tuple(t.to(values.dtype) for t in function(values, *more))
 
 
+def detached(function: Callable, *more: Any) -> Callable:
+    return lambda *tensors: function(*(t.detach() for t in tensors), *more)
+
+
 SMOOTH: dict[str, Callable[[Problem], tuple[Callable, Callable, tuple]]] = {
     "decode": lambda p: (decode, decode_reference, (*planted(p), p.weights())),
     "gather_dot": lambda p: (
@@ -102,6 +107,10 @@ SMOOTH: dict[str, Callable[[Problem], tuple[Callable, Callable, tuple]]] = {
     "jumprelu_l0": lambda p: (
         last(jumprelu_l0, 0.3), last(jumprelu_l0_reference, 0.3),
         (p.normal(p.N, p.F), p.normal(p.F).abs()),
+    ),
+    "center": lambda p: (
+        detached(center, p.dtype), detached(center_reference, p.dtype),
+        (p.normal(p.N, p.D), p.normal(p.D)),
     ),
 }  # fmt: skip
 """Op, reference and arguments: outputs and gradients err at most twice as much."""
@@ -183,11 +192,7 @@ def test_rotation_gradients(op, mode, problem):
     x, W_enc, b_enc = p.normal(p.N, p.D), p.weights(), p.normal(p.F)
     code = topk_reference(torch.addmm(b_enc, x, W_enc.t()), p.K)
     gradients = p.normal(p.N, p.D), p.normal(p.N, p.K)
-
-    def detached(function: Callable) -> Callable:
-        return lambda *tensors: function(*(t.detach() for t in tensors), mode)
-
-    ours, reference = detached(rotation_gradients), detached(rotation_dense)
+    ours, reference = detached(rotation_gradients, mode), detached(rotation_dense, mode)
     assert_no_worse(ours, reference, x, W_enc, b_enc, p.weights(), *code, *gradients)
 
 
