@@ -39,15 +39,6 @@ class Contender(NamedTuple):
     accelerated: bool = False
     """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
 
-    @property
-    def ours(self) -> bool:
-        return self.trainer == "fastsae"
-
-    @property
-    def peer(self) -> bool:
-        """Whether it is what fastsae is compared with."""
-        return self.package is not None and not self.accelerated
-
     @contextmanager
     def patched(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -56,29 +47,25 @@ class Contender(NamedTuple):
             yield
 
 
+@torch.no_grad()
 def empty_sae(p: Problem) -> SAE:
     """Tied unit rows, made on the device without a copy."""
     with torch.device("meta"):
         sae = SAE(p.D, p.F, TopK(p.K))
     sae = sae.to_empty(device=p.device)
-    with torch.no_grad():
-        sae.W_dec.normal_()
-        sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True))
-        sae.W_enc.copy_(sae.W_dec)
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
+    sae.W_dec.normal_()
+    sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True))
+    sae.W_enc.copy_(sae.W_dec)
+    sae.b_enc.zero_()
+    sae.b_dec.zero_()
     return sae
 
 
 @torch.no_grad()
 def batches(p: Problem, W_dec: Tensor) -> list[tuple[Tensor]]:
     """Two batches of the dictionary's own rows, so that some latents fire often, and noise."""
-    made = []
-    for _ in range(2):
-        values, indices = p.codes(torch.float32)
-        noise = p.normal(p.N, p.D, dtype=torch.float32)
-        made.append((decode(values, indices, W_dec).add_(noise, alpha=0.02),))
-    return made
+    rows = (decode(*p.codes(torch.float32), W_dec) for _ in range(2))
+    return [(x.add_(torch.randn_like(x), alpha=0.02),) for x in rows]
 
 
 Step = Callable[[Tensor], object]
@@ -89,7 +76,7 @@ def step_of(contender: Contender, p: Problem, sae: SAE) -> Step:
 
     ValueError or TypeError for options that this code or this machine does not have.
     """
-    return (our_step if contender.ours else their_step)(contender, p, sae)
+    return (our_step if contender.trainer == "fastsae" else their_step)(contender, p, sae)
 
 
 SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": (), "bf16": ("W_enc", "W_dec")}

@@ -58,8 +58,7 @@ def environment(dry_run: bool) -> dict[str, str]:
 
 def guarded(arguments: argparse.Namespace) -> int:
     since, out, variables = time.time(), folder(arguments), environment(arguments.dry_run)
-    command = [sys.executable, "-m", "bench", *sys.argv[1:], "--since", str(since)]
-    command += ["--out", str(out)]
+    command = [sys.executable, "-m", "bench", *sys.argv[1:], f"--since={since}", f"--out={out}"]
     for again in range(RESTARTS):
         before = written(out)
         code = subprocess.call(command + ["--again"] * (again > 0), env=variables)

@@ -142,13 +142,11 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Every contender's run with its own learning rate, and where it means the same, fastsae's."""
     lr = default_lr(task["d_sae"], task["steps"])
-    all = CONTENDERS | VARIANTS
-    names = [name for name in names if not all[name].accelerated]  # the same mathematics
-    runs = {name: Task(contender=name, **task) for name in names}
-    for name in names:
-        if all[name].peer and all[name].adam:
+    results, runs, known = {}, {}, CONTENDERS | VARIANTS
+    for name in (name for name in names if not known[name].accelerated):  # the same mathematics
+        runs[name] = Task(contender=name, **task)
+        if known[name].package and known[name].adam:
             runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
-    results = {}
     for name, one in runs.items():
         found = run(one)
         if "error" not in found:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,7 @@ class Sequences(Dataset):
         return {"input_ids": self.ids}
 
 
-def train(
-    task: Task, stream: Stream, *, optimizer: Literal["signum", "adam"], accelerate: bool = False
-) -> Trained:
+def train(task: Task, stream: Stream, *, optimizer: Any, accelerate: bool = False) -> Trained:
     """All other settings are the defaults; what is measured is the SAE that it saves."""
     model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
     warmup = task.warmup(default=1000)

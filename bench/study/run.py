@@ -72,8 +72,8 @@ class Study:
             print(f"no timing: {self.work} lacks {', '.join(missing)}", flush=True)
             return
         methods = seconds_per_million(folders, source, rounds)
-        found = {"data": data, "runs": names, "methods": methods, "stamp": self.stamp}
-        self.results["time"] = found
+        about = {"data": data, "runs": names, "stamp": self.stamp}
+        self.results["time"] = about | {"methods": methods}
         write_json(self.path, self.results)
 
     def train(self, data: str, source: ActivationSource, method: str, seed: int) -> None:
