@@ -24,8 +24,9 @@ def main() -> None:
     names = ("MiniLM layer 3", "MiniLM layer 5", "planted")
     study.add_argument("--data", nargs="+", choices=names, help="which data sets")
     study.add_argument("--seeds", nargs="+", type=int)
-    study.add_argument("--steps", type=int, help="of training; the default takes about two hours")
-    study.add_argument("--tune-steps", type=int, help="of fine-tuning")
+    default = "of training (500; all of it takes about two hours)"
+    study.add_argument("--steps", type=int, default=500, help=default)
+    study.add_argument("--tune-steps", type=int, default=150, help="of fine-tuning (150)")
     gpu = commands.add_parser("gpu", help="the full GPU benchmark, in under ten minutes")
     guard.add_arguments(gpu)
     if sys.argv[1:2] == ["kernels"]:  # the other commands need not wait for torch's import
@@ -61,8 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         from .study.plan import Scale
         from .study.run import bench
 
-        given = {"steps": arguments.steps, "tune_steps": arguments.tune_steps}
-        scale = Scale(**{name: value for name, value in given.items() if value is not None})
+        scale = Scale(arguments.steps, arguments.tune_steps)
         bench(arguments.work, scale, arguments.data, arguments.seeds)
     elif arguments.since is None:
         sys.exit(guard.guarded(arguments))

@@ -11,16 +11,12 @@ from fastsae_kernels._launch import rows_at_a_time
 Size = tuple[int, int, int, int]
 """tokens, d_in, d_sae, k"""
 
-SHAPES: dict[str, Size] = {  # small letters for CPUs, capitals for GPUs
-    "a": (4096, 384, 4096, 32),
-    "b": (4096, 768, 12288, 32),
-    "c": (4096, 768, 24576, 32),
-    "d": (2048, 1024, 65536, 64),
-    "A": (8192, 4096, 131072, 64),
-    "B": (8192, 2048, 32768, 32),
-    "C": (16384, 768, 24576, 32),
-    "D": (4096, 4096, 1048576, 128),
-}
+SHAPES: dict[str, Size] = {"a": (4096, 384, 4096, 32), "b": (4096, 768, 12288, 32)}
+SHAPES |= {"c": (4096, 768, 24576, 32), "d": (2048, 1024, 65536, 64)}
+SHAPES |= {"A": (8192, 4096, 131072, 64), "B": (8192, 2048, 32768, 32)}
+SHAPES |= {"C": (16384, 768, 24576, 32), "D": (4096, 4096, 1048576, 128)}
+"""Small letters for CPUs, capitals for GPUs."""
+
 TINY: dict[str, Size] = {"A": (6, 33, 20, 4), "B": (4, 16, 12, 2), "C": (5, 20, 14, 2)}
 TINY["D"] = 4, 17, 18, 4
 """What stands for the shapes of a GPU in a dry run."""

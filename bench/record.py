@@ -26,7 +26,7 @@ NO_ROOM, NO_TIME = "does not fit", "no time left"
 LOST = 11
 """Exit code of a process whose GPU context is gone."""
 
-PATIENCE = 60
+PATIENCE = 90
 """Seconds after which a row is taken to hang."""
 
 LAST, END = 510, 540

@@ -33,10 +33,7 @@ CONTENDERS = {
 }
 """Between the second and dense, all have the second's options too."""
 
-PREDICTED = {
-    WINDOW: {"A": 17.6, "B": 2.75, "C": 1.85, "D": 63.0},
-    FP8: {"A": 16.0, "D": 50.0},
-}
+PREDICTED = {WINDOW: {"A": 17.6, "B": 2.75, "C": 1.85, "D": 63.0}, FP8: {"A": 16.0, "D": 50.0}}
 """Milliseconds on an H200 that we predicted from bytes and FLOPs."""
 
 BUDGET = 1500.0

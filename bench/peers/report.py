@@ -73,9 +73,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         own = name.removesuffix(SAME_LR)
         marker = "o" if own == name else "^"
         quality.plot(row["seconds"], row["held-out FVU"], marker, color=colors[own], markersize=9)
-    quality.set_xlabel("seconds of training (triangles: with fastsae's learning rate)")
-    quality.set_ylabel("held-out FVU")
-    quality.set_xscale("log")
+    seconds = "seconds of training (triangles: with fastsae's learning rate)"
+    quality.set(xlabel=seconds, ylabel="held-out FVU", xscale="log")
     for axes in (speeds, quality):
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
@@ -93,5 +92,4 @@ def plot_speeds(axes: Any, shapes: dict[str, Rows], colors: dict[str, Any]) -> N
                 axes.vlines(left, ms["min"], ms["max"], color=color)
                 axes.plot(left, ms["median"], "o", color=color, markersize=7)
     axes.set_xticks(range(len(shapes)), list(shapes))
-    axes.set_xlabel("size")
-    axes.set_ylabel("ms per step")
+    axes.set(xlabel="size", ylabel="ms per step")

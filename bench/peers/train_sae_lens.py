@@ -19,11 +19,7 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: A
     """All other settings are the defaults: Adam at 3e-4, without warm-up."""
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
-            d_in=task.d_in,
-            d_sae=task.d_sae,
-            k=task.k,
-            device=task.device,
-            **settings,
+            d_in=task.d_in, d_sae=task.d_sae, k=task.k, device=task.device, **settings
         )
     )
     if accelerate:

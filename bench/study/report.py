@@ -8,20 +8,12 @@ from bench.record import markdown
 
 from .claims import Runs, claims_table
 
-COLUMNS = {  # figure: title, digits
-    "fvu": ("FVU", 4),
-    "l0": ("L0", 1),
-    "dead": ("dead", 3),
-    "utilisation": ("utilisation", 3),
-    "pcr16": ("PCR 16", 4),
-    "pcr64": ("PCR 64", 4),
-    "pcr192": ("PCR d/2", 4),
-    "pcr128": ("PCR d/2", 4),
-    "cosine": ("cosine", 4),
-    "probing1": ("probing, 1 latent", 3),
-    "probing5": ("probing, 5", 3),
-    "recovery": ("recovery", 3),
-}
+COLUMNS = {"fvu": ("FVU", 4), "l0": ("L0", 1), "dead": ("dead", 3)}
+COLUMNS |= {"utilisation": ("utilization", 3), "pcr16": ("PCR 16", 4), "pcr64": ("PCR 64", 4)}
+COLUMNS |= {"pcr192": ("PCR d/2", 4), "pcr128": ("PCR d/2", 4), "cosine": ("cosine", 4)}
+COLUMNS |= {"probing1": ("probing, 1 latent", 3), "probing5": ("probing, 5", 3)}
+COLUMNS |= {"recovery": ("recovery", 3)}
+"""Title and digits of each figure."""
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
@@ -100,12 +92,9 @@ def plot(runs: Runs, name: str, path: Path) -> None:
             steps, fvu = zip(*next(iter(runs[method].values()))["curve"], strict=True)
             curves.plot(steps, fvu, linewidth=1.2, color=drawn.get_color(), label=method)
     ends.set_yticks(range(len(methods)), methods, fontsize=8)
-    ends.set_xlabel("held-out FVU, a point for each seed")
-    curves.set_xlabel("step (first seed)")
-    curves.set_ylabel("FVU while training")
+    ends.set(xlabel="held-out FVU, a point for each seed", xscale="log")
+    curves.set(xlabel="step (first seed)", ylabel="FVU while training", yscale="log")
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     for axes in (ends, curves):
         axes.grid(alpha=0.3, which="both")
-    ends.set_xscale("log")
-    curves.set_yscale("log")
     figure.savefig(path, dpi=120)

@@ -36,11 +36,7 @@ from fastsae_kernels.latent_major import LatentMajor, latent_major
 from fastsae_kernels.loss import squared_error_reference
 from fastsae_kernels.rational import rational_reference
 from fastsae_kernels.rotation import rotation_gradients
-from fastsae_kernels.sparse import (
-    decode_reference,
-    gather_dot_reference,
-    scatter_outer_reference,
-)
+from fastsae_kernels.sparse import decode_reference, gather_dot_reference, scatter_outer_reference
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import topk_reference
 from fastsae_kernels.topk_batch import encode_topk_batch_reference, topk_batch_reference
