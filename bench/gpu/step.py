@@ -138,5 +138,6 @@ def profile_lines(record: Record, key: str, most: int) -> list[str]:
     found = record.rows("profile")[key]
     return [
         f"  {one['share']:6.1%} {one['ms']:8.3f} ms {one['calls']:6.1f} x {name[:60]}"
-        for name, one in list(found.items() if "error" not in found else ())[:most]
+        for name, one in list(found.items())[:most]
+        if name != "error"
     ]

@@ -214,7 +214,8 @@ def adam_reference(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
 def adam_kernel(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
     tensors = tuple(t.detach().clone() for t in tensors)
     decoder, encoder = Rows(*tensors[:3]), Rows(*tensors[5:8])
-    adam_(decoder, encoder, RowGradients(runs, *tensors[3:5], *tensors[8:]), AT)
+    (values, error), (d_values, x) = tensors[3:5], tensors[8:]
+    adam_(decoder, encoder, RowGradients(runs, values, error, d_values, x), AT)
     return *decoder[:3], *encoder[:3]
 
 
