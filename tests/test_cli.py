@@ -25,6 +25,7 @@ from fastsae.cli import main
 from fastsae.data import ActivationShards, ShardWriter
 from fastsae.train.log import read_lines
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 COMMAND = [sys.executable, "-c", "from fastsae.cli import main; main()"]
 SMALL = ["--d-sae", "512", "--k", "8", "--batch-size", "256", "--lr", "0.003", "--log-every", "1"]
 

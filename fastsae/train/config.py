@@ -88,6 +88,10 @@ class TrainConfig:
     step: Literal["auto", "fused", "autograd"] = "auto"
     """How a step is computed; auto takes the fused step wherever it applies."""
 
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Whether a GPU replays the fused step as one CUDA graph while no latent is dead; auto does so
+    where each token has equally many active latents (TopK and AbsTopK)."""
+
     checkpoint_every: int = 200
     """Steps between checkpoints."""
 
@@ -161,6 +165,17 @@ class TrainConfig:
             for name, given in fused.items():
                 if given:
                     raise ValueError(f"{name} needs the fused step, got {reason}")
+
+        if self.cuda_graph == "on" and self.uncaptured:
+            raise ValueError(f'{self.uncaptured} cannot be captured, got cuda_graph "on"')
+
+    @property
+    def uncaptured(self) -> str | None:
+        """What keeps a step from being a CUDA graph; None where a GPU is all that it needs."""
+        if self.step == "autograd" or self.unfused:
+            return self.unfused or 'step "autograd"'
+        fixed = isinstance(self.activation, TopKConfig)
+        return None if fixed else f'activation "{self.activation.name}"'
 
     @property
     def unfused(self) -> str | None:

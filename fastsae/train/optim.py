@@ -13,13 +13,14 @@ from fastsae.config import check_choices
 from fastsae.nn import SAE
 from fastsae_kernels.adam import (
     AdamStep,
+    BiasGradients,
     RowGradients,
     Rows,
     Window,
     adam_,
     settle_,
 )
-from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_
+from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_, scalars_of
 
 Constraint = Literal["unit", "aligned", "none"]
 Moments = Literal["fp32", "bf16"]
@@ -132,7 +133,10 @@ class Adam:
         self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
         averaged = self.parameters if settings.ema else {}
         self.average = {name: torch.zeros_like(p) for name, p in averaged.items()}
-        self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed)
+        scalars = None
+        if sae.W_enc.is_cuda:  # where they are, no launch changes from step to step
+            scalars = scalars_of(AdamStep(1, 0.0)).to(sae.W_enc.device)
+        self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed, scalars)
         self.window: Window | None = None
         if settings.adam_window > 1:
             updated = torch.zeros(sae.d_sae, dtype=torch.int32, device=sae.W_enc.device)
@@ -140,6 +144,8 @@ class Adam:
 
     def begin_step(self, lr: float) -> None:
         self.at = self.at._replace(step=self.at.step + 1, lr=lr)
+        if self.at.scalars is not None:
+            self.at.scalars.copy_(scalars_of(self.at), non_blocking=True)
 
     def move(self, name: str, home: Tensor) -> None:
         """Keep a parameter in other memory, of the same values, from now on."""
@@ -172,9 +178,9 @@ class Adam:
         elif self.settings.constraint == "aligned":
             align_rows_(self.parameters["W_enc"], self.parameters["W_dec"])
 
-    def update_rows(self, gradients: RowGradients) -> None:
+    def update_rows(self, gradients: RowGradients) -> BiasGradients:
         """Move both weights down their sparse gradients, and constrain the decoder's rows."""
-        adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
+        return adam_(self.rows("W_dec"), self.rows("W_enc"), gradients, self.at, self.window)
 
     def end_step(self) -> None:
         """Take the step into the average."""

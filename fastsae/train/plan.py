@@ -38,6 +38,8 @@ class Plan:
         if step == "auto":
             step = "autograd" if config.unfused else "fused"
         device = choose_device(config.device)
+        if config.cuda_graph == "on" and device == "cpu":
+            raise ValueError('cuda_graph "on" needs a GPU, got device cpu')
         precision = config.encoder_precision
         if precision == "auto":
             precision = "bf16" if device == "cuda" and step == "fused" else "fp32"

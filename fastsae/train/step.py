@@ -30,7 +30,7 @@ from fastsae.nn import SAE
 from fastsae_kernels import squared_error
 from fastsae_kernels.adam import RowGradients
 from fastsae_kernels.center import center
-from fastsae_kernels.latent_major import latent_major, sum_runs
+from fastsae_kernels.latent_major import latent_major
 
 from .optim import Adam
 
@@ -92,17 +92,15 @@ def fused_step(
     weights, d_weights = (
         (entries.to(x.dtype) * scale).flatten()[runs.entry] for entries in (codes.values, dots)
     )
-    d_b_enc = sum_runs(d_weights, x.new_ones(len(x), 1), runs)[:, 0]
-    d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_b_enc.to(W_enc.dtype) @ W_enc
-    extra = None
+    extra = None if aux is None else (aux.rows, aux.W_dec, aux.W_enc)
+    d_b_enc, d_centre = adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
+    d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_centre
     if aux is not None:
         loss = loss + aux.weight * aux.loss
         d_b_enc[aux.rows] += aux.b_enc
         d_b_dec += aux.b_dec
-        extra = aux.rows, aux.W_dec, aux.W_enc
     adam.update("b_enc", d_b_enc)
     adam.update("b_dec", d_b_dec)
-    adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
     adam.end_step()
     none = torch.zeros_like(fvu)
     return TrainingLoss(loss, fvu, none if aux is None else aux.loss, none, codes.l0(), codes)

@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .curves import plot_curves
 from .ends import Ends
 from .gpu import GpuMeter
+from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
 from .memory import keep_freed_memory
@@ -54,6 +55,7 @@ class Trainer:
         self.plan = Plan.of(config, self.ends.width_out, source.n_tokens)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
+        self.captured: CapturedStep | None = None
         if start_from is not None:
             with torch.device("meta"):
                 check_same_form(self.ends.build(config), start_from)
@@ -113,7 +115,15 @@ class Trainer:
                 self.save(state)  # from here on, the folder is all that a resumed run needs
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
+        if self.captures:
+            self.captured = CapturedStep(sae, state.adam, config.objective)
         return state
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps without dead latents are replayed as a CUDA graph."""
+        wanted = self.config.cuda_graph != "off" and self.config.uncaptured is None
+        return wanted and self.device.type == "cuda"
 
     def optimizer(self, sae: SAE) -> Adam:
         """Adam, with the bfloat16 copies that the precision asks for."""
@@ -171,6 +181,9 @@ class Trainer:
         x, target = self.ends.split(batch.x)
         with tf32_products(plan.encoder_precision == "tf32"):
             if plan.step == "fused":
+                aux = objective.auxk_coef and len(state.dead)
+                if self.captured is not None and codes is None and not aux:
+                    return self.captured(x)
                 return fused_step(state.sae, state.adam, x, state.dead, objective, codes)
             progress = (state.step + 1) / plan.steps
             dead = state.dead, objective
@@ -206,7 +219,8 @@ class Trainer:
         return (
             f"{config.activation.name} ({own or 'defaults'}), {config.d_sae} latents of width "
             f"{sae.d_in}, {plan.steps} steps of {config.batch_size} tokens on {plan.device}, "
-            f"{plan.step} step, {plan.encoder_precision} encoder"
+            f"{plan.step} step{' as a CUDA graph' * self.captures}, "
+            f"{plan.encoder_precision} encoder"
         )
 
     def finish(self, state: TrainState) -> SAE:

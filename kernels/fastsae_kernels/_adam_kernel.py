@@ -1,31 +1,77 @@
-"""The kernel of adam.py: one program per latent takes both of its rows through a whole step.
+"""The kernels of adam.py: one takes rows of a weight through a whole step, one says which rows.
 
-Rows, moments and gradients stay in registers: a row is read once and written once.
+Rows, moments and gradients stay in registers: a row is read once and written once. A program has
+some neighbouring rows, one after the other, of which it visits those that are due.
 Shapes: N tokens, K active latents per token, F latents, D width, E = N K entries in latent order.
 """
 
+from typing import TYPE_CHECKING
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ._latent_major_kernel import sum_run
+from ._latent_major_kernel import CHUNK, launch_sum_chunks, sum_run
+from ._launch import launch, power_of_2
 
-# --- kernel: all tensors row-major ----------------------------------------------------------
+if TYPE_CHECKING:
+    from .adam import RowGradients, Rows, Window
+    from .dense_adam import AdamStep
+
+# --- kernels: all tensors row-major ---------------------------------------------------------
 
 
 @triton.jit
-def _catch_up(updated, step, history_ptr, beta1, beta2, WINDOW: tl.constexpr):
-    """What steps updated + 1 to step - 1, without a gradient, did to a row.
+def _scalar(scalars_ptr, n: tl.constexpr):
+    return tl.load(scalars_ptr + n).to(tl.float32, bitcast=True)
 
-    They moved it by -drift * m / sqrt(v) and left m * decay1, v * decay2.
+
+@triton.jit
+def _visits_kernel(
+    start_ptr, slot_ptr, updated_ptr, history_ptr, scalars_ptr,
+    row_ptr, missed_ptr, count_ptr, table_ptr,  # [F], [F], [programs]; [3, BLOCK_T]
+    F, beta1, beta2,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Which of a program's rows are due, how many steps they missed, and what these did.
+
+    Steps t + 1 to t + k, without a gradient, moved a row by -table[0, k] m / sqrt(v), and left
+    m table[1, k] and v table[2, k]. All rows with k missed steps were last visited at the same t.
     """
-    drift, decay1, decay2 = 0.0, 1.0, 1.0
-    rho, power = beta1 / tl.sqrt(beta2), 1.0
-    for missed in range(updated + 1, step):
-        power *= rho
-        decay1 *= beta1
-        decay2 *= beta2
-        drift += power * tl.load(history_ptr + missed % WINDOW)  # pyright: ignore
-    return drift, decay1, decay2
+    p = tl.program_id(0)
+    step = tl.load(scalars_ptr)
+    f = p * ROWS + tl.arange(0, ROWS)
+    inside = f < F
+    first = tl.load(start_ptr + f, mask=inside, other=0)
+    last = tl.load(start_ptr + f + 1, mask=inside, other=0)
+    due = (last > first) | ((f + step) % WINDOW == 0)
+    if slot_ptr is not None:
+        due |= tl.load(slot_ptr + f, mask=inside, other=-1) >= 0
+    due &= inside
+    at = p * ROWS + tl.cumsum(due.to(tl.int32), 0) - 1
+    updated = tl.load(updated_ptr + f, mask=due, other=0)
+    tl.store(row_ptr + at, f, mask=due)
+    tl.store(missed_ptr + at, step - 1 - updated, mask=due)
+    tl.store(updated_ptr + f, step, mask=due)
+    tl.store(count_ptr + p, tl.sum(due.to(tl.int32), 0))
+    if p == 0:
+        k = tl.arange(0, BLOCK_T)
+        drift = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        decay1, decay2 = drift + 1, drift + 1
+        rho, power = beta1 / tl.sqrt(beta2), 1.0
+        for j in range(1, WINDOW):
+            power *= rho
+            missed = (j <= k) & (k < WINDOW) & (k < step)
+            past = tl.load(history_ptr + (step - 1 - k + j) % WINDOW, mask=missed, other=0.0)
+            drift += power * past
+            decay1 = tl.where(missed, decay1 * beta1, decay1)
+            decay2 = tl.where(missed, decay2 * beta2, decay2)
+        tl.store(table_ptr + k, drift)
+        tl.store(table_ptr + BLOCK_T + k, decay1)
+        tl.store(table_ptr + 2 * BLOCK_T + k, decay2)
+        tl.debug_barrier()
+        tl.store(history_ptr + step % WINDOW, _scalar(scalars_ptr, 6))
 
 
 @triton.jit
@@ -45,83 +91,166 @@ def _round_bf16(x, bits):
 
 
 @triton.jit
-def _update_row(
-    W_ptr, m_ptr, v_ptr, shadow_ptr, extra_ptr, g, f, slot, caught_up, scalars, seed, step, d, D,
-    UNIT: tl.constexpr, WINDOW: tl.constexpr, STOCHASTIC: tl.constexpr, ACC: tl.constexpr,
+def _sum_weights(w_ptr, first, last, CHUNK: tl.constexpr):
+    total = 0.0
+    for start in range(first, last, CHUNK):
+        e = start + tl.arange(0, CHUNK)
+        total += tl.sum(tl.load(w_ptr + e, mask=e < last, other=0.0).to(tl.float32), 0)
+    return total
+
+
+@triton.jit
+def _adam_kernel(
+    W_ptr, m_ptr, v_ptr, shadow_ptr,
+    start_ptr, token_ptr, w_ptr, x_ptr, chunk_ptr,  # entries in latent order, sums of whole chunks
+    slot_ptr, extra_ptr,  # [F]: row of the extra gradients, or -1
+    row_ptr, missed_ptr, count_ptr, table_ptr,  # of _visits_kernel; None to visit every row
+    bias_ptr, centre_ptr,  # [F], [programs, D]: sums of w, and of these times W; or None
+    scalars_ptr, F, beta1, beta2, rest1, rest2, eps, D: tl.constexpr,
+    UNIT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Catch up, constrain the gradient, Adam, constrain the row."""
-    lr, root2, beta1, beta2, rest1, rest2, eps = scalars
-    at, mask = f.to(tl.int64) * D + d, d < D
-    w = tl.load(W_ptr + at, mask=mask, other=0.0).to(ACC)
-    m = tl.load(m_ptr + at, mask=mask, other=0.0).to(ACC)
-    v = tl.load(v_ptr + at, mask=mask, other=0.0).to(ACC)
-    if extra_ptr is not None:
-        at_slot = slot.to(tl.int64) * D + d
-        g += tl.load(extra_ptr + at_slot, mask=mask & (slot >= 0), other=0.0).to(ACC)
-    if WINDOW > 1:
-        drift, decay1, decay2 = caught_up
-        w -= drift * m / (tl.sqrt(v) + eps)
-        m, v = m * decay1, v * decay2
+    p = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = d < D
+    step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+    lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
+    begin = p * ROWS
+    end = tl.minimum(begin + ROWS, F)
+    if count_ptr is not None:
+        end = begin + tl.load(count_ptr + p)
+    if centre_ptr is not None:
+        centre = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for i in tl.range(begin, end, disable_licm=True):
+        f = i
+        if row_ptr is not None:
+            f = tl.load(row_ptr + i)
+        at = f.to(tl.int64) * D + d
+        w = tl.load(W_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
+        g = sum_run(
+            w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
+            CHUNK, BLOCK_K, BLOCK_D, tl.float32,
+        )  # fmt: skip
+        if centre_ptr is not None:
+            bias = _sum_weights(w_ptr, first, last, CHUNK)
+            tl.store(bias_ptr + f, bias, mask=tl.program_id(1) == 0)
+            centre += bias * w
+        if extra_ptr is not None:
+            slot = tl.load(slot_ptr + f)
+            at_slot = slot.to(tl.int64) * D + d
+            g += tl.load(extra_ptr + at_slot, mask=mask & (slot >= 0), other=0.0).to(tl.float32)
+        m, v = m.to(tl.float32), v.to(tl.float32)
+        if missed_ptr is not None:
+            missed = tl.load(missed_ptr + i)
+            w -= tl.load(table_ptr + missed) * m / (tl.sqrt(v) + eps)
+            m *= tl.load(table_ptr + BLOCK_T + missed)
+            v *= tl.load(table_ptr + 2 * BLOCK_T + missed)
+            if UNIT:
+                w /= tl.sqrt(tl.sum(w * w))
+        if UNIT:
+            g -= tl.sum(g * w) * w
+        m += rest1 * (g - m)
+        v = beta2 * v + rest2 * g * g
+        w -= lr * m / (tl.sqrt(v) / root2 + eps)
         if UNIT:
             w /= tl.sqrt(tl.sum(w * w))
-    if UNIT:
-        g -= tl.sum(g * w) * w
-    m += rest1 * (g - m)
-    v = beta2 * v + rest2 * g * g
-    w -= lr * m / (tl.sqrt(v) / root2 + eps)
-    if UNIT:
-        w /= tl.sqrt(tl.sum(w * w))
-    tl.store(W_ptr + at, w, mask=mask)
-    if shadow_ptr is not None:
-        tl.store(shadow_ptr + at, w, mask=mask)
-    if STOCHASTIC:
-        bits = _mix(_mix(_mix(d ^ seed) + f) + 2 * step + UNIT)
-        m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
-    tl.store(m_ptr + at, m, mask=mask)
-    tl.store(v_ptr + at, v, mask=mask)
+        tl.store(W_ptr + at, w, mask=mask, eviction_policy="evict_first")
+        if shadow_ptr is not None:
+            tl.store(shadow_ptr + at, w, mask=mask)
+        if STOCHASTIC:
+            bits = _mix(d ^ _mix(_mix(seed + f) + 2 * step + UNIT))
+            m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
+        tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
+        tl.store(v_ptr + at, v, mask=mask, eviction_policy="evict_first")
+    if centre_ptr is not None:
+        tl.store(centre_ptr + p.to(tl.int64) * D + d, centre, mask=mask)
 
 
-@triton.jit(do_not_specialize=["step", "seed"])
-def _adam_kernel(
-    W_dec_ptr, m_dec_ptr, v_dec_ptr, shadow_dec_ptr,
-    W_enc_ptr, m_enc_ptr, v_enc_ptr, shadow_enc_ptr,
-    start_ptr, token_ptr,  # entries in latent order
-    values_ptr, error_ptr, chunk_dec_ptr,  # [E], [N, D], sums of whole chunks
-    d_values_ptr, x_ptr, chunk_enc_ptr,
-    slot_ptr, extra_dec_ptr, extra_enc_ptr,  # [F]: row of the extra gradients, or -1
-    updated_ptr, history_ptr,  # [F]: step of the last update; [WINDOW]
-    D, step, seed, lr, root2, beta1, beta2, rest1, rest2, eps,
-    WINDOW: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    f = tl.program_id(0)
-    d = tl.arange(0, BLOCK_D)
-    first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
-    slot = -1
-    if slot_ptr is not None:
-        slot = tl.load(slot_ptr + f)
-    caught_up = 0.0, 1.0, 1.0
-    if WINDOW > 1:
-        if (first == last) & (slot < 0) & ((step + f) % WINDOW != 0):
-            return
-        updated = tl.load(updated_ptr + f)
-        caught_up = _catch_up(updated, step, history_ptr, beta1, beta2, WINDOW)
-    scalars = lr, root2, beta1, beta2, rest1, rest2, eps
-    g = sum_run(
-        values_ptr, token_ptr, error_ptr, chunk_dec_ptr, first, last, d, D,
-        CHUNK, BLOCK_K, BLOCK_D, ACC,
-    )  # fmt: skip
-    _update_row(
-        W_dec_ptr, m_dec_ptr, v_dec_ptr, shadow_dec_ptr, extra_dec_ptr, g, f, slot, caught_up,
-        scalars, seed, step, d, D, True, WINDOW, STOCHASTIC, ACC,
-    )  # fmt: skip
-    g = sum_run(
-        d_values_ptr, token_ptr, x_ptr, chunk_enc_ptr, first, last, d, D,
-        CHUNK, BLOCK_K, BLOCK_D, ACC,
-    )  # fmt: skip
-    _update_row(
-        W_enc_ptr, m_enc_ptr, v_enc_ptr, shadow_enc_ptr, extra_enc_ptr, g, f, slot, caught_up,
-        scalars, seed, step, d, D, False, WINDOW, STOCHASTIC, ACC,
-    )  # fmt: skip
-    if WINDOW > 1:  # last: every warp has read it by the time the rows' sums are known
-        tl.store(updated_ptr + f, step)
+# --- launchers ------------------------------------------------------------------------------
+
+PROGRAMS = 2048
+"""At most, and more than half as many: enough for 8 or more rounds of what a GPU runs at a time,
+so that all of it ends at about the same time, and few enough for each to visit several rows. Does
+not depend on the GPU, nor therefore does the order of any sum."""
+
+COLUMNS = 16
+"""That a thread has of each row in flight."""
+
+CONSTANTS = {"maxnreg": 128}
+"""Two programs of 4096 columns, or what is as much, on a multiprocessor: one waits for memory while
+another works. Half of the columns and of the registers do not do: a third of them are addresses."""
+
+
+def rows_in_flight(x: Tensor, state: "Rows", unit: bool) -> int:
+    """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for."""
+    return 4 if unit or (x.element_size() == 2 and state.shadow is not None) else 2
+
+
+def launch_visits(
+    runs_start: Tensor, slot: Tensor | None, at: "AdamStep", window: "Window", rows: int
+) -> tuple[Tensor, ...]:
+    """Rows that are due, programs' after programs', and what the steps they missed did to them."""
+    F, T = len(window.updated), len(window.history)
+    row, missed = torch.empty_like(window.updated), torch.empty_like(window.updated)
+    count = torch.empty(-(-F // rows), dtype=torch.int32, device=row.device)
+    table = torch.empty(3, power_of_2(T), dtype=torch.float32, device=row.device)
+    launch(
+        _visits_kernel,
+        (len(count),),
+        *(runs_start, slot, *window, at.scalars),
+        *(row, missed, count, table),
+        F,
+        *at.betas,
+        WINDOW=T,
+        ROWS=rows,
+        BLOCK_T=table.shape[1],
+        num_warps=min(4, max(1, rows // 128)),
+    )
+    return row, missed, count, table
+
+
+def launch_adam(
+    decoder: "Rows", encoder: "Rows", g: "RowGradients", at: "AdamStep", window: "Window | None"
+) -> tuple[Tensor, Tensor]:
+    F, D = decoder.weight.shape
+    new = decoder.weight.new_zeros if window is not None else decoder.weight.new_empty
+    rows = max(4, power_of_2(-(-F // PROGRAMS)))
+    programs, block_d = -(-F // rows), power_of_2(D)
+    slot = extra_dec = extra_enc = None
+    if g.extra is not None:
+        where, extra_dec, extra_enc = g.extra
+        slot = torch.full((F,), -1, dtype=torch.int32, device=where.device)
+        slot[where] = torch.arange(len(where), dtype=torch.int32, device=where.device)
+    visits = (None,) * 4
+    if window is not None:
+        visits = launch_visits(g.runs.start, slot, at, window, rows)
+    bias, centre = new(F), torch.empty(programs, D, device=decoder.weight.device)
+    sides = (
+        (decoder, g.values, g.error, extra_dec, (None, None), True),
+        (encoder, g.d_values, g.x, extra_enc, (bias, centre), False),
+    )
+    for state, weights, x, extra, sums, unit in sides:
+        launch(
+            _adam_kernel,
+            (programs, 1),
+            *state,
+            *(g.runs.start, g.runs.token, weights, x, launch_sum_chunks(weights, x, g.runs)),
+            *(slot, extra),
+            *visits,
+            *sums,
+            *(at.scalars, F, *at.betas, 1 - at.betas[0], 1 - at.betas[1], at.eps),
+            D=D,
+            UNIT=unit,
+            STOCHASTIC=state.first.dtype != state.weight.dtype,
+            ROWS=rows,
+            BLOCK_T=0 if window is None else visits[-1].shape[1],
+            CHUNK=CHUNK,
+            BLOCK_K=rows_in_flight(x, state, unit),
+            BLOCK_D=block_d,
+            num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
+            **CONSTANTS,
+        )
+    return bias, centre.sum(0)

@@ -25,16 +25,16 @@ def load_rows(W_ptr, row, inside, d, D):
 
 @triton.jit
 def _sum_entries(
-    w_ptr, token_ptr, x_ptr, first, last, d, D,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    w_ptr, token_ptr, x_ptr, first, last, head, skipped, d, D, acc,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of the tokens of some entries in latent order -> [BLOCK_D]"""
-    acc = tl.zeros((BLOCK_D,), dtype=ACC)
+    """Add the weighted tokens of some entries; those from `head` on lie `skipped` later."""
     for start in range(first, last, BLOCK_K):
-        e = start + tl.arange(0, BLOCK_K)
-        n = tl.load(token_ptr + e, mask=e < last, other=0)
-        w = tl.load(w_ptr + e, mask=e < last, other=0.0).to(ACC)
-        acc += tl.sum(w[:, None] * load_rows(x_ptr, n, e < last, d, D).to(ACC), axis=0)
+        place = start + tl.arange(0, BLOCK_K)
+        e = tl.where(place < head, place, place + skipped)
+        n = tl.load(token_ptr + e, mask=place < last, other=0)
+        w = tl.load(w_ptr + e, mask=place < last, other=0.0).to(ACC)
+        acc += tl.sum(w[:, None] * load_rows(x_ptr, n, place < last, d, D).to(ACC), axis=0)
     return acc
 
 
@@ -43,15 +43,18 @@ def sum_run(
     w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The same for the entries of one latent, its whole chunks already summed -> [BLOCK_D]"""
+    """Weighted sum of the tokens of one latent, its whole chunks already summed -> [BLOCK_D]"""
     head = tl.minimum(last, tl.cdiv(first, CHUNK) * CHUNK)
     tail = tl.maximum(head, last // CHUNK * CHUNK)
-    acc = _sum_entries(w_ptr, token_ptr, x_ptr, first, head, d, D, BLOCK_K, BLOCK_D, ACC)
+    acc = tl.zeros((BLOCK_D,), dtype=ACC)
     chunk_ptr += (head // CHUNK).to(tl.int64) * D
     for _ in range(head // CHUNK, tail // CHUNK):
         acc += tl.load(chunk_ptr + d, mask=d < D, other=0.0)
         chunk_ptr += D
-    return acc + _sum_entries(w_ptr, token_ptr, x_ptr, tail, last, d, D, BLOCK_K, BLOCK_D, ACC)
+    skipped = tail - head
+    return _sum_entries(
+        w_ptr, token_ptr, x_ptr, first, last - skipped, head, skipped, d, D, acc, BLOCK_K, ACC
+    )
 
 
 @triton.jit
@@ -64,7 +67,10 @@ def _sum_chunks_kernel(
     first, last = c * CHUNK, (c + 1) * CHUNK
     latent = tl.load(latent_ptr + first)
     if (latent == tl.load(latent_ptr + last - 1)) & (latent < F):
-        acc = _sum_entries(w_ptr, token_ptr, x_ptr, first, last, d, D, BLOCK_K, BLOCK_D, ACC)
+        acc = tl.zeros((BLOCK_D,), dtype=ACC)
+        acc = _sum_entries(
+            w_ptr, token_ptr, x_ptr, first, last, last, 0, d, D, acc, BLOCK_K, ACC
+        )  # fmt: skip
         tl.store(out_ptr + c.to(tl.int64) * D + d, acc, mask=d < D)
 
 

@@ -24,22 +24,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import (
-    buffer_bytes,
-    capability,
-    check_devices,
-    check_matrix,
-    launch,
-    power_of_2,
-    use_triton,
-)
+from ._launch import buffer_bytes, check_devices, check_matrix, use_triton
 from .dense_adam import (
     AdamStep,
     fused_adam_,
     normalise_rows_,
     remove_parallel_,
+    scalars_on,
     seed32,
     stochastic_bf16,
+    window_coefficient,
 )
 from .latent_major import LatentMajor, sum_runs
 
@@ -47,7 +41,7 @@ BLOCK_BYTES = 1 << 20
 """Rows that, with their gradients and moments, stay in a CPU's cache."""
 
 WIDEST = 8192
-"""The largest D of the kernel: it keeps five rows in registers."""
+"""The largest D of the kernel: it keeps a whole row, its moments and its gradient in registers."""
 
 
 class Rows(NamedTuple):
@@ -76,6 +70,15 @@ class RowGradients(NamedTuple):
     """[N, D]"""
     extra: tuple[Tensor, Tensor, Tensor] | None = None
     """Rising rows [n], and what is added to their dW_dec and dW_enc, both [n, D]."""
+
+
+class BiasGradients(NamedTuple):
+    """What the sums over a latent's tokens give besides, from W_enc as it was before the step."""
+
+    latent: Tensor
+    """[F]: sum of d_value over the tokens of each latent, the gradient of b_enc."""
+    centre: Tensor
+    """[D]: latent @ W_enc, minus the gradient of what was subtracted from x."""
 
 
 class Window(NamedTuple):
@@ -139,7 +142,9 @@ def _update_block(
 
 def _adam_torch(
     decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
-) -> None:
+) -> BiasGradients:
+    latent = sum_runs(g.d_values, g.x.new_ones(len(g.x), 1), g.runs)[:, 0].to(encoder.weight.dtype)
+    biases = BiasGradients(latent, latent @ encoder.weight)
     generator = torch.Generator(decoder.weight.device)
     generator.manual_seed((seed32(at) + at.step) % 2**32)  # a CPU's takes no more bits
     for block in _row_blocks(decoder.weight):
@@ -163,43 +168,9 @@ def _adam_torch(
         _update_block(encoder, d_enc, rows, at, window, generator, unit=False)
         if window is not None:
             window.updated[rows] = at.step
-
-
-# --- launcher -------------------------------------------------------------------------------
-
-
-def _launch_adam(
-    decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
-) -> None:
-    from ._adam_kernel import _adam_kernel
-    from ._latent_major_kernel import CHUNK, constants_for, launch_sum_chunks
-
-    F, D = decoder.weight.shape
-    block_k, _, acc = constants_for(decoder.weight)
-    if D > WIDEST // 2:  # fewer rows in flight, so that nothing is spilled
-        block_k = 2 if capability(decoder.weight)[0] > 8 else 1
-    slot = extra_dec = extra_enc = None
-    if g.extra is not None:
-        rows, extra_dec, extra_enc = g.extra
-        slot = torch.full((F,), -1, dtype=torch.int32, device=rows.device)
-        slot[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    launch(
-        _adam_kernel,
-        (F,),
-        *(decoder.weight, decoder.first, decoder.second, decoder.shadow),
-        *(encoder.weight, encoder.first, encoder.second, encoder.shadow),
-        *(g.runs.start, g.runs.token),
-        *(g.values, g.error, launch_sum_chunks(g.values, g.error, g.runs)),
-        *(g.d_values, g.x, launch_sum_chunks(g.d_values, g.x, g.runs)),
-        *(slot, extra_dec, extra_enc),
-        *(window or (None, None)),
-        *(D, at.step, seed32(at) >> 1, at.lr / (1 - at.betas[0] ** at.step)),
-        *(math.sqrt(1 - at.betas[1] ** at.step), *at.betas),
-        *(1 - at.betas[0], 1 - at.betas[1], at.eps),
-        1 if window is None else len(window.history),
-        *(decoder.first.dtype != decoder.weight.dtype, CHUNK, block_k, power_of_2(D), acc),
-        num_warps=min(16, max(1, power_of_2(D) // 256)),
-    )
+    if window is not None:
+        window.history[at.step % len(window.history)].fill_(window_coefficient(at))
+    return biases
 
 
 # --- public ---------------------------------------------------------------------------------
@@ -251,12 +222,14 @@ def adam_(
     gradients: RowGradients,
     at: AdamStep,
     window: Window | None = None,
-) -> None:
+) -> BiasGradients:
     """One step of Adam on both weights of a dictionary, in place, from gradients that are sparse.
 
     Decoder rows have norm 1 before and after, and only what is orthogonal to a row is a gradient
     of it (arXiv:2406.04093). Without a window this is torch.optim.Adam on the dense gradients; with
     one (see the module), rows without a gradient wait for up to T - 1 steps. Deterministic.
+
+    Returns what the same sums give for the biases, without the extra gradients.
 
     Reads N K D elements of error and of x, and reads and writes F D of each weight and moment, 26
     bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
@@ -264,13 +237,12 @@ def adam_(
     """
     _check(decoder, encoder, gradients)
     W = decoder.weight
-    kernel = use_triton(W) and W.dtype == torch.float32 and W.shape[1] <= WIDEST
-    run = _launch_adam if kernel else _adam_torch
-    run(decoder, encoder, gradients, at, window)
-    if window is not None:
-        b1, b2 = (beta**at.step for beta in at.betas)
-        coefficient = at.lr * math.sqrt(1 - b2) / (1 - b1)
-        window.history[at.step % len(window.history)].fill_(coefficient)
+    if W.dtype == torch.float32 and W.shape[1] <= WIDEST and use_triton(W):
+        from ._adam_kernel import launch_adam
+
+        at = at._replace(scalars=scalars_on(at, W.device))
+        return BiasGradients(*launch_adam(decoder, encoder, gradients, at, window))
+    return _adam_torch(decoder, encoder, gradients, at, window)
 
 
 def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:

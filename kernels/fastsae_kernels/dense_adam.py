@@ -3,6 +3,7 @@
 Shapes: F latents, D width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ class AdamStep(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 6.25e-10
     seed: int = 0
+    scalars: Tensor | None = None
+    """What changes from step to step, on a GPU: see `scalars_of`. A captured step reads them."""
 
 
 # --- reference: the specification -----------------------------------------------------------
@@ -51,14 +54,17 @@ def normalise_rows_(rows: Tensor) -> None:
 def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
     """What torch.optim.Adam(fused=True) does (arXiv:1412.6980), in place; all of one shape."""
     assert g.stride() == weight.stride(), "the operator goes through memory, not through indices"
+    lr, step = at.lr, None
+    if at.scalars is not None:
+        lr, step = at.scalars.view(torch.float32)[2:4].unbind()
     torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [weight],
         [g],
         [first],
         [second],
         [],
-        [torch.full((), float(at.step), device=weight.device)],
-        lr=at.lr,
+        [torch.full((), float(at.step), device=weight.device) if step is None else step],
+        lr=lr,
         beta1=at.betas[0],
         beta2=at.betas[1],
         weight_decay=0.0,
@@ -79,3 +85,23 @@ def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
 def seed32(at: AdamStep) -> int:
     """32 bits in which seeds differ."""
     return (at.seed ^ (at.seed >> 32)) * 0x9E3779B1 % 2**32
+
+
+def window_coefficient(at: AdamStep) -> float:
+    """lr sqrt(1 - b2^t) / (1 - b1^t): what a later catch-up needs to know of a step."""
+    b1, b2 = (beta**at.step for beta in at.betas)
+    return at.lr * math.sqrt(1 - b2) / (1 - b1)
+
+
+def scalars_of(at: AdamStep) -> Tensor:
+    """int32 [7] of a step, on the CPU: step and seed, then the bits of float32s: lr, step,
+    lr / (1 - b1^t), sqrt(1 - b2^t), and the window's coefficient."""
+    b1, b2 = (beta**at.step for beta in at.betas)
+    floats = at.lr, at.step, at.lr / (1 - b1), math.sqrt(1 - b2), window_coefficient(at)
+    whole = torch.tensor([at.step, seed32(at) >> 1], dtype=torch.int32)
+    return torch.cat((whole, torch.tensor(floats, dtype=torch.float32).view(torch.int32)))
+
+
+def scalars_on(at: AdamStep, device: torch.device) -> Tensor:
+    """The step's scalars on a device, copied unless the step has them there already."""
+    return scalars_of(at).to(device, non_blocking=True) if at.scalars is None else at.scalars

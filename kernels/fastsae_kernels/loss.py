@@ -11,7 +11,6 @@ Shapes: N tokens, K active latents per token, F latents, D width.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._launch import (
     check_codes,
@@ -71,32 +70,33 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        values, indices, W, b, target = inputs
         _, error, dots = output
-        ctx.save_for_backward(values, indices, error, dots)
-        ctx.F, ctx.dtypes = W.shape[0], (b.dtype, target.dtype)
+        ctx.save_for_backward(*inputs, error, dots)
         ctx.mark_non_differentiable(error, dots)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, *_):  # g: [N]
-        values, indices, error, dots = ctx.saved_tensors
+        values, indices, W, b, target, error, dots = ctx.saved_tensors
         need_values, _, need_W, need_b, need_target = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated again: what was found is no constant
+            wide = decode(values, indices, W.to(dots.dtype)) + b - target
+            error, dots = wide.to(W.dtype), gather_dot(wide, indices, W)
         g = 2 * g[:, None]
         d_recon = (g * error) if need_b or need_target else error
         return (
             (g * dots).to(values.dtype) if need_values else None,
             None,
-            scatter_outer(g * values, indices, error, ctx.F) if need_W else None,
-            d_recon.sum(0).to(ctx.dtypes[0]) if need_b else None,
-            d_recon.neg().to(ctx.dtypes[1]) if need_target else None,
+            scatter_outer(g * values, indices, error, W.shape[0]) if need_W else None,
+            d_recon.sum(0).to(b.dtype) if need_b else None,
+            d_recon.neg().to(target.dtype) if need_target else None,
         )
 
 
 def _fake(values, indices, W, b, target):
     wide = torch.promote_types(W.dtype, torch.float32)
-    sse, error = W.new_empty(len(indices), dtype=wide), W.new_empty(len(indices), W.shape[1])
-    return sse, error, W.new_empty(indices.shape, dtype=wide)
+    N, K = indices.shape
+    sse, dots = W.new_empty(N, dtype=wide), W.new_empty(N, K, dtype=wide)
+    return sse, W.new_empty(N, W.shape[1]), dots
 
 
 _squared_error = register(_SquaredError, _fake)
@@ -112,8 +112,9 @@ def squared_error(
 
     values [N, K], W [F, D], b [D], target [N, D] floating, indices [N, K] int32 or int64 below F
     -> sse [N], error [N, D] in W's dtype and dots [N, K]; sse and dots in fp32 (fp64 for fp64 W).
-    sse is differentiable in values, W, b and target, once; error and dots are constants.
-    The forward pass already finds the gradient of values, so backward only sums weight gradients.
+    sse is differentiable in values, W, b and target, twice and more; error and dots are constants.
+    The forward pass already finds the gradient of values, so backward only sums weight gradients;
+    if that is to be differentiated again, it decodes again.
 
     Moves N K D elements of W and 2 N D more, costs 4 N K D FLOPs. ValueError for wrong shapes or
     dtypes.

@@ -5,7 +5,7 @@
 An entry among the k largest lies in one of the k groups whose maxima are largest: otherwise k
 larger maxima would stand above it. So one pass takes the maximum of each group of G entries, the
 k best groups are found among F / G maxima (by the same method), and the k best entries among
-their k G members. On a CPU group g holds entries g, g + M, g + 2 M, ...: neighbours in memory
+their k G members. On a CPU group g holds entries g, g + M, g + 2 M, ...: neighbors in memory
 belong to different groups, so the pass needs no sum across a vector register.
 
 Shapes: N tokens, F latents, K kept, G entries per group, M groups.
@@ -133,7 +133,8 @@ def check_by(by: By) -> None:
 def write_topk(
     pre: Tensor, k: int, by: By, values: Tensor | None, indices: Tensor, ties: Ties = "lowest"
 ) -> None:
-    """Write what topk returns to contiguous [N, K]; no values if that is None.
+    """Write what topk returns to contiguous [N, K]; no values if that is None. int64 indices, or
+    int32 where the kernel runs.
 
     A plain function, for loops over chunks: a library op would cost each of them 30 microseconds.
     """
@@ -161,7 +162,7 @@ def _topk_indices(pre: Tensor, k: int, by: str, ties: str) -> Tensor:
 
 
 _topk_indices_op = register_constant(
-    _topk_indices, lambda pre, k, by, ties: pre.new_empty(len(pre), k, dtype=torch.int64)
+    _topk_indices, lambda pre, k, by, ties: pre.new_empty(pre.shape[0], k, dtype=torch.int64)
 )
 
 

@@ -18,7 +18,12 @@ PARKED = 16
 """Bytes of stack that are no spill: ptxas parks a scalar or two there to run more warps, in other
 kernels under each release, while rows that do not fit the registers take a hundred and more."""
 
-LEAST_CTAS = {"_adam_kernel": 2, "_squared_error_kernel": 3}
+LEAST_CTAS = {
+    "_adam_kernel": 2,
+    "_center_kernel": 8,
+    "_rotation_kernel": 4,
+    "_squared_error_kernel": 3,
+}
 """CTAs per SM that keep enough loads in flight to reach the memory's bandwidth on sm_90, at the
 real shapes and in every mode."""
 

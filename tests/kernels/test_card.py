@@ -11,7 +11,14 @@ import fastsae_kernels
 CARD = Path(__file__).parents[2] / "kernels" / "README.md"
 PACKAGE = CARD.parent / "fastsae_kernels"
 COLUMNS = ["op", "kernel", "function", "reference", "cpu", "test", "benchmark"]
-MORE = {"adam_", "latent_major", "rotation_gradients", "sum_runs", "encode_topk(shadow=...)"}
+MORE = {
+    "adam_",
+    "center",
+    "latent_major",
+    "rotation_gradients",
+    "sum_runs",
+    "encode_topk(shadow=...)",
+}
 """Ops with a row that the package itself does not export."""
 
 LINK = re.compile(r"\[`?([^]`]+)`?\]\(([^)#]+)\)")
