@@ -13,6 +13,7 @@ from fastsae.device import tf32_products
 from fastsae.losses import Objective
 from fastsae.nn import TopKConfig
 from fastsae.train import TrainConfig
+from fastsae.train.graph import CapturedStep
 from fastsae.train.optim import Adam
 from fastsae.train.step import fused_step
 from fastsae_kernels import decode
@@ -84,7 +85,8 @@ SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": (), "bf16": ("W_enc",
 
 
 def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
-    """The fused step, as the Trainer sets it up for these options."""
+    """The fused step, as the Trainer sets it up for these options; a CUDA graph only if it is
+    "on", so that no other row is lost with a capture that fails."""
     config = TrainConfig(d_sae=p.F, activation=TopKConfig(k=p.K), **contender.options)
     gpu, precision = p.dry or p.device.type != "cpu", config.encoder_precision
     if precision == "auto":
@@ -93,13 +95,16 @@ def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
         raise ValueError(f"this code has no encoder_precision {precision}")
     shadows = SHADOWS[precision] if gpu else SHADOWS[precision][:1]
     adam = Adam(sae, config.optimizer, shadows=shadows)
+    if config.cuda_graph == "on" and p.device.type != "cuda":
+        raise ValueError("a CUDA graph needs a GPU")
+    captured = CapturedStep(sae, adam, Objective()) if config.cuda_graph == "on" else None
     dead = torch.arange(0, p.F, 20, device=p.device) if contender.dead else None
     unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
 
     def step(x: Tensor) -> None:
         adam.begin_step(LR)
         with tf32_products(precision == "tf32"):
-            result = fused_step(sae, adam, x, dead, Objective())
+            result = captured(x) if captured else fused_step(sae, adam, x, dead, Objective())
         unfired.add_(len(x)).masked_fill_(result.codes.fired(), 0)
 
     return step
