@@ -43,8 +43,7 @@ class Contender(NamedTuple):
     @contextmanager
     def patched(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, value in self.patches.items():
-                stack.enter_context(patch(name, value))
+            _ = [stack.enter_context(patch(*one)) for one in self.patches.items()]
             yield
 
 

@@ -46,7 +46,7 @@ def task(contender: str, data, **settings) -> Task:
 
 
 def test_a_race(data, tmp_path, monkeypatch):
-    """Results, tables and a picture of contenders that are here; others are said to be missing."""
+    """Results, tables and a plot of contenders that are installed; others are listed as missing."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setitem(
         CONTENDERS, "nobody", CONTENDERS["sparsify"]._replace(package="not-a-package")

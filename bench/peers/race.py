@@ -39,7 +39,7 @@ def bench(
     """Race at every size, then over steps of training, of the size trained but as wide as data.
 
     Leaves peers-cpu.json or peers-cuda.json in bench/results, beside what is there of other sizes,
-    and with matplotlib a picture. Returns their tables. ValueError for a contender that there is
+    and with matplotlib a plot. Returns their tables. ValueError for a contender that there is
     not, for nothing to do, for a run too short to be timed, and for data without a held-out part.
     """
     check(rounds, steps)

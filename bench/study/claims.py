@@ -18,13 +18,13 @@ MORE_IS_GOOD = ("pcr",)
 
 
 class Claim(NamedTuple):
-    """A statement that one method's figure is higher, or lower, than another's."""
+    """A statement that one method's metric is higher, or lower, than another's."""
 
     paper: str
     text: str
     method: str
     other: str
-    figure: str
+    metric: str
     higher: bool
     """Whether it is claimed to be the higher one."""
 
@@ -51,39 +51,39 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def value(run: dict[str, Any], figure: str) -> float:
-    """A figure of a run; pcr is the mean of the three ranks' retention."""
-    if figure == "pcr":
+def value(run: dict[str, Any], metric: str) -> float:
+    """A metric of a run; pcr is the mean of the three ranks' retention."""
+    if metric == "pcr":
         return mean(v for name, v in run.items() if name.startswith("pcr"))
-    return run[figure]
+    return run[metric]
 
 
 def verdict(claim: Claim, runs: Runs) -> str | None:
     """What was measured on one data set; None where a method is missing.
 
     A claim holds where it is so from every seed, by however little: the change is given. Where L0
-    differs by more than L0_APART, the two are not compared, unless the one of the better figure
+    differs by more than L0_APART, the two are not compared, unless the one of the better metric
     also has fewer active latents.
     """
     own, other = runs.get(claim.method, {}), runs.get(claim.other, {})
     seeds = sorted(own.keys() & other.keys())
     if not seeds:
         return None
-    ours, theirs = ([value(runs[s], claim.figure) for s in seeds] for runs in (own, other))
+    ours, theirs = ([value(runs[s], claim.metric) for s in seeds] for runs in (own, other))
     sign = 1 if claim.higher else -1
     so = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
     contrary = sum(sign * (a - b) < 0 for a, b in zip(ours, theirs, strict=True))
     change = f" ({mean(ours) / mean(theirs) - 1:+.1%})" if mean(theirs) else ""
-    figures = f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, as claimed in {so}"
-    figures += f" of {len(seeds)}"
+    numbers = f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, as claimed in {so}"
+    numbers += f" of {len(seeds)}"
     l0, their_l0 = (mean(runs[s]["l0"] for s in seeds) for runs in (own, other))
     whole = {so: "held", contrary: "did not hold"}.get(len(seeds), "undecided")
     if abs(l0 / their_l0 - 1) > L0_APART:
-        figures = f"L0 {l0:.1f} against {their_l0:.1f}, {figures}"
-        ours_is_good = (whole == "held") == (claim.higher == (claim.figure in MORE_IS_GOOD))
+        numbers = f"L0 {l0:.1f} against {their_l0:.1f}, {numbers}"
+        ours_is_good = (whole == "held") == (claim.higher == (claim.metric in MORE_IS_GOOD))
         if whole == "undecided" or ours_is_good != (l0 < their_l0):
-            return f"not comparable: {figures}"
-    return f"{whole}: {figures}"
+            return f"not comparable: {numbers}"
+    return f"{whole}: {numbers}"
 
 
 def claims_table(data: dict[str, Runs]) -> str:

@@ -13,7 +13,7 @@ COLUMNS |= {"utilisation": ("utilization", 3), "pcr16": ("PCR 16", 4), "pcr64": 
 COLUMNS |= {"pcr192": ("PCR d/2", 4), "pcr128": ("PCR d/2", 4), "cosine": ("cosine", 4)}
 COLUMNS |= {"probing1": ("probing, 1 latent", 3), "probing5": ("probing, 5", 3)}
 COLUMNS |= {"recovery": ("recovery", 3)}
-"""Title and digits of each figure."""
+"""Title and digits of each metric."""
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
@@ -23,9 +23,9 @@ def report(results: dict[str, Any], folder: Path) -> str:
     if results["time"]:
         parts += ["## Time", time_table(results["time"])]
     for name, runs in data.items():
-        picture = f"{name.lower().replace(' ', '-')}.png"
-        plot(runs, name, folder / picture)
-        parts += [f"## {name}", table(runs), f"![FVU of each method]({picture})"]
+        image = f"{name.lower().replace(' ', '-')}.png"
+        plot(runs, name, folder / image)
+        parts += [f"## {name}", table(runs), f"![FVU of each method]({image})"]
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)
     return text
@@ -46,7 +46,7 @@ def about(results: dict[str, Any]) -> str:
 
 
 def table(runs: Runs) -> str:
-    """Mean and spread over seeds of each figure, a row for each method, in Markdown."""
+    """Mean and spread over seeds of each metric, a row for each method, in Markdown."""
     known = {name for seeds in runs.values() for run in seeds.values() for name in run}
     columns = {name: column for name, column in COLUMNS.items() if name in known}
     rows = (
