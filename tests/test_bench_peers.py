@@ -52,7 +52,9 @@ def test_a_race(data, tmp_path, monkeypatch):
         CONTENDERS, "nobody", CONTENDERS["sparsify"]._replace(package="not-a-package")
     )
     names = ["fastsae", "fastsae, bf16 encoder", "dense PyTorch", "nobody"]
-    text = race.bench({"tiny": TINY}, 1, 60, names, data, trained=TINY, turn=0.02)
+    monkeypatch.setattr(race, "TURN", 0.02)
+    monkeypatch.setitem(race.SHAPES, "a", TINY)
+    text = race.bench({"tiny": TINY}, 1, 60, names, data)
     (results,) = tmp_path.glob("peers-*.json")
     found = json.loads(results.read_text())
     assert found.keys() == {"tiny", "training"}

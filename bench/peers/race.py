@@ -28,15 +28,9 @@ TURN = 2.0
 
 
 def bench(
-    sizes: dict[str, Size],
-    rounds: int,
-    steps: int,
-    names: list[str] | None = None,
-    data: Path | None = None,
-    trained: Size = SHAPES["a"],
-    turn: float = TURN,
+    sizes: dict[str, Size], rounds: int, steps: int, names: list[str] | None = None, data=None
 ) -> str:
-    """Race at every size, then over steps of training, of the size trained but as wide as data.
+    """Race at every size, then over steps of training, of size a but as wide as data.
 
     Leaves peers-cpu.json or peers-cuda.json in bench/results, beside what is there of other sizes,
     and with matplotlib a plot. Returns their tables. ValueError for a contender that there is
@@ -55,10 +49,10 @@ def bench(
         record.write(path.stem, {name: {**task, **about, "contenders": contenders}})
 
     for name, size in sizes.items() if rounds else ():
-        task = {**sized(size), "device": device, "seconds": turn}
+        task = {**sized(size), "device": device, "seconds": TURN}
         keep(name, task, race(name, task, ready, rounds))
     if shards is not None:
-        task = {**sized(trained), "d_in": shards.d_in, "device": device, "steps": steps}
+        task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device, "steps": steps}
         found = training({**task, "data": str(shards.path)}, ready)
         keep("training", {**task, "data": shards.fingerprint}, found)
     results = json.loads(path.read_text())

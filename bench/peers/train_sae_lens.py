@@ -2,11 +2,8 @@
 
 from typing import Any
 
+from sae_lens import saes  # pyright: ignore[reportMissingImports]
 from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
-from sae_lens.saes import (  # pyright: ignore[reportMissingImports]
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
 from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
@@ -17,11 +14,8 @@ from .task import Stream, Task, Trained
 
 def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: Any) -> Trained:
     """All other settings are the defaults: Adam at 3e-4, without warm-up."""
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=task.d_in, d_sae=task.d_sae, k=task.k, device=task.device, **settings
-        )
-    )
+    settings |= {"d_in": task.d_in, "d_sae": task.d_sae, "k": task.k, "device": task.device}
+    sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**settings))
     if accelerate:
         fastsae.accelerate(sae)
     config = SAETrainerConfig(

@@ -18,12 +18,7 @@ from .task import Stream, Task, Trained
 if not torch.cuda.is_available():
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton wherever that is installed
 
-from sparsify import (  # pyright: ignore[reportMissingImports]  # noqa: E402
-    SparseCoder,
-    SparseCoderConfig,
-    TrainConfig,
-    Trainer,
-)
+import sparsify  # pyright: ignore[reportMissingImports]  # noqa: E402
 
 
 class Layer(nn.Module):
@@ -74,23 +69,17 @@ def train(task: Task, stream: Stream, *, optimizer: Any, accelerate: bool = Fals
     model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
     warmup = task.warmup(default=1000)
     with TemporaryDirectory() as folder:
-        config = TrainConfig(
-            SparseCoderConfig(num_latents=task.d_sae, k=task.k),
-            batch_size=1,
-            optimizer=optimizer,
-            lr=task.lr,
-            lr_warmup_steps=warmup,
-            hookpoints=["layer"],
-            log_to_wandb=False,
-            save_dir=folder,
-        )
-        trainer = Trainer(config, Sequences(task), model)
+        settings: dict[str, Any] = {"optimizer": optimizer, "lr": task.lr, "save_dir": folder}
+        settings |= {"lr_warmup_steps": warmup, "hookpoints": ["layer"], "log_to_wandb": False}
+        coder = sparsify.SparseCoderConfig(num_latents=task.d_sae, k=task.k)
+        config = sparsify.TrainConfig(coder, batch_size=1, **settings)
+        trainer = sparsify.Trainer(config, Sequences(task), model)
         if accelerate:
             fastsae.accelerate(trainer.saes["layer"])
         (group,) = trainer.optimizers[0].param_groups
         lr = group.get("initial_lr", group["lr"])
         trainer.fit()
-        sae = SparseCoder.load_from_disk(f"{folder}/unnamed/layer", device=task.device)
+        sae = sparsify.SparseCoder.load_from_disk(f"{folder}/unnamed/layer", device=task.device)
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         out = sae(x)

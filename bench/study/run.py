@@ -107,14 +107,11 @@ class Study:
         heldout = source.heldout
         assert heldout is not None
         found = reconstruction(sae, heldout, max_tokens=26_000)
-        result: dict[str, Any] = {
-            "fvu": found.fvu,
-            "l0": found.l0,
-            "dead": found.dead_fraction,
-            "utilisation": found.utilisation,
-            **{f"pcr{rank}": value for rank, value in found.pc_retention.items()},
-            "curve": [[line["step"], line["fvu"]] for line in read_lines(run / "metrics.jsonl")],
-        }
+        result: dict[str, Any] = {"fvu": found.fvu, "l0": found.l0, "dead": found.dead_fraction}
+        result |= {"utilisation": found.utilisation}
+        result |= {f"pcr{rank}": value for rank, value in found.pc_retention.items()}
+        lines = read_lines(run / "metrics.jsonl")
+        result["curve"] = [[line["step"], line["fvu"]] for line in lines]
         if isinstance(heldout, ActivationShards):
             effect = downstream(sae, heldout, max_windows=self.scale.windows)
             assert isinstance(effect, EncoderEffect)
