@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from . import peers
@@ -24,14 +25,13 @@ def main() -> None:
     names = ("MiniLM layer 3", "MiniLM layer 5", "planted")
     study.add_argument("--data", nargs="+", choices=names, help="which data sets")
     study.add_argument("--seeds", nargs="+", type=int)
-    study.add_argument("--steps", type=int, help="of training; the default takes about two hours")
-    study.add_argument("--tune-steps", type=int, help="of fine-tuning")
+    default = "of training (500; all of it takes about two hours)"
+    study.add_argument("--steps", type=int, default=500, help=default)
+    study.add_argument("--tune-steps", type=int, default=150, help="of fine-tuning (150)")
     gpu = commands.add_parser("gpu", help="the full GPU benchmark, in under ten minutes")
     guard.add_arguments(gpu)
     if sys.argv[1:2] == ["kernels"]:  # the other commands need not wait for torch's import
-        from .kernels import add_arguments
-
-        add_arguments(commands.choices["kernels"])
+        import_module("bench.kernels").add_arguments(commands.choices["kernels"])
     arguments = parser.parse_args()
     try:
         run(arguments)
@@ -39,37 +39,23 @@ def main() -> None:
         parser.error(str(error))
 
 
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.command == "step":
-        from .step import bench
-
-        bench(arguments.shapes, arguments.rounds)
-    elif arguments.command == "kernels":
-        from .kernels import bench
-
-        bench(arguments)
-    elif arguments.command == "quality":
-        from .quality import CONTENDERS, bench
-
-        bench(arguments.steps, arguments.variants or list(CONTENDERS))
-    elif arguments.command == "peers":
-        from .peers.race import bench, chosen
-
-        sizes, names = chosen(arguments.shapes), arguments.contenders
-        print(bench(sizes, arguments.rounds, arguments.steps, names, arguments.data))
-    elif arguments.command == "study":
-        from .study.plan import Scale
-        from .study.run import bench
-
-        given = {"steps": arguments.steps, "tune_steps": arguments.tune_steps}
-        scale = Scale(**{name: value for name, value in given.items() if value is not None})
-        bench(arguments.work, scale, arguments.data, arguments.seeds)
-    elif arguments.since is None:
-        sys.exit(guard.guarded(arguments))
+def run(a: argparse.Namespace) -> None:
+    if a.command == "step":
+        import_module("bench.step").bench(a.shapes, a.rounds)
+    elif a.command == "kernels":
+        import_module("bench.kernels").bench(a)
+    elif a.command == "quality":
+        import_module("bench.peers.race").quality(a.steps, a.variants)
+    elif a.command == "peers":
+        race = import_module("bench.peers.race")
+        print(race.bench(race.chosen(a.shapes), a.rounds, a.steps, a.contenders, a.data))
+    elif a.command == "study":
+        scale = import_module("bench.study.plan").Scale(a.steps, a.tune_steps)
+        import_module("bench.study.run").bench(a.work, scale, a.data, a.seeds)
+    elif a.since is None:
+        sys.exit(guard.guarded(a))
     else:
-        from .gpu.run import bench
-
-        sys.exit(bench(arguments))
+        sys.exit(import_module("bench.gpu.run").bench(a))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import device as Device
 
 SPACER = 2_000_000
 """Cycles that a GPU sleeps before a call, about a millisecond: until then it has been launched."""
@@ -24,17 +25,14 @@ def digits(x: float) -> float:
 
 
 def summary(times: list[float], digits: int = 2) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(times), digits),
-        "min": round(min(times), digits),
-        "max": round(max(times), digits),
-    }
+    found = {"median": statistics.median(times), "min": min(times), "max": max(times)}
+    return {name: round(ms, digits) for name, ms in found.items()}
 
 
 class Stopwatch:
     """Time on the device between construction and `stop`, known after `synchronize`."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: Device):
         self.events = None
         if device.type == "cuda":
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -53,18 +51,17 @@ class Stopwatch:
         return self.seconds * 1e3
 
 
-def synchronize(device: torch.device) -> None:
+def synchronize(device: Device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def timed(
-    run: Callable[..., object],
-    sets: list[tuple],
-    device: torch.device,
-    count: int,
-    space: bool = True,
-) -> list[Stopwatch]:
+Run = Callable[..., object]
+Sets = list[tuple]
+"""Arguments of a run, which take turns."""
+
+
+def timed(run: Run, sets: Sets, device: Device, count: int, space: bool = True) -> list[Stopwatch]:
     """A stopwatch of each of count calls; with `space`, launched ahead of the GPU."""
     watches = []
     for n in range(count):
@@ -79,13 +76,7 @@ def timed(
 
 
 def measure(
-    run: Callable[..., object],
-    sets: list[tuple],
-    device: torch.device,
-    budget: float = 200.0,
-    *,
-    space: bool = True,
-    dry: bool = False,
+    run: Run, sets: Sets, device: Device, budget: float = 200.0, *, space: bool = True, dry=False
 ) -> dict[str, Any]:
     """Milliseconds per call, over as many calls as fit a budget of ms; one where it is a dry run.
 
@@ -109,7 +100,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     calls = dict.fromkeys(runs, 1)
-    cpu = torch.device("cpu")
+    cpu = Device("cpu")
     for counted in [False] + [True] * rounds:
         for name, run in runs.items():
             took = sum(watch.ms() for watch in timed(run, [()], cpu, calls[name])) / calls[name]
@@ -125,13 +116,10 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def nbytes(arguments: Iterable[Any]) -> int:
     """Of all tensors among arguments and the tuples in them."""
-    total = 0
-    for a in arguments:
-        if isinstance(a, Tensor):
-            total += a.nbytes
-        elif isinstance(a, (tuple, list)):
-            total += nbytes(a)
-    return total
+    return sum(
+        a.nbytes if isinstance(a, Tensor) else nbytes(a) if isinstance(a, tuple) else 0
+        for a in arguments
+    )
 
 
 def input_sets(make: Callable[[], tuple], most: int = 64) -> list[tuple]:
@@ -148,7 +136,7 @@ def free() -> None:
             torch.cuda.empty_cache()
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+def peak_bytes(run: Callable[[], object], device: Device) -> int | None:
     """The most memory that run holds beyond what was held before; None where that is unknown."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -168,6 +156,4 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 def resident_bytes(which: str = "VmHWM") -> int:
     """Resident size of this process: its peak so far (VmHWM), or now (VmRSS)."""
-    status = Path("/proc/self/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith(which)]
-    return int(line.split()[1]) << 10
+    return int(Path("/proc/self/status").read_text().partition(f"{which}:")[2].split()[0]) << 10

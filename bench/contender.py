@@ -13,6 +13,7 @@ from fastsae.device import tf32_products
 from fastsae.losses import Objective
 from fastsae.nn import TopKConfig
 from fastsae.train import TrainConfig
+from fastsae.train.graph import CapturedStep
 from fastsae.train.optim import Adam
 from fastsae.train.step import fused_step
 from fastsae_kernels import decode
@@ -39,46 +40,32 @@ class Contender(NamedTuple):
     accelerated: bool = False
     """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
 
-    @property
-    def ours(self) -> bool:
-        return self.trainer == "fastsae"
-
-    @property
-    def peer(self) -> bool:
-        """Whether it is what fastsae is compared with."""
-        return self.package is not None and not self.accelerated
-
     @contextmanager
     def patched(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, value in self.patches.items():
-                stack.enter_context(patch(name, value))
+            _ = [stack.enter_context(patch(*one)) for one in self.patches.items()]
             yield
 
 
+@torch.no_grad()
 def empty_sae(p: Problem) -> SAE:
     """Tied unit rows, made on the device without a copy."""
     with torch.device("meta"):
         sae = SAE(p.D, p.F, TopK(p.K))
     sae = sae.to_empty(device=p.device)
-    with torch.no_grad():
-        sae.W_dec.normal_()
-        sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True))
-        sae.W_enc.copy_(sae.W_dec)
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
+    sae.W_dec.normal_()
+    sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True))
+    sae.W_enc.copy_(sae.W_dec)
+    sae.b_enc.zero_()
+    sae.b_dec.zero_()
     return sae
 
 
 @torch.no_grad()
 def batches(p: Problem, W_dec: Tensor) -> list[tuple[Tensor]]:
     """Two batches of the dictionary's own rows, so that some latents fire often, and noise."""
-    made = []
-    for _ in range(2):
-        values, indices = p.codes(torch.float32)
-        noise = p.normal(p.N, p.D, dtype=torch.float32)
-        made.append((decode(values, indices, W_dec).add_(noise, alpha=0.02),))
-    return made
+    rows = (decode(*p.codes(torch.float32), W_dec) for _ in range(2))
+    return [(x.add_(torch.randn_like(x), alpha=0.02),) for x in rows]
 
 
 Step = Callable[[Tensor], object]
@@ -89,7 +76,7 @@ def step_of(contender: Contender, p: Problem, sae: SAE) -> Step:
 
     ValueError or TypeError for options that this code or this machine does not have.
     """
-    return (our_step if contender.ours else their_step)(contender, p, sae)
+    return (our_step if contender.trainer == "fastsae" else their_step)(contender, p, sae)
 
 
 SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": (), "bf16": ("W_enc", "W_dec")}
@@ -97,7 +84,8 @@ SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": (), "bf16": ("W_enc",
 
 
 def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
-    """The fused step, as the Trainer sets it up for these options."""
+    """The fused step, as the Trainer sets it up for these options; a CUDA graph only if it is
+    "on", so that no other row is lost with a capture that fails."""
     config = TrainConfig(d_sae=p.F, activation=TopKConfig(k=p.K), **contender.options)
     gpu, precision = p.dry or p.device.type != "cpu", config.encoder_precision
     if precision == "auto":
@@ -106,13 +94,16 @@ def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
         raise ValueError(f"this code has no encoder_precision {precision}")
     shadows = SHADOWS[precision] if gpu else SHADOWS[precision][:1]
     adam = Adam(sae, config.optimizer, shadows=shadows)
+    if config.cuda_graph == "on" and p.device.type != "cuda":
+        raise ValueError("a CUDA graph needs a GPU")
+    captured = CapturedStep(sae, adam, Objective()) if config.cuda_graph == "on" else None
     dead = torch.arange(0, p.F, 20, device=p.device) if contender.dead else None
     unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
 
     def step(x: Tensor) -> None:
         adam.begin_step(LR)
         with tf32_products(precision == "tf32"):
-            result = fused_step(sae, adam, x, dead, Objective())
+            result = captured(x) if captured else fused_step(sae, adam, x, dead, Objective())
         unfired.add_(len(x)).masked_fill_(result.codes.fired(), 0)
 
     return step

@@ -50,14 +50,9 @@ def total_variance(x: Tensor) -> Tensor:
 
 
 def dense_step(
-    model: DenseTopK,
-    adam: torch.optim.Adam,
-    x: Tensor,
-    dead: Tensor | None,
-    k_aux: int,
-    low: bool = False,
+    model: DenseTopK, adam: torch.optim.Adam, x: Tensor, dead: Tensor | None, k_aux: int, low=False
 ) -> tuple[Tensor, Tensor]:
-    """One optimisation step; returns the FVU before it and which latents fired.
+    """One optimization step; returns the FVU before it and which latents fired.
 
     `low` lets autocast run the products in bfloat16.
     """

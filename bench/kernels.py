@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .clock import digits, free, input_sets, measure, peak_bytes, timed
 from .ops import Make, Op, chosen_ops
-from .problem import DTYPES, Problem, check_spread, parse_shape, precision
+from .problem import DTYPES, Problem, Spread, check_names, parse_shape, precision
 from .record import attempt, stamp
 from .roofs import Cost, Roofs, measure_roofs
 
@@ -160,13 +160,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--indices", default="zipf", help=help)
     add("--sweep", choices=list("NDFK"), help="repeat at 1/4 to 4 times this size of the shape")
     add("--json", type=Path, help="write the rows and the machine's stamp here")
-    add("--plot", type=Path, help="draw a roofline, or with --sweep the times")
+    add("--plot", type=Path, help="draw the times of a --sweep, and the roof")
     add("--ncu", metavar="OP", help="one warmed launch of an op for Nsight Compute")
 
 
 def problems_of(arguments: argparse.Namespace) -> list[Problem]:
     """One, or those of a sweep."""
-    check_spread(arguments.indices)
+    check_names("indices", [arguments.indices], get_args(Spread))
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", "bf16") if gpu else ("cpu", "fp32")
     name, letter = arguments.shape or ("A" if gpu else "a"), arguments.sweep
@@ -184,8 +184,8 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.ncu is not None:
         return one_launch(chosen_ops([arguments.ncu], backward)[0], problems[0], backward)
     ops = chosen_ops(arguments.op, backward)
-    if arguments.plot is not None and arguments.sweep and len(ops) > 1:
-        raise ValueError("--plot with --sweep draws one op: choose it with --op")
+    if arguments.plot is not None and (not arguments.sweep or len(ops) > 1):
+        raise ValueError("--plot draws one op over a --sweep: choose it with --op")
     roofs = measure_roofs(problems[0], {"fp32", precision(problems[0])})
     rates = ", ".join(f"{n} {rate / 1e12:.4g} TFLOP/s" for n, rate in roofs.rates.items())
     print(f"roof: copy {roofs.bandwidth / 1e9:.4g} GB/s, {rates}", flush=True)
@@ -199,9 +199,9 @@ def bench(arguments: argparse.Namespace) -> None:
         found = {"stamp": stamp(problems[0].device.type), "roof": roofs._asdict(), "rows": rows}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.plot is not None:
-        from .plot import plot_kernels
+        from .plot import plot_sweep
 
-        plot_kernels(rows, roofs, arguments.sweep, arguments.plot)
+        plot_sweep(rows, arguments.sweep, arguments.plot)
     return None
 
 

@@ -15,15 +15,17 @@ from torch.nn.functional import embedding_bag, linear
 
 import fastsae_kernels as ours
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
+from fastsae_kernels.center import center, center_reference
 from fastsae_kernels.float8 import quantize_reference, quantize_rows
 from fastsae_kernels.jumprelu import jumprelu_l0_reference, jumprelu_reference
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import rational_reference
 from fastsae_kernels.rescore import rescore, rescore_reference
 from fastsae_kernels.rotation import rotation_gradients
+from fastsae_kernels.sparse import gather_dot_reference, scatter_outer_reference
 
 from .dense import rotation_dense
-from .problem import Problem, precision
+from .problem import Problem, check_names, precision
 from .roofs import Cost
 
 fp32, bf16 = torch.float32, torch.bfloat16
@@ -146,20 +148,11 @@ def decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return embedding_bag(indices, W, per_sample_weights=values, mode="sum")
 
 
-def gather_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    return torch.bmm(W[indices], x[:, :, None]).squeeze(2)
-
-
 def error_torch(values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor) -> tuple:
     """Error and dots are constants."""
     error = decode_torch(values, indices, W) + b - target
     low = error.detach().to(W.dtype)
-    return error.square().sum(1), low, gather_torch(low, indices, W.detach())
-
-
-def outer_torch(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
-    outer = (values[:, :, None] * x[:, None, :]).flatten(0, 1)
-    return x.new_zeros(F, x.shape[1]).index_add(0, indices.flatten(), outer)
+    return error.square().sum(1), low, gather_dot_reference(low, indices, W.detach())
 
 
 # --- Adam -----------------------------------------------------------------------------------
@@ -259,6 +252,9 @@ OPS: list[Op] = [
        partial(elementwise, outputs=0), torch.topk, step=True),
     Op(ours.squared_error, error_inputs, partial(sparse_cost, rows=3, products=2), error_torch,
        step=True),
+    Op(center, lambda p: (p.normal(p.N, p.D, dtype=fp32), p.normal(p.D, dtype=fp32), p.dtype),
+       lambda p, *_: Cost((4 + p.dtype.itemsize) * p.N * p.D, 9 * p.N * p.D), center_reference,
+       False, step=True),
     Op(latent_major, lambda p: (p.indices(), p.F),
        lambda p, *_: Cost(p.N * p.K * (8 + 8 + 4 + 4) + 4 * p.F),
        lambda indices, F: indices.flatten().sort(stable=True), False, step=True),
@@ -267,9 +263,9 @@ OPS: list[Op] = [
     adam_op("bf16 moments and window 8", bf16, 8),
     Op(ours.decode, lambda p: (*p.codes(), p.weights()), sparse_cost, decode_torch),
     Op(ours.gather_dot, lambda p: (p.normal(p.N, p.D), p.indices(), p.weights()), sparse_cost,
-       gather_torch),
+       gather_dot_reference),
     Op(ours.scatter_outer, lambda p: (*p.codes(), p.normal(p.N, p.D), p.F), outer_cost,
-       outer_torch),
+       scatter_outer_reference),
     Op(rescore, lambda p: (*encoder(p), p.indices(), p.K // 2 or 1), sparse_cost,
        rescore_reference, False),
     Op(quantize_rows, lambda p: (p.weights(),),
@@ -293,8 +289,7 @@ OPS: list[Op] = [
 def chosen_ops(names: list[str] | None, backward: bool) -> list[Op]:
     """The entries of the named functions, or all; ValueError for a name that there is not."""
     functions = list(dict.fromkeys(op.function for op in OPS))
-    if unknown := set(names or ()) - {*functions}:
-        raise ValueError(f"ops are {', '.join(functions)}: got {', '.join(sorted(unknown))}")
+    check_names("ops", names, functions)
     chosen = [op for op in OPS if op.function in (names or functions)]
     found = [op for op in chosen if op.gradients or not backward]
     if not found:

@@ -1,6 +1,7 @@
 """The shapes that are measured everywhere, and random inputs like those of a training run."""
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,16 +11,12 @@ from fastsae_kernels._launch import rows_at_a_time
 Size = tuple[int, int, int, int]
 """tokens, d_in, d_sae, k"""
 
-SHAPES: dict[str, Size] = {  # small letters for CPUs, capitals for GPUs
-    "a": (4096, 384, 4096, 32),
-    "b": (4096, 768, 12288, 32),
-    "c": (4096, 768, 24576, 32),
-    "d": (2048, 1024, 65536, 64),
-    "A": (8192, 4096, 131072, 64),
-    "B": (8192, 2048, 32768, 32),
-    "C": (16384, 768, 24576, 32),
-    "D": (4096, 4096, 1048576, 128),
-}
+SHAPES: dict[str, Size] = {"a": (4096, 384, 4096, 32), "b": (4096, 768, 12288, 32)}
+SHAPES |= {"c": (4096, 768, 24576, 32), "d": (2048, 1024, 65536, 64)}
+SHAPES |= {"A": (8192, 4096, 131072, 64), "B": (8192, 2048, 32768, 32)}
+SHAPES |= {"C": (16384, 768, 24576, 32), "D": (4096, 4096, 1048576, 128)}
+"""Small letters for CPUs, capitals for GPUs."""
+
 TINY: dict[str, Size] = {"A": (6, 33, 20, 4), "B": (4, 16, 12, 2), "C": (5, 20, 14, 2)}
 TINY["D"] = 4, 17, 18, 4
 """What stands for the shapes of a GPU in a dry run."""
@@ -97,6 +94,7 @@ def precision(p: Problem) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == p.dtype)
 
 
-def check_spread(spread: str) -> None:
-    if spread not in get_args(Spread):
-        raise ValueError(f"indices are {', '.join(get_args(Spread))}: got {spread}")
+def check_names(kind: str, given: Iterable[str] | None, allowed: Iterable[str]) -> None:
+    """ValueError unless all that are given are allowed."""
+    if unknown := set(given or ()) - {*allowed}:
+        raise ValueError(f"{kind} are {'; '.join(allowed)}: got {'; '.join(sorted(unknown))}")

@@ -1,7 +1,6 @@
 """Results: the stamp that each carries, and files that are written after every row."""
 
 import faulthandler
-import hashlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ NO_ROOM, NO_TIME = "does not fit", "no time left"
 LOST = 11
 """Exit code of a process whose GPU context is gone."""
 
-PATIENCE = 60
+PATIENCE = 90
 """Seconds after which a row is taken to hang."""
 
 LAST, END = 510, 540
@@ -37,7 +36,7 @@ LAST, END = 510, 540
 # --- the stamp ------------------------------------------------------------------------------
 
 
-def stamp(device: str = "cpu", commit: str | None = None) -> dict[str, Any]:
+def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
     """The machine, the versions and the commit that a result belongs to."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -76,15 +75,6 @@ def shell_output(command: str) -> str:
     return "" if failed else output.strip()
 
 
-def digest() -> str:
-    """Of all code, for a machine without git."""
-    total = hashlib.sha256()
-    for folder in ("bench", "fastsae", "kernels"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            total.update(path.read_bytes())
-    return total.hexdigest()[:12]
-
-
 def write(name: str, results: dict[str, dict[str, Any]]) -> Path:
     """Put results, each with its stamp, beside the other ones of that file."""
     path = RESULTS / f"{name}.json"
@@ -92,6 +82,12 @@ def write(name: str, results: dict[str, dict[str, Any]]) -> Path:
     kept.update({key: {**stamp(), **result} for key, result in results.items()})
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
+
+
+def markdown(titles: list[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # --- rows that fail, and a run that may die -------------------------------------------------
@@ -113,18 +109,10 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 class Record:
     """Parts of rows: a row is measured once, and is an error if its process died with it."""
 
-    def __init__(
-        self,
-        folder: Path,
-        device: torch.device,
-        since: float,
-        again: bool,
-        commit: str | None = None,
-    ):
+    def __init__(self, folder: Path, device: torch.device, since: float, again: bool, commit=""):
         self.device, self.since = device, since
         date = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        about = {"triton": version("triton"), "date": date, "sources": digest()}
-        self.stamp = stamp(device.type, commit) | about
+        self.stamp = stamp(device.type, commit) | {"triton": version("triton"), "date": date}
         self.stamp.setdefault("gpu", "dry run")
         slug = re.sub(r"[^a-z0-9]+", "-", f"gpu-{self.stamp['gpu']}".lower()).strip("-")
         self.path = folder / f"{slug}.json"

@@ -95,7 +95,7 @@ def test_json_and_a_sweep_with_its_plot(tmp_path, monkeypatch):
         assert row["dtype"] == "fp32" and row["indices"] == "hot" and not row["backward"]
         assert math.isclose(row["roof ms"], row["bytes"] / 1e10 * 1e3, rel_tol=1e-3)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    kernels.bench(parse(*words[:4], "--backward", "--plot", str(plot), "--json", str(file)))
+    kernels.bench(parse(*words[:4], "--backward", "--json", str(file)))
     assert json.loads(file.read_text())["rows"][0]["backward"]
 
 
@@ -109,12 +109,13 @@ def test_one_launch_for_the_profiler(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--op nothing", "ops are encode_topk, .*: got nothing"),
+        ("--op nothing", "ops are encode_topk; .*: got nothing"),
         ("--op adam_ --backward", "adam_ has no gradient"),
         ("--shape 1,2", "a shape is one of a, .*: got '1,2'"),
         ("--shape 4,4,4,5", "a shape is one of"),
-        ("--indices all", "indices are uniform, zipf, hot: got all"),
+        ("--indices all", "indices are uniform; zipf; hot: got all"),
         ("--op decode topk --sweep F --plot x.png", "draws one op"),
+        ("--op decode --plot x.png", "draws one op over a --sweep"),
     ],
 )
 def test_what_the_user_can_get_wrong(words, message, monkeypatch, capsys):

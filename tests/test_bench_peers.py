@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from bench import record
-from bench.peers import race, report
-from bench.peers.contender import CONTENDERS, SAME_LR, quality
-from bench.peers.stream import TimeUp, open_stream
-from bench.peers.task import Task
+from bench.peers import race
+from bench.peers.contender import CONTENDERS, quality
+from bench.peers.task import Task, TimeUp, open_stream
 from fastsae.data import ShardWriter, Synthetic
 
 TINY = 256, 16, 96, 4  # tokens enough for accelerated SAEs to take our ops
@@ -47,13 +46,15 @@ def task(contender: str, data, **settings) -> Task:
 
 
 def test_a_race(data, tmp_path, monkeypatch):
-    """Results, tables and a picture of contenders that are here; others are said to be missing."""
+    """Results, tables and a plot of contenders that are installed; others are listed as missing."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setitem(
         CONTENDERS, "nobody", CONTENDERS["sparsify"]._replace(package="not-a-package")
     )
     names = ["fastsae", "fastsae, bf16 encoder", "dense PyTorch", "nobody"]
-    text = race.bench({"tiny": TINY}, 1, 60, names, data, trained=TINY, turn=0.02)
+    monkeypatch.setattr(race, "TURN", 0.02)
+    monkeypatch.setitem(race.SHAPES, "a", TINY)
+    text = race.bench({"tiny": TINY}, 1, 60, names, data)
     (results,) = tmp_path.glob("peers-*.json")
     found = json.loads(results.read_text())
     assert found.keys() == {"tiny", "training"}
@@ -82,6 +83,20 @@ def test_a_contender_that_fails_is_reported():
     assert found["fastsae"]["error"].startswith("ValueError: k")
 
 
+def test_quality_of_the_variants(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setitem(race.SHAPES, "a", TINY)
+    race.quality(20, ["fastsae, tied encoder", "dense PyTorch"], data)
+    (results,) = tmp_path.glob("quality-*.json")
+    found = json.loads(results.read_text())
+    assert found.keys() == {"fastsae, tied encoder", "dense PyTorch"}
+    for row in found.values():
+        assert 0 < row["held-out FVU"] < 1.5 and 0 <= row["never active"] <= 1
+        assert row["L0"] <= 4 and row["seconds"] >= 0 and {"commit", "torch"} <= row.keys()
+    with pytest.raises(ValueError, match="variants are fastsae; .*: got nobody"):
+        race.quality(20, ["nobody"])
+
+
 def test_what_the_user_can_get_wrong(data):
     with pytest.raises(ValueError, match="contenders are fastsae; .*: got nobody"):
         race.bench({}, 1, 0, ["nobody"])
@@ -108,20 +123,6 @@ def test_a_stream_gives_the_same_batches_and_ends_when_time_is_up(data):
     with pytest.raises(TimeUp):
         next(stream)
     assert len(stream.step_ms()) == 1
-
-
-def test_goals():
-    """Against the fastest and the best peer, whichever learning rate it had."""
-    times = {"fastsae": 10.0, "fastsae, bf16 encoder": 9.0, "sparsify": 16.0, "SAELens": 40.0}
-    said = report.speed_goals({name: {"ms": {"median": ms}} for name, ms in times.items()})
-    assert said[0].endswith("1.60 times as fast as the fastest peer (goal: 1.5), sparsify: met")
-    assert said[1].endswith("1.78 times as fast as the fastest peer (goal: 2.2), sparsify: NOT met")
-    fvu = {"fastsae": 0.2, "SAELens": 0.3, "SAELens" + SAME_LR: 0.1, "dense PyTorch": 0.0}
-    said = report.quality_goals({name: {"held-out FVU": value} for name, value in fvu.items()})
-    assert said == [
-        f"- fastsae: FVU 0.2000, the best peer's 0.1000 (goal: no more), SAELens{SAME_LR}: NOT met"
-    ]
-    assert not report.speed_goals({"fastsae": {"ms": {"median": 1.0}}})
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries

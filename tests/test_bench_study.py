@@ -17,7 +17,7 @@ def results(fvu: list[float], l0: float = 32.0) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "said"),
+    ("new", "old", "expected"),
     [
         ([0.1, 0.1], [0.2, 0.2], "held: 0.1000 against 0.2000 (-50.0%), as claimed in 2 of 2"),
         (
@@ -30,8 +30,8 @@ def results(fvu: list[float], l0: float = 32.0) -> dict:
         ([0.0], [0.0], "undecided: 0.0000 against 0.0000, as claimed in 0 of 1"),
     ],
 )
-def test_a_verdict(new, old, said):
-    assert verdict(LOWER, {"new": results(new), "old": results(old)}) == said
+def test_a_verdict(new, old, expected):
+    assert verdict(LOWER, {"new": results(new), "old": results(old)}) == expected
 
 
 def test_what_cannot_be_compared():

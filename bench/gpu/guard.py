@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = "shapes to run, in this order (default: B C A D)"
     add("--shapes", nargs="+", choices=list("ABCD"), default=list("BCAD"), help=shapes)
     add("--parts", nargs="+", help="which parts to run (default: all)")
-    add("--commit", help="commit hash to record when git is unavailable")
+    add("--commit", default="", help="commit hash to record when git is unavailable")
     add("--out", type=Path, help="folder of the JSON (default: $OUT or bench/results)")
     add("--since", type=float, help=argparse.SUPPRESS)
     add("--again", action="store_true", help=argparse.SUPPRESS)
@@ -58,8 +58,7 @@ def environment(dry_run: bool) -> dict[str, str]:
 
 def guarded(arguments: argparse.Namespace) -> int:
     since, out, variables = time.time(), folder(arguments), environment(arguments.dry_run)
-    command = [sys.executable, "-m", "bench", *sys.argv[1:], "--since", str(since)]
-    command += ["--out", str(out)]
+    command = [sys.executable, "-m", "bench", *sys.argv[1:], f"--since={since}", f"--out={out}"]
     for again in range(RESTARTS):
         before = written(out)
         code = subprocess.call(command + ["--again"] * (again > 0), env=variables)

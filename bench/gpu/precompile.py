@@ -14,7 +14,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing import get_context
 from typing import Any
 
@@ -28,15 +27,6 @@ from bench.record import ROOT
 from .step import contenders
 
 
-def recorder() -> Any:
-    """tests/compile/recorder.py"""
-    spec = spec_from_file_location("recorder", ROOT / "tests" / "compile" / "recorder.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["recorder"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def take_step(contender: Contender, p: Problem) -> None:
     with contender.patched():
         step_of(contender, p, empty_sae(p))(torch.empty(p.N, p.D, device=p.device))
@@ -48,9 +38,14 @@ def call_op(op: Op, p: Problem) -> None:
 
 def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
     """Every launch, each once, and what could not be recorded: ops that read a value back."""
-    launches, problems, recording = [], [], recorder().recording
+    sys.path.append(str(ROOT / "tests" / "compile"))
+    from recorder import recording  # pyright: ignore[reportMissingImports]
+
+    launches, problems = [], []
     for p in (Problem(name, *SHAPES[name], torch.device("meta")) for name in names):
-        calls = {n: partial(take_step, c, p) for n, c in contenders(p).items() if c.ours}
+        calls = {
+            n: partial(take_step, c, p) for n, c in contenders(p).items() if c.trainer == "fastsae"
+        }
         calls |= {op.name: partial(call_op, op, p) for op in OPS}
         for name, call in calls.items():
             with recording(arch, name, p.name) as found:

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.record import ROOT, Record
 
-STEP_OPS = "topk", "encode_topk", "squared_error", "latent_major", "adam_", "step"
+STEP_OPS = "center", "encode_topk", "topk", "squared_error", "latent_major", "adam_", "step"
 """What a training step is made of."""
 
 WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}

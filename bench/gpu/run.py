@@ -5,7 +5,6 @@ whole benchmark on a CPU at tiny sizes, through Triton's interpreter.
 """
 
 import argparse
-import subprocess
 import sys
 import time
 import traceback
@@ -21,8 +20,8 @@ import torch
 from bench.kernels import line as kernel_line
 from bench.kernels import op_row
 from bench.ops import OPS
-from bench.problem import SHAPES, TINY, Problem
-from bench.record import ROOT, Record
+from bench.problem import SHAPES, TINY, Problem, check_names
+from bench.record import Record, shell_output
 from bench.roofs import copy_row, product_row, roofs_from, square
 from fastsae_kernels._launch import interpreted
 
@@ -45,23 +44,22 @@ class Run:
     again: bool
     """Whether an earlier process of this run died."""
 
-    def row(self, part: str, key: str, work: Callable[[], dict[str, Any]], **more: float) -> None:
+    def row(self, part: str, key: str, work: Callable[[], dict[str, Any]]) -> None:
         """Measure and show a row, with the clocks at which it ran."""
 
         def watched() -> dict[str, Any]:
             start = time.time()
             return work() | self.monitor.since(start)
 
-        row = self.record.row(part, key, watched, **more)
+        row = self.record.row(part, key, watched)
         self.record.say(f"{key:20} " + ", ".join(f"{name} {value}" for name, value in row.items()))
 
 
 def compile_kernels(run: Run) -> None:
     major, minor = (9, 0) if run.dry else torch.cuda.get_device_capability()
     names = "".join(p.name for p in run.problems)
-    run.row(
-        "compile", "triton", partial(precompile, 10 * major + minor, names, run.dry), patience=1e9
-    )
+    work = partial(precompile, 10 * major + minor, names, run.dry)
+    run.row("compile", "triton", work)
 
 
 def measure_floors(run: Run) -> None:
@@ -104,17 +102,12 @@ def time_kernels(run: Run) -> None:
 def race_peers(run: Run) -> None:
     """Against other trainers, where any is installed."""
     here = [name for name in ("sae_lens", "sparsify", "dictionary_learning") if find_spec(name)]
-    command = [sys.executable, "-m", "bench", "peers", "--rounds", "1", "--steps", "0"]
-    command += ["--shapes", *(p.name for p in run.problems)]
-
-    def race() -> dict[str, Any]:
-        if run.dry or not here:
-            return {"skipped": f"installed: {', '.join(here) or 'none'}"}
-        limit = max(1, run.record.left("peers"))
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-        return {"output": done.stdout[-8000:], "code": done.returncode}
-
-    run.row("peers", "race", race, patience=1e9)
+    names, seconds = " ".join(p.name for p in run.problems), max(1, run.record.left("peers"))
+    command = f"timeout {seconds:.0f} {sys.executable} -m bench peers --rounds 1 --steps 0"
+    if here and not run.dry:
+        run.row("peers", "race", lambda: {"output": shell_output(f"{command} --shapes {names}")})
+    else:
+        run.record.put("peers", "race", {"skipped": f"installed: {', '.join(here) or 'none'}"})
 
 
 class Part(NamedTuple):
@@ -137,8 +130,7 @@ PARTS = {
 
 def bench(arguments: argparse.Namespace) -> int:
     names = arguments.parts or [*PARTS]
-    if unknown := set(names) - PARTS.keys():
-        raise ValueError(f"parts are {', '.join(PARTS)}: got {', '.join(sorted(unknown))}")
+    check_names("parts", names, PARTS)
     dry, again = arguments.dry_run, arguments.again
     if not dry and not torch.cuda.is_available():
         raise ValueError("no CUDA GPU here: --dry-run runs the whole benchmark on a CPU")

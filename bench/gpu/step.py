@@ -33,10 +33,7 @@ CONTENDERS = {
 }
 """Between the second and dense, all have the second's options too."""
 
-PREDICTED = {
-    WINDOW: {"A": 17.6, "B": 2.75, "C": 1.85, "D": 63.0},
-    FP8: {"A": 16.0, "D": 50.0},
-}
+PREDICTED = {WINDOW: {"A": 17.6, "B": 2.75, "C": 1.85, "D": 63.0}, FP8: {"A": 16.0, "D": 50.0}}
 """Milliseconds on an H200 that we predicted from bytes and FLOPs."""
 
 BUDGET = 1500.0
@@ -138,10 +135,9 @@ def clocks(row: dict[str, Any]) -> str:
 
 def profile_lines(record: Record, key: str, most: int) -> list[str]:
     """The kernels that take the most of a step."""
-    found = record.rows("profile").get(key, {})
-    if "error" in found:
-        return [f"  no profile: {found['error'][:80]}"]
+    found = record.rows("profile")[key]
     return [
         f"  {one['share']:6.1%} {one['ms']:8.3f} ms {one['calls']:6.1f} x {name[:60]}"
         for name, one in list(found.items())[:most]
+        if name != "error"
     ]

@@ -13,32 +13,39 @@ from torch import Tensor
 from bench.clock import resident_bytes
 from bench.contender import Contender
 from fastsae.data import ActivationShards
+from fastsae.nn import Init
+from fastsae.train import Optimizer
 from fastsae.train.memory import keep_freed_memory
 
-from .stream import TimeUp, open_stream, scale_of
-from .task import Task
+from .task import Task, TimeUp, open_stream, scale_of
+
+LENS = Contender("sae_lens", {"use_sparse_activations": False}, package="sae-lens")
+SPARSIFY = Contender("sparsify", {"optimizer": "adam"}, package="eai-sparsify")
+SPARSE = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
+"""The rescaling has no gradient on a CPU's sparse tensors."""
 
 CONTENDERS = {
     "fastsae": Contender(),
     "fastsae, bf16 encoder": Contender(options={"encoder_precision": "bf16"}),
     "dense PyTorch": Contender("dense"),
-    "SAELens": Contender("sae_lens", {"use_sparse_activations": False}, package="sae-lens"),
-    "SAELens, sparse": Contender(  # whose rescaling has no gradient on a CPU's sparse tensors
-        "sae_lens",
-        {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False},
-        package="sae-lens",
-    ),
+    "SAELens": LENS,
+    "SAELens, sparse": LENS._replace(options=SPARSE),
     "dictionary_learning": Contender("dictionary_learning", package="dictionary-learning"),
-    "sparsify": Contender("sparsify", {"optimizer": "signum"}, package="eai-sparsify", adam=False),
-    "sparsify, Adam": Contender("sparsify", {"optimizer": "adam"}, package="eai-sparsify"),
+    "sparsify": SPARSIFY._replace(options={"optimizer": "signum"}, adam=False),
+    "sparsify, Adam": SPARSIFY,
 }
-CONTENDERS |= {
-    f"{name}, accelerated": own._replace(
-        options={**own.options, "accelerate": True}, accelerated=True
+for name in ("SAELens", "dictionary_learning", "sparsify"):
+    options = {**CONTENDERS[name].options, "accelerate": True}
+    CONTENDERS[f"{name}, accelerated"] = CONTENDERS[name]._replace(
+        options=options, accelerated=True
     )
-    for name, own in CONTENDERS.items()
-    if name in ("SAELens", "dictionary_learning", "sparsify")
+
+VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None} | {
+    "fastsae, bf16 moments": Contender(options={"optimizer": Optimizer(adam_moments="bf16")}),
+    "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
+    "fastsae, tied encoder": Contender(options={"init": Init(encoder="tied")}),
 }
+"""Whose quality is compared by `python -m bench quality`."""
 
 SAME_LR = ", fastsae's learning rate"
 """What the name of a run with it ends in."""
@@ -46,40 +53,37 @@ SAME_LR = ", fastsae's learning rate"
 
 def measure(task: Task) -> dict[str, Any]:
     """Milliseconds of each step and peak memory; of a whole run, its settings and quality too."""
-    contender = CONTENDERS[task.contender]
+    contender = (CONTENDERS | VARIANTS)[task.contender]
     keep_freed_memory()  # as fastsae's trainer does; it helps the others as well
     train = import_module(f".train_{contender.trainer}", __package__).train
     stream, trained = open_stream(task), None
     with suppress(TimeUp):
         trained = train(task, stream, **contender.options)
-    found: dict[str, Any] = {"ms": stream.step_ms(), "peak MB": peak(task.device)}
+    peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else resident_bytes()
+    found: dict[str, Any] = {"ms": stream.step_ms(), "peak MB": peak / 2**20}
     if trained is not None and task.data is not None:
         found |= {"lr": trained.lr, "warm-up": trained.warmup}
         found |= quality(trained.code, ActivationShards(task.data), task.device)
     return found
 
 
-def peak(device: str) -> float:
-    """Resident megabytes, or those on the GPU."""
-    used = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()
-    return used / 2**20
-
-
 @torch.no_grad()
 def quality(
     code: Callable[[Tensor], tuple[Tensor, Tensor]], shards: ActivationShards, device: str
 ) -> dict[str, float]:
-    """Fraction of variance unexplained and active latents per token, on held-out tokens."""
+    """Fraction of variance unexplained, active latents per token, and those that never are."""
     heldout = shards.heldout
     assert heldout is not None
     x = heldout.rows(torch.arange(heldout.n_tokens)) * scale_of(shards)
     variance = (x - x.mean(0)).double().square().sum()
-    error, active = 0.0, 0
+    error, counts = 0.0, 0
     for part in x.to(device).split(4096):
-        recon, counts = code(part)
+        recon, active = code(part)
         error += float((part - recon).double().square().sum())
-        active += int(counts.sum())
-    return {"held-out FVU": error / float(variance), "L0": active / len(x)}
+        counts += active.sum(0)
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    never, L0 = float((counts == 0).double().mean()), float(counts.sum()) / len(x)
+    return {"held-out FVU": error / float(variance), "L0": L0, "never active": never}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -14,12 +14,12 @@ import torch
 
 from bench import record
 from bench.clock import summary
-from bench.problem import SHAPES, Size, shape_names
+from bench.problem import SHAPES, Size, check_names, shape_names
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.device import choose_device
 from fastsae.train.optim import default_lr
 
-from .contender import CONTENDERS, SAME_LR
+from .contender import CONTENDERS, SAME_LR, VARIANTS
 from .report import plot, tables
 from .task import Task
 
@@ -28,21 +28,16 @@ TURN = 2.0
 
 
 def bench(
-    sizes: dict[str, Size],
-    rounds: int,
-    steps: int,
-    names: list[str] | None = None,
-    data: Path | None = None,
-    trained: Size = SHAPES["a"],
-    turn: float = TURN,
+    sizes: dict[str, Size], rounds: int, steps: int, names: list[str] | None = None, data=None
 ) -> str:
-    """Race at every size, then over steps of training, of the size trained but as wide as data.
+    """Race at every size, then over steps of training, of size a but as wide as data.
 
     Leaves peers-cpu.json or peers-cuda.json in bench/results, beside what is there of other sizes,
-    and with matplotlib a picture. Returns their tables. ValueError for a contender that there is
+    and with matplotlib a plot. Returns their tables. ValueError for a contender that there is
     not, for nothing to do, for a run too short to be timed, and for data without a held-out part.
     """
-    check(rounds, steps, names)
+    check(rounds, steps)
+    check_names("contenders", names, CONTENDERS)
     shards = training_data(data) if steps else None
     ready, about = installed(names or list(CONTENDERS))
     device = choose_device("auto")
@@ -54,10 +49,10 @@ def bench(
         record.write(path.stem, {name: {**task, **about, "contenders": contenders}})
 
     for name, size in sizes.items() if rounds else ():
-        task = {**sized(size), "device": device, "seconds": turn}
+        task = {**sized(size), "device": device, "seconds": TURN}
         keep(name, task, race(name, task, ready, rounds))
     if shards is not None:
-        task = {**sized(trained), "d_in": shards.d_in, "device": device, "steps": steps}
+        task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device, "steps": steps}
         found = training({**task, "data": str(shards.path)}, ready)
         keep("training", {**task, "data": shards.fingerprint}, found)
     results = json.loads(path.read_text())
@@ -66,20 +61,28 @@ def bench(
     return tables(results)
 
 
-def check(rounds: int, steps: int, names: list[str] | None) -> None:
+def quality(steps: int, names: list[str] | None = None, data: Path | None = None) -> None:
+    """The training runs of fastsae's variants and dense PyTorch, into quality-cpu.json."""
+    check_names("variants", names, VARIANTS)
+    check(0, steps)
+    shards, device = training_data(data), choose_device("auto")
+    task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device, "steps": steps}
+    for name, found in training({**task, "data": str(shards.path)}, names or [*VARIANTS]).items():
+        about = {**task, "data": shards.fingerprint, "train_tokens": shards.n_tokens}
+        record.write(f"quality-{device}", {name: about | found})
+
+
+def check(rounds: int, steps: int) -> None:
     if rounds < 0 or not (rounds or steps):
         raise ValueError(f"rounds or steps must be above 0, got {rounds} and {steps}")
     if steps and steps < 3:
         raise ValueError(f"steps must be at least 3, or 0 for no training runs, got {steps}")
-    if unknown := set(names or ()) - set(CONTENDERS):
-        raise ValueError(f"contenders are {'; '.join(CONTENDERS)}: got {'; '.join(unknown)}")
 
 
 def chosen(names: list[str] | None) -> dict[str, Size]:
     """Those of this machine's sizes that have these names, by default all."""
     here = shape_names(choose_device("auto"))
-    if unknown := set(names or ()) - set(here):
-        raise ValueError(f"shapes here are {', '.join(here)}: got {', '.join(unknown)}")
+    check_names("shapes here", names, here)
     return {name: SHAPES[name] for name in names or here}
 
 
@@ -98,17 +101,12 @@ def training_data(folder: Path | None) -> ActivationShards:
 
 def installed(names: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Those contenders that can run here; and the versions of their libraries, and which lack."""
-    versions: dict[str, str] = {}
-    missing: dict[str, str] = {}
-    for name in names:
-        package = CONTENDERS[name].package
-        if package is None:
-            continue
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            missing[name] = f"{package} is not installed"
-            print(f"{name} is missing: {missing[name]}", flush=True)
+    packages = {name: one.package for name in names if (one := CONTENDERS[name]).package}
+    versions = {d.name: d.version for d in distributions() if d.name in packages.values()}
+    missing = {n: f"{package} is not installed" for n, package in packages.items()
+               if package not in versions}  # fmt: skip
+    for name, why in missing.items():
+        print(f"{name} is missing: {why}", flush=True)
     return [n for n in names if n not in missing], {"versions": versions, "missing": missing}
 
 
@@ -121,8 +119,8 @@ def race(shape: str, task: dict[str, Any], names: list[str], rounds: int) -> dic
                 continue
             found = run(Task(contender=name, **task))
             turns[name].append(found)
-            said = found.get("error") or f"{median(found['ms']):.1f} ms"
-            print(f"{shape}, round {number + 1} of {rounds}, {name}: {said}", flush=True)
+            shown = found.get("error") or f"{median(found['ms']):.1f} ms"
+            print(f"{shape}, round {number + 1} of {rounds}, {name}: {shown}", flush=True)
     return {name: of_turns(found, task["tokens"]) for name, found in turns.items()}
 
 
@@ -138,12 +136,11 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Every contender's run with its own learning rate, and where it means the same, fastsae's."""
     lr = default_lr(task["d_sae"], task["steps"])
-    names = [name for name in names if not CONTENDERS[name].accelerated]  # the same mathematics
-    runs = {name: Task(contender=name, **task) for name in names}
-    for name in names:
-        if CONTENDERS[name].peer and CONTENDERS[name].adam:
+    results, runs, known = {}, {}, CONTENDERS | VARIANTS
+    for name in (name for name in names if not known[name].accelerated):  # the same mathematics
+        runs[name] = Task(contender=name, **task)
+        if known[name].package and known[name].adam:
             runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
-    results = {}
     for name, one in runs.items():
         found = run(one)
         if "error" not in found:

@@ -1,20 +1,18 @@
-"""The race's tables in Markdown, and its picture."""
+"""The race's tables in Markdown, and its plot."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .contender import CONTENDERS, SAME_LR
+from bench.record import markdown
 
-GOALS = {"fastsae": 1.5, "fastsae, bf16 encoder": 2.2}
-"""How many times as fast as the fastest peer each is to be, at every size."""
+from .contender import CONTENDERS, SAME_LR
 
 Rows = dict[str, dict[str, Any]]
 """What was found of each contender that came to the end."""
 
 
 def tables(results: dict[str, Any]) -> str:
-    """A table for each size and one of the training runs, and what they say of the goals."""
+    """A table for each size and one of the training runs."""
     parts = []
     for name, found in results.items():
         rows = finished(found)
@@ -26,7 +24,6 @@ def tables(results: dict[str, Any]) -> str:
         parts.append(training_table(rows) if name == "training" else step_table(rows))
         failed = {n: one["error"] for n, one in found["contenders"].items() if n not in rows}
         notes = [f"- {n}: {why}" for n, why in (found["missing"] | failed).items()]
-        notes += quality_goals(rows) if name == "training" else speed_goals(rows)
         parts += ["\n".join(notes)] if notes else []
     return "\n\n".join(parts)
 
@@ -37,63 +34,30 @@ def finished(found: dict[str, Any]) -> Rows:
 
 def step_table(rows: Rows) -> str:
     least = min((row["ms"]["median"] for row in rows.values()), default=0)
-    lines = [
-        "| | ms per step, median (least to most) | times the fastest's | tokens/s | peak MB |",
-        "|---|---|---|---|---|",
+    titles = [
+        "",
+        "ms per step, median (least to most)",
+        "times the fastest's",
+        "tokens/s",
+        "peak MB",
     ]
+    cells = []
     for name, row in rows.items():
-        ms = "{median:.1f} ({min:.1f} to {max:.1f})".format(**row["ms"])
-        times = f"{row['ms']['median'] / least:.2f}"
-        lines.append(f"| {name} | {ms} | {times} | {row['tokens/s']:,} | {row['peak MB']:,} |")
-    return "\n".join(lines)
+        ms, times = "{median:.1f} ({min:.1f} to {max:.1f})", row["ms"]["median"] / least
+        last = f"{row['tokens/s']:,}", f"{row['peak MB']:,}"
+        cells.append([name, ms.format(**row["ms"]), f"{times:.2f}", *last])
+    return markdown(titles, cells)
+
+
+TRAINING = {"learning rate": "lr", "warm-up steps": "warm-up", "held-out FVU": "held-out FVU"}
+TRAINING |= {"L0": "L0", "tokens/s": "tokens/s", "seconds": "seconds"}
 
 
 def training_table(rows: Rows) -> str:
-    lines = [
-        "| | learning rate | warm-up steps | held-out FVU | L0 | tokens/s | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        recipe, quality = f"{row['lr']:.2g} | {row['warm-up']}", f"{row['held-out FVU']:.4f}"
-        time = f"{row['tokens/s']:,} | {row['seconds']:.0f}"
-        lines.append(f"| {name} | {recipe} | {quality} | {row['L0']:.1f} | {time} |")
-    return "\n".join(lines)
-
-
-def speed_goals(rows: Rows) -> list[str]:
-    def judge(name: str, ours: float, theirs: float) -> tuple[str, bool]:
-        ratio, goal = theirs / ours, GOALS[name]
-        return f"{ratio:.2f} times as fast as the fastest peer (goal: {goal})", ratio >= goal
-
-    return verdicts({name: row["ms"]["median"] for name, row in rows.items()}, judge)
-
-
-def quality_goals(rows: Rows) -> list[str]:
-    def judge(name: str, ours: float, theirs: float) -> tuple[str, bool]:
-        return f"FVU {ours:.4f}, the best peer's {theirs:.4f} (goal: no more)", ours <= theirs
-
-    return verdicts({name: row["held-out FVU"] for name, row in rows.items()}, judge)
-
-
-def verdicts(
-    figures: dict[str, float], judge: Callable[[str, float, float], tuple[str, bool]]
-) -> list[str]:
-    """Each of fastsae's figures against the least of the peers', if there is one."""
-    peers = {name: f for name, f in figures.items() if CONTENDERS[own_name(name)].peer}
-    if not peers:
-        return []
-    best = min(peers, key=lambda name: peers[name])
-    lines = []
-    for name in GOALS:
-        if name in figures:
-            said, met = judge(name, figures[name], peers[best])
-            lines.append(f"- {name}: {said}, {best}: {'met' if met else 'NOT met'}")
-    return lines
-
-
-def own_name(run: str) -> str:
-    """Of the contender whose training run it is."""
-    return run.removesuffix(SAME_LR)
+    cells = (
+        [name, *(f"{row[key]:.4g}" for key in TRAINING.values())] for name, row in rows.items()
+    )
+    return markdown(["", *TRAINING], cells)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -106,12 +70,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     speeds, quality = figure.subplots(1, 2)
     plot_speeds(speeds, {n: finished(f) for n, f in results.items() if n != "training"}, colors)
     for name, row in finished(results.get("training", {"contenders": {}})).items():
-        own = own_name(name)
+        own = name.removesuffix(SAME_LR)
         marker = "o" if own == name else "^"
         quality.plot(row["seconds"], row["held-out FVU"], marker, color=colors[own], markersize=9)
-    quality.set_xlabel("seconds of training (triangles: with fastsae's learning rate)")
-    quality.set_ylabel("held-out FVU")
-    quality.set_xscale("log")
+    seconds = "seconds of training (triangles: with fastsae's learning rate)"
+    quality.set(xlabel=seconds, ylabel="held-out FVU", xscale="log")
     for axes in (speeds, quality):
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
@@ -122,13 +85,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def plot_speeds(axes: Any, shapes: dict[str, Rows], colors: dict[str, Any]) -> None:
     """A group of points for each size, with the spread over the rounds."""
-    width = 0.8 / len(colors)
     for place, rows in enumerate(shapes.values()):
         for n, (name, color) in enumerate(colors.items()):
             if name in rows:
-                ms, left = rows[name]["ms"], place + (n + 0.5) * width - 0.4
-                spread = [[ms["median"] - ms["min"]], [ms["max"] - ms["median"]]]
-                axes.errorbar(left, ms["median"], spread, fmt="o", color=color, markersize=7)
+                ms, left = rows[name]["ms"], place + (n + 0.5) * 0.8 / len(colors) - 0.4
+                axes.vlines(left, ms["min"], ms["max"], color=color)
+                axes.plot(left, ms["median"], "o", color=color, markersize=7)
     axes.set_xticks(range(len(shapes)), list(shapes))
-    axes.set_xlabel("size")
-    axes.set_ylabel("ms per step")
+    axes.set(xlabel="size", ylabel="ms per step")

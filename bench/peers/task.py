@@ -1,10 +1,16 @@
-"""What every contender is given, and what it gives back."""
+"""What every contender is given, a task and its batches, and what it gives back."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastsae.data import ActivationShards
+from fastsae.train.trainer import SAMPLE_TOKENS
 
 LONG = 10_000
 """Steps of the run that timed steps belong to: more than anybody waits for."""
@@ -34,7 +40,7 @@ class Task:
     """A folder of activations; without it, two batches of Gaussian random numbers in turn."""
 
     steps: int = LONG
-    """Optimisation steps."""
+    """Optimization steps."""
 
     lr: float | None = None
     """Learning rate, where it is not to be the contender's own."""
@@ -48,10 +54,62 @@ class Trained(NamedTuple):
     """What a contender makes of a task."""
 
     code: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Takes tokens to their reconstructions and the numbers of their active latents."""
+    """Takes tokens to their reconstructions and a mask [N, d_sae] of their active latents."""
 
     lr: float
     """The highest learning rate of the run."""
 
     warmup: int
     """Steps over which the learning rate rose to it."""
+
+
+class TimeUp(Exception):
+    """Ends a trainer's loop from within, once its steps have been timed for long enough."""
+
+
+class Stream:
+    """Hands out batches and reads the clock at each: a step lasts from one batch to the next.
+
+    So a step is all that a library's own training loop does for it, and no loop needs to be
+    rewritten to be timed. The first step warms up and does not count.
+    """
+
+    def __init__(self, sample: Tensor, batches: Iterator[Tensor], task: Task):
+        self.sample = sample
+        """[some, d_in]: tokens to initialize from."""
+        self._batches, self._device, self._seconds = batches, task.device, task.seconds
+        self._ticks: list[float] = []
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        self._ticks.append(time.perf_counter())
+        timed = self._ticks[-1] - self._ticks[:2][-1]
+        if self._seconds is not None and timed >= self._seconds:
+            raise TimeUp
+        return next(self._batches)
+
+    def step_ms(self) -> list[float]:
+        """Of each timed step."""
+        return [(end - start) * 1e3 for start, end in pairwise(self._ticks[1:])]
+
+
+def open_stream(task: Task) -> Stream:
+    """A task's batches on its device, scaled to a mean square of 1."""
+    if task.data is None:
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(SAMPLE_TOKENS, task.d_in, generator=generator)
+        pair = torch.randn(2, task.tokens, task.d_in, generator=generator).to(task.device)
+        return Stream(sample, cycle(pair), task)
+    shards = ActivationShards(task.data)
+    scale = scale_of(shards)
+    batches = (batch.x.to(task.device) * scale for batch in shards.batches(task.tokens))
+    return Stream(shards.sample(SAMPLE_TOKENS) * scale, batches, task)
+
+
+def scale_of(shards: ActivationShards) -> float:
+    """What activations are multiplied by, for a mean square of 1."""
+    return shards.mean_square**-0.5

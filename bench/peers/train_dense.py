@@ -1,7 +1,30 @@
-"""The dense PyTorch trainer of bench/quality.py."""
+"""Dense PyTorch with fastsae's recipe: the same initialization, schedule and aux-k."""
 
-from functools import partial
+import torch
 
-from . import train_fastsae
+from bench.dense import DenseTopK, dense_adam, dense_step
+from fastsae.nn import init_from_data
+from fastsae.train.optim import schedule
+from fastsae.train.plan import Plan
 
-train = partial(train_fastsae.train, dense=True)
+from .task import Stream, Task, Trained
+from .train_fastsae import config_of, trained
+
+
+def train(task: Task, stream: Stream) -> Trained:
+    config = config_of(task)
+    plan = Plan.of(config, task.d_in, len(stream.sample))
+    generator = torch.Generator().manual_seed(config.seed)
+    sae = init_from_data(config.build(task.d_in), stream.sample, generator).to(task.device)
+    model = DenseTopK(sae)
+    adam = dense_adam(model, plan.lr)
+    unfired = torch.zeros(task.d_sae, dtype=torch.int64, device=task.device)
+    for step in range(plan.steps):
+        factor = schedule(step, plan.steps, plan.warmup, config.optimizer.decay)
+        adam.param_groups[0]["lr"] = plan.lr * factor
+        _, fired = dense_step(model, adam, next(stream), unfired >= plan.dead_after, plan.k_aux)
+        unfired = (unfired + task.tokens).masked_fill(fired, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            sae.get_parameter(name).copy_(parameter)
+    return trained(sae, task, plan)

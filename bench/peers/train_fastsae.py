@@ -1,23 +1,22 @@
-"""fastsae: its Trainer; or for train_dense.py, the dense PyTorch trainer of bench/quality.py."""
+"""fastsae: its Trainer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from bench.quality import train_dense
+from fastsae import SAE
 from fastsae.data import Batch, Cursor
 from fastsae.nn import TopKConfig
 from fastsae.train import Optimizer, TrainConfig, Trainer
 from fastsae.train.plan import Plan
 
-from .stream import Stream
-from .task import Task, Trained
+from .task import Stream, Task, Trained
 
 
 class Handed:
@@ -44,32 +43,28 @@ class Handed:
         yield (Batch(x, *nowhere) for x in self.stream)
 
 
-def train(
-    task: Task,
-    stream: Stream,
-    *,
-    encoder_precision: Literal["fp32", "bf16"] = "fp32",
-    dense: bool = False,
-) -> Trained:
-    """All other settings are the defaults."""
-    source: Any = Handed(stream)
-    with TemporaryDirectory() as folder:
-        config = TrainConfig(
-            out=Path(folder) / "run",
-            d_sae=task.d_sae,
-            activation=TopKConfig(k=task.k),
-            optimizer=Optimizer(lr=task.lr),
-            steps=task.steps,
-            batch_size=task.tokens,
-            device=cast(Literal["cpu", "cuda"], task.device),
-            encoder_precision=encoder_precision,
-        )
-        plan = Plan.of(config, source.d_in, source.n_tokens)
-        sae = train_dense(config, source) if dense else Trainer(config, source).fit()
+def config_of(task: Task, optimizer: Optimizer | None = None, **options: Any) -> TrainConfig:
+    """All settings that are not given are the defaults."""
+    if task.lr is not None:
+        optimizer = replace(optimizer or Optimizer(), lr=task.lr)
+    shape: dict[str, Any] = {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k)}
+    run = {"steps": task.steps, "batch_size": task.tokens, "device": task.device}
+    return TrainConfig(**shape, **run, optimizer=optimizer or Optimizer(), **options)
+
+
+def trained(sae: SAE, task: Task, plan: Plan) -> Trained:
     sae.to(task.device)
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         codes = sae.encode(x)
-        return sae.decode(codes), torch.as_tensor(codes.active.sum(1))
+        return sae.decode(codes), codes.to_dense() != 0
 
     return Trained(code, plan.lr, plan.warmup)
+
+
+def train(task: Task, stream: Stream, **options: Any) -> Trained:
+    source: Any = Handed(stream)
+    with TemporaryDirectory() as folder:
+        config = replace(config_of(task, **options), out=Path(folder) / "run")
+        sae = Trainer(config, source).fit()
+    return trained(sae, task, Plan.of(config, source.d_in, source.n_tokens))

@@ -2,31 +2,20 @@
 
 from typing import Any
 
+from sae_lens import saes  # pyright: ignore[reportMissingImports]
 from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
-from sae_lens.saes import (  # pyright: ignore[reportMissingImports]
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
 from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 import fastsae
 
-from .stream import Stream
-from .task import Task, Trained
+from .task import Stream, Task, Trained
 
 
 def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: Any) -> Trained:
     """All other settings are the defaults: Adam at 3e-4, without warm-up."""
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=task.d_in,
-            d_sae=task.d_sae,
-            k=task.k,
-            device=task.device,
-            **settings,
-        )
-    )
+    settings |= {"d_in": task.d_in, "d_sae": task.d_sae, "k": task.k, "device": task.device}
+    sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**settings))
     if accelerate:
         fastsae.accelerate(sae)
     config = SAETrainerConfig(
@@ -40,6 +29,6 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: A
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         codes = sae.encode(x)
-        return sae.decode(codes), (codes.to_dense() != 0).sum(1)
+        return sae.decode(codes), codes.to_dense() != 0
 
     return Trained(code, config.lr, config.lr_warm_up_steps)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import fastsae
 
-from .stream import Stream
-from .task import Task, Trained
+from .task import Stream, Task, Trained
 
 if not torch.cuda.is_available():
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton wherever that is installed
 
-from sparsify import (  # pyright: ignore[reportMissingImports]  # noqa: E402
-    SparseCoder,
-    SparseCoderConfig,
-    TrainConfig,
-    Trainer,
-)
+import sparsify  # pyright: ignore[reportMissingImports]  # noqa: E402
 
 
 class Layer(nn.Module):
@@ -70,33 +64,26 @@ class Sequences(Dataset):
         return {"input_ids": self.ids}
 
 
-def train(
-    task: Task, stream: Stream, *, optimizer: Literal["signum", "adam"], accelerate: bool = False
-) -> Trained:
+def train(task: Task, stream: Stream, *, optimizer: Any, accelerate: bool = False) -> Trained:
     """All other settings are the defaults; what is measured is the SAE that it saves."""
     model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
     warmup = task.warmup(default=1000)
     with TemporaryDirectory() as folder:
-        config = TrainConfig(
-            SparseCoderConfig(num_latents=task.d_sae, k=task.k),
-            batch_size=1,
-            optimizer=optimizer,
-            lr=task.lr,
-            lr_warmup_steps=warmup,
-            hookpoints=["layer"],
-            log_to_wandb=False,
-            save_dir=folder,
-        )
-        trainer = Trainer(config, Sequences(task), model)
+        settings: dict[str, Any] = {"optimizer": optimizer, "lr": task.lr, "save_dir": folder}
+        settings |= {"lr_warmup_steps": warmup, "hookpoints": ["layer"], "log_to_wandb": False}
+        coder = sparsify.SparseCoderConfig(num_latents=task.d_sae, k=task.k)
+        config = sparsify.TrainConfig(coder, batch_size=1, **settings)
+        trainer = sparsify.Trainer(config, Sequences(task), model)
         if accelerate:
             fastsae.accelerate(trainer.saes["layer"])
         (group,) = trainer.optimizers[0].param_groups
         lr = group.get("initial_lr", group["lr"])
         trainer.fit()
-        sae = SparseCoder.load_from_disk(f"{folder}/unnamed/layer", device=task.device)
+        sae = sparsify.SparseCoder.load_from_disk(f"{folder}/unnamed/layer", device=task.device)
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         out = sae(x)
-        return out.sae_out, (out.latent_acts != 0).sum(1)
+        active = torch.zeros(len(x), task.d_sae, dtype=torch.bool, device=x.device)
+        return out.sae_out, active.scatter(1, out.latent_indices, out.latent_acts != 0)
 
     return Trained(code, lr, warmup if optimizer == "adam" else 0)

@@ -3,6 +3,8 @@
 from statistics import mean
 from typing import Any, NamedTuple
 
+from bench.record import markdown
+
 Runs = dict[str, dict[str, dict[str, Any]]]
 """The results of one data set: by method, by seed."""
 
@@ -16,90 +18,78 @@ MORE_IS_GOOD = ("pcr",)
 
 
 class Claim(NamedTuple):
-    """A statement that one method's figure is higher, or lower, than another's."""
+    """A statement that one method's metric is higher, or lower, than another's."""
 
     paper: str
     text: str
     method: str
     other: str
-    figure: str
+    metric: str
     higher: bool
     """Whether it is claimed to be the higher one."""
 
 
+RT, VSAE = "RT-TopKSAE (rotation trick, arXiv:2410.06424)", "vSAE, arXiv:2509.22994"
+FEWER = "fewer dead latents than plain TopK; the paper has none against 53 % (dense)"
+BETTER = "better retention of principal components; the paper has 40 % (dense)"
+TUNED = "a rational {0} has a lower error than the {0} tuned for as long"
+PLAIN = "TopK, no aux-k"
+
 CLAIMS = (
-    Claim(
-        "AbsTopK, arXiv:2510.00404",
-        "lower error than TopK at equal k",
-        *("AbsTopK", "TopK", "fvu", False),
-    ),
-    Claim(
-        "RT-TopKSAE (rotation trick, arXiv:2410.06424)",
-        "fewer dead latents than plain TopK; the paper has none against 53 % (dense)",
-        *("RT dense", "TopK, no aux-k", "dead", False),
-    ),
-    Claim("", "the same (support)", "RT support", "TopK, no aux-k", "dead", False),
-    Claim("", "better retention of principal components; the paper has 40 % (dense)",
-          "RT dense", "TopK, no aux-k", "pcr", True),
-    Claim("", "the same (support)", "RT support", "TopK, no aux-k", "pcr", True),
-    *(
-        Claim(
-            "RSAE, arXiv:2606.14990" if teacher == "ReLU" else "",
-            f"a rational {teacher} has a lower error than the {teacher} tuned for as long",
-            *(f"RSAE of {teacher}", f"{teacher}, tuned", "fvu", False),
-        )
-        for teacher in ("ReLU", "JumpReLU", "TopK")
-    ),
-    Claim("vSAE, arXiv:2509.22994", "falls short of TopK",
-          "vSAE", "TopK, no aux-k", "fvu", True),
-    Claim("", "the same (learned variance)",
-          "vSAE, learned variance", "TopK, no aux-k", "fvu", True),
+    Claim("AbsTopK, arXiv:2510.00404", "lower error than TopK at equal k",
+          "AbsTopK", "TopK", "fvu", False),
+    Claim(RT, FEWER, "RT dense", PLAIN, "dead", False),
+    Claim("", "the same (support)", "RT support", PLAIN, "dead", False),
+    Claim("", BETTER, "RT dense", PLAIN, "pcr", True),
+    Claim("", "the same (support)", "RT support", PLAIN, "pcr", True),
+    Claim("RSAE, arXiv:2606.14990", TUNED.format("ReLU"),
+          "RSAE of ReLU", "ReLU, tuned", "fvu", False),
+    Claim("", TUNED.format("JumpReLU"), "RSAE of JumpReLU", "JumpReLU, tuned", "fvu", False),
+    Claim("", TUNED.format("TopK"), "RSAE of TopK", "TopK, tuned", "fvu", False),
+    Claim(VSAE, "falls short of TopK", "vSAE", PLAIN, "fvu", True),
+    Claim("", "the same (learned variance)", "vSAE, learned variance", PLAIN, "fvu", True),
 )  # fmt: skip
 
 
-def value(run: dict[str, Any], figure: str) -> float:
-    """A figure of a run; pcr is the mean of the three ranks' retention."""
-    if figure == "pcr":
+def value(run: dict[str, Any], metric: str) -> float:
+    """A metric of a run; pcr is the mean of the three ranks' retention."""
+    if metric == "pcr":
         return mean(v for name, v in run.items() if name.startswith("pcr"))
-    return run[figure]
+    return run[metric]
 
 
 def verdict(claim: Claim, runs: Runs) -> str | None:
     """What was measured on one data set; None where a method is missing.
 
     A claim holds where it is so from every seed, by however little: the change is given. Where L0
-    differs by more than L0_APART, the two are not compared, unless the one of the better figure
+    differs by more than L0_APART, the two are not compared, unless the one of the better metric
     also has fewer active latents.
     """
     own, other = runs.get(claim.method, {}), runs.get(claim.other, {})
     seeds = sorted(own.keys() & other.keys())
     if not seeds:
         return None
-    ours, theirs = ([value(runs[s], claim.figure) for s in seeds] for runs in (own, other))
+    ours, theirs = ([value(runs[s], claim.metric) for s in seeds] for runs in (own, other))
     sign = 1 if claim.higher else -1
     so = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
     contrary = sum(sign * (a - b) < 0 for a, b in zip(ours, theirs, strict=True))
     change = f" ({mean(ours) / mean(theirs) - 1:+.1%})" if mean(theirs) else ""
-    figures = (
-        f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, as claimed in {so} of {len(seeds)}"
-    )
+    numbers = f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, as claimed in {so}"
+    numbers += f" of {len(seeds)}"
     l0, their_l0 = (mean(runs[s]["l0"] for s in seeds) for runs in (own, other))
     whole = {so: "held", contrary: "did not hold"}.get(len(seeds), "undecided")
     if abs(l0 / their_l0 - 1) > L0_APART:
-        figures = f"L0 {l0:.1f} against {their_l0:.1f}, {figures}"
-        ours_is_good = (whole == "held") == (claim.higher == (claim.figure in MORE_IS_GOOD))
+        numbers = f"L0 {l0:.1f} against {their_l0:.1f}, {numbers}"
+        ours_is_good = (whole == "held") == (claim.higher == (claim.metric in MORE_IS_GOOD))
         if whole == "undecided" or ours_is_good != (l0 < their_l0):
-            return f"not comparable: {figures}"
-    return f"{whole}: {figures}"
+            return f"not comparable: {numbers}"
+    return f"{whole}: {numbers}"
 
 
 def claims_table(data: dict[str, Runs]) -> str:
     """A line for each claim, a column for each data set, in Markdown."""
-    lines = [
-        "| paper | claim | " + " | ".join(data) + " |",
-        "|---|---|" + "---|" * len(data),
-    ]
-    for claim in CLAIMS:
-        found = [verdict(claim, runs) or "–" for runs in data.values()]
-        lines.append(f"| {claim.paper} | {claim.text} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
+    rows = (
+        [claim.paper, claim.text, *(verdict(claim, runs) or "–" for runs in data.values())]
+        for claim in CLAIMS
+    )
+    return markdown(["paper", "claim", *data], rows)

@@ -28,6 +28,12 @@ class Scale:
     """Of text that the model reads with an SAE in place."""
 
 
+def run_options(scale: Scale, steps: int, seed: int) -> dict[str, Any]:
+    """Of every run, here and of upgrades."""
+    run = {"steps": steps, "batch_size": scale.batch_size, "seed": seed, "log_every": 50}
+    return run | {"checkpoint_every": 10 * steps}
+
+
 @dataclass(frozen=True)
 class Data:
     """Activations, and how many latents of each token the SAEs may use."""
@@ -36,20 +42,13 @@ class Data:
     open: Callable[[], ActivationSource]
 
 
+PLANTED: dict[str, Any] = {"n_latents": 1024, "active": 8, "noise": 0.02}
+PLANTED |= {"frequency_exponent": 0.5, "n_tokens": 600_000}
+
 DATA = {
     "MiniLM layer 3": Data(32, lambda: demo_shards(hookpoint="encoder.layer.2")),
     "MiniLM layer 5": Data(32, lambda: demo_shards(hookpoint="encoder.layer.4")),
-    "planted": Data(
-        8,
-        lambda: Synthetic(
-            d_in=256,
-            n_latents=1024,
-            active=8,
-            noise=0.02,
-            frequency_exponent=0.5,
-            n_tokens=600_000,
-        ),
-    ),
+    "planted": Data(8, lambda: Synthetic(d_in=256, **PLANTED)),
 }
 
 
@@ -72,12 +71,8 @@ class Method:
             activation=cfg(**settings),
             objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
             init=Init(encoder="tied"),  # all methods alike
-            steps=scale.steps,
-            batch_size=scale.batch_size,
-            seed=seed,
             data_seed=0,
-            checkpoint_every=10 * scale.steps,
-            log_every=50,
+            **run_options(scale, scale.steps, seed),
         )
 
 
@@ -105,11 +100,4 @@ TEACHERS = ("TopK", "JumpReLU", "ReLU")
 
 
 def upgrade_config(seed: int, scale: Scale) -> UpgradeConfig:
-    return UpgradeConfig(
-        steps=scale.tune_steps,
-        batch_size=scale.batch_size,
-        lr=2e-4,
-        seed=seed,
-        checkpoint_every=10 * scale.tune_steps,
-        log_every=50,
-    )
+    return UpgradeConfig(lr=2e-4, **run_options(scale, scale.tune_steps, seed))

@@ -1,37 +1,31 @@
-"""The study's tables and pictures, from its results."""
+"""The study's tables and plots, from its results."""
 
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from bench.record import markdown
+
 from .claims import Runs, claims_table
 
-COLUMNS = {  # figure: title, digits
-    "fvu": ("FVU", 4),
-    "l0": ("L0", 1),
-    "dead": ("dead", 3),
-    "utilisation": ("utilisation", 3),
-    "pcr16": ("PCR 16", 4),
-    "pcr64": ("PCR 64", 4),
-    "pcr192": ("PCR d/2", 4),
-    "pcr128": ("PCR d/2", 4),
-    "cosine": ("cosine", 4),
-    "probing1": ("probing, 1 latent", 3),
-    "probing5": ("probing, 5", 3),
-    "recovery": ("recovery", 3),
-}
+COLUMNS = {"fvu": ("FVU", 4), "l0": ("L0", 1), "dead": ("dead", 3)}
+COLUMNS |= {"utilisation": ("utilization", 3), "pcr16": ("PCR 16", 4), "pcr64": ("PCR 64", 4)}
+COLUMNS |= {"pcr192": ("PCR d/2", 4), "pcr128": ("PCR d/2", 4), "cosine": ("cosine", 4)}
+COLUMNS |= {"probing1": ("probing, 1 latent", 3), "probing5": ("probing, 5", 3)}
+COLUMNS |= {"recovery": ("recovery", 3)}
+"""Title and digits of each metric."""
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """Write results.md and a picture for each data set; returns the text."""
+    """Write results.md and a plot for each data set; returns the text."""
     data: dict[str, Runs] = results["runs"]
     parts = ["# Study", about(results), "## Claims", claims_table(data)]
     if results["time"]:
         parts += ["## Time", time_table(results["time"])]
     for name, runs in data.items():
-        picture = f"{name.lower().replace(' ', '-')}.png"
-        plot(runs, name, folder / picture)
-        parts += [f"## {name}", table(runs), f"![FVU of each method]({picture})"]
+        image = f"{name.lower().replace(' ', '-')}.png"
+        plot(runs, name, folder / image)
+        parts += [f"## {name}", table(runs), f"![FVU of each method]({image})"]
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)
     return text
@@ -52,42 +46,33 @@ def about(results: dict[str, Any]) -> str:
 
 
 def table(runs: Runs) -> str:
-    """Mean and spread over seeds of each figure, a row for each method, in Markdown."""
+    """Mean and spread over seeds of each metric, a row for each method, in Markdown."""
     known = {name for seeds in runs.values() for run in seeds.values() for name in run}
     columns = {name: column for name, column in COLUMNS.items() if name in known}
-    lines = [
-        "| | " + " | ".join(title for title, _ in columns.values()) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for method, seeds in runs.items():
-        cells = [spread([run.get(n) for run in seeds.values()], d) for n, (_, d) in columns.items()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = (
+        [method, *(spread([r.get(n) for r in seeds.values()], d) for n, (_, d) in columns.items())]
+        for method, seeds in runs.items()
+    )
+    return markdown(["", *(title for title, _ in columns.values())], rows)
 
 
 def time_table(time: dict[str, Any]) -> str:
     """Seconds of training for a million tokens, in Markdown."""
     stamp, methods = time["stamp"], time["methods"]
-    lines = [
-        f"Training steps alone, on {time['data']}, from the SAEs that training ended with, in "
-        f"turns: median (least to most). {stamp['cpu']}, {stamp['threads']} threads.",
-        "",
-        "| | s / 1M tokens | times TopK's |",
-        "|---|---|---|",
-    ]
+    about = f"Training steps alone, on {time['data']}, from the SAEs that training ended with, in "
+    about += f"turns: median (least to most). {stamp['cpu']}, {stamp['threads']} threads."
+    rows = []
     for method, found in sorted(methods.items(), key=lambda item: item[1]["median"]):
-        times, ratio = "{median} ({min} to {max})", found["median"] / methods["TopK"]["median"]
-        lines.append(f"| {method} | {times.format(**found)} | {ratio:.2f} |")
-    return "\n".join(lines)
+        ratio = found["median"] / methods["TopK"]["median"]
+        rows.append([method, "{median} ({min} to {max})".format(**found), f"{ratio:.2f}"])
+    return f"{about}\n\n" + markdown(["", "s / 1M tokens", "times TopK's"], rows)
 
 
 def spread(values: list[float | None], digits: int) -> str:
     found = [value for value in values if value is not None]
     if not found:
         return "–"
-    if len(found) == 1:
-        return f"{found[0]:.{digits}f}"
-    return f"{mean(found):.{digits}f} ± {stdev(found):.{digits}f}"
+    return f"{mean(found):.{digits}f}" + (f" ± {stdev(found):.{digits}f}" if found[1:] else "")
 
 
 def plot(runs: Runs, name: str, path: Path) -> None:
@@ -107,12 +92,9 @@ def plot(runs: Runs, name: str, path: Path) -> None:
             steps, fvu = zip(*next(iter(runs[method].values()))["curve"], strict=True)
             curves.plot(steps, fvu, linewidth=1.2, color=drawn.get_color(), label=method)
     ends.set_yticks(range(len(methods)), methods, fontsize=8)
-    ends.set_xlabel("held-out FVU, a point for each seed")
-    curves.set_xlabel("step (first seed)")
-    curves.set_ylabel("FVU while training")
+    ends.set(xlabel="held-out FVU, a point for each seed", xscale="log")
+    curves.set(xlabel="step (first seed)", ylabel="FVU while training", yscale="log")
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     for axes in (ends, curves):
         axes.grid(alpha=0.3, which="both")
-    ends.set_xscale("log")
-    curves.set_yscale("log")
     figure.savefig(path, dpi=120)

@@ -2,23 +2,25 @@
 
 import hashlib
 import json
-import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.clock import interleaved, summary
 from bench.record import RESULTS, stamp
 from fastsae import SAE, load
 from fastsae.config import to_dict
 from fastsae.data import ActivationShards, ActivationSource, Synthetic
 from fastsae.evals import EncoderEffect, downstream, reconstruction, sparse_probing
 from fastsae.files import read_json, write_json
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import TrainConfig, Trainer, stored_config
 from fastsae.train.log import read_lines
+from fastsae.train.run_folder import latest
 from fastsae.upgrade import UpgradeConfig, upgrade
 
 from .plan import DATA, METHODS, SEEDS, TEACHERS, Scale, upgrade_config
-from .timing import seconds_per_million
 
 FOLDER = RESULTS / "study"
 
@@ -27,7 +29,7 @@ class Study:
     """Results by data set, method and seed, in a file that survives an interruption.
 
     The SAEs are kept in `work`, so that upgrades find their teachers; a run that was cut off there
-    goes on. A run whose settings have changed since is done again.
+    continues. A run whose settings have changed since is done again.
     """
 
     def __init__(self, path: Path, work: Path, scale: Scale):
@@ -70,8 +72,8 @@ class Study:
             print(f"no timing: {self.work} lacks {', '.join(missing)}", flush=True)
             return
         methods = seconds_per_million(folders, source, rounds)
-        found = {"data": data, "runs": names, "methods": methods, "stamp": self.stamp}
-        self.results["time"] = found
+        about = {"data": data, "runs": names, "stamp": self.stamp}
+        self.results["time"] = about | {"methods": methods}
         write_json(self.path, self.results)
 
     def train(self, data: str, source: ActivationSource, method: str, seed: int) -> None:
@@ -96,10 +98,7 @@ class Study:
         config = replace(config, out=out)
         sae = load(self.folder(data, teacher, seed, trained) / "sae")
         upgrade(sae, source, config, resume=(out / "config.json").exists())
-        for name, folder in {
-            f"{teacher}, tuned": out / "baseline",
-            method: out,
-        }.items():
+        for name, folder in {f"{teacher}, tuned": out / "baseline", method: out}.items():
             found = self.measure(load(folder / "sae"), source, folder)
             self.keep(data, name, seed, settings, found)
 
@@ -108,14 +107,11 @@ class Study:
         heldout = source.heldout
         assert heldout is not None
         found = reconstruction(sae, heldout, max_tokens=26_000)
-        result: dict[str, Any] = {
-            "fvu": found.fvu,
-            "l0": found.l0,
-            "dead": found.dead_fraction,
-            "utilisation": found.utilisation,
-            **{f"pcr{rank}": value for rank, value in found.pc_retention.items()},
-            "curve": [[line["step"], line["fvu"]] for line in read_lines(run / "metrics.jsonl")],
-        }
+        result: dict[str, Any] = {"fvu": found.fvu, "l0": found.l0, "dead": found.dead_fraction}
+        result |= {"utilisation": found.utilisation}
+        result |= {f"pcr{rank}": value for rank, value in found.pc_retention.items()}
+        lines = read_lines(run / "metrics.jsonl")
+        result["curve"] = [[line["step"], line["fvu"]] for line in lines]
         if isinstance(heldout, ActivationShards):
             effect = downstream(sae, heldout, max_windows=self.scale.windows)
             assert isinstance(effect, EncoderEffect)
@@ -126,6 +122,34 @@ class Study:
         if isinstance(source, Synthetic):
             result["recovery"] = source.recovery(sae.W_dec)
         return result
+
+
+def seconds_per_million(
+    runs: dict[str, Path], source: ActivationSource, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Median, least and most seconds per million tokens, by method, from the folders of runs.
+
+    A step is one on the same batch from the last checkpoint, with the dead latents of then and a
+    learning rate of 0, so that L0 stays that of the result; loading data is not part of it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {
+            method: step_of(run, source, Path(folder) / str(number))
+            for number, (method, run) in enumerate(runs.items())
+        }
+        times = interleaved(steps, rounds)
+    tokens = {method: stored_config(run).batch_size for method, run in runs.items()}
+    return {m: summary([1e3 * t / tokens[m] for t in found]) for m, found in times.items()}
+
+
+def step_of(run: Path, source: ActivationSource, out: Path) -> Callable[[], object]:
+    """A training step of the SAE in a run's folder, as that run took it."""
+    out.mkdir()
+    trainer = Trainer(replace(stored_config(run), out=out), source)
+    state = trainer.start(resume=False, checkpoint=latest(run))
+    with trainer.batches(state) as batches:
+        batch = trainer.load(batches, state)
+    return lambda: trainer.step(state, batch, None)
 
 
 def digest(config: TrainConfig | UpgradeConfig) -> str:
@@ -148,4 +172,4 @@ def bench(work: Path, scale: Scale, data: list[str], seeds: list[int]) -> None:
                 study.tune(name, source, teacher, seed)
     first = next(iter(data or DATA))
     study.time(first, DATA[first].open(), (seeds or SEEDS)[0])
-    print(report(study.results, FOLDER), file=sys.stdout)
+    print(report(study.results, FOLDER))

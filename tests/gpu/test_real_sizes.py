@@ -28,6 +28,8 @@ from fastsae_kernels import (
     topk_batch,
 )
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, adam_
+from fastsae_kernels.center import center, center_reference
+from fastsae_kernels.dense_adam import adam_reference
 from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.encode_above import encode_above_reference
 from fastsae_kernels.jumprelu import jumprelu_l0_reference, jumprelu_reference
@@ -35,11 +37,7 @@ from fastsae_kernels.latent_major import LatentMajor, latent_major
 from fastsae_kernels.loss import squared_error_reference
 from fastsae_kernels.rational import rational_reference
 from fastsae_kernels.rotation import rotation_gradients
-from fastsae_kernels.sparse import (
-    decode_reference,
-    gather_dot_reference,
-    scatter_outer_reference,
-)
+from fastsae_kernels.sparse import decode_reference, gather_dot_reference, scatter_outer_reference
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import topk_reference
 from fastsae_kernels.topk_batch import encode_topk_batch_reference, topk_batch_reference
@@ -79,6 +77,10 @@ def same_dtype(function: Callable) -> Callable:
     return lambda values, *more: tuple(t.to(values.dtype) for t in function(values, *more))
 
 
+def detached(function: Callable, *more: Any) -> Callable:
+    return lambda *tensors: function(*(t.detach() for t in tensors), *more)
+
+
 SMOOTH: dict[str, Callable[[Problem], tuple[Callable, Callable, tuple]]] = {
     "decode": lambda p: (decode, decode_reference, (*planted(p), p.weights())),
     "gather_dot": lambda p: (
@@ -102,6 +104,10 @@ SMOOTH: dict[str, Callable[[Problem], tuple[Callable, Callable, tuple]]] = {
     "jumprelu_l0": lambda p: (
         last(jumprelu_l0, 0.3), last(jumprelu_l0_reference, 0.3),
         (p.normal(p.N, p.F), p.normal(p.F).abs()),
+    ),
+    "center": lambda p: (
+        detached(center, p.dtype), detached(center_reference, p.dtype),
+        (p.normal(p.N, p.D), p.normal(p.D)),
     ),
 }  # fmt: skip
 """Op, reference and arguments: outputs and gradients err at most twice as much."""
@@ -183,11 +189,7 @@ def test_rotation_gradients(op, mode, problem):
     x, W_enc, b_enc = p.normal(p.N, p.D), p.weights(), p.normal(p.F)
     code = topk_reference(torch.addmm(b_enc, x, W_enc.t()), p.K)
     gradients = p.normal(p.N, p.D), p.normal(p.N, p.K)
-
-    def detached(function: Callable) -> Callable:
-        return lambda *tensors: function(*(t.detach() for t in tensors), mode)
-
-    ours, reference = detached(rotation_gradients), detached(rotation_dense)
+    ours, reference = detached(rotation_gradients, mode), detached(rotation_dense, mode)
     assert_no_worse(ours, reference, x, W_enc, b_enc, p.weights(), *code, *gradients)
 
 
@@ -196,24 +198,21 @@ def test_rotation_gradients(op, mode, problem):
 AT = AdamStep(7, 1e-3)
 
 
-def adam_reference(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
+def adam_dense(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Weights and moments of decoder and encoder after a step from dense gradients."""
-    results, ((b1, b2), t) = (), (AT.betas, AT.step)
+    results = ()
     for unit, (W, m, v, weights, x) in zip((True, False), (tensors[:5], tensors[5:]), strict=True):
         terms = weights.to(W.dtype)[:, None] * x.to(W.dtype)[runs.token.long()]
         g = torch.zeros_like(W).index_add(0, runs.latent.long(), terms)
-        if unit:
-            g = g - (g * W).sum(1, keepdim=True) * W
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        W = W - AT.lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + AT.eps)
-        results += (W / W.norm(dim=1, keepdim=True) if unit else W), m, v
+        results += adam_reference(W, m, v, g, AT, unit)
     return tuple(t.detach() for t in results)
 
 
 def adam_kernel(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
     tensors = tuple(t.detach().clone() for t in tensors)
     decoder, encoder = Rows(*tensors[:3]), Rows(*tensors[5:8])
-    adam_(decoder, encoder, RowGradients(runs, *tensors[3:5], *tensors[8:]), AT)
+    (values, error), (d_values, x) = tensors[3:5], tensors[8:]
+    adam_(decoder, encoder, RowGradients(runs, values, error, d_values, x), AT)
     return *decoder[:3], *encoder[:3]
 
 
@@ -225,4 +224,4 @@ def test_adam(op, problem):
     p = problem._replace(N=9 if problem.dry else 160, F=24, K=2)
     decoder, encoder, g, *_ = adam_inputs(p, torch.float32, 1)
     tensors = *decoder[:3], g.values, g.error, *encoder[:3], g.d_values, g.x
-    assert_no_worse(partial(adam_kernel, g.runs), partial(adam_reference, g.runs), *tensors)
+    assert_no_worse(partial(adam_kernel, g.runs), partial(adam_dense, g.runs), *tensors)

@@ -155,11 +155,11 @@ def test_adam_beyond_2_to_the_31_entries(op, problem):
     error, x = near.normal(near.N, near.D), near.normal(near.N, near.D)
     weights, results = [near.weights(torch.float32) for _ in range(2)], []
     for size in (near.F, F):
-        states = [padded(W, size) for W in weights]
+        states = decoder, encoder = [padded(W, size) for W in weights]
         runs = latent_major(indices + size - near.F, size)
         v, d_v = (t.float().flatten()[runs.entry] for t in (values, d_values))
-        adam_(*states, RowGradients(runs, v, error, d_v, x), AdamStep(1, LR))
+        adam_(decoder, encoder, RowGradients(runs, v, error, d_v, x), AdamStep(1, LR))
         assert all((state.weight[: -near.F, 0] == 1).all() for state in states)
         results.append([state.weight[-near.F :].clone() for state in states])
-        del states
+        del states, decoder, encoder
     assert all(map(torch.equal, *results))
