@@ -184,9 +184,10 @@ CONSTANTS = {"maxnreg": 128}
 another works. Half of the columns and of the registers do not do: a third of them are addresses."""
 
 
-def rows_in_flight(x: Tensor, state: "Rows", unit: bool) -> int:
-    """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for."""
-    return 4 if unit or (x.element_size() == 2 and state.shadow is not None) else 2
+def rows_in_flight(x: Tensor, unit: bool) -> int:
+    """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for, of
+    which a program for the encoder needs a row more than one for the decoder."""
+    return 4 if unit or x.element_size() == 2 else 1
 
 
 def launch_visits(
@@ -248,7 +249,7 @@ def launch_adam(
             ROWS=rows,
             BLOCK_T=0 if window is None else visits[-1].shape[1],
             CHUNK=CHUNK,
-            BLOCK_K=rows_in_flight(x, state, unit),
+            BLOCK_K=rows_in_flight(x, unit),
             BLOCK_D=block_d,
             num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
             **CONSTANTS,
