@@ -1,4 +1,4 @@
-"""python -m bench step | quality | peers | study | gpu"""
+"""python -m bench step | kernels | quality | peers | study | gpu"""
 
 import argparse
 import sys
@@ -14,9 +14,10 @@ def main() -> None:
     step = commands.add_parser("step", help="a training step against dense PyTorch and the floor")
     step.add_argument("--shapes", nargs="+", choices=list("abcd"), default=list("abcd"))
     step.add_argument("--rounds", type=int, default=7)
+    commands.add_parser("kernels", help="any op: time, roof, PyTorch and torch.compile")
     quality = commands.add_parser("quality", help="held-out FVU against a dense trainer")
     quality.add_argument("--steps", type=int, default=600)
-    quality.add_argument("--ways", nargs="+", help="which of them, by their names in the results")
+    quality.add_argument("--variants", nargs="+", help="which, by their names in the results")
     peers.add_arguments(commands.add_parser("peers", help="a race against other trainers of SAEs"))
     study = commands.add_parser("study", help="every method on real and planted data, with seeds")
     study.add_argument("--work", type=Path, default=Path("runs/study"), help="folder for the SAEs")
@@ -25,8 +26,12 @@ def main() -> None:
     study.add_argument("--seeds", nargs="+", type=int)
     study.add_argument("--steps", type=int, help="of training; the default takes about two hours")
     study.add_argument("--tune-steps", type=int, help="of fine-tuning")
-    gpu = commands.add_parser("gpu", help="on a GPU: checks, every kernel, the training step")
+    gpu = commands.add_parser("gpu", help="the full GPU benchmark, in under ten minutes")
     guard.add_arguments(gpu)
+    if sys.argv[1:2] == ["kernels"]:  # the other commands need not wait for torch's import
+        from .kernels import add_arguments
+
+        add_arguments(commands.choices["kernels"])
     arguments = parser.parse_args()
     try:
         run(arguments)
@@ -39,10 +44,14 @@ def run(arguments: argparse.Namespace) -> None:
         from .step import bench
 
         bench(arguments.shapes, arguments.rounds)
-    elif arguments.command == "quality":
-        from .quality import WAYS, bench
+    elif arguments.command == "kernels":
+        from .kernels import bench
 
-        bench(arguments.steps, arguments.ways or list(WAYS))
+        bench(arguments)
+    elif arguments.command == "quality":
+        from .quality import CONTENDERS, bench
+
+        bench(arguments.steps, arguments.variants or list(CONTENDERS))
     elif arguments.command == "peers":
         from .peers.race import bench, chosen
 

@@ -76,3 +76,26 @@ def dense_step(
 
 def dense_adam(model: DenseTopK, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+
+
+def rotation_dense(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor,
+    d_recon: Tensor, d_values: Tensor, mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """rotation_gradients with all pre-activations and their gradients written out.
+
+    dh = a g + b h / |h| + c q / |q| of fastsae_kernels/rotation.py.
+    """
+    h = torch.addmm(b_enc, x, W_enc.t())
+    q, g = (torch.zeros_like(h).scatter_(1, indices, t) for t in (values, d_values))
+    active = q != 0
+    g.mul_(active).addmm_(d_recon, W_dec.t())
+    if mode == "support":
+        g.mul_(active)
+    none = ~active.any(1, keepdim=True)
+    h_norm, q_norm = (t.norm(dim=1, keepdim=True).masked_fill(none, 1) for t in (h, q))
+    a = (q_norm / h_norm).masked_fill(none, 0)
+    qg = (q * g).sum(1, keepdim=True) / q_norm
+    s = ((h * g).sum(1, keepdim=True) / h_norm + qg) / (1 + a)
+    dh = g.mul_(a).addcmul_(h, a * (2 * qg - s) / h_norm).addcmul_(q, -a * s / q_norm)
+    return dh @ W_enc, dh.t() @ x, dh.sum(0)

@@ -1,6 +1,6 @@
 """Held-out FVU of `fastsae train` on the demo, against a dense PyTorch trainer of the same recipe.
 
-Same activations, order, initialisation, schedule and aux-k; the dense trainer is bench/dense.py.
+Same activations, order, initialization, schedule and aux-k; the dense trainer is bench/dense.py.
 """
 
 import tempfile
@@ -19,17 +19,18 @@ from fastsae.train.optim import schedule
 from fastsae.train.plan import Plan
 from fastsae.train.trainer import SAMPLE_TOKENS
 
-from .common import write
+from .contender import Contender
 from .dense import DenseTopK, dense_adam, dense_step
+from .record import write
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "fastsae": {},
-    "bf16 encoder": {"encoder_precision": "bf16"},
-    "bf16 moments": {"optimizer": Optimizer(adam_moments="bf16")},
-    "window of 8": {"optimizer": Optimizer(adam_window=8)},
-    "tied encoder": {"init": Init(encoder="tied")},
+CONTENDERS = {
+    "fastsae": Contender(),
+    "bf16 encoder": Contender(options={"encoder_precision": "bf16"}),
+    "bf16 moments": Contender(options={"optimizer": Optimizer(adam_moments="bf16")}),
+    "window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
+    "tied encoder": Contender(options={"init": Init(encoder="tied")}),
+    "dense": Contender("dense"),
 }
-WAYS = (*OPTIONS, "dense")
 
 
 def train_dense(config: TrainConfig, source: ActivationShards) -> SAE:
@@ -70,23 +71,23 @@ def bf16_agreement(sae: SAE, data: ActivationShards) -> float:
     return same / active
 
 
-def bench(steps: int, ways: list[str]) -> None:
-    if unknown := set(ways) - set(WAYS):
-        raise ValueError(f"ways must be among {', '.join(WAYS)}, got {', '.join(unknown)}")
+def bench(steps: int, variants: list[str]) -> None:
+    if unknown := set(variants) - set(CONTENDERS):
+        raise ValueError(f"variants are {', '.join(CONTENDERS)}: got {', '.join(unknown)}")
     source = demo_shards()
     heldout = source.heldout
     assert heldout is not None
     tokens = {"train_tokens": source.n_tokens, "heldout_tokens": heldout.n_tokens}
-    for way in ways:
+    for name in variants:
+        contender = CONTENDERS[name]
         with tempfile.TemporaryDirectory() as folder:
-            options = OPTIONS.get(way, {})
-            config = TrainConfig(steps=steps, out=Path(folder) / "run", **options)
+            config = TrainConfig(steps=steps, out=Path(folder) / "run", **contender.options)
             start = time.perf_counter()
-            sae = train_dense(config, source) if way == "dense" else Trainer(config, source).fit()
+            sae = Trainer(config, source).fit() if contender.ours else train_dense(config, source)
             seconds = time.perf_counter() - start
         result = reconstruction(sae, heldout)
         found: dict[str, Any] = {
-            **{name: getattr(config, name) for name in ("steps", "batch_size", "d_sae")},
+            **{n: getattr(config, n) for n in ("steps", "batch_size", "d_sae")},
             "k": sae.activation.cfg.k,
             **tokens,
             "held-out FVU": round(result.fvu, 5),
@@ -94,7 +95,7 @@ def bench(steps: int, ways: list[str]) -> None:
             "L0": round(result.l0, 3),
             "seconds": round(seconds, 1),
         }
-        if way == "fastsae":
+        if name == "fastsae":
             found["bf16_agreement"] = bf16_agreement(sae, heldout)
-        print(way, found, flush=True)
-        write("quality-cpu", {way: found})
+        print(name, found, flush=True)
+        write("quality-cpu", {name: found})

@@ -1,62 +1,39 @@
-"""One whole training step against dense PyTorch and two floors of the machine.
+"""One whole training step against dense PyTorch and two floors of the machine, on a CPU.
 
-A floor is what no step can avoid: the encoder's product in fp32, and Adam reading and writing each
+A floor is what no step can avoid: the encoder's GEMM in fp32, and Adam reading and writing each
 parameter and its two moments once (24 bytes), at the speed this machine copies memory. The first
-takes torch.mm for the product, as PyTorch users get it (MKL on x86); the second the faster of that
+takes torch.mm for the GEMM, as PyTorch users get it (MKL on x86); the second the faster of that
 and oneDNN's, which fastsae uses.
 """
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 
-from fastsae import SAE, TopK
-from fastsae.losses import Objective
 from fastsae.train.memory import keep_freed_memory
-from fastsae.train.optim import Adam
-from fastsae.train.step import fused_step
 from fastsae_kernels.encode import _product
 
-from .common import SHAPES, interleaved, peak_megabytes, summary, write
-from .dense import DenseTopK, dense_adam, dense_step
+from .clock import interleaved, resident_bytes, summary
+from .contender import Contender, empty_sae, step_of
+from .problem import SHAPES, Problem
+from .record import write
 
-WAYS = ("fastsae", "fastsae bf16", "dense")
-
-
-def fastsae_run(sae: SAE, x: torch.Tensor, shadows: tuple[str, ...] = ()):
-    adam = Adam(sae, shadows=shadows)
-
-    def run() -> None:
-        adam.begin_step(1e-4)
-        fused_step(sae, adam, x, None, Objective())
-
-    return run
+CONTENDERS = {
+    "fastsae": Contender(),
+    "fastsae bf16": Contender(options={"encoder_precision": "bf16"}),
+    "dense": Contender("dense"),
+}
 
 
-def runs(shape: str, ways: tuple[str, ...]) -> dict[str, Any]:
-    """What is timed at a shape, by name, each on weights of its own."""
-    N, d_in, d_sae, k = SHAPES[shape]
+def run_of(shape: str, name: str):
+    """What is timed of a contender at a shape, on weights of its own."""
+    p = Problem(shape, *SHAPES[shape], torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
-    x = torch.randn(N, d_in)
-
-    def tied() -> SAE:
-        sae = SAE(d_in, d_sae, TopK(k))
-        sae.W_enc.data.copy_(sae.W_dec.data)
-        return sae
-
-    made: dict[str, Any] = {}
-    if "fastsae" in ways:
-        made["fastsae"] = fastsae_run(tied(), x)
-    if "fastsae bf16" in ways:
-        made["fastsae bf16"] = fastsae_run(tied(), x, ("W_enc",))
-    if "dense" in ways:
-        model = DenseTopK(tied())
-        adam = dense_adam(model, 1e-4)
-        dead = torch.zeros(d_sae, dtype=torch.bool)
-        made["dense"] = lambda: dense_step(model, adam, x, dead, d_in // 2)
-    return made
+    x = p.normal(p.N, p.D)
+    return partial(step_of(CONTENDERS[name], p, empty_sae(p)), x)
 
 
 def floor(shape: str) -> dict[str, Any]:
@@ -73,16 +50,17 @@ def floor(shape: str) -> dict[str, Any]:
 
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
-    times = interleaved({**floor(shape), **runs(shape, WAYS)}, rounds)
+    runs = floor(shape) | {name: run_of(shape, name) for name in CONTENDERS}
+    times = interleaved(runs, rounds)
     result: dict[str, Any] = {"unit": "ms", "rounds": rounds}
     result |= {name: summary(values) for name, values in times.items()}
     products = [result[name]["median"] for name in ("torch.mm", "oneDNN")]
     for floor_name, product in {"floor": products[0], "best floor": min(products)}.items():
         least = product + result["Adam's bytes"]["median"]
         result[floor_name] = {"median": round(least, 2)}
-        for name in WAYS:
+        for name in CONTENDERS:
             result[name][f"of {floor_name}"] = round(result[name]["median"] / least, 3)
-    for name in WAYS:  # alone in a process, for its memory
+    for name in CONTENDERS:  # alone in a process, for its memory
         command = [sys.executable, "-m", "bench.step", shape, name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         result[name]["peak MB"] = round(float(output))
@@ -93,21 +71,21 @@ def bench(shapes: list[str], rounds: int) -> None:
     keep_freed_memory()  # as the trainer does; it helps dense PyTorch as well
     results = {}
     print("ms, and multiples of the first floor: with torch.mm, with the faster of it and oneDNN")
-    names = "".join(f"{name:>14}{'':>8}" for name in WAYS)
+    names = "".join(f"{name:>14}{'':>8}" for name in CONTENDERS)
     print(f"{'shape':<6}{'floors':>18}{names}   peak MB")
     for shape in shapes:
         r = results[shape] = measure(shape, rounds)
-        cells = "".join(f"{r[w]['median']:>14.1f}{r[w]['of floor']:>7.2f}x" for w in WAYS)
-        peaks = " / ".join(str(r[w]["peak MB"]) for w in WAYS)
+        cells = "".join(f"{r[w]['median']:>14.1f}{r[w]['of floor']:>7.2f}x" for w in CONTENDERS)
+        peaks = " / ".join(str(r[w]["peak MB"]) for w in CONTENDERS)
         floors = "".join(f"{r[name]['median']:>9.1f}" for name in ("floor", "best floor"))
         print(f"{shape:<6}{floors}{cells}   {peaks}", flush=True)
     print(write("step-cpu", results))
 
 
 if __name__ == "__main__":
-    shape, way = sys.argv[1:]
+    shape, name = sys.argv[1:]
     keep_freed_memory()
-    (run,) = runs(shape, (way,)).values()
+    run = run_of(shape, name)
     for _ in range(3):
         run()
-    print(peak_megabytes())
+    print(resident_bytes() / 2**20)

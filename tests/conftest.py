@@ -1,6 +1,7 @@
 """Fixtures: where to run, a fixed seed, and memory that reads as NaN until it is written."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,14 @@ torch.set_num_threads(
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Runs leave no plot of their curves: drawing it takes several times as long as a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsae.train.trainer.plot_curves", lambda *arguments: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

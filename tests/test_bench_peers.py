@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from bench import common
+from bench import record
 from bench.peers import race, report
 from bench.peers.contender import CONTENDERS, SAME_LR, quality
 from bench.peers.stream import TimeUp, open_stream
@@ -48,7 +48,7 @@ def task(contender: str, data, **settings) -> Task:
 
 def test_a_race(data, tmp_path, monkeypatch):
     """Results, tables and a picture of contenders that are here; others are said to be missing."""
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setitem(
         CONTENDERS, "nobody", CONTENDERS["sparsify"]._replace(package="not-a-package")
     )
@@ -132,7 +132,7 @@ def test_a_peer_trains(name, data):
     if name in race.installed([name])[1]["missing"]:
         pytest.skip(f"{contender.package} is not installed")
     torch.use_deterministic_algorithms(False)  # they are not asked to be
-    train = import_module(f"bench.peers.{contender.module}").train
+    train = import_module(f"bench.peers.train_{contender.trainer}").train
     shards = race.training_data(data)
 
     def trained(**settings):

@@ -1,6 +1,7 @@
 """Imports point down: a module may import its own package and the floors below it."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ FLOORS = [
     {"fastsae.upgrade"},
     {"fastsae.cli", "fastsae"},
 ]
+POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
 ROOT = Path(__file__).parents[1]
 FILES = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "fastsae").rglob("*.py")]
@@ -26,17 +28,28 @@ def part(module: str) -> str:
     return next(p for p in (".".join(module.split(".")[:2]), module.split(".")[0]) if p in FLOOR)
 
 
+def imported(path: Path) -> Iterator[str]:
+    """Modules that a file imports by their whole names, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
     names = path.relative_to(ROOT).with_suffix("").parts
     own = part(".".join(names[1:] if names[0] == "kernels" else names).removesuffix(".__init__"))
-    for node in ast.walk(ast.parse(path.read_text())):
-        modules = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for module in modules:
-            if module and module.split(".")[0] in ("fastsae", "fastsae_kernels"):
-                other = part(module)
-                assert other == own or FLOOR[other] < FLOOR[own], f"{own} may not import {other}"
+    for module in imported(path):
+        if module.split(".")[0] in ("fastsae", "fastsae_kernels"):
+            other = part(module)
+            assert other == own or FLOOR[other] < FLOOR[own], f"{own} may not import {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_module_is_needed_that_windows_lacks(path):
+    assert not POSIX & {module.split(".")[0] for module in imported(path)}
 
 
 def test_only_one_module_reads_the_environment():

@@ -1,114 +1,161 @@
-"""Everything to be known of a GPU in one run of under eight minutes.
+"""Full GPU benchmark: precompile, floors, core tests, training steps, kernels, all tests, peers.
 
-This machine's ceilings, checks of what a step is made of, whole training steps, a table of its
-kernels, then checks and timings of the others; `--rehearse` goes through all of it on a CPU, at
-tiny shapes, through Triton's interpreter.
+It ends within ten minutes and writes every row as soon as it is measured. `--dry-run` runs the
+whole benchmark on a CPU at tiny sizes, through Triton's interpreter.
 """
 
 import argparse
+import subprocess
+import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
+from bench.kernels import line as kernel_line
+from bench.kernels import op_row
+from bench.ops import OPS
+from bench.problem import SHAPES, TINY, Problem
+from bench.record import ROOT, Record
+from bench.roofs import copy_row, product_row, roofs_from, square
 from fastsae_kernels._launch import interpreted
 
-from .checks import Check, outcome, sparse_checks
-from .checks_encode import encode_checks, topk_checks
-from .checks_rotation import rotation_checks
-from .checks_train import train_checks
-from .clock import PRODUCTS, copy_row, product_row
-from .data import Problem, problems
+from . import proof
 from .guard import DONE, FAILED
-from .kernels import first_table, more_table, tune
-from .record import NOT_RUN, Record
+from .monitor import Monitor
+from .precompile import precompile
 from .report import short_table
-from .step import step_table
+from .step import step_rows
 
 
-def all_checks(shapes: list[Problem]) -> Iterator[Check]:
-    parts = train_checks, topk_checks, encode_checks, sparse_checks, rotation_checks
-    return chain.from_iterable(part(shapes) for part in parts)
+@dataclass
+class Run:
+    """What every part gets."""
+
+    record: Record
+    problems: list[Problem]
+    monitor: Monitor
+    dry: bool
+    again: bool
+    """Whether an earlier process of this run died."""
+
+    def row(self, part: str, key: str, work: Callable[[], dict[str, Any]], **more: float) -> None:
+        """Measure and show a row, with the clocks at which it ran."""
+
+        def watched() -> dict[str, Any]:
+            start = time.time()
+            return work() | self.monitor.since(start)
+
+        row = self.record.row(part, key, watched, **more)
+        self.record.say(f"{key:20} " + ", ".join(f"{name} {value}" for name, value in row.items()))
 
 
-def run_checks(record: Record, shapes: list[Problem], part: str, first: bool) -> None:
-    for check in all_checks(shapes):
-        if check.first == first:
-            row = record.row(part, f"{check.group}: {check.name}", partial(outcome, check))
-            record.say(f"{check.name:64} {said_of(row)}")
+def compile_kernels(run: Run) -> None:
+    major, minor = (9, 0) if run.dry else torch.cuda.get_device_capability()
+    names = "".join(p.name for p in run.problems)
+    run.row(
+        "compile", "triton", partial(precompile, 10 * major + minor, names, run.dry), patience=1e9
+    )
 
 
-def said_of(row: dict[str, Any]) -> str:
-    if row.get("error") in NOT_RUN:
-        return row["error"]
-    if "error" in row:
-        return f"FAILED: {row['error']}"
-    return f"ok, but unlucky once: {row['unlucky'][:100]}" if "unlucky" in row else "ok"
-
-
-def measure_floors(record: Record, shapes: list[Problem]) -> None:
-    device = shapes[0].device
-    side = 64 if shapes[0].rehearsal else 8192
-    square = Problem("square", side, side, side, 1, device)
-    rows = {"copy": partial(copy_row, device)}
-    for kind in PRODUCTS:
-        rows[f"{kind} square"] = partial(product_row, square, kind)
-    for p in shapes:
-        rows[f"bf16 {p.name}"] = partial(product_row, p, "bf16")
+def measure_floors(run: Run) -> None:
+    """Short bursts, and for copy and GEMM two seconds back to back, as hot as a step runs."""
+    p = run.problems[0]
+    held = {"budget": 2000.0, "space": False}
+    rows: dict[str, Callable[[], dict[str, Any]]] = {"copy": partial(copy_row, p)}
+    for kind in ("bf16", "fp8", "tf32", "fp32"):
+        rows[f"{kind} square"] = partial(product_row, square(p), kind)
+    rows["copy for 2 s"] = partial(copy_row, p, **held)
+    rows["bf16 square for 2 s"] = partial(product_row, square(p), "bf16", **held)
+    for q in run.problems:
+        for kind in ("bf16", "fp8", "linear"):
+            rows[f"{kind} {q.name}"] = partial(product_row, q, kind)
     for name, work in rows.items():
-        row = record.row("floors", name, work)
-        record.say(f"{name:12} " + ", ".join(f"{key} {value}" for key, value in row.items()))
+        run.row("floors", name, work)
+
+
+def run_tests(run: Run, part: str) -> None:
+    proof.run_tests(run.record, part, run.dry)
+
+
+def time_steps(run: Run) -> None:
+    run.record.begin("profile", run.again)
+    step_rows(run.record, run.problems, run.monitor)
+    proof.mark_rows(run.record)
+
+
+def time_kernels(run: Run) -> None:
+    """What a step consists of first."""
+    roofs = roofs_from(run.record.rows("floors"))
+    for op in sorted(OPS, key=lambda op: not op.step):
+        for p in run.problems:
+            key = f"{p.name} {op.name}"
+            work = partial(op_row, op, p, roofs, False, ("torch",))
+            run.record.say(f"{key:34} {kernel_line(run.record.row('kernels', key, work))}")
+    proof.mark_rows(run.record)
+
+
+def race_peers(run: Run) -> None:
+    """Against other trainers, where any is installed."""
+    here = [name for name in ("sae_lens", "sparsify", "dictionary_learning") if find_spec(name)]
+    command = [sys.executable, "-m", "bench", "peers", "--rounds", "1", "--steps", "0"]
+    command += ["--shapes", *(p.name for p in run.problems)]
+
+    def race() -> dict[str, Any]:
+        if run.dry or not here:
+            return {"skipped": f"installed: {', '.join(here) or 'none'}"}
+        limit = max(1, run.record.left("peers"))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        return {"output": done.stdout[-8000:], "code": done.returncode}
+
+    run.row("peers", "race", race, patience=1e9)
 
 
 class Part(NamedTuple):
-    run: Callable[[Record, list[Problem]], None]
+    run: Callable[[Run], None]
     seconds: float
     """After which it begins no row."""
 
 
 PARTS = {
-    "floors": Part(measure_floors, 30),
-    "checks": Part(partial(run_checks, part="checks", first=True), 150),
-    "step": Part(step_table, 120),
-    "kernels": Part(first_table, 100),
-    "tune": Part(tune, 60),
-    "more checks": Part(partial(run_checks, part="more checks", first=False), 80),
-    "more kernels": Part(more_table, 80),
+    "compile": Part(compile_kernels, 60),
+    "floors": Part(measure_floors, 45),
+    "core tests": Part(partial(run_tests, part="core tests"), 60),
+    "step": Part(time_steps, 150),
+    "kernels": Part(time_kernels, 100),
+    "tests": Part(partial(run_tests, part="tests"), 120),
+    "peers": Part(race_peers, 60),
 }
 """In order; all of it ends with record.LAST."""
 
-ALWAYS = "floors", "checks"
-"""What the other parts are compared with, and wait for."""
-
-
-def wanted_parts(arguments: argparse.Namespace) -> dict[str, Part]:
-    names = {*(arguments.parts or PARTS.keys() - {"tune"}), *ALWAYS}
-    if arguments.tune:
-        names.add("tune")
-    if names - PARTS.keys():
-        raise SystemExit(f"no such part: {sorted(names - PARTS.keys())}; there are {[*PARTS]}")
-    return {name: part for name, part in PARTS.items() if name in names}
-
 
 def bench(arguments: argparse.Namespace) -> int:
-    parts = wanted_parts(arguments)
-    shapes = problems(arguments.shapes, arguments.rehearse)
-    device, broken = shapes[0].device, False
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU here: --rehearse goes through the same program on a CPU")
-    record = Record(arguments.out, device, arguments.since, arguments.again, arguments.commit)
-    for name, part in parts.items():
-        record.begin(name, arguments.again, part.seconds)
+    names = arguments.parts or [*PARTS]
+    if unknown := set(names) - PARTS.keys():
+        raise ValueError(f"parts are {', '.join(PARTS)}: got {', '.join(sorted(unknown))}")
+    dry, again = arguments.dry_run, arguments.again
+    if not dry and not torch.cuda.is_available():
+        raise ValueError("no CUDA GPU here: --dry-run runs the whole benchmark on a CPU")
+    device = torch.device("cpu" if dry else "cuda")
+    sizes, dtype = (TINY, torch.float32) if dry else (SHAPES, torch.bfloat16)
+    problems = [Problem(n, *sizes[n], device, dtype, dry=dry) for n in arguments.shapes]
+    record = Record(arguments.out, device, arguments.since, again, arguments.commit)
+    run, broken = Run(record, problems, Monitor(), dry, again), False
+    for name in (name for name in PARTS if name in names):
+        record.begin(name, again, PARTS[name].seconds)
         try:
-            with interpreted() if arguments.rehearse else nullcontext():
-                part.run(record, shapes)
+            with interpreted() if dry else nullcontext():
+                PARTS[name].run(run)
         except Exception:  # a mistake of this program: the other parts are worth having
             traceback.print_exc()
             broken = True
         record.end(name)
-    print(short_table(record, shapes), flush=True)
-    return FAILED if broken or record.failed() else DONE
+    run.monitor.stop()
+    print(short_table(record), flush=True)
+    return FAILED if broken or proof.failures(record) else DONE

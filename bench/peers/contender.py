@@ -5,51 +5,32 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.common import peak_megabytes
+from bench.clock import resident_bytes
+from bench.contender import Contender
 from fastsae.data import ActivationShards
 from fastsae.train.memory import keep_freed_memory
 
 from .stream import TimeUp, open_stream, scale_of
 from .task import Task
 
-
-class Contender(NamedTuple):
-    """A trainer, with the settings by which its rows in the race differ."""
-
-    module: str
-    """The file beside this one that runs it: imported where it runs, for it imports its library."""
-    options: dict[str, Any]
-    package: str | None = None
-    """What must be installed, by its name on PyPI; None for what is here."""
-    adam: bool = True
-    """Whether a learning rate means what it does in fastsae."""
-    accelerated: bool = False
-    """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
-
-    @property
-    def peer(self) -> bool:
-        """Whether it is what fastsae is compared with."""
-        return self.package is not None and not self.accelerated
-
-
 CONTENDERS = {
-    "fastsae": Contender("train_fastsae", {}),
-    "fastsae, bf16 encoder": Contender("train_fastsae", {"encoder_precision": "bf16"}),
-    "dense PyTorch": Contender("train_fastsae", {"dense": True}),
-    "SAELens": Contender("train_sae_lens", {"use_sparse_activations": False}, "sae-lens"),
+    "fastsae": Contender(),
+    "fastsae, bf16 encoder": Contender(options={"encoder_precision": "bf16"}),
+    "dense PyTorch": Contender("dense"),
+    "SAELens": Contender("sae_lens", {"use_sparse_activations": False}, package="sae-lens"),
     "SAELens, sparse": Contender(  # whose rescaling has no gradient on a CPU's sparse tensors
-        "train_sae_lens",
+        "sae_lens",
         {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False},
-        "sae-lens",
+        package="sae-lens",
     ),
-    "dictionary_learning": Contender("train_dictionary_learning", {}, "dictionary-learning"),
-    "sparsify": Contender("train_sparsify", {"optimizer": "signum"}, "eai-sparsify", adam=False),
-    "sparsify, Adam": Contender("train_sparsify", {"optimizer": "adam"}, "eai-sparsify"),
+    "dictionary_learning": Contender("dictionary_learning", package="dictionary-learning"),
+    "sparsify": Contender("sparsify", {"optimizer": "signum"}, package="eai-sparsify", adam=False),
+    "sparsify, Adam": Contender("sparsify", {"optimizer": "adam"}, package="eai-sparsify"),
 }
 CONTENDERS |= {
     f"{name}, accelerated": own._replace(
@@ -67,7 +48,7 @@ def measure(task: Task) -> dict[str, Any]:
     """Milliseconds of each step and peak memory; of a whole run, its settings and quality too."""
     contender = CONTENDERS[task.contender]
     keep_freed_memory()  # as fastsae's trainer does; it helps the others as well
-    train = import_module(f".{contender.module}", __package__).train
+    train = import_module(f".train_{contender.trainer}", __package__).train
     stream, trained = open_stream(task), None
     with suppress(TimeUp):
         trained = train(task, stream, **contender.options)
@@ -80,7 +61,8 @@ def measure(task: Task) -> dict[str, Any]:
 
 def peak(device: str) -> float:
     """Resident megabytes, or those on the GPU."""
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_megabytes()
+    used = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()
+    return used / 2**20
 
 
 @torch.no_grad()

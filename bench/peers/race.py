@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from bench import common
-from bench.gpu import data as gpu_data
+from bench import record
+from bench.clock import summary
+from bench.problem import SHAPES, Size, shape_names
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.device import choose_device
 from fastsae.train.optim import default_lr
@@ -21,9 +22,6 @@ from fastsae.train.optim import default_lr
 from .contender import CONTENDERS, SAME_LR
 from .report import plot, tables
 from .task import Task
-
-Size = tuple[int, int, int, int]
-"""tokens, d_in, d_sae, k"""
 
 TURN = 2.0
 """Seconds for which steps are timed in a turn; a step that takes longer is timed once."""
@@ -35,7 +33,7 @@ def bench(
     steps: int,
     names: list[str] | None = None,
     data: Path | None = None,
-    trained: Size = common.SHAPES["a"],
+    trained: Size = SHAPES["a"],
     turn: float = TURN,
 ) -> str:
     """Race at every size, then over steps of training, of the size trained but as wide as data.
@@ -50,10 +48,10 @@ def bench(
     device = choose_device("auto")
     if device == "cuda":
         about["gpu"] = torch.cuda.get_device_name()
-    path = common.RESULTS / f"peers-{device}.json"
+    path = record.RESULTS / f"peers-{device}.json"
 
     def keep(name: str, task: dict[str, Any], contenders: dict[str, Any]) -> None:
-        common.write(path.stem, {name: {**task, **about, "contenders": contenders}})
+        record.write(path.stem, {name: {**task, **about, "contenders": contenders}})
 
     for name, size in sizes.items() if rounds else ():
         task = {**sized(size), "device": device, "seconds": turn}
@@ -79,10 +77,10 @@ def check(rounds: int, steps: int, names: list[str] | None) -> None:
 
 def chosen(names: list[str] | None) -> dict[str, Size]:
     """Those of this machine's sizes that have these names, by default all."""
-    sizes = gpu_data.SHAPES if torch.cuda.is_available() else common.SHAPES
-    if unknown := set(names or ()) - set(sizes):
-        raise ValueError(f"shapes here are {', '.join(sizes)}: got {', '.join(unknown)}")
-    return {name: sizes[name] for name in names or sizes}
+    here = shape_names(choose_device("auto"))
+    if unknown := set(names or ()) - set(here):
+        raise ValueError(f"shapes here are {', '.join(here)}: got {', '.join(unknown)}")
+    return {name: SHAPES[name] for name in names or here}
 
 
 def sized(size: Size) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     """What a contender's turns come to: of each, the median counts."""
     if "error" in turns[-1]:
         return turns[-1]
-    ms = common.summary([median(turn["ms"]) for turn in turns])
+    ms = summary([median(turn["ms"]) for turn in turns])
     peak = max(turn["peak MB"] for turn in turns)
     return {"ms": ms, "tokens/s": round(tokens / ms["median"] * 1e3), "peak MB": round(peak)}
 

@@ -1,4 +1,4 @@
-"""fastsae: its Trainer, and beside it the dense PyTorch trainer of bench/quality.py."""
+"""fastsae: its Trainer; or for train_dense.py, the dense PyTorch trainer of bench/quality.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, stamp
+from bench.record import RESULTS, stamp
 from fastsae import SAE, load
 from fastsae.config import to_dict
 from fastsae.data import ActivationShards, ActivationSource, Synthetic

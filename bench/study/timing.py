@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from bench.common import interleaved, summary
+from bench.clock import interleaved, summary
 from fastsae.data import ActivationSource
 from fastsae.train import Trainer, stored_config
 from fastsae.train.run_folder import latest

@@ -39,9 +39,10 @@ class _PreActivations(Function):
     def backward(ctx, *gradients):
         (g,), (x, W_enc) = gradients, ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad
-        latents = g.any(0).nonzero()[:, 0]
-        if len(latents) > FEW * len(W_enc):
-            latents = torch.arange(len(W_enc), device=g.device)
+        latents = torch.arange(W_enc.shape[0], device=g.device)
+        if not torch.is_grad_enabled():  # a gradient of 0 can have a derivative of its own
+            some = g.any(0).nonzero()[:, 0]
+            latents = some if len(some) <= FEW * len(W_enc) else latents
         g = g[:, latents].to(W_enc.dtype)
         d_W_enc = torch.zeros_like(W_enc).index_copy_(0, latents, g.T @ x) if need_W else None
         d_b_enc = g.new_zeros(len(W_enc)).index_copy_(0, latents, g.sum(0)) if need_b else None

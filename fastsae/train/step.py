@@ -29,6 +29,7 @@ from fastsae.losses import (
 from fastsae.nn import SAE
 from fastsae_kernels import squared_error
 from fastsae_kernels.adam import RowGradients
+from fastsae_kernels.center import center
 from fastsae_kernels.latent_major import latent_major
 
 from .optim import Adam
@@ -71,10 +72,8 @@ def fused_step(
     x = sae.tokens(x)
     low = "W_dec" in adam.shadow  # then every product is of bfloat16
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
-    centred = x - x.mean(0)
-    variance = sum_of_squares(centred)
-    torch.sub(x, sae.b_dec, out=centred)
-    seen, b_enc = centred.to(W_enc.dtype), sae.b_enc.to(W_enc.dtype)
+    seen, variance = center(x, sae.b_dec, W_enc.dtype)
+    b_enc = sae.b_enc.to(W_enc.dtype)
     proposals = {} if low or "W_enc" not in adam.shadow else {"shadow": adam.shadow["W_enc"]}
     if codes is None:
         codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
@@ -105,11 +104,6 @@ def fused_step(
     adam.end_step()
     none = torch.zeros_like(fvu)
     return TrainingLoss(loss, fvu, none if aux is None else aux.loss, none, codes.l0(), codes)
-
-
-def sum_of_squares(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """Over all entries, without a copy of x; the norm of a whole tensor loses four digits."""
-    return torch.linalg.vector_norm(x, dim=1).square().sum()
 
 
 class AuxKGradients(NamedTuple):

@@ -40,13 +40,19 @@ def _above_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 BLOCK = 2048
-"""Entries of a row that a program has in flight."""
+"""Entries of a row that a program has in flight: up to 16 a thread of Triton's 4 warps."""
 
 
 def _launch_above(pre: Tensor, threshold: Tensor, by: By, *lists: Tensor | None) -> None:
     (N, F), (_, values, _) = pre.shape, lists
-    constants = min(BLOCK, power_of_2(F)), by == "abs", values is not None
-    launch(_above_kernel, (N,), pre, threshold, *lists, F, *constants)
+    launch(
+        _above_kernel,
+        (N,),
+        *(pre, threshold, *lists, F),
+        BLOCK=min(BLOCK, power_of_2(F)),
+        ABS=by == "abs",
+        LIST=values is not None,
+    )
 
 
 def launch_count(pre: Tensor, threshold: Tensor, by: By) -> Tensor:

@@ -19,7 +19,7 @@ from ._launch import capability, launch
 
 
 @triton.jit
-def _nan_or_max(a, b):
+def nan_or_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -61,7 +61,7 @@ def _encode_kernel(
         rank = tl.abs(rank)
     rank = tl.where((f < F)[None, :], rank, 0.0 if ABS else float("-inf"))
     groups = tl.reshape(rank, (BLOCK_N, BLOCK_F // S, S))
-    maxima = tl.reduce(groups, 1, _nan_or_max).to(maxima_ptr.dtype.element_ty)
+    maxima = tl.reduce(groups, 1, nan_or_max).to(maxima_ptr.dtype.element_ty)
     g = tile_f * S + tl.arange(0, S)
     at = n.to(tl.int64)[:, None] * (tiles_f * S) + g[None, :]
     tl.store(maxima_ptr + at, maxima, mask=(n < N)[:, None])
@@ -84,7 +84,7 @@ class Tiles(NamedTuple):
 SMALL, MEDIUM, LARGE = Tiles(64, 64, 32, 4, 2), Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3)
 
 BAND = 8
-MOST_GROUPS = 16384
+MOST_GROUPS = 8192
 MOST_KEPT = 512
 """Maxima of a row that topk.py keeps in registers, and entries that it finds by them."""
 

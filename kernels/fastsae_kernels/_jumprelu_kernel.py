@@ -3,6 +3,8 @@
 Shapes: N rows (tokens), F latents.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -61,26 +63,30 @@ def _jumprelu_backward_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 BLOCK = 4096
-"""Entries that a program has in flight: some rows of up to 1024 columns."""
+"""Entries that a program has in flight, up to 32 a thread of Triton's 4 warps."""
+
+COLUMNS = 1024
+"""The most columns of them: wide loads need no more, and 4 rows share the thresholds."""
 
 SPAN = 64
-"""Rows that a program of the backward kernel adds up."""
+"""Rows that a program of the backward kernel adds up: its sums have 1/32 of the bytes of bf16 h."""
 
 
-def _tile(F: int) -> tuple[int, int]:
-    """Rows and columns of BLOCK."""
-    columns = min(1024, power_of_2(F))
-    return BLOCK // columns, columns
+def _constants(h: Tensor, l0: bool) -> dict[str, Any]:
+    """BLOCK as rows and columns, and what else both kernels are compiled for."""
+    columns = min(COLUMNS, power_of_2(h.shape[1]))
+    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
+    return {"ROWS": BLOCK // columns, "COLUMNS": columns, "L0": l0, "ACC": acc}
 
 
 def launch_jumprelu(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> None:
     N, F = h.shape
-    rows, columns = _tile(F)
-    across = -(-F // columns)
-    grid = (-(-N // rows) * across,)  # one axis, for candidates are one row of many blocks
+    constants = _constants(h, l0)
+    across = -(-F // constants["COLUMNS"])
+    # One axis, for candidates are one row of many blocks.
+    grid = (-(-N // constants["ROWS"]) * across,)
     counts = out.new_empty(N, across) if l0 else out
-    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
-    launch(_jumprelu_kernel, grid, h, threshold, counts, N, F, rows, columns, l0, acc)
+    launch(_jumprelu_kernel, grid, h, threshold, counts, N, F, **constants)
     if l0:
         torch.sum(counts, 1, out=out)
 
@@ -89,11 +95,15 @@ def launch_jumprelu_backward(
     g: Tensor, h: Tensor, threshold: Tensor, dh: Tensor, half: float, l0: bool
 ) -> Tensor:
     N, F = h.shape
-    rows, columns = _tile(F)
-    span = max(SPAN, rows)
+    constants = _constants(h, l0)
+    span = max(SPAN, constants["ROWS"])
     spans = -(-N // span)
-    sums, grid = threshold.new_empty(spans, F), (spans * -(-F // columns),)
-    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
-    constants = span, rows, columns, l0, acc
-    launch(_jumprelu_backward_kernel, grid, g, h, threshold, dh, sums, N, F, half, *constants)
+    sums, grid = threshold.new_empty(spans, F), (spans * -(-F // constants["COLUMNS"]),)
+    launch(
+        _jumprelu_backward_kernel,
+        grid,
+        *(g, h, threshold, dh, sums, N, F, half),
+        SPAN=span,
+        **constants,
+    )
     return sums.sum(0)

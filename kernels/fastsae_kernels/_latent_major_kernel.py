@@ -3,6 +3,8 @@
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -89,22 +91,35 @@ def _sum_runs_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 CHUNK = 128
-"""A latent with more entries is summed a chunk at a time, by several programs."""
+"""A latent with more entries is summed a chunk at a time, by several programs.
 
-BLOCK_K = 4
-"""Rows that a program has in flight."""
+Writing and reading a chunk's sum in fp32 adds 1/32 to the bytes of its rows in bf16.
+"""
 
 
-def constants_for(x: Tensor) -> tuple[int, int, tl.dtype]:
-    """Rows and columns of x that a program has in flight, and the dtype to accumulate in."""
+class Constants(NamedTuple):
+    """What a program that walks rows of x has in flight; the names are those of the kernels."""
+
+    BLOCK_K: int
+    """Rows, whose loads do not wait for each other."""
+
+    BLOCK_D: int
+    """Columns: with Triton's 4 warps up to 8 a thread, one 128-bit load of a row in bf16."""
+
+    ACC: tl.dtype
+    """What sums are accumulated in."""
+
+
+def constants_for(x: Tensor) -> Constants:
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return BLOCK_K, min(1024, power_of_2(x.shape[1])), acc
+    return Constants(4, min(1024, power_of_2(x.shape[1])), acc)
 
 
-def launch_blocks(kernel, rows: int, *arguments, x: Tensor, chunk: tuple[int, ...] = ()) -> None:
+def launch_blocks(kernel, rows: int, *arguments, x: Tensor, **more: int) -> None:
     """One program for each row and each block of x's columns."""
     D, constants = x.shape[1], constants_for(x)
-    launch(kernel, (rows, -(-D // constants[1])), *arguments, D, *chunk, *constants)
+    grid = rows, -(-D // constants.BLOCK_D)
+    launch(kernel, grid, *arguments, D, **more, **constants._asdict())
 
 
 def launch_sum_chunks(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
@@ -112,7 +127,7 @@ def launch_sum_chunks(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty(len(runs.token) // CHUNK, x.shape[1], dtype=wide, device=x.device)
     arguments = weights, runs.token, runs.latent, x, out, len(runs.start) - 1
-    launch_blocks(_sum_chunks_kernel, len(out), *arguments, x=x, chunk=(CHUNK,))
+    launch_blocks(_sum_chunks_kernel, len(out), *arguments, x=x, CHUNK=CHUNK)
     return out
 
 
@@ -120,5 +135,5 @@ def launch_sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) 
     chunks = launch_sum_chunks(weights, x, runs)
     out = x.new_empty(rows.stop - rows.start, x.shape[1])
     arguments = weights, runs.token, runs.start[rows.start :], x, chunks, out
-    launch_blocks(_sum_runs_kernel, len(out), *arguments, x=x, chunk=(CHUNK,))
+    launch_blocks(_sum_runs_kernel, len(out), *arguments, x=x, CHUNK=CHUNK)
     return out

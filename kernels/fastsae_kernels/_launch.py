@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -71,24 +72,44 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@cache
+def _card_bytes(device: torch.device) -> int:
+    """Memory of a GPU. Read from the driver, without waiting for work that is queued."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def buffer_bytes(device: torch.device) -> int:
-    """How many pre-activations may exist at a time: FASTSAE_BUFFER_MB, or 512 MB (CPU: 256 MB)."""
+    """Budget for pre-activations that exist at a time: FASTSAE_BUFFER_MB if that is set.
+
+    Else 256 MB on a CPU, and on a GPU 1/32 of its memory, at least 512 MB. An encoder GEMM over few
+    tokens reads all of W_enc for little work: 1 M latents of which 256 tokens fit in 512 MB would
+    be read 16 times for 4,096 tokens. 4.4 GB, 1/32 of an H200, hold 2,048 tokens: two reads.
+    """
     if _BUFFER_MB is not None:
         return int(_BUFFER_MB) << 20
-    return (256 if device.type == "cpu" else 512) << 20
+    if device.type == "cpu":
+        return 256 << 20
+    return max(512 << 20, _card_bytes(device) // 32 if device.type == "cuda" else 0)
 
 
 def rows_at_a_time(x: Tensor, F: int) -> int:
     """How many rows of F entries like x's to work on at a time, out of as many as x has.
 
-    The fewest chunks of equal size that fit the budget; on a CPU chunks of 8 MB, but no fewer than
-    256 rows, so that they stay in the cache while products run at full speed.
+    The fewest chunks of equal size that fit the budget. On a GPU, whole tiles of a GEMM if that
+    needs no more memory; on a CPU chunks of 8 MB, but no fewer than 256 rows, so that they stay in
+    the cache while products run at full speed.
     """
     row = F * x.element_size()
     most = max(1, buffer_bytes(x.device) // row)
     if x.device.type == "cpu":
         most = min(most, max(256, (8 << 20) // row))
-    return -(-len(x) // -(-len(x) // most)) if len(x) else 1
+    if len(x) <= most:
+        return max(1, len(x))
+    rows = -(-len(x) // -(-len(x) // most))
+    if x.device.type != "cpu":
+        tiled = (-(-rows // tile) * tile for tile in (256, 128))
+        rows = next((size for size in tiled if size <= most), rows)
+    return rows
 
 
 def check_codes(values: Tensor | None, indices: Tensor) -> None:

@@ -104,10 +104,10 @@ def _rational_backward_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 BLOCK, BACKWARD_BLOCK = 1024, 512
-"""Entries of a program: as many as leave what it needs in registers.
+"""Entries of a program: as many as leave what it needs in registers."""
 
-A program has one warp, so that its sums need no shared memory and no barrier.
-"""
+WARPS = 1
+"""So that the sums of a program need no shared memory and no barrier."""
 
 
 def tile(shape: torch.Size, block: int) -> tuple[int, int, int]:
@@ -120,10 +120,18 @@ def tile(shape: torch.Size, block: int) -> tuple[int, int, int]:
 
 def _launch(kernel, block: int, h: Tensor, shift: Tensor, scalars: Scalars, *tensors: Tensor):
     rows, columns, programs = tile(h.shape, block)
-    acc = tl.float64 if h.dtype == torch.float64 else tl.float32
-    constants = len(scalars[0]), len(scalars[1]), rows, columns, shift.stride(1) != 0, acc
-    sizes = *h.shape, *shift.stride()
-    launch(kernel, (programs,), h, shift, *scalars, *tensors, *sizes, *constants, num_warps=1)
+    launch(
+        kernel,
+        (programs,),
+        *(h, shift, *scalars, *tensors, *h.shape, *shift.stride()),
+        A=len(scalars[0]),
+        B=len(scalars[1]),
+        ROWS=rows,
+        COLUMNS=columns,
+        ACROSS=shift.stride(1) != 0,
+        ACC=tl.float64 if h.dtype == torch.float64 else tl.float32,
+        num_warps=WARPS,
+    )
 
 
 def launch_rational(h: Tensor, shift: Tensor, scalars: Scalars, out: Tensor) -> None:

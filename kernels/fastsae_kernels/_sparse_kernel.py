@@ -66,5 +66,6 @@ def launch_decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 def launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), (F, D) = indices.shape, W.shape
     out = x.new_empty(N, K)
-    launch(_gather_dot_kernel, (N,), x, indices, W, out, F, K, D, *constants_for(x))
+    constants = constants_for(x)._asdict()
+    launch(_gather_dot_kernel, (N,), x, indices, W, out, F, K, D, **constants)
     return out

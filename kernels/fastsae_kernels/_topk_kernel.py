@@ -1,45 +1,50 @@
 """The kernel of topk.py: the k largest entries of each row in one read of it.
 
-The maxima of M groups stay in registers, found here or by the encoder's product. Bisecting for a
-key that at least k of them reach takes the place of sorting them; the entries that reach it, k and
-a few, are gathered from the winning groups and ranked by (key, -index), which has no ties. Where
-ties make more of them than there is room for, bisecting over the row itself finds exactly k. Keys
-are integers in the order of the entries as they are in memory, so no two passes can disagree.
+1. Each of M groups keeps in registers its largest key, which piece of V entries that is in, and
+   the largest key of its other pieces; or the encoder has found the maxima.
+2. Counts of the maxima that reach P pivots narrow down a key that k and a few more reach.
+3. Those groups hold the k largest entries. One piece of each is read again, or all if another has
+   such a key as well. What reaches the key is listed, k and a few.
+4. Listed entries are ranked by (key, -index), which has no ties.
+Where more are listed than there is room for, as by ties, counts of the whole row find the k-th
+largest key exactly. Keys are integers in the order of the entries as they are in memory, so no two
+passes can disagree.
 
-A Layout says where the groups have their entries: V of them STEP apart, V more JUMP after those,
-and so on through a tile of S groups. Found here, all M groups share one tile, and V neighbours are
-one vector load; the encoder's tiles have their own layout.
-Shapes: N tokens, F latents, K kept, M groups.
+Where the groups have their entries is a Layout of _topk_layout.py.
+Shapes: N tokens, F latents, K kept, M groups, P pivots or pieces, V entries of a piece.
 """
-
-import math
-from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._encode_kernel import nan_or_max
 from ._launch import launch, power_of_2
-
-By = Literal["value", "abs"]
+from ._topk_layout import encoder_tiles, one_tile, warps_for
+from .topk import DTYPES, By
 
 # --- kernel: all tensors row-major ----------------------------------------------------------
 
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 """Below every packed (key, index)."""
 
+_NONE = tl.constexpr(-0x80000000)
+"""Below every key."""
+
+_PIVOTS = tl.constexpr(8)
+"""A power of two. More take fewer rounds, but each round costs M comparisons per pivot."""
+
 
 @triton.jit
 def _load_ranks(row_ptr, column, F, ABS: tl.constexpr):
     """Entries as float32 to be ranked.
 
-    Those beyond the row rank no higher than any in it and behind its equals, and k are kept of F:
-    none of them can win, so nobody has to mask them again.
+    Those beyond the row rank no higher than any in it, and behind its equals: as k are kept of F,
+    none of them wins, and nobody has to mask them again.
     """
-    if ABS:
-        return tl.abs(tl.load(row_ptr + column, mask=column < F, other=0.0).to(tl.float32))
-    return tl.load(row_ptr + column, mask=column < F, other=float("-inf")).to(tl.float32)
+    x = tl.load(row_ptr + column, mask=column < F, other=0.0 if ABS else float("-inf"))
+    return tl.abs(x.to(tl.float32)) if ABS else x.to(tl.float32)
 
 
 @triton.jit
@@ -48,7 +53,7 @@ def _key(x, SHIFT: tl.constexpr):
 
     SHIFT drops the low bits that x's dtype in memory does not have.
     """
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(x == x, ordered, 0x7FC00000) >> SHIFT
 
@@ -61,71 +66,116 @@ def _pack(key, column):
 
 @triton.jit
 def _group_maxima(
-    row_ptr, F, M: tl.constexpr, V: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr
-):
-    """Largest key of each group -> [M]"""
-    tile = tl.arange(0, M)[:, None] * V + tl.arange(0, V)[None, :]
-    best = _load_ranks(row_ptr, tile, F, ABS)
-    for start in range(M * V, F, M * V):
-        x = _load_ranks(row_ptr, start + tile, F, ABS)
-        best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
-    return tl.max(_key(best, SHIFT), axis=1)
+    row_ptr, F,
+    M: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Largest key of each group, its piece, and the largest of its other pieces -> [M] each
+
+    The piece is the first of equals. EVEN rows fill the last tile.
+    """
+    g = tl.arange(0, M)
+    column = g[:, None] * V + tl.arange(0, V)[None, :]
+    best = tl.full((M,), _NONE, dtype=tl.int32)
+    other, begin = best, tl.zeros((M,), dtype=tl.int32)
+    for start in range(0, F, M * V):
+        if EVEN:
+            x = tl.load(row_ptr + start + column).to(tl.float32)
+            x = tl.abs(x) if ABS else x
+        else:
+            x = _load_ranks(row_ptr, start + column, F, ABS)
+        key = _key(tl.reduce(x, 1, nan_or_max), SHIFT)
+        begin = tl.where(key > best, start, begin)
+        other = tl.maximum(other, tl.minimum(best, key))
+        best = tl.maximum(best, key)
+    return best, begin // V + g, other
 
 
 @triton.jit
 def _load_maxima(maxima_ptr, groups, M: tl.constexpr, SHIFT: tl.constexpr):
-    """The same, already found: as many as there are groups, then the lowest -> [M]"""
+    """Largest key of each group, already found: as many as there are, then the lowest -> [M]"""
     g = tl.arange(0, M)
     best = tl.load(maxima_ptr + g, mask=g < groups, other=float("-inf")).to(tl.float32)
-    return tl.where(g < groups, _key(best, SHIFT), -0x80000000)
+    return tl.where(g < groups, _key(best, SHIFT), _NONE)
 
 
 @triton.jit
-def _reached_by(keys, k):
-    """A key that at least k of keys reach: exactly k, unless ties forbid it."""
+def _pivots_between(low, high, P: tl.constexpr):
+    """Keys in (low, high), evenly spaced; the first is next to low, which many may equal. -> [P]"""
+    return (low + 1 + ((high - low - 1) * tl.arange(0, P) // P)).to(tl.int32)
+
+
+@triton.jit
+def _count_reaching(keys, pivots):
+    """[M], [P] -> [P]"""
+    return tl.sum((keys[None, :] >= pivots[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _reached_by(keys, k, enough):
+    """A key that k to `enough` of keys reach, or more where ties forbid it; and how many do."""
     low, high = tl.min(keys).to(tl.int64), tl.max(keys).to(tl.int64) + 1
-    count = tl.sum((keys >= low).to(tl.int32))
-    while (high - low > 1) & (count != k):
-        middle = (low + high) >> 1
-        above = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32))
-        low, high = tl.where(above >= k, middle, low), tl.where(above >= k, high, middle)
-        count = tl.where(above >= k, above, count)
-    return low.to(tl.int32)
+    count = keys.shape[0]
+    while (high - low > 1) & (count > enough):
+        pivots = _pivots_between(low, high, _PIVOTS)
+        counts = _count_reaching(keys, pivots)
+        low = tl.max(tl.where(counts >= k, pivots, low))
+        high = tl.min(tl.where(counts >= k, high, pivots))
+        count = tl.min(tl.where(counts >= k, counts, count))
+    return low.to(tl.int32), count
+
+
+@triton.jit
+def _pack_pieces(
+    row_ptr, packed_ptr, count, first, inside, low, F,
+    V: tl.constexpr, STEP: tl.constexpr, CAPACITY: tl.constexpr, ABS: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Pack the entries that reach low of the pieces that begin at first [P]; count them all."""
+    column = first[:, None] + tl.arange(0, V)[None, :] * STEP
+    key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
+    reach = (inside[:, None] & (key >= low)).to(tl.int32)
+    before = tl.cumsum(tl.reshape(reach, (reach.numel,)))
+    place = count + tl.reshape(before, reach.shape) - 1
+    tl.store(packed_ptr + place, _pack(key, column), mask=(reach != 0) & (place < CAPACITY))
+    return count + tl.sum(reach)
 
 
 @triton.jit
 def _pack_candidates(
-    row_ptr, group_ptr, packed_ptr, maxima, low, F, tile,
+    row_ptr, found_ptr, packed_ptr, best, piece, other, low, won, F, tile,
     M: tl.constexpr, S: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr, JUMP: tl.constexpr,
-    CAPACITY: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
+    CAPACITY: tl.constexpr, PIECES: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Pack the entries that reach low, in any order; count them, though room is limited."""
-    won = maxima >= low
-    tl.store(group_ptr + tl.cumsum(won.to(tl.int32)) - 1, tl.arange(0, M), mask=won)
+    """Pack the entries that reach low, in any order; count them, though room is limited.
+
+    won groups have such entries. Those with one such piece are listed by it, from the front of
+    found; the others by their own number, from the back.
+    """
+    one, several = (best >= low) & (other < low), other >= low
+    # Any order will do: each thread's groups come one after another, in as few steps as it has.
+    both = tl.reshape(one.to(tl.int32) + (several.to(tl.int32) << 16), (M // PIECES, PIECES))
+    of_thread = tl.sum(both, axis=0)
+    before = (tl.cumsum(of_thread) - of_thread)[None, :] + tl.cumsum(both, axis=0)
+    before = tl.reshape(before, (M,))
+    at = tl.where(one, before & 0xFFFF, CAPACITY + 1 - (before >> 16)) - 1
+    tl.store(found_ptr + at, tl.where(one, piece, tl.arange(0, M)), mask=one | several)
+    crowded = tl.sum(several.to(tl.int32))
     tl.debug_barrier()
-    member = tl.arange(0, CAPACITY * V)
-    inside = member // V < tl.sum(won.to(tl.int32))
-    g = tl.load(group_ptr + member // V, mask=inside, other=0)
-    first = g // S * tile + g % S * (V if STEP == 1 else 1) + member % V * STEP
-    count = 0
-    for start in range(0, tile, JUMP):
-        column = start + first
-        key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
-        reach = inside & (key >= low)
-        place = count + tl.cumsum(reach.to(tl.int32)) - 1
-        tl.store(packed_ptr + place, _pack(key, column), mask=reach & (place < CAPACITY))
-        count += tl.sum(reach.to(tl.int32))
-    return count
-
-
-@triton.jit
-def _count(row_ptr, F, least, BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr):
-    """How many entries of the row have a key of at least `least`."""
-    count = 0
-    for start in range(0, F, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
-        count += tl.sum((key >= least).to(tl.int32))
+    count, p = 0, tl.arange(0, PIECES)
+    for start in range(0, won - crowded, PIECES):
+        inside = start + p < won - crowded
+        first = tl.load(found_ptr + start + p, mask=inside, other=0) * V
+        count = _pack_pieces(
+            row_ptr, packed_ptr, count, first, inside, low, F, V, 1, CAPACITY, ABS, SHIFT
+        )
+    each = tile // JUMP
+    for start in range(0, crowded * each, PIECES):
+        inside = start + p < crowded * each
+        g = tl.load(found_ptr + CAPACITY - 1 - (start + p) // each, mask=inside, other=0)
+        first = g // S * tile + g % S * (V if STEP == 1 else 1) + (start + p) % each * JUMP
+        count = _pack_pieces(
+            row_ptr, packed_ptr, count, first, inside, low, F, V, STEP, CAPACITY, ABS, SHIFT
+        )
     return count
 
 
@@ -138,104 +188,97 @@ def _pack_exactly(
     low, high = low.to(tl.int64), high.to(tl.int64)
     sure = 0  # entries that reach high: fewer than k
     while high - low > 1:
-        middle = (low + high) >> 1
-        above = _count(row_ptr, F, middle.to(tl.int32), BLOCK, ABS, SHIFT)
-        low, high = tl.where(above >= k, middle, low), tl.where(above >= k, high, middle)
-        sure = tl.where(above >= k, sure, above)
+        pivots = _pivots_between(low, high, _PIVOTS)
+        counts = tl.zeros((_PIVOTS,), dtype=tl.int32)
+        for start in range(0, F, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            counts += _count_reaching(_key(_load_ranks(row_ptr, column, F, ABS), SHIFT), pivots)
+        low = tl.max(tl.where(counts >= k, pivots, low))
+        high = tl.min(tl.where(counts >= k, high, pivots))
+        sure = tl.max(tl.where(counts >= k, sure, counts))
     low = low.to(tl.int32)
-    packed, tied = 0, 0
-    for start in range(0, F, BLOCK):
+    above, equal, start = 0, 0, 0  # listed from the front, and after all that are above
+    while (start < F) & (above + tl.minimum(equal, k - sure) < k):
         column = start + tl.arange(0, BLOCK)
         key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
-        equal = key == low
-        early = tied + tl.cumsum(equal.to(tl.int32)) <= k - sure
-        chosen = (key > low) | (equal & early)
-        place = packed + tl.cumsum(chosen.to(tl.int32)) - 1
-        tl.store(packed_ptr + place, _pack(key, column), mask=chosen)
-        packed += tl.sum(chosen.to(tl.int32))
-        tied += tl.sum(equal.to(tl.int32))
+        both = (key > low).to(tl.int32) + ((key == low).to(tl.int32) << 16)
+        before = tl.cumsum(both)
+        place = tl.where(key > low, above + (before & 0xFFFF), sure + equal + (before >> 16)) - 1
+        tl.store(packed_ptr + place, _pack(key, column), mask=(key >= low) & (place < k))
+        found = tl.sum(both)
+        above, equal, start = above + (found & 0xFFFF), equal + (found >> 16), start + BLOCK
+
+
+@triton.jit
+def _ranks(packed_ptr, mine, count, CAPACITY: tl.constexpr):
+    """How many of the listed entries are above each of mine -> [CAPACITY]"""
+    above = tl.zeros((16, CAPACITY), dtype=tl.int32)
+    for start in range(0, count, 16):
+        other = start + tl.arange(0, 16)
+        theirs = tl.load(packed_ptr + other, mask=other < count, other=_LOWEST)
+        above += (theirs[:, None] > mine[None, :]).to(tl.int32)
+    return tl.sum(above, axis=0)
 
 
 @triton.jit
 def _topk_kernel(
-    pre_ptr, maxima_ptr, group_ptr, packed_ptr, out_ptr, F, k, tile, groups,
+    pre_ptr, maxima_ptr, found_ptr, packed_ptr, values_ptr, indices_ptr,
+    stride, F, k, tile, groups,
     M: tl.constexpr, S: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr, JUMP: tl.constexpr,
-    CAPACITY: tl.constexpr, BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
+    EVEN: tl.constexpr, CAPACITY: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
+    ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    row_ptr = pre_ptr + n * F
+    row_ptr = pre_ptr + n * stride
     packed_ptr += n * CAPACITY
     if maxima_ptr is None:
-        maxima = _group_maxima(row_ptr, F, M, V, ABS, SHIFT)
+        best, piece, other = _group_maxima(row_ptr, F, M, V, EVEN, ABS, SHIFT)  # pyright: ignore
     else:
-        maxima = _load_maxima(maxima_ptr + n * groups, groups, M, SHIFT)
-    low, high = _reached_by(maxima, k), tl.max(maxima) + 1
-    count = tl.sum((maxima >= low).to(tl.int32))  # so many candidates at least
-    if count <= CAPACITY:
+        best = _load_maxima(maxima_ptr + n * groups, groups, M, SHIFT)
+        piece, other = best, best  # nobody knows the piece: all count as others
+    # A few more than k cost less than another round.
+    low, won = _reached_by(best, k, k + k // 4)
+    count = won  # so many candidates at least
+    if won <= CAPACITY:
         count = _pack_candidates(
-            row_ptr, group_ptr + n * CAPACITY, packed_ptr, maxima, low, F, tile,
-            M, S, V, STEP, JUMP, CAPACITY, ABS, SHIFT,
+            row_ptr, found_ptr + n * CAPACITY, packed_ptr, best, piece, other, low, won, F, tile,
+            M, S, V, STEP, JUMP, CAPACITY, PIECES, ABS, SHIFT,
         )  # fmt: skip
     if count > CAPACITY:
         tl.debug_barrier()
-        _pack_exactly(row_ptr, packed_ptr, low, high, F, k, BLOCK, ABS, SHIFT)
-        count = tl.minimum(count, k)
+        _pack_exactly(row_ptr, packed_ptr, low, tl.max(best) + 1, F, k, BLOCK, ABS, SHIFT)
+        count = k
     tl.debug_barrier()
     slot = tl.arange(0, CAPACITY)
     mine = tl.load(packed_ptr + slot, mask=slot < count, other=_LOWEST)
     if CAPACITY <= 512:
-        rank = tl.zeros((CAPACITY,), dtype=tl.int32)
-        for start in range(0, count, 16):
-            other = start + tl.arange(0, 16)
-            theirs = tl.load(packed_ptr + other, mask=other < count, other=_LOWEST)
-            rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), axis=1)
+        rank = _ranks(packed_ptr, mine, count, CAPACITY)
     else:
         mine, rank = tl.sort(mine, descending=True), slot
-    tl.store(out_ptr + n * k + rank, 0x7FFFFFFF - (mine & 0x7FFFFFFF), mask=rank < k)
+    index = 0x7FFFFFFF - (mine & 0x7FFFFFFF).to(tl.int32)
+    tl.store(indices_ptr + n * k + rank, index, mask=rank < k)
+    if values_ptr is not None:
+        value = tl.load(row_ptr + index, mask=rank < k)
+        if not ABS:
+            value = nan_or_max(value.to(tl.float32), 0.0)
+        tl.store(values_ptr + n * k + rank, value, mask=rank < k)
 
 
 # --- launcher -------------------------------------------------------------------------------
 
-DTYPES = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Input dtypes of the kernel, and how many low bits of a float32 each does not have."""
 
-MOST = 1024
-"""The largest k of the kernel: it keeps at least 4 k maxima in registers."""
+def launch_topk(
+    pre: Tensor,
+    k: int,
+    by: By,
+    values: Tensor | None,
+    indices: Tensor,
+    maxima: Tensor | None = None,
+    tile: int = 0,
+) -> None:
+    """Write the k largest of each row, largest first, to contiguous [N, K]; no values if None.
 
-
-class Layout(NamedTuple):
-    """How the entries of a row are grouped."""
-
-    M: int
-    """Groups, rounded up to a power of 2."""
-    S: int
-    """Groups per tile."""
-    V: int
-    STEP: int
-    JUMP: int
-    tile: int
-    """Entries per tile."""
-    groups: int
-
-
-def one_tile(F: int, k: int, itemsize: int) -> Layout:
-    """Groups that share the whole row: group g has V neighbours from g V on, every M V entries."""
-    most = power_of_2(F)
-    M = min(most, max(4 * power_of_2(k), min(2048, power_of_2(math.isqrt(F * k)))))
-    V = min(16 // itemsize, 16384 // M, most // M)
-    return Layout(M, M, V, 1, M * V, -(-F // (M * V)) * M * V, M)
-
-
-def encoder_tiles(groups: int, tile: int, F: int) -> Layout:
-    """Groups of the encoder's tiles: group s of a tile has every S-th entry from s on."""
-    S = groups // -(-F // tile)
-    V = min(8, tile // S)
-    return Layout(power_of_2(groups), S, V, S, S * V, tile, groups)
-
-
-def launch_topk(pre: Tensor, k: int, by: By, maxima: Tensor | None = None, tile: int = 0) -> Tensor:
-    """Indices of the k largest of each row, largest first: contiguous [N, F] -> int64 [N, K]
-
+    Rows of pre [N, F] may be apart, their entries are not. by="value" writes 0 for negative ones.
     Given the maxima [N, groups] of the encoder's tiles, it reads only the best groups of each row.
     """
     N, F = pre.shape
@@ -243,16 +286,22 @@ def launch_topk(pre: Tensor, k: int, by: By, maxima: Tensor | None = None, tile:
         layout = one_tile(F, k, pre.element_size())
     else:
         layout = encoder_tiles(maxima.shape[1], tile, F)
-    capacity = max(16, 2 * power_of_2(k))  # random rows need 1.2 k at most
+    capacity = max(16, 2 * power_of_2(k))  # random rows need 1.6 k at most
     found = torch.empty(N, capacity, dtype=torch.int32, device=pre.device)
     packed = torch.empty(N, capacity, dtype=torch.int64, device=pre.device)
-    out = torch.empty(N, k, dtype=torch.int64, device=pre.device)
     *constants, tile, groups = layout
+    threads, even = 32 * warps_for(layout.M), maxima is None and layout.tile == F
     launch(
         _topk_kernel,
         (N,),
-        *(pre, maxima, found, packed, out, F, k, tile, groups),
-        *(*constants, capacity, min(2048, layout.M), by == "abs", DTYPES[pre.dtype]),
-        num_warps=min(8, max(1, layout.M * layout.V // 512)),
+        *(pre, maxima, found, packed, values, indices, pre.stride(0), F, k, tile, groups),
+        *constants,
+        EVEN=even,
+        CAPACITY=capacity,
+        PIECES=min(threads, layout.M),
+        BLOCK=8 * threads,
+        ABS=by == "abs",
+        SHIFT=DTYPES[pre.dtype],
+        num_warps=threads // 32,
+        maxnreg=80 if even and threads == 32 else None,  # 25 programs in place of 21, and no spill
     )
-    return out

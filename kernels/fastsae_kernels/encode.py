@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._encode_kernel import can_encode, launch_encode
 from ._launch import ENCODER, capability, check_devices, check_matrix, rows_at_a_time, use_triton
 from ._op import register
-from ._topk_kernel import launch_topk
 from .sparse import decode, gather_dot, scatter_outer
-from .topk import By, Ties, check_by, check_choice, topk_indices, topk_reference
+from .topk import By, Ties, check_by, check_choice, topk_indices, topk_reference, write_topk
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -64,7 +62,11 @@ def _product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 def _with_maxima(x: Tensor, F: int, k: int) -> bool:
     """Whether the product comes from our kernel, which finds the groups' maxima on the way."""
-    if not use_triton(x) or not can_encode(x, F, k):
+    if not use_triton(x):
+        return False
+    from ._encode_kernel import can_encode
+
+    if not can_encode(x, F, k):
         return False
     wins = (capability(x)[0], x.shape[1], F) in TRITON_WINS
     return ENCODER == "triton" or (wins and ENCODER is None)
@@ -73,7 +75,7 @@ def _with_maxima(x: Tensor, F: int, k: int) -> bool:
 def _select(
     x: Tensor, W: Tensor, b: Tensor, k: int, by: By, ties: Ties = "lowest"
 ) -> tuple[Tensor, Tensor]:
-    """Pre-activations that k of each row's ranks pick: [N, D], [F, D], [F] -> [N, K], [N, K]."""
+    """What topk returns of the pre-activations: [N, D], [F, D], [F] -> [N, K], [N, K]."""
     N, F = x.shape[0], W.shape[0]
     values = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
@@ -83,13 +85,15 @@ def _select(
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         if with_maxima:
+            from ._encode_kernel import launch_encode
+            from ._topk_kernel import launch_topk
+
             pre, maxima, tile = launch_encode(x[rows], W, b, by)
-            indices[rows] = launch_topk(pre, k, by, maxima, tile)
+            launch_topk(pre, k, by, values[rows], indices[rows], maxima, tile)
             del maxima
         else:
             pre = _product(x[rows], W, b)
-            indices[rows] = topk_indices(pre, k, by, ties=ties)
-        torch.gather(pre, 1, indices[rows], out=values[rows])
+            write_topk(pre, k, by, values[rows], indices[rows], ties)
         del pre  # before the next one is made: the budget is for one
     return values, indices
 
@@ -116,9 +120,8 @@ class _EncodeTopk(torch.autograd.Function):
         x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by: str, shadow: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if shadow is None:
-            values, indices = _select(x, W_enc, b_enc, k, by)
-        else:
-            values, indices = _select_rescored(x, W_enc, b_enc, k, by, shadow)
+            return _select(x, W_enc, b_enc, k, by)
+        values, indices = _select_rescored(x, W_enc, b_enc, k, by, shadow)
         return values.relu_() if by == "value" else values, indices
 
     @staticmethod
@@ -149,7 +152,8 @@ def straight_through(
 
 
 def _fake(x, W_enc, b_enc, k, by, shadow):
-    return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    N = x.shape[0]
+    return x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
 
 
 _encode_topk = register(_EncodeTopk, _fake)
@@ -211,9 +215,9 @@ def encode_topk_each(
 
     x [N, D], W_enc [S F, D], b_enc [S F], one floating dtype, and for each encoder k and what it
     ranks by -> S pairs of values [N, K] in that dtype and indices [N, K] int64, as of encode_topk.
-    Not differentiable. Costs 2 N S F D FLOPs; of the pre-activations, no more than
-    FASTSAE_BUFFER_MB exist at a time and, on a GPU, a copy of one encoder's. ValueError for wrong
-    shapes or dtypes, or unless the choices divide the rows of W_enc.
+    Not differentiable. Costs 2 N S F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations
+    exist at a time. ValueError for wrong shapes or dtypes, or unless the choices divide the rows of
+    W_enc.
     """
     check_encoder(x, W_enc, b_enc)
     N, S = len(x), len(choices)
@@ -230,7 +234,5 @@ def encode_topk_each(
         rows = slice(start, min(start + chunk, N))
         pre = _product(x[rows], W_enc, b_enc)
         for part, (k, by), (values, indices) in zip(pre.split(F, 1), choices, found, strict=True):
-            indices[rows] = topk_indices(part, k, by)
-            kept = part.gather(1, indices[rows])
-            values[rows] = kept.relu() if by == "value" else kept
+            write_topk(part, k, by, values[rows], indices[rows])
     return found

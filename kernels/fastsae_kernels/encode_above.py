@@ -144,7 +144,7 @@ def listed_gradients(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
 
 def fake_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What in_rows returns, of as many columns as the data decide."""
-    N, K = len(x), torch.library.get_ctx().new_dynamic_size()
+    N, K = x.shape[0], torch.library.get_ctx().new_dynamic_size()
     whole = torch.int64
     return x.new_empty(N, K), x.new_empty(N, K, dtype=whole), x.new_empty(N, dtype=whole)
 
@@ -171,7 +171,7 @@ def encode_above(
     for a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
     """
     check_encoder(x, W_enc, b_enc, by)
-    wide, F = torch.promote_types(x.dtype, torch.float32), len(W_enc)
+    wide, F = torch.promote_types(x.dtype, torch.float32), W_enc.shape[0]
     if not isinstance(threshold, Tensor):
         threshold = torch.full((F,), threshold, dtype=wide, device=x.device)
     if threshold.shape not in ((F,), ()) or not threshold.is_floating_point():

@@ -89,7 +89,7 @@ class _EncodeDecode(torch.autograd.Function):
                 encoder = rotation_gradients(*arguments, mode, needs[:3])
         return (
             *encoder,
-            scatter_outer(values, indices, d_recon, len(W_dec)) if needs[3] else None,
+            scatter_outer(values, indices, d_recon, W_dec.shape[0]) if needs[3] else None,
             d_recon.sum(0) if needs[4] else None,
             None,
             None,
@@ -98,8 +98,9 @@ class _EncodeDecode(torch.autograd.Function):
 
 
 def _fake(x, W_enc, b_enc, W_dec, b_dec, k, by, gradient):
-    N, indices = len(x), x.new_empty(len(x), k, dtype=torch.int64)
-    return x.new_empty(N, W_dec.shape[1]), x.new_empty(N, k), indices
+    N = x.shape[0]
+    recon, values = x.new_empty(N, W_dec.shape[1]), x.new_empty(N, k)
+    return recon, values, x.new_empty(N, k, dtype=torch.int64)
 
 
 _encode_decode = register(_EncodeDecode, _fake)
@@ -134,7 +135,7 @@ def encode_decode(
     """
     check_matrix("x", x)
     check_matrix("W_enc", W_enc, columns=x.shape[1])
-    F = len(W_enc)
+    F = W_enc.shape[0]
     check_matrix("W_dec", W_dec, rows=F)
     check_choice(k, by, F)
     for name, b, size in (("b_enc", b_enc, F), ("b_dec", b_dec, W_dec.shape[1])):

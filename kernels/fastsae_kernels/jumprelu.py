@@ -92,7 +92,7 @@ def _wide(h: Tensor) -> torch.dtype:
 
 
 def _new_out(h: Tensor, threshold: Tensor, bandwidth: float, l0: bool) -> Tensor:
-    return h.new_empty(len(h), dtype=_wide(h)) if l0 else h.new_empty(h.shape)
+    return h.new_empty(h.shape[0], dtype=_wide(h)) if l0 else h.new_empty(h.shape)
 
 
 def _new_gradients(

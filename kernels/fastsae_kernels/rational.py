@@ -149,7 +149,7 @@ class _Rational(torch.autograd.Function):
         need_shift = ctx.needs_input_grad[5]
         dtype = torch.promote_types(h.dtype, shift.dtype) if need_shift else h.dtype
         dh, sums = _rational_backward(g, h, a, b, c_in, c_out, shift, dtype)
-        da, db, dc_in, dc_out = sums.split([len(a), len(b), 1, 1])
+        da, db, dc_in, dc_out = sums.split([a.shape[0], b.shape[0], 1, 1])
         return (
             dh.to(h.dtype),
             da.to(a.dtype),
@@ -178,7 +178,7 @@ def _rational_backward(
 
 
 def _fake_backward(g, h, a, b, c_in, c_out, shift, dtype):
-    sums = h.new_empty(len(a) + len(b) + 2, dtype=wide_dtype(h))
+    sums = h.new_empty(a.shape[0] + b.shape[0] + 2, dtype=wide_dtype(h))
     return h.new_empty(h.shape, dtype=dtype), sums
 
 

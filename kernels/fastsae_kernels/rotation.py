@@ -33,17 +33,15 @@ Shapes: N tokens, K kept, F latents, D and D_out widths of x and of recon.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 from torch.nn.functional import linear
 
-from ._launch import check_codes, check_devices, check_matrix, rows_at_a_time
+from ._launch import check_codes, check_devices, check_matrix
 from ._op import register_constant
-from .latent_major import latent_major, sum_runs
-from .sparse import decode, gather_dot
+from ._rotation_ways import Layer, code_of, dense_way, gram_is_cheaper, gram_way
 
 Mode = Literal["support", "dense"]
 
@@ -88,134 +86,6 @@ def rotation_gradients_reference(
     return dh @ W_enc, dh.t() @ x, dh.sum(0)
 
 
-# --- what both ways start from --------------------------------------------------------------
-
-
-class _Layer(NamedTuple):
-    """What h and W_dec d_recon are made of; W_dec is None in mode "support"."""
-
-    x: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor | None
-    d_recon: Tensor
-
-
-class _Code(NamedTuple):
-    """q, the sparse part t of g, and three products of each token, [N]."""
-
-    values: Tensor
-    indices: Tensor
-    t: Tensor
-    qq: Tensor
-    qg: Tensor
-    qt: Tensor
-
-
-def _code(layer: _Layer, W_dec: Tensor, values: Tensor, indices: Tensor, d_values: Tensor) -> _Code:
-    active = values != 0
-    g = (gather_dot(layer.d_recon, indices, W_dec) + d_values).where(active, 0)
-    t = g if layer.W_dec is None else d_values.where(active, 0)
-    return _Code(values, indices, t, *((values * other).sum(1) for other in (values, g, t)))
-
-
-def _coefficients(code: _Code, hh: Tensor, hg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From |h|^2 and h . g [N]: a [N, 1], p [N, 1], u [N, K]"""
-    none = code.qq == 0
-    q = code.qq.masked_fill(none, 1).sqrt()
-    h = torch.maximum(hh, code.qq).masked_fill(none, 1).sqrt()
-    a = (q / h).masked_fill(none, 0)
-    s = (hg / h + code.qg / q) / (1 + a)
-    p = a * (2 * code.qg / q - s) / h
-    u = torch.addcmul(a[:, None] * code.t, (-a * s / q)[:, None], code.values)
-    return a[:, None], p[:, None], u
-
-
-# --- the two ways ---------------------------------------------------------------------------
-
-
-def _gram_is_cheaper(N: int, layer: _Layer, needs: Sequence[bool]) -> bool:
-    """Compare the FLOPs of both ways (see the module)."""
-    (F, D), (need_x, need_W, _) = layer.W_enc.shape, needs
-    both = D if layer.W_dec is None else D + layer.W_dec.shape[1]
-    gram = 2 * (F + N) * D * both * (1 + need_W)
-    return gram <= 2 * N * F * (both + D * (need_x + need_W))
-
-
-def _gram_way(layer: _Layer, code: _Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    x, W_enc, b_enc, W_dec, d_recon = layer
-    shift = W_enc.t() @ b_enc
-    dx = torch.addmm(shift, x, W_enc.t() @ W_enc)  # h W_enc
-    hh, hg = vecdot(dx, x) + x @ shift + b_enc @ b_enc, code.qt
-    if W_dec is None:
-        a, p, u = _coefficients(code, hh, hg)
-        dx.mul_(p)
-    else:
-        from_g = d_recon @ (W_dec.t() @ W_enc)  # the dense part of g, times W_enc
-        hg = hg + vecdot(from_g, x) + d_recon @ (W_dec.t() @ b_enc)
-        a, p, u = _coefficients(code, hh, hg)
-        dx.mul_(p).addcmul_(from_g, a)
-        del from_g
-    dx = dx.add_(decode(u, code.indices, W_enc)) if needs[0] else x.new_empty(0)
-    return dx, *_gram_weights(layer, code, a, p, u, needs)
-
-
-def _gram_weights(
-    layer: _Layer, code: _Code, a: Tensor, p: Tensor, u: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    x, W_enc, b_enc, W_dec, d_recon = layer
-    _, need_W, need_b = needs
-    dW, db = x.new_empty(0), x.new_empty(0)
-    if not (need_W or need_b):
-        return dW, db
-    runs = latent_major(code.indices, len(W_enc), code.values != 0)
-    weights = u.flatten()[runs.entry]
-    if need_b:
-        # Many tokens, one after the other, and only one number of each: in double precision.
-        db = sum_runs(weights, torch.ones_like(p, dtype=torch.float64), runs)[:, 0].to(x.dtype)
-        db = torch.addmv(db, W_enc, (x.t() @ p)[:, 0]) + b_enc * p.sum()
-        if W_dec is not None:
-            db.addmv_(W_dec, (d_recon.t() @ a)[:, 0])
-    if need_W:
-        dW = sum_runs(weights, x, runs)
-        if W_dec is not None:
-            dW.addmm_(W_dec, d_recon.t() @ (a * x))
-        dW.addmm_(W_enc, x.t() @ (p * x)).addr_(b_enc, (x.t() @ p)[:, 0])
-    return dW, db
-
-
-def _dense_way(layer: _Layer, code: _Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """In chunks of tokens, so that what is as wide as h fits in the buffer."""
-    x, W_enc, b_enc, _, d_recon = layer
-    shapes = x.shape, W_enc.shape, b_enc.shape
-    dx, dW, db = (x.new_zeros(s if need else 0) for s, need in zip(shapes, needs, strict=True))
-    chunk = rows_at_a_time(x, 3 * len(W_enc))  # h, g, and what a product of them needs
-    for start in range(0, len(x), chunk):
-        rows = slice(start, min(start + chunk, len(x)))
-        some = layer._replace(x=x[rows], d_recon=d_recon[rows])
-        dh = _dh(some, _Code(*(part[rows] for part in code)))
-        if needs[0]:
-            torch.mm(dh, W_enc, out=dx[rows])
-        if needs[1]:
-            dW.addmm_(dh.t(), x[rows])
-        if needs[2]:
-            db.add_(dh.sum(0))
-    return dx, dW, db
-
-
-def _dh(layer: _Layer, code: _Code) -> Tensor:
-    x, W_enc, b_enc, W_dec, d_recon = layer
-    h = torch.addmm(b_enc, x, W_enc.t())
-    if W_dec is None:
-        _, p, u = _coefficients(code, vecdot(h, h), code.qt)
-        h.mul_(p)
-    else:
-        g = d_recon @ W_dec.t()
-        a, p, u = _coefficients(code, vecdot(h, h), vecdot(h, g) + code.qt)
-        h.mul_(p).addcmul_(g, a)
-    return h.scatter_add_(1, code.indices, u)
-
-
 # --- op -------------------------------------------------------------------------------------
 
 
@@ -235,9 +105,9 @@ def _rotation_gradients(
     inputs = x, W_enc, b_enc, W_dec, values, d_recon, d_values
     wide = torch.promote_types(x.dtype, torch.float32)
     X, W, b, V, v, d, dv = (t.to(wide).contiguous() for t in inputs)
-    layer = _Layer(X, W, b, V if mode == "dense" else None, d)
-    code = _code(layer, V, v, indices.long(), dv)
-    way = _gram_way if _gram_is_cheaper(len(x), layer, needs) else _dense_way
+    layer = Layer(X, W, b, V if mode == "dense" else None, d)
+    code = code_of(layer, V, v, indices.long().contiguous(), dv)
+    way = gram_way if gram_is_cheaper(len(x), layer, needs) else dense_way
     dx, dW_enc, db_enc = way(layer, code, needs)
     return dx.to(x.dtype), dW_enc.to(W_enc.dtype), db_enc.to(b_enc.dtype)
 
@@ -281,10 +151,10 @@ def rotation_gradients(
     if mode not in ("support", "dense"):
         raise ValueError(f'mode must be "support" or "dense", got {mode!r}')
     check_codes(values, indices)
-    check_matrix("x", x, rows=len(indices))
+    check_matrix("x", x, rows=indices.shape[0])
     check_matrix("W_enc", W_enc, columns=x.shape[1])
-    check_matrix("W_dec", W_dec, rows=len(W_enc))
-    check_matrix("d_recon", d_recon, len(x), W_dec.shape[1])
+    check_matrix("W_dec", W_dec, rows=W_enc.shape[0])
+    check_matrix("d_recon", d_recon, x.shape[0], W_dec.shape[1])
     d_values = torch.zeros_like(values) if d_values is None else d_values
     for name, t, like in (("b_enc", b_enc, W_enc[:, 0]), ("d_values", d_values, values)):
         if t.shape != like.shape:

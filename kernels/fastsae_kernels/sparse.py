@@ -147,7 +147,7 @@ class _ScatterOuter(torch.autograd.Function):
         )
 
 
-_decode = register(_Decode, lambda values, indices, W: W.new_empty(len(indices), W.shape[1]))
+_decode = register(_Decode, lambda values, indices, W: W.new_empty(indices.shape[0], W.shape[1]))
 _gather_dot = register(_GatherDot, lambda x, indices, W: x.new_empty(indices.shape))
 _scatter_outer = register(_ScatterOuter, lambda values, indices, x, F: x.new_empty(F, x.shape[1]))
 

@@ -5,7 +5,7 @@
 An entry among the k largest lies in one of the k groups whose maxima are largest: otherwise k
 larger maxima would stand above it. So one pass takes the maximum of each group of G entries, the
 k best groups are found among F / G maxima (by the same method), and the k best entries among
-their k G members. On a CPU group g holds entries g, g + M, g + 2 M, ...: neighbours in memory
+their k G members. On a CPU group g holds entries g, g + M, g + 2 M, ...: neighbors in memory
 belong to different groups, so the pass needs no sum across a vector register.
 
 Shapes: N tokens, F latents, K kept, G entries per group, M groups.
@@ -18,9 +18,15 @@ from torch import Tensor
 
 from ._launch import check_matrix, rows_at_a_time, use_triton
 from ._op import register_constant
-from ._topk_kernel import DTYPES, MOST, By, launch_topk
 
+By = Literal["value", "abs"]
 Ties = Literal["lowest", "any"]
+
+DTYPES = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Input dtypes of the kernel, and how many low bits of a float32 each does not have."""
+
+MOST = 1024
+"""The largest k of the kernel: it keeps at least 4 k maxima in registers."""
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -124,19 +130,39 @@ def check_by(by: By) -> None:
         raise ValueError(f'by must be "value" or "abs", got {by!r}')
 
 
-def _topk_indices(pre: Tensor, k: int, by: str, ties: str) -> Tensor:
-    if not pre.shape[0]:
-        return pre.new_empty(0, k, dtype=torch.int64)
+def write_topk(
+    pre: Tensor, k: int, by: By, values: Tensor | None, indices: Tensor, ties: Ties = "lowest"
+) -> None:
+    """Write what topk returns to contiguous [N, K]; no values if that is None. int64 indices, or
+    int32 where the kernel runs.
+
+    A plain function, for loops over chunks: a library op would cost each of them 30 microseconds.
+    """
     if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
-        return launch_topk(pre.contiguous(), k, by)
-    # Few rows at a time, so that what is picked from them stays in the cache.
-    choose = _largest if ties == "any" and not pre.is_cuda else _topk_indices_torch
-    some = pre.split(rows_at_a_time(pre, pre.shape[1]))
-    return torch.cat([choose(rows, k, by) for rows in some])
+        from ._topk_kernel import launch_topk
+
+        launch_topk(pre if pre.stride(1) == 1 else pre.contiguous(), k, by, values, indices)
+        return
+    # Few rows at a time, so that what is picked from them stays in the cache; on a GPU, so that
+    # masks and int64 sums of them fit in the budget.
+    rows = rows_at_a_time(pre, pre.shape[1] * (8 if pre.is_cuda else 1))
+    find = _largest if ties == "any" and not pre.is_cuda else _topk_indices_torch
+    for start in range(0, len(pre), rows):
+        indices[start : start + rows] = find(pre[start : start + rows], k, by)
+    if values is not None:
+        torch.gather(pre, 1, indices, out=values)
+        if by == "value":
+            values.relu_()
+
+
+def _topk_indices(pre: Tensor, k: int, by: str, ties: str) -> Tensor:
+    indices = torch.empty(len(pre), k, dtype=torch.int64, device=pre.device)
+    write_topk(pre, k, by, None, indices, ties)
+    return indices
 
 
 _topk_indices_op = register_constant(
-    _topk_indices, lambda pre, k, by, ties: pre.new_empty(len(pre), k, dtype=torch.int64)
+    _topk_indices, lambda pre, k, by, ties: pre.new_empty(pre.shape[0], k, dtype=torch.int64)
 )
 
 

@@ -256,7 +256,7 @@ def encode_topk_batch(
     0 <= k_total <= N F.
     """
     check_encoder(x, W_enc, b_enc, by)
-    _check_total(k_total, len(x), len(W_enc))
+    _check_total(k_total, x.shape[0], W_enc.shape[0])
     if not isinstance(hint, Tensor):
         hint = torch.tensor(hint)
     if hint.numel() != 1:

@@ -9,13 +9,15 @@ from unittest.mock import patch
 
 import torch
 
-from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer, squared_error, topk
+from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer, squared_error
 from fastsae_kernels._encode_above_kernel import launch_count, launch_list
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
+from fastsae_kernels.center import center
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import _rational_backward, rational
-from fastsae_kernels.topk import By
+from fastsae_kernels.rotation import Mode, rotation_gradients
+from fastsae_kernels.topk import By, topk_indices, write_topk
 
 torch.backends.cuda.matmul.fp32_precision = "tf32"  # the encoder's kernel has no other for fp32
 
@@ -59,6 +61,13 @@ def _adam(
     adam_(rows, rows, gradients, AdamStep(1, 1e-3), window)
 
 
+def _rotation(s: Inputs, mode: Mode, need_x: bool = True) -> None:
+    """By the way that has a kernel, whichever is cheaper."""
+    code = s.values, s.indices, s.x, s.values
+    with patch("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: True):
+        rotation_gradients(s.x, s.W, s.b_enc, s.W, *code, mode, (need_x, False, False))
+
+
 A = 8192, 4096, 131072, 64
 B = 8192, 2048, 32768, 32
 C = 16384, 768, 24576, 32
@@ -85,6 +94,7 @@ AWKWARD = {
     "k=1000": Inputs(64, 1000, 40000, 1000, fp32),
     "wide": Inputs(64, 8192, 4096, 32, bf16),
     "wide fp32": Inputs(64, 5120, 4096, 32, fp32),
+    "k=200": Inputs(64, 2304, 40000, 200, bf16),
     "k=500": Inputs(64, 528, 40000, 500, fp32),
     "d_in=1": Inputs(64, 1, 4096, 32, bf16),
     "all 1": Inputs(1, 1, 1, 1, fp32),
@@ -98,12 +108,14 @@ TWO = {"A bf16", "odd fp32"}
 Call = Callable[[Inputs], object]
 
 CASES: dict[str, tuple[Iterable[str], Call]] = {
+    "center": (EVERY, lambda s: center(s.x, s.b_dec, bf16)),
     "decode": (EVERY, lambda s: decode(s.values, s.indices, s.W)),
     "gather_dot": (EVERY, lambda s: gather_dot(s.x, s.indices, s.W)),
     "scatter_outer": (EVERY, lambda s: scatter_outer(s.values, s.indices, s.x, s.F)),
     "squared_error": (EVERY, lambda s: squared_error(s.values, s.indices, s.W, s.b_dec, s.x)),
-    "topk": (EVERY, lambda s: topk(s.pre, s.K)),
-    "topk abs": (TWO, lambda s: topk(s.pre, s.K, "abs")),
+    "topk": (EVERY, lambda s: write_topk(s.pre, s.K, "value", s.values, s.indices)),
+    "topk abs": (TWO, lambda s: write_topk(s.pre, s.K, "abs", s.values, s.indices)),
+    "topk indices": (TWO, lambda s: topk_indices(s.pre, s.K)),
     "encode": (LARGE, _encode),
     "encode abs": (TWO, lambda s: _encode(s, "abs")),
     "encode shadow": ({"A fp32"}, lambda s: encode_topk(*s.encoder, shadow=s.W.bfloat16())),
@@ -124,6 +136,9 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "jumprelu l0": (TWO, lambda s: jumprelu_l0(s.pre, s.b_enc, 1e-3)),
     "jumprelu'": (FEW, lambda s: _jumprelu_backward(s.pre, s.pre, s.b_enc, 1e-3, False)),
     "jumprelu' l0": (TWO, lambda s: _jumprelu_backward(s.pre[:, 0], s.pre, s.b_enc, 1e-3, True)),
+    "rotation dense": (EVERY, lambda s: _rotation(s, "dense")),
+    "rotation support": (FEW, lambda s: _rotation(s, "support")),
+    "rotation weights": (TWO, lambda s: _rotation(s, "dense", False)),
 }
 """Where each is compiled: at every shape, or where its arguments or its price suggest."""
 

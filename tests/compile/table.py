@@ -24,6 +24,14 @@ from recorder import Launch, recording
 
 TARGETS = 80, 90, 100
 
+REGISTERS, THREADS, MOST_CTAS = 64 << 10, 2048, 32
+"""What each streaming multiprocessor (SM) of these GPUs has, whichever of them it is."""
+
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+"""Bytes of shared memory per SM; each resident CTA takes RESERVED of them for the system."""
+
+RESERVED = 1 << 10
+
 TENSOR_CORES = {"tcgen05": r"\btcgen05\.mma", "wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync"}
 """Instructions as PTX spells them, the best first."""
 
@@ -35,6 +43,7 @@ COLUMNS: dict[str, tuple[str, Callable[[dict], object]]] = {
     "registers": ("{:>9}", lambda row: row["registers"]),
     "stack": ("{:>5}", lambda row: row["stack"] + row["local"]),
     "shared": ("{:>6}", lambda row: row["shared"]),
+    "CTAs/SM": ("{:>7}", lambda row: row["ctas"]),
     "128-bit": ("{:>7}", lambda row: f"{row['wide']}/{row['loaded']}"),
     "dot": ("{:13}", lambda row: f"{row['dot']} {row['tensor core']}"),
     "configuration (first case)": (
@@ -87,6 +96,7 @@ def resources(launch: Launch) -> dict[str, Any]:
         "stack": usage["STACK"],
         "local": usage["LOCAL"],
         "shared": metadata.shared,
+        "ctas": resident_ctas(launch.arch, usage["REG"], metadata.num_warps, metadata.shared),
         "wide": sum(n for n in loads if n >= 16),
         "loaded": sum(loads),
         "dot": dot[1] if dot else "",
@@ -103,6 +113,17 @@ def registers(cubin: bytes) -> dict[str, int]:
         command = [str(tool), "-res-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def resident_ctas(arch: int, registers: int, warps: int, shared: int) -> int:
+    """How many CTAs of a kernel one SM holds at a time: its occupancy."""
+    allocated = -(-registers // 8) * 8  # registers of a thread come in eights
+    return min(
+        REGISTERS // (max(allocated, 8) * 32 * warps),
+        THREADS // (32 * warps),
+        SHARED[arch] // (shared + RESERVED),
+        MOST_CTAS,
+    )
 
 
 def loaded_bytes(ptx: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
 from fastsae.codes import Codes
@@ -35,6 +35,12 @@ def test_pre_activations(latents, dtype):
 
 def test_pre_activations_are_whole():
     assert_no_worse(pre_activations, linear, *encoder(torch.float32))
+
+
+def test_pre_activations_twice():
+    """Also where a latent's gradient is 0, but has a derivative."""
+    g = torch.randn(N, F, dtype=torch.float64) * (torch.arange(F) < 2)
+    assert gradgradcheck(pre_activations, encoder(), g.requires_grad_(), fast_mode=True)
 
 
 def test_entries():

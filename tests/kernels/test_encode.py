@@ -111,7 +111,7 @@ def encoder_kernel(device, monkeypatch, tf32):
         launched.append(arguments)
         return launch_encode(*arguments)
 
-    monkeypatch.setattr("fastsae_kernels.encode.launch_encode", launch)
+    monkeypatch.setattr("fastsae_kernels._encode_kernel.launch_encode", launch)
     yield
     assert launched
 

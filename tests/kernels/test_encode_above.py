@@ -10,15 +10,17 @@ from fastsae_kernels.encode_above import encode_above_reference
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
 
-BY = pytest.mark.parametrize("by", ["value", "abs"])
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from .pairs import pairwise
+
+BY = "value", "abs"
+each_by = pytest.mark.parametrize("by", BY)
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # N, D, F
     (1, 1, 1),
     (7, 33, 20),
     (6, 64, 70),  # more than two small blocks
     (0, 8, 20),
 ]
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-D{}-F{}".format(*s))
 NAN, INF = float("nan"), float("inf")
 
 
@@ -58,9 +60,7 @@ def assert_as_reference(x, W, b, threshold, by: By = "value") -> tuple[Tensor, T
     return got
 
 
-@BY
-@each_shape
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(shape=SHAPES, dtype=DTYPES, by=BY)
 def test_entries_and_gradients(device, shape, dtype, by):
     assert_no_worse(
         lambda x, W, b, t: encode_above(x, W, b, t, by),
@@ -69,10 +69,7 @@ def test_entries_and_gradients(device, shape, dtype, by):
     )
 
 
-@BY
-@each_shape
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threshold", [1, 0.0, -2.0, "each"])
+@pairwise(shape=SHAPES, dtype=DTYPES, by=BY, threshold=[1, 0.0, -2.0, "each"])
 def test_entries_at_the_threshold_are_not_above_it(device, shape, dtype, threshold, by):
     x, W, b = integers(shape, device, dtype)
     if threshold == "each":
@@ -87,7 +84,7 @@ def test_whole_blocks(device, monkeypatch):
         assert_as_reference(x, W, b, 2.0)
 
 
-@BY
+@each_by
 def test_none_and_all(device, by):
     x, W, b = integers((5, 9, 30), device)
     pre, indices, count = assert_as_reference(x, W, b, 100.0, by)
@@ -106,7 +103,7 @@ def test_thresholds_are_not_rounded_to_half_precision(device):
     assert assert_as_reference(x.double(), x.double(), b.double(), 1 - 2**-50)[2].tolist() == [1]
 
 
-@BY
+@each_by
 def test_nan_exceeds_nothing(device, by):
     x, W, b = integers((4, 8, 20), device)
     x[2, 5], b[3] = NAN, NAN
@@ -129,7 +126,7 @@ def test_chunks_of_tokens(device, tokens, monkeypatch):
         assert torch.equal(got, expected)
 
 
-@BY
+@each_by
 def test_gradcheck(device, by):
     x, W, b, threshold = separated((3, 4, 6), device, torch.float64, by)
     leaves = [t.requires_grad_() for t in (x, W, b)]

@@ -13,6 +13,7 @@ from fastsae_kernels._launch import (
     check_matrix,
     interpreted,
     power_of_2,
+    rows_at_a_time,
     use_triton,
 )
 from fastsae_kernels.testing import assert_no_worse
@@ -80,10 +81,41 @@ def test_errors_say_what_was_given_and_what_is_allowed():
 
 def test_size_of_the_buffer(monkeypatch):
     monkeypatch.setattr("fastsae_kernels._launch._BUFFER_MB", None)
+    gpu = torch.device("cuda")
+    for card, budget in ((8 << 30, 512 << 20), (160 << 30, 5 << 30)):
+        monkeypatch.setattr("fastsae_kernels._launch._card_bytes", lambda device, card=card: card)
+        assert buffer_bytes(gpu) == budget
     assert buffer_bytes(CPU) == 256 << 20
-    assert buffer_bytes(torch.device("cuda")) == 512 << 20
+    assert buffer_bytes(torch.device("meta")) == 512 << 20
     monkeypatch.setattr("fastsae_kernels._launch._BUFFER_MB", "3")
-    assert buffer_bytes(CPU) == 3 << 20
+    assert buffer_bytes(CPU) == buffer_bytes(gpu) == 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("N", "most", "rows"),
+    [
+        (4096, 2236, 2048),  # two chunks: 1 M latents in bfloat16, 1/32 of an H200
+        (8192, 16000, 8192),  # all at once
+        (1000, 1000, 1000),
+        (0, 1000, 1),
+        (5000, 2236, 1792),  # 1,667 would be equal: whole tiles of 256
+        (600, 500, 384),  # 300 would be equal, and 512 too many: whole tiles of 128
+        (1000, 260, 256),
+        (250, 127, 125),  # no whole tile fits
+        (3, 0, 1),
+    ],
+)
+def test_rows_at_a_time_on_a_gpu(monkeypatch, N, most, rows):
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 40 * most)
+    assert rows_at_a_time(torch.empty(N, 3, device="meta"), 10) == rows
+
+
+def test_rows_at_a_time_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("fastsae_kernels._launch._BUFFER_MB", None)
+    assert rows_at_a_time(torch.empty(4096, 3), 24576) == 256
+    assert rows_at_a_time(torch.empty(4096, 3), 64) == 4096
+    assert rows_at_a_time(torch.empty(300, 3), 24576) == 150
+    assert rows_at_a_time(torch.empty(4, 3), 1 << 28) == 1
 
 
 def test_assert_no_worse_sees_what_is_wrong():

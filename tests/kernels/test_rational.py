@@ -57,8 +57,12 @@ def assert_many_no_worse(shape, degrees=(5, 4), dtype=torch.float32, device="cpu
     assert_no_worse(many(rational), many(rational_reference), *stacks)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, DTYPES[0]) for shape in SHAPES]
+    + [(shape, dtype) for shape in ((7, 33), (3, 1100), (0, 4)) for dtype in DTYPES[1:]],
+    ids=str,
+)
 def test_shapes_and_dtypes(shape, dtype, device):
     assert_many_no_worse(shape, dtype=dtype, device=device)
 
@@ -115,7 +119,7 @@ def test_a_second_derivative_is_refused(device):
     h, c, s = make((2, 3), device=device)
     out = rational(*arguments(h.requires_grad_(), c, s))
     (gradient,) = torch.autograd.grad(out.sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="rational_backward has no derivative"):
         torch.autograd.grad(gradient.sum(), h)
 
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from fastsae_kernels._rotation_ways import Layer, gram_is_cheaper
 from fastsae_kernels.rotation import (
     Mode,
-    _gram_is_cheaper,
-    _Layer,
     rotation_gradient_reference,
     rotation_gradients,
     rotation_gradients_reference,
@@ -14,6 +13,8 @@ from fastsae_kernels.rotation import (
 )
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By, topk_reference
+
+from .pairs import pairwise
 
 SHAPES = [  # N, D, D_out, F, k
     (1, 1, 1, 1, 1),
@@ -25,17 +26,13 @@ SHAPES = [  # N, D, D_out, F, k
     (0, 4, 5, 8, 2),
 ]
 each_mode = pytest.mark.parametrize("mode", ["support", "dense"])
-BY = pytest.mark.parametrize("by", ["value", "abs"])
-
-
-def name(shape):
-    return "N{}-D{}-out{}-F{}-k{}".format(*shape)
+CHOICES = {"way": ["gram", "dense"], "by": ["value", "abs"], "mode": ["support", "dense"]}
 
 
 @pytest.fixture(params=["gram", "dense"])
 def way(request, monkeypatch):
     gram = request.param == "gram"
-    monkeypatch.setattr("fastsae_kernels.rotation._gram_is_cheaper", lambda *_: gram)
+    monkeypatch.setattr("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: gram)
 
 
 def make(shape, device="cpu", dtype=torch.float32, by: By = "value"):
@@ -85,17 +82,13 @@ def assert_same(gradients, expected):
         assert torch.equal(one, two)
 
 
-@each_mode
-@BY
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] != 1], ids=name)
+@pairwise(["way"], shape=[s for s in SHAPES if s[0] != 1], **CHOICES)
 def test_gradients(device, way, shape, by, mode):
     """Not of one token: the reference's error is a matter of luck there."""
     no_worse(make(shape, device, by=by), mode)
 
 
-@each_mode
-@BY
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pairwise(["way"], shape=SHAPES, **CHOICES)
 def test_formulas_are_exact(device, way, shape, by, mode):
     """Up to roundings of float64, of which the formulas cancel a few hundred at most."""
     arguments = make(shape, device, torch.float64, by)
@@ -103,6 +96,12 @@ def test_formulas_are_exact(device, way, shape, by, mode):
     for got, expected in zip(run(*arguments, mode=mode), exact, strict=True):
         scale = expected.abs().max() if expected.numel() else 0.0
         assert (got - expected).abs().le(1e-13 * scale).all()
+
+
+@each_mode
+def test_more_columns_and_latents_than_a_block(device, mode, monkeypatch):
+    monkeypatch.setattr("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: True)
+    no_worse(make((3, 1030, 1100, 150, 140), device), mode)
 
 
 @each_mode
@@ -163,7 +162,7 @@ def test_reference_scales_and_turns_h_to_q():
 @pytest.mark.parametrize("tokens", [0, 3, 100])
 def test_chunks_of_tokens(device, monkeypatch, tokens, mode):
     """The buffer holds h, g and a product of so many tokens (one at least)."""
-    monkeypatch.setattr("fastsae_kernels.rotation._gram_is_cheaper", lambda *_: False)
+    monkeypatch.setattr("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: False)
     size = 2 * 20 * 4 * tokens
     monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: size)
     no_worse(make((7, 5, 6, 20, 3), device), mode)
@@ -175,9 +174,9 @@ def test_gram_way_where_there_are_many_tokens(mode, d_out):
     F, D = 24576, 384
     x, W_enc, b_enc = (torch.empty(s, device="meta") for s in ((0, D), (F, D), (F,)))
     W_dec = torch.empty(F, d_out, device="meta") if mode == "dense" else None
-    layer = _Layer(x, W_enc, b_enc, W_dec, x)
+    layer = Layer(x, W_enc, b_enc, W_dec, x)
     for needs in ((True, True, True), (False, True, True), (True, False, False)):
-        cheaper = [_gram_is_cheaper(N, layer, needs) for N in (1, D // 2, 2 * D, 4096)]
+        cheaper = [gram_is_cheaper(N, layer, needs) for N in (1, D // 2, 2 * D, 4096)]
         assert cheaper == [False, False, True, True]
 
 

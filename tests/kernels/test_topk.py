@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from fastsae_kernels import topk
+from fastsae_kernels._launch import use_triton
 from fastsae_kernels.testing import assert_no_worse
-from fastsae_kernels.topk import By, topk_indices, topk_reference
+from fastsae_kernels.topk import By, topk_indices, topk_reference, write_topk
 
 BY = pytest.mark.parametrize("by", ["value", "abs"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -76,6 +77,38 @@ def test_more_candidates_than_room(device, large):
     pre = torch.rand(2, 1 << 13)
     pre[:, :large] += 10
     assert_as_reference(pre.to(device), 64)
+
+
+@pytest.mark.parametrize("step", [1024, 2048])
+def test_a_group_with_several_of_the_largest(device, step):
+    """The kernel reads one piece of a group again, or all if another has a candidate: here 4 do."""
+    pre = torch.randn(2, 4 * step)
+    pre[:, 7::step] += 10
+    pre[:, 20] = pre[:, 20 + step] = 9.0
+    assert_as_reference(pre.to(device), 12)
+    assert_as_reference(pre.to(device, torch.bfloat16), 12)
+
+
+@BY
+@pytest.mark.parametrize("k", [20, 1100])
+def test_into_slices_from_rows_apart(device, by, k):
+    pre = torch.randn(3, 1210).to(device)[:, 3:1203]
+    values = torch.full((5, k), 7.0, device=device)
+    indices = torch.full((5, k), -1, device=device)
+    write_topk(pre, k, by, values[1:4], indices[1:4])
+    expected, places = topk_reference(pre, k, by)
+    assert torch.equal(indices[1:4], places)
+    assert torch.equal(values[1:4], expected)
+    assert indices[[0, 4]].eq(-1).all() and values[[0, 4]].eq(7).all()
+
+
+def test_the_kernel_writes_int32_as_well(device):
+    pre = torch.randn(3, 300).to(device)
+    if not use_triton(pre):
+        pytest.skip("the torch path gathers by int64")
+    indices = torch.empty(3, 5, dtype=torch.int32, device=device)
+    write_topk(pre, 5, "value", None, indices)
+    assert torch.equal(indices.long(), topk_reference(pre, 5)[1])
 
 
 @BY

@@ -16,6 +16,7 @@ from fastsae.train.log import read_lines
 
 from .conftest import train_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SMALL = {"d_sae": 64, "batch_size": 200, "lr": 3e-3, "log_every": 5, "steps": 100}
 
 

@@ -19,6 +19,7 @@ from fastsae_kernels.topk import By
 
 from .conftest import Stop, StoppingShards, train_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SMALL = {"d_sae": 64, "batch_size": 200, "lr": 3e-3, "log_every": 5, "dead_after": 2000}
 SAES = {
     "k4": {"k": 4},

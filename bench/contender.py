@@ -1,0 +1,133 @@
+"""A trainer with its settings, as a row of a table, and the step that it takes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fastsae import SAE, TopK
+from fastsae.device import tf32_products
+from fastsae.losses import Objective
+from fastsae.nn import TopKConfig
+from fastsae.train import TrainConfig
+from fastsae.train.optim import Adam
+from fastsae.train.step import fused_step
+from fastsae_kernels import decode
+
+from .dense import DenseTopK, dense_adam, dense_step
+from .problem import Problem
+
+LR = 1e-5
+
+
+class Contender(NamedTuple):
+    trainer: str = "fastsae"
+    """fastsae, dense (dense.py), or the library that a file of peers/ is named after."""
+    options: dict[str, Any] = {}
+    """Of TrainConfig, or of the library's trainer."""
+    dead: bool = False
+    """Whether 5 % of the latents are dead, so that aux-k runs."""
+    patches: dict[str, Any] = {}
+    """Constants of our code that are other ones while it runs, by their full names."""
+    package: str | None = None
+    """What must be installed, by its name on PyPI; None for what is here."""
+    adam: bool = True
+    """Whether a learning rate means what it does in fastsae."""
+    accelerated: bool = False
+    """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
+
+    @property
+    def ours(self) -> bool:
+        return self.trainer == "fastsae"
+
+    @property
+    def peer(self) -> bool:
+        """Whether it is what fastsae is compared with."""
+        return self.package is not None and not self.accelerated
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, value in self.patches.items():
+                stack.enter_context(patch(name, value))
+            yield
+
+
+def empty_sae(p: Problem) -> SAE:
+    """Tied unit rows, made on the device without a copy."""
+    with torch.device("meta"):
+        sae = SAE(p.D, p.F, TopK(p.K))
+    sae = sae.to_empty(device=p.device)
+    with torch.no_grad():
+        sae.W_dec.normal_()
+        sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True))
+        sae.W_enc.copy_(sae.W_dec)
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae
+
+
+@torch.no_grad()
+def batches(p: Problem, W_dec: Tensor) -> list[tuple[Tensor]]:
+    """Two batches of the dictionary's own rows, so that some latents fire often, and noise."""
+    made = []
+    for _ in range(2):
+        values, indices = p.codes(torch.float32)
+        noise = p.normal(p.N, p.D, dtype=torch.float32)
+        made.append((decode(values, indices, W_dec).add_(noise, alpha=0.02),))
+    return made
+
+
+Step = Callable[[Tensor], object]
+
+
+def step_of(contender: Contender, p: Problem, sae: SAE) -> Step:
+    """A whole training step, with the count of which latents fired.
+
+    ValueError or TypeError for options that this code or this machine does not have.
+    """
+    return (our_step if contender.ours else their_step)(contender, p, sae)
+
+
+SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": (), "bf16": ("W_enc", "W_dec")}
+"""The weights that a GPU's step keeps in bfloat16 as well, by the encoder's precision."""
+
+
+def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
+    """The fused step, as the Trainer sets it up for these options."""
+    config = TrainConfig(d_sae=p.F, activation=TopKConfig(k=p.K), **contender.options)
+    gpu, precision = p.dry or p.device.type != "cpu", config.encoder_precision
+    if precision == "auto":
+        precision = "bf16" if gpu else "fp32"
+    if precision not in SHADOWS:
+        raise ValueError(f"this code has no encoder_precision {precision}")
+    shadows = SHADOWS[precision] if gpu else SHADOWS[precision][:1]
+    adam = Adam(sae, config.optimizer, shadows=shadows)
+    dead = torch.arange(0, p.F, 20, device=p.device) if contender.dead else None
+    unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
+
+    def step(x: Tensor) -> None:
+        adam.begin_step(LR)
+        with tf32_products(precision == "tf32"):
+            result = fused_step(sae, adam, x, dead, Objective())
+        unfired.add_(len(x)).masked_fill_(result.codes.fired(), 0)
+
+    return step
+
+
+def their_step(contender: Contender, p: Problem, sae: SAE) -> Step:
+    """Dense PyTorch's, with its products in bfloat16 on a GPU."""
+    model = DenseTopK(sae)
+    adam = dense_adam(model, LR)
+    dead = torch.arange(p.F, device=p.device) % 20 == 0 if contender.dead else None
+    unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
+    low = p.dry or p.device.type == "cuda"
+
+    def step(x: Tensor) -> None:
+        _, fired = dense_step(model, adam, x, dead, p.D // 2, low=low)
+        unfired.add_(len(x)).masked_fill_(fired, 0)
+
+    return step

@@ -1,0 +1,97 @@
+"""Compiles what will be launched, in parallel, before anything is timed.
+
+    python -m bench.gpu.precompile ARCH SHAPES [--dry-run]
+
+calls every op and every step with meta tensors, takes down what Triton would compile, and compiles
+that in as many processes as there are cores. It ends up in Triton's cache on disk, where the real
+launches find it: they derive the same key. Needs a process without TRITON_INTERPRET.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from bench.contender import Contender, empty_sae, step_of
+from bench.ops import OPS, Op
+from bench.problem import SHAPES, Problem
+from bench.record import ROOT
+
+from .step import contenders
+
+
+def recorder() -> Any:
+    """tests/compile/recorder.py"""
+    spec = spec_from_file_location("recorder", ROOT / "tests" / "compile" / "recorder.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["recorder"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def take_step(contender: Contender, p: Problem) -> None:
+    with contender.patched():
+        step_of(contender, p, empty_sae(p))(torch.empty(p.N, p.D, device=p.device))
+
+
+def call_op(op: Op, p: Problem) -> None:
+    op.run(*op.make(p))
+
+
+def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
+    """Every launch, each once, and what could not be recorded: ops that read a value back."""
+    launches, problems, recording = [], [], recorder().recording
+    for p in (Problem(name, *SHAPES[name], torch.device("meta")) for name in names):
+        calls = {n: partial(take_step, c, p) for n, c in contenders(p).items() if c.ours}
+        calls |= {op.name: partial(call_op, op, p) for op in OPS}
+        for name, call in calls.items():
+            with recording(arch, name, p.name) as found:
+                try:
+                    call()
+                except Exception as problem:  # the launches before it count all the same
+                    problems.append(f"{p.name} {name}: {str(problem)[:80]}")
+            launches += [launch for launch in found if launch not in launches]
+    return launches, problems
+
+
+def compiled(launch: Any) -> str:
+    """The error of a launch that does not compile."""
+    try:
+        launch.compile()
+    except Exception as problem:
+        return f"{launch.kernel}: {str(problem)[-100:]}"
+    return ""
+
+
+def main() -> None:
+    arch, names, *dry = sys.argv[1:]
+    start = time.time()
+    launches, problems = recorded(int(arch), names)
+    after, workers = time.time(), len(os.sched_getaffinity(0))
+    # Forked, so that nobody has to import torch again; no thread has been started.
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        errors = [e for e in pool.map(compiled, launches[:1] if dry else launches) if e]
+    found = {"launches": len(launches), "record s": after - start, "compile s": time.time() - after}
+    print(json.dumps({**found, "not recorded": problems, "not compiled": errors}))
+
+
+def precompile(arch: int, names: str, dry: bool) -> dict[str, Any]:
+    """What main prints, run in a process of its own."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.gpu.precompile", str(arch), names, *["--dry-run"] * dry]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return {"error": lines[-1][:300]} if done.returncode else json.loads(lines[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The proof that timings rest on: the project's own tests, run by pytest on the GPU.
+
+A failed test marks the rows of what it tests as UNVERIFIED; it keeps nothing from being measured.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench.record import ROOT, Record
+
+STEP_OPS = "topk", "encode_topk", "squared_error", "latent_major", "adam_", "step"
+"""What a training step is made of."""
+
+WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}
+"""Where pytest-xdist is installed, processes for core tests and for others: no more, and those of
+a file one after another, so that the largest fit into memory together."""
+
+FILES = {"adam_": "adam", "encode_topk": "encode", "encode_topk_batch": "topk_batch"}
+FILES |= {"rotation_gradients": "rotation", "squared_error": "loss", "jumprelu_l0": "jumprelu"}
+FILES |= dict.fromkeys(("decode", "gather_dot", "scatter_outer", "latent_major"), "sparse")
+"""The tests of an op that are not named after it."""
+
+
+def run_tests(record: Record, part: str, dry: bool) -> None:
+    """Those marked core, every kernel once at real widths; or all others."""
+
+    def outcomes() -> dict[str, Any]:
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "outcomes.jsonl"
+            ended = run_pytest(part == "core tests", file, dry, record.left(part))
+            lines = file.read_text().splitlines() if file.exists() else []
+        found = [json.loads(line) for line in lines]
+        counts = {o: sum(one[1] == o for one in found) for o in ("passed", "skipped", "failed")}
+        passed = sorted(node for node, outcome, _ in found if outcome == "passed")
+        failed = {node: error for node, outcome, error in found if outcome == "failed"}
+        return {"ended": ended, **counts, "failures": failed, "nodes": passed}
+
+    row = record.row(part, "pytest", outcomes, 1e9)
+    record.say(", ".join(f"{key} {value}" for key, value in row.items() if key != "nodes"))
+    mark_rows(record)
+
+
+def run_pytest(core: bool, file: Path, dry: bool, seconds: float) -> str:
+    """How it ended; after too long, with all of its processes."""
+    # An empty addopts: the project's ask for plugins that a GPU's machine may lack.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--import-mode=importlib"]
+    command += ["-p", "no:cacheprovider", "-p", "bench.gpu.outcomes", "tests/gpu"]
+    command += ["-m", "core"] if core else ["-m", "not core", *["tests/kernels"] * (not dry)]
+    if find_spec("xdist") is not None:
+        command += ["-n", "0"] if dry else WORKERS[core]
+    environment = {**os.environ, "FASTSAE_OUTCOMES": str(file), "FASTSAE_TINY": "1" if dry else ""}
+    places: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment, **places)
+    try:
+        code = process.wait(None if dry else max(1, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return "out of time"
+    return {0: "all passed", 1: "some failed"}.get(code, f"exit code {code}")
+
+
+def failures(record: Record) -> dict[str, str]:
+    """Error by node id of the tests that failed."""
+    rows = (record.rows(part).get("pytest", {}) for part in ("core tests", "tests"))
+    return {node: error for row in rows for node, error in row.get("failures", {}).items()}
+
+
+def concerns(node: str, op: str) -> bool:
+    """Whether a test is of an op: it is in the op's file, or has its name among its parameters."""
+    file, _, test = node.partition("::")
+    named = op in re.split(r"[\[\]\-]", test) or op == "step" and "test_step" in file
+    return named or file.endswith(f"/test_{FILES.get(op, op)}.py")
+
+
+def unverified(record: Record, ops: tuple[str, ...]) -> str:
+    """Why a row of these ops is not to be trusted; empty where its tests have passed."""
+    for node, error in failures(record).items():
+        if any(concerns(node, op) for op in ops):
+            return f"{node}: {error[:150]}"
+    passed = record.rows("core tests").get("pytest", {}).get("nodes", [])
+    untested = [op for op in ops if not any(concerns(node, op) for node in passed)]
+    return f"not tested: {', '.join(untested)}" if untested else ""
+
+
+def mark_rows(record: Record) -> None:
+    """Mark every row of ours that was measured, or take back the mark."""
+    for part in ("step", "kernels"):
+        for key, row in record.rows(part).items():
+            reason = unverified(record, (row["op"],) if "op" in row else STEP_OPS)
+            row.pop("unverified", None)
+            if "ms" in row and " dense" not in key.partition(",")[0] and reason:
+                row["unverified"] = reason
+    record.save()

@@ -1,0 +1,219 @@
+"""The kernel table: each op at a shape, against the roof, plain PyTorch and torch.compile."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from .clock import digits, free, input_sets, measure, peak_bytes, timed
+from .ops import Make, Op, chosen_ops
+from .problem import DTYPES, Problem, check_spread, parse_shape, precision
+from .record import attempt, stamp
+from .roofs import Cost, Roofs, measure_roofs
+
+AGAINST = "torch", "compile"
+
+FACTORS = 0.25, 0.5, 1, 2, 4
+"""Multiples of a size that a sweep goes through."""
+
+
+def with_gradients(function: Callable[..., Any], *arguments: Any) -> object:
+    """A call and its backward pass, for a gradient of the outputs themselves."""
+    result = function(*arguments)
+    outs = result if isinstance(result, tuple) else (result,)
+    outs = [out for out in outs if isinstance(out, Tensor) and out.requires_grad]
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    return torch.autograd.grad(outs, leaves, [out.detach() for out in outs], allow_unused=True)
+
+
+def leaves_of(make: Make, p: Problem) -> tuple:
+    """Arguments whose floating tensors ask for gradients."""
+    return tuple(
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in make(p)
+    )
+
+
+def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> dict[str, Any]:
+    """Time, cost and roof of an op; the same op by other means."""
+    torch.manual_seed(0)
+    free()
+    most = 1 if p.dry else 64 if p.device.type == "cuda" else 4
+    prepare = leaves_of if backward else (lambda make, p: make(p))
+    sets = input_sets(partial(prepare, op.make, p), most)
+    cost = op.cost(p, int(backward), *sets[0])
+    run = partial(with_gradients, op.run) if backward else op.run
+    with launched() as kernels:
+        row = measure(run, sets, p.device, dry=p.dry)
+    row |= described(op, p, row["ms"]["median"], cost, roofs) | {"backward": backward}
+    peak = None if p.dry else peak_bytes(lambda: run(*sets[0]), p.device)
+    row |= {"peak MB": peak and digits(peak / 2**20), "kernels": resources(kernels)}
+    if op.torch_make is not None and against:
+        del sets
+        free()
+        sets = input_sets(partial(prepare, op.torch_make, p), most)
+    for name in against:
+        other = torch.compile(op.torch, dynamic=False) if name == "compile" else op.torch
+        other = partial(with_gradients, other) if backward else other
+        row[name] = attempt(partial(measure, other, sets, p.device, 80, dry=p.dry))
+        if "ms" in row[name]:
+            row[name]["ratio"] = digits(row[name]["ms"]["median"] / row["ms"]["median"])
+    return row
+
+
+def described(op: Op, p: Problem, ms: float, cost: Cost, roofs: Roofs) -> dict[str, Any]:
+    """What was done in a time, and how near that is to the roof."""
+    roof = roofs.ms(cost)
+    row: dict[str, Any] = {"op": op.function, "variant": op.variant, "dtype": precision(p)}
+    row |= {"shape": {"N": p.N, "D": p.D, "F": p.F, "K": p.K}, "indices": p.spread}
+    row |= {"bytes": cost.bytes, "GB/s": digits(cost.bytes / ms / 1e6)}
+    row |= {"flops": cost.flops, "TFLOP/s": digits(cost.flops / ms / 1e9), "rate": cost.rate}
+    row |= {"roof ms": digits(roof), "of roof": digits(roof / ms)}
+    return row | {"gathered GB/s": digits(cost.gathered / ms / 1e6)} if cost.gathered else row
+
+
+@contextmanager
+def launched() -> Iterator[dict[str, Any]]:
+    """Collects the compiled Triton kernels that are launched, by name; none on a CPU."""
+    found: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        yield found
+        return
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def noted(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        found[kernel.__name__] = run(kernel, *arguments, **options)
+        return found[kernel.__name__]
+
+    with patch.object(JITFunction, "run", noted):
+        yield found
+
+
+def resources(kernels: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Registers, spilled bytes, shared memory and programs that fit a multiprocessor at once."""
+    found = {}
+    for name, kernel in kernels.items():
+        gpu = torch.cuda.get_device_properties()
+        threads, shared = kernel.metadata.num_warps * 32, kernel.metadata.shared
+        registers = max(1, -(-kernel.n_regs // 8) * 8 * threads)
+        by_registers = gpu.regs_per_multiprocessor // registers
+        by_shared = gpu.shared_memory_per_multiprocessor // (shared + 1024)
+        ctas = min(by_registers, by_shared, gpu.max_threads_per_multi_processor // threads, 32)
+        row = {"registers": kernel.n_regs, "spilled": kernel.n_spills}
+        found[name] = row | {"shared": shared, "CTAs per SM": ctas}
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    if "ms" not in row:
+        return row["error"][:90]
+    text = "{median:9.3f} ms ({min:.3f} to {max:.3f})".format(**row["ms"])
+    text += f" {row['GB/s']:8} GB/s {row['TFLOP/s']:8} TFLOP/s {row['of roof']:7.1%} of roof"
+    for name in AGAINST:
+        if other := row.get(name):
+            text += f"  {name} " + (f"{other['ratio']}x" if "ms" in other else other["error"][:40])
+    for kernel, used in row["kernels"].items():
+        text += f"  {kernel} {used['registers']} registers, {used['CTAs per SM']} CTAs/SM"
+    text += "" if row["peak MB"] is None else f"  {row['peak MB']} MB"
+    return text + "  UNVERIFIED" * ("unverified" in row)
+
+
+# --- the command ----------------------------------------------------------------------------
+
+EXAMPLES = """examples:
+  python -m bench kernels --op decode --backward
+      forward and gradients of decode at the default shape, against eager PyTorch
+  python -m bench kernels --shape 8192,4096,131072,64 --dtype bf16 --against torch compile
+      every op at N = 8192 tokens, D = 4096 wide, F = 131072 latents, K = 64 active
+  python -m bench kernels --op encode_topk --sweep F --plot encode.png
+      time against the number of latents, with the roof
+  python -m bench kernels --ncu squared_error --shape A
+      one warmed launch, to be run under the profiler command that it prints
+
+columns: median time (fastest to slowest call), bytes and FLOPs that the op has to move and do per
+second, share of the roof (a copy or a GEMM measured in the same run), time of the others as a
+multiple of ours, what Triton's kernels use, and the most memory on top of the arguments."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = __doc__, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--op", nargs="+", metavar="OP", help="which ops (default: all)")
+    add("--shape", help="a-d, A-D, or N,D,F,K (default: a; on a GPU A)")
+    add("--dtype", choices=DTYPES, help="(default: fp32; on a GPU bf16)")
+    add("--backward", action="store_true", help="time the call and its gradients")
+    help = "eager PyTorch, and the same under torch.compile (default: torch)"
+    add("--against", nargs="*", choices=AGAINST, default=["torch"], help=help)
+    help = "uniform, zipf (some fire often), hot (one fires always) (default: zipf)"
+    add("--indices", default="zipf", help=help)
+    add("--sweep", choices=list("NDFK"), help="repeat at 1/4 to 4 times this size of the shape")
+    add("--json", type=Path, help="write the rows and the machine's stamp here")
+    add("--plot", type=Path, help="draw a roofline, or with --sweep the times")
+    add("--ncu", metavar="OP", help="one warmed launch of an op for Nsight Compute")
+
+
+def problems_of(arguments: argparse.Namespace) -> list[Problem]:
+    """One, or those of a sweep."""
+    check_spread(arguments.indices)
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", "bf16") if gpu else ("cpu", "fp32")
+    name, letter = arguments.shape or ("A" if gpu else "a"), arguments.sweep
+    settings = torch.device(device), DTYPES[arguments.dtype or dtype], arguments.indices
+    p = Problem(name, *parse_shape(name), *settings)
+    if letter is None:
+        return [p]
+    sizes = sorted({max(1, round(getattr(p, letter) * factor)) for factor in FACTORS})
+    swept = [p._replace(name=f"{letter}={size}", **{letter: size}) for size in sizes]
+    return [q for q in swept if q.K <= q.F]
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    problems, backward = problems_of(arguments), arguments.backward
+    if arguments.ncu is not None:
+        return one_launch(chosen_ops([arguments.ncu], backward)[0], problems[0], backward)
+    ops = chosen_ops(arguments.op, backward)
+    if arguments.plot is not None and arguments.sweep and len(ops) > 1:
+        raise ValueError("--plot with --sweep draws one op: choose it with --op")
+    roofs = measure_roofs(problems[0], {"fp32", precision(problems[0])})
+    rates = ", ".join(f"{n} {rate / 1e12:.4g} TFLOP/s" for n, rate in roofs.rates.items())
+    print(f"roof: copy {roofs.bandwidth / 1e9:.4g} GB/s, {rates}", flush=True)
+    rows = []
+    for op in ops:
+        for p in problems:
+            work = partial(op_row, op, p, roofs, backward, tuple(arguments.against))
+            rows.append({"name": op.name, "problem": p.name, **attempt(work)})
+            print(f"{p.name:10} {op.name:32} {line(rows[-1])}", flush=True)
+    if arguments.json is not None:
+        found = {"stamp": stamp(problems[0].device.type), "roof": roofs._asdict(), "rows": rows}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.plot is not None:
+        from .plot import plot_kernels
+
+        plot_kernels(rows, roofs, arguments.sweep, arguments.plot)
+    return None
+
+
+def one_launch(op: Op, p: Problem, backward: bool) -> None:
+    """Print the profiler's command, and run what it is to see: a call, once all is compiled."""
+    ncu = "ncu --set full --profile-from-start off --clock-control none -o "
+    print(ncu + shlex.join([op.function, sys.executable, "-m", "bench", *sys.argv[1:]]), flush=True)
+    run = partial(with_gradients, op.run) if backward else op.run
+    sets = [leaves_of(op.make, p) if backward else op.make(p)]
+    timed(run, sets, p.device, 2, False)
+    cuda = p.device.type == "cuda"
+    torch.cuda.profiler.start() if cuda else None
+    (watch,) = timed(run, sets, p.device, 1, False)
+    torch.cuda.profiler.stop() if cuda else None
+    print(f"{op.name}: {watch.ms():.3f} ms")

@@ -1,0 +1,296 @@
+"""Every op that is timed: what it is called on, the least it must do, and plain PyTorch's way.
+
+Adding an op takes an entry of OPS, which `python -m bench kernels` and the GPU run both read.
+Bytes count inputs read once and outputs written once; an index takes 8, other entries `item`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, linear
+
+import fastsae_kernels as ours
+from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
+from fastsae_kernels.jumprelu import jumprelu_l0_reference, jumprelu_reference
+from fastsae_kernels.latent_major import latent_major
+from fastsae_kernels.rational import rational_reference
+from fastsae_kernels.rotation import rotation_gradients
+
+from .dense import rotation_dense
+from .problem import Problem, precision
+from .roofs import Cost
+
+fp32, bf16 = torch.float32, torch.bfloat16
+Make = Callable[[Problem], tuple]
+
+
+@dataclass(frozen=True)
+class Op:
+    run: Callable[..., Any]
+    """The public function, or what calls it."""
+    make: Make
+    """Its arguments."""
+    cost: Callable[..., Cost]
+    """From the problem, whether gradients are taken (0 or 1), and the arguments."""
+    torch: Callable[..., Any]
+    """Plain PyTorch's way to the same."""
+    gradients: bool = True
+    """Whether it is differentiable."""
+    step: bool = False
+    """Whether a training step consists of it."""
+    called: str = ""
+    """The function's name, where it is not that of run."""
+    variant: str = ""
+    """What distinguishes it from other entries of the function."""
+    torch_make: Make | None = None
+    """The arguments of PyTorch's way, where they are others."""
+
+    @property
+    def function(self) -> str:
+        return self.called or self.run.__name__
+
+    @property
+    def name(self) -> str:
+        return f"{self.function}, {self.variant}" if self.variant else self.function
+
+
+# --- encoders -------------------------------------------------------------------------------
+
+
+def encoder(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    return p.normal(p.N, p.D), p.weights(), p.normal(p.F, std=0.1)
+
+
+def encode_cost(p: Problem, back: int, *_: Any, parts: int = 1) -> Cost:
+    """An encoder, or in two parts with its decoder: for gradients, tokens and weights are read
+    again, and as much is written."""
+    item, entries = p.dtype.itemsize, p.N * p.K
+    moved = (1 + 2 * back) * parts * item * (p.N + p.F) * p.D + (8 + item) * entries
+    sparse = (2 * back * parts + parts - 1) * 2 * entries * p.D
+    return Cost(moved, 2 * p.N * p.F * p.D + sparse, precision(p))
+
+
+def above_threshold(p: Problem) -> tuple:
+    """With a threshold that about K of F pre-activations exceed."""
+    threshold = -float(torch.special.ndtri(torch.tensor(min(p.K / p.F, 0.5))))
+    return *encoder(p), torch.full((p.F,), threshold, device=p.device)
+
+
+def above_torch(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Tensor:
+    """Codes are dense."""
+    h = linear(x, W, b)
+    return h.where(h > threshold, 0.0)
+
+
+def topk_torch(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = linear(x, W, b).topk(k)
+    return values.relu(), indices
+
+
+def batch_torch(pre: Tensor, k_total: int) -> Tensor:
+    """Codes are dense."""
+    values, position = pre.flatten().topk(k_total)
+    return torch.zeros_like(pre).flatten().scatter(0, position, values.relu()).view_as(pre)
+
+
+def autoencoder_torch(x: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor, k: int) -> Tensor:
+    values, indices = topk_torch(x, W, b, k)
+    return x.new_zeros(len(x), len(W)).scatter(1, indices, values) @ V + c
+
+
+def pre_activations(p: Problem) -> Tensor:
+    """As many as exist at a time."""
+    return p.normal(p.chunk(), p.F)
+
+
+def elementwise(p: Problem, back: int, h: Tensor, *_: Any, outputs=1, flops=1) -> Cost:
+    """Reads h; writes so many tensors like it, in so many FLOPs an entry. For its gradient, h and
+    those of the outputs are read, and one is written."""
+    tensors = 1 + outputs + back * (2 + outputs)
+    return Cost(tensors * h.nbytes, (1 + 3 * back) * flops * h.numel())
+
+
+# --- sparse products ------------------------------------------------------------------------
+
+
+def sparse_cost(p: Problem, back: int, *arguments: Any, rows: float = 1, products=1) -> Cost:
+    """Products of codes with the rows of W that occur in them, and so many times the tokens. For
+    gradients, tokens and rows are read again, and a dense gradient of W is written."""
+    item, entries = p.dtype.itemsize, p.N * p.K
+    indices = next(a for a in arguments if isinstance(a, Tensor) and a.dtype == torch.int64)
+    touched = int(torch.bincount(indices.flatten(), minlength=p.F).count_nonzero())
+    read = touched + rows * p.N + back * 2 * (p.N + p.F)
+    moved = item * read * p.D + (8 + item) * entries
+    flops = (products + 2 * back) * 2 * entries * p.D
+    return Cost(moved, flops, gathered=item * entries * p.D)
+
+
+def outer_cost(p: Problem, back: int, *_: Any) -> Cost:
+    item, entries = p.dtype.itemsize, p.N * p.K
+    moved = (1 + back) * item * (p.N + p.F) * p.D + (8 + item) * entries
+    return Cost(moved, (1 + 2 * back) * 2 * entries * p.D, gathered=item * entries * p.D)
+
+
+def error_inputs(p: Problem) -> tuple:
+    """As in the step, target and bias are in float32."""
+    return *p.codes(), p.weights(), p.normal(p.D, dtype=fp32), p.normal(p.N, p.D, dtype=fp32)
+
+
+def decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return embedding_bag(indices, W, per_sample_weights=values, mode="sum")
+
+
+def gather_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return torch.bmm(W[indices], x[:, :, None]).squeeze(2)
+
+
+def error_torch(values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor) -> tuple:
+    """Error and dots are constants."""
+    error = decode_torch(values, indices, W) + b - target
+    low = error.detach().to(W.dtype)
+    return error.square().sum(1), low, gather_torch(low, indices, W.detach())
+
+
+def outer_torch(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
+    outer = (values[:, :, None] * x[:, None, :]).flatten(0, 1)
+    return x.new_zeros(F, x.shape[1]).index_add(0, indices.flatten(), outer)
+
+
+# --- Adam -----------------------------------------------------------------------------------
+
+
+def adam_inputs(p: Problem, moments: torch.dtype, T: int) -> tuple:
+    rows = []
+    for W in (p.weights(fp32), p.weights(fp32)):
+        first = p.normal(p.F, p.D, dtype=moments, std=1e-3)
+        rows.append(Rows(W, first, first.square(), W.bfloat16()))
+    (values, indices), d_values = p.codes(fp32), p.normal(p.N, p.K, dtype=fp32)
+    runs = latent_major(indices, p.F)
+    v, d_v = (t.flatten()[runs.entry] for t in (values, d_values))
+    gradients = RowGradients(runs, v, p.normal(p.N, p.D), d_v, p.normal(p.N, p.D))
+    updated = torch.zeros(p.F, dtype=torch.int32, device=p.device)
+    window = Window(updated, torch.zeros(T, device=p.device)) if T > 1 else None
+    return *rows, gradients, window, [0]
+
+
+def adam_step(
+    decoder: Rows, encoder: Rows, g: RowGradients, window: Window | None, step: list[int]
+) -> None:
+    step[0] += 1
+    adam_(decoder, encoder, g, AdamStep(step[0], 1e-5), window)
+
+
+def adam_cost(p: Problem, back: int, decoder: Rows, encoder: Rows, g: RowGradients, window, _):
+    """Rows without a gradient are visited in every T-th step."""
+    busy = int((g.runs.start.diff() > 0).sum())
+    visited = busy + (p.F - busy) / (len(window.history) if window else 1)
+    item, entries = p.dtype.itemsize, p.N * p.K
+    moved = 2 * adam_bytes(decoder.first.dtype) * visited * p.D + 2 * item * p.N * p.D
+    return Cost(moved, 4 * entries * p.D, gathered=2 * item * entries * p.D)
+
+
+def adam_bytes(moments: torch.dtype) -> int:
+    """Of a parameter: it and two moments, read and written, and its bfloat16 copy, written."""
+    return 2 * (4 + 2 * moments.itemsize) + 2
+
+
+def dense_adam_inputs(p: Problem) -> tuple:
+    weights = [p.weights(fp32) for _ in range(2)]
+    for W in weights:
+        W.grad = p.normal(p.F, p.D, dtype=fp32)
+    adam = torch.optim.Adam(weights, lr=1e-5, fused=True)
+    adam.step()
+    return adam, *weights, *(W.grad for W in weights)
+
+
+def adam_op(variant: str, moments: torch.dtype, T: int) -> Op:
+    make, dense = partial(adam_inputs, moments=moments, T=T), lambda adam, *_: adam.step()
+    return Op(adam_step, make, adam_cost, dense, False, True, "adam_", variant, dense_adam_inputs)
+
+
+# --- activations and the rotation trick -----------------------------------------------------
+
+
+def rational_inputs(p: Problem, dense: bool) -> tuple:
+    h = pre_activations(p) if dense else p.normal(p.N, p.K)
+    scalars = (torch.tensor(c, device=p.device) for c in (2.5, 0.9, 0.1))
+    return h, p.normal(10, dtype=fp32), p.normal(8, dtype=fp32, std=0.3), *scalars
+
+
+def rational_op(variant: str, dense: bool) -> Op:
+    make, cost = partial(rational_inputs, dense=dense), partial(elementwise, flops=34)
+    return Op(ours.rational, make, cost, rational_reference, variant=variant)
+
+
+def jumprelu_inputs(p: Problem) -> tuple:
+    return pre_activations(p), p.normal(p.F).abs(), 0.3
+
+
+def rotation_inputs(p: Problem, mode: str) -> tuple:
+    data = encoder(p)
+    codes = ours.encode_topk(*data, p.K)
+    return *data, p.weights(), *codes, p.normal(p.N, p.D), p.normal(p.N, p.K), mode
+
+
+def rotation_cost(p: Problem, back: int, *arguments: Any) -> Cost:
+    """The FLOPs of the cheaper way; both weights and three gradients."""
+    E = p.D if arguments[-1] == "dense" else 0
+    gram = 4 * (p.F + p.N) * p.D * (p.D + E)
+    dense = 2 * p.N * p.F * (p.D + E) + 4 * p.N * p.F * p.D
+    return Cost(3 * p.dtype.itemsize * (p.F + p.N) * p.D, min(gram, dense), precision(p))
+
+
+def rotation_op(mode: str) -> Op:
+    make = partial(rotation_inputs, mode=mode)
+    return Op(rotation_gradients, make, rotation_cost, rotation_dense, False, variant=mode)
+
+
+# --- the table ------------------------------------------------------------------------------
+
+OPS: list[Op] = [
+    Op(ours.encode_topk, lambda p: (*encoder(p), p.K), encode_cost, topk_torch, step=True),
+    Op(ours.topk, lambda p: (pre_activations(p), p.K),
+       partial(elementwise, outputs=0), torch.topk, step=True),
+    Op(ours.squared_error, error_inputs, partial(sparse_cost, rows=3, products=2), error_torch,
+       step=True),
+    Op(latent_major, lambda p: (p.indices(), p.F),
+       lambda p, *_: Cost(p.N * p.K * (8 + 8 + 4 + 4) + 4 * p.F),
+       lambda indices, F: indices.flatten().sort(stable=True), False, step=True),
+    adam_op("", fp32, 1),
+    adam_op("bf16 moments", bf16, 1),
+    adam_op("bf16 moments and window 8", bf16, 8),
+    Op(ours.decode, lambda p: (*p.codes(), p.weights()), sparse_cost, decode_torch),
+    Op(ours.gather_dot, lambda p: (p.normal(p.N, p.D), p.indices(), p.weights()), sparse_cost,
+       gather_torch),
+    Op(ours.scatter_outer, lambda p: (*p.codes(), p.normal(p.N, p.D), p.F), outer_cost,
+       outer_torch),
+    Op(ours.encode_above, above_threshold, encode_cost, above_torch),
+    Op(ours.encode_decode, lambda p: (*encoder(p), p.weights(), p.normal(p.D), p.K),
+       partial(encode_cost, parts=2), autoencoder_torch),
+    Op(ours.encode_topk_batch, lambda p: (*encoder(p), p.N * p.K), encode_cost,
+       lambda x, W, b, k_total: batch_torch(linear(x, W, b), k_total)),
+    Op(ours.topk_batch, lambda p: (pre_activations(p), p.chunk() * p.K),
+       partial(elementwise, outputs=0), batch_torch),
+    rational_op("", dense=False),
+    rational_op("every latent", dense=True),
+    Op(ours.jumprelu, jumprelu_inputs, elementwise, jumprelu_reference),
+    Op(ours.jumprelu_l0, jumprelu_inputs, partial(elementwise, outputs=0), jumprelu_l0_reference),
+    rotation_op("support"),
+    rotation_op("dense"),
+]  # fmt: skip
+
+
+def chosen_ops(names: list[str] | None, backward: bool) -> list[Op]:
+    """The entries of the named functions, or all; ValueError for a name that there is not."""
+    functions = list(dict.fromkeys(op.function for op in OPS))
+    if unknown := set(names or ()) - {*functions}:
+        raise ValueError(f"ops are {', '.join(functions)}: got {', '.join(sorted(unknown))}")
+    chosen = [op for op in OPS if op.function in (names or functions)]
+    found = [op for op in chosen if op.gradients or not backward]
+    if not found:
+        raise ValueError(f"{', '.join(names or ())} has no gradient of its own to time")
+    return found

@@ -1,0 +1,216 @@
+"""Results: the stamp that each carries, and files that are written after every row."""
+
+import faulthandler
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .clock import free
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+NO_ROOM, NO_TIME = "does not fit", "no time left"
+
+LOST = 11
+"""Exit code of a process whose GPU context is gone."""
+
+PATIENCE = 60
+"""Seconds after which a row is taken to hang."""
+
+LAST, END = 510, 540
+"""Seconds since the start after which no row begins, and none continues."""
+
+
+# --- the stamp ------------------------------------------------------------------------------
+
+
+def stamp(device: str = "cpu", commit: str | None = None) -> dict[str, Any]:
+    """The machine, the versions and the commit that a result belongs to."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    found = {
+        "cpu": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in lines),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit or commit_of_sources(),
+    }
+    return found | gpu_stamp() if device == "cuda" else found
+
+
+def gpu_stamp() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "driver": shell_output("nvidia-smi --query-gpu=driver_version --format=csv,noheader"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def commit_of_sources() -> str:
+    """That of the code, and whether anything but results was changed since."""
+    found = shell_output("git describe --always --exclude '*'")
+    status = "git status --porcelain --untracked-files=no -- ':(top,exclude)bench/results'"
+    return f"{found}-dirty" if shell_output(status) else found or "unknown"
+
+
+def shell_output(command: str) -> str:
+    """What a program prints, or nothing where it is missing or fails."""
+    failed, output = subprocess.getstatusoutput(command)
+    return "" if failed else output.strip()
+
+
+def digest() -> str:
+    """Of all code, for a machine without git."""
+    total = hashlib.sha256()
+    for folder in ("bench", "fastsae", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def write(name: str, results: dict[str, dict[str, Any]]) -> Path:
+    """Put results, each with its stamp, beside the other ones of that file."""
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept.update({key: {**stamp(), **result} for key, result in results.items()})
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    return path
+
+
+# --- rows that fail, and a run that may die -------------------------------------------------
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What work returns, or what went wrong, with its memory freed."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        error = NO_ROOM
+    except Exception as problem:  # it goes into the record; the other rows are worth having
+        lines = str(problem).strip().splitlines() or [""]
+        error = f"{type(problem).__name__}: {lines[0][:300]}"
+    free()
+    return {"error": error}
+
+
+class Record:
+    """Parts of rows: a row is measured once, and is an error if its process died with it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        since: float,
+        again: bool,
+        commit: str | None = None,
+    ):
+        self.device, self.since = device, since
+        date = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        about = {"triton": version("triton"), "date": date, "sources": digest()}
+        self.stamp = stamp(device.type, commit) | about
+        self.stamp.setdefault("gpu", "dry run")
+        slug = re.sub(r"[^a-z0-9]+", "-", f"gpu-{self.stamp['gpu']}".lower()).strip("-")
+        self.path = folder / f"{slug}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parts: dict[str, Any] = {}
+        if self.path.exists():
+            self.parts = json.loads(self.path.read_text())
+        running = self.parts.pop("running", None)
+        if again and running:
+            part, key = running
+            self.rows(part).setdefault(key, {"error": "its process died"})
+            self.say(f"{part}: {key}: its process died")
+
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.time() - self.since
+
+    def begin(self, part: str, again: bool, seconds: float = LAST) -> None:
+        """Start a part anew, unless this process continues one that died in the midst of it.
+
+        It begins no row after so many seconds."""
+        if not again or self.parts.get(part, {}).get("since") != self.since:
+            until = min(self.age() + seconds, LAST)
+            new = {"since": self.since, "stamp": self.stamp, "until": round(until, 1), "rows": {}}
+            self.parts[part] = new
+        self.save()
+
+    def end(self, part: str) -> None:
+        self.parts[part]["ended"] = round(self.age(), 1)
+        self.save()
+
+    def rows(self, part: str) -> dict[str, Any]:
+        """Of this run."""
+        found = self.parts.get(part, {})
+        return found["rows"] if found.get("since") == self.since else {}
+
+    def save(self) -> None:
+        fresh = self.path.with_suffix(".part")
+        fresh.write_text(json.dumps(self.parts, indent=1, allow_nan=False) + "\n")
+        fresh.replace(self.path)
+
+    def say(self, text: str) -> None:
+        print(f"[{self.age():5.0f} s] {text}", flush=True)
+
+    def put(self, part: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows(part)[key] = without_nan(row)
+        self.save()
+        return self.rows(part)[key]
+
+    def left(self, part: str) -> float:
+        """Seconds until a part has to end."""
+        return self.parts[part]["until"] - self.age()
+
+    def row(
+        self, part: str, key: str, work: Callable[[], dict[str, Any]], patience: float = PATIENCE
+    ) -> dict[str, Any]:
+        """The row that work returns, unless it is there already or no time is left."""
+        if key in self.rows(part):
+            return self.rows(part)[key]
+        if self.device.type == "cuda" and self.left(part) < 0:
+            return self.put(part, key, {"error": NO_TIME})
+        self.parts["running"] = part, key
+        self.save()
+        if self.device.type == "cuda":
+            faulthandler.dump_traceback_later(max(1, min(patience, END - self.age())), exit=True)
+        row = attempt(work)
+        faulthandler.cancel_dump_traceback_later()
+        del self.parts["running"]
+        row = self.put(part, key, row)
+        if "error" in row:
+            self.leave_if_lost()
+        return row
+
+    def leave_if_lost(self) -> None:
+        """A GPU context that met a bad access answers nothing but that: only a new one helps."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as problem:
+                self.say(f"the GPU context is lost: {str(problem).splitlines()[0]}")
+                sys.stdout.flush()
+                os._exit(LOST)
+
+
+def without_nan(row: Any) -> Any:
+    """NaN, which JSON has not, as None."""
+    if isinstance(row, dict):
+        return {key: without_nan(value) for key, value in row.items()}
+    return None if isinstance(row, float) and not math.isfinite(row) else row

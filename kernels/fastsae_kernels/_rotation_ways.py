@@ -1,0 +1,166 @@
+"""The two ways of rotation.py to its gradients: the Gram way, by products of the weights with each
+other, and the dense way, from h and g of some tokens at a time. The formulas are there; what the
+Gram way does with a token after the matmuls is one kernel on a GPU (_rotation_kernel.py).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot
+
+from ._launch import rows_at_a_time, use_triton
+from .latent_major import latent_major, sum_runs
+from .sparse import decode, gather_dot
+
+# --- what both ways start from --------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """What h and W_dec d_recon are made of; W_dec is None in mode "support"."""
+
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor | None
+    d_recon: Tensor
+
+
+class Code(NamedTuple):
+    """q, the sparse part t of g, and three products of each token, [N]."""
+
+    values: Tensor
+    indices: Tensor
+    t: Tensor
+    qq: Tensor
+    qg: Tensor
+    qt: Tensor
+
+
+Terms = tuple[Tensor, Tensor, Tensor]
+"""What |h|^2 is summed from: h W_enc [N, D], W_enc^T b_enc [D] and |b_enc|^2; and h . g in mode
+"dense": d_recon C [N, D], d_recon [N, D_out] and W_dec^T b_enc [D_out]."""
+
+
+def code_of(layer: Layer, W_dec: Tensor, values: Tensor, indices: Tensor, d_values: Tensor) -> Code:
+    """Inactive entries are no part of q, and their d_values count for nothing."""
+    active = values != 0
+    g = (gather_dot(layer.d_recon, indices, W_dec) + d_values).where(active, 0)
+    t = g if layer.W_dec is None else d_values.where(active, 0)
+    return Code(values, indices, t, *((values * other).sum(1) for other in (values, g, t)))
+
+
+def _coefficients(code: Code, hh: Tensor, hg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From |h|^2 and h . g [N]: a [N, 1], p [N, 1], u [N, K]"""
+    none = code.qq == 0
+    q = code.qq.masked_fill(none, 1).sqrt()
+    h = torch.maximum(hh, code.qq).masked_fill(none, 1).sqrt()
+    a = (q / h).masked_fill(none, 0)
+    s = (hg / h + code.qg / q) / (1 + a)
+    p = a * (2 * code.qg / q - s) / h
+    u = torch.addcmul(a[:, None] * code.t, (-a * s / q)[:, None], code.values)
+    return a[:, None], p[:, None], u
+
+
+# --- the two ways ---------------------------------------------------------------------------
+
+
+def gram_is_cheaper(N: int, layer: Layer, needs: Sequence[bool]) -> bool:
+    """Compare the FLOPs of both ways (see rotation.py)."""
+    (F, D), (need_x, need_W, _) = layer.W_enc.shape, needs
+    both = D if layer.W_dec is None else D + layer.W_dec.shape[1]
+    gram = 2 * (F + N) * D * both * (1 + need_W)
+    return gram <= 2 * N * F * (both + D * (need_x + need_W))
+
+
+def gram_way(layer: Layer, code: Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    x, W_enc, b_enc, W_dec, d_recon = layer
+    shift = W_enc.t() @ b_enc
+    h_terms = torch.addmm(shift, x, W_enc.t() @ W_enc), shift, b_enc @ b_enc
+    g_terms = None
+    if W_dec is not None:
+        g_terms = d_recon @ (W_dec.t() @ W_enc), d_recon, W_dec.t() @ b_enc
+    if use_triton(x) and x.numel():
+        from ._rotation_kernel import launch_rotation
+
+        a, p, u = launch_rotation(x, W_enc, h_terms, g_terms, code, needs[0])
+    else:
+        a, p, u = _rotate(x, W_enc, h_terms, g_terms, code, needs[0])
+    dx = h_terms[0] if needs[0] else x.new_empty(0)
+    del h_terms, g_terms
+    return dx, *_gram_weights(layer, code, a, p, u, needs)
+
+
+def _rotate(
+    x: Tensor, W_enc: Tensor, h_terms: Terms, g_terms: Terms | None, code: Code, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> a, p, u; h W_enc, the first of the terms, is replaced by dx if that is needed."""
+    dx, shift, bb = h_terms
+    hh, hg = vecdot(dx, x) + x @ shift + bb, code.qt
+    if g_terms is not None:
+        g_W, d_recon, shift_g = g_terms
+        hg = hg + vecdot(g_W, x) + d_recon @ shift_g
+    a, p, u = _coefficients(code, hh, hg)
+    if need_x:
+        dx.mul_(p)
+        if g_terms is not None:
+            dx.addcmul_(g_terms[0], a)
+        dx.add_(decode(u, code.indices, W_enc))
+    return a, p, u
+
+
+def _gram_weights(
+    layer: Layer, code: Code, a: Tensor, p: Tensor, u: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    x, W_enc, b_enc, W_dec, d_recon = layer
+    _, need_W, need_b = needs
+    dW, db = x.new_empty(0), x.new_empty(0)
+    if not (need_W or need_b):
+        return dW, db
+    runs = latent_major(code.indices, len(W_enc), code.values != 0)
+    weights = u.flatten()[runs.entry]
+    if need_b:
+        # Many tokens, one after the other, and only one number of each: in double precision.
+        db = sum_runs(weights, torch.ones_like(p, dtype=torch.float64), runs)[:, 0].to(x.dtype)
+        db = torch.addmv(db, W_enc, (x.t() @ p)[:, 0]) + b_enc * p.sum()
+        if W_dec is not None:
+            db.addmv_(W_dec, (d_recon.t() @ a)[:, 0])
+    if need_W:
+        dW = sum_runs(weights, x, runs)
+        if W_dec is not None:
+            dW.addmm_(W_dec, d_recon.t() @ (a * x))
+        dW.addmm_(W_enc, x.t() @ (p * x)).addr_(b_enc, (x.t() @ p)[:, 0])
+    return dW, db
+
+
+def dense_way(layer: Layer, code: Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """In chunks of tokens, so that what is as wide as h fits in the buffer."""
+    x, W_enc, b_enc, _, d_recon = layer
+    shapes = x.shape, W_enc.shape, b_enc.shape
+    dx, dW, db = (x.new_zeros(s if need else 0) for s, need in zip(shapes, needs, strict=True))
+    chunk = rows_at_a_time(x, 3 * len(W_enc))  # h, g, and what a product of them needs
+    for start in range(0, len(x), chunk):
+        rows = slice(start, min(start + chunk, len(x)))
+        some = layer._replace(x=x[rows], d_recon=d_recon[rows])
+        dh = _dh(some, Code(*(part[rows] for part in code)))
+        if needs[0]:
+            torch.mm(dh, W_enc, out=dx[rows])
+        if needs[1]:
+            dW.addmm_(dh.t(), x[rows])
+        if needs[2]:
+            db.add_(dh.sum(0))
+    return dx, dW, db
+
+
+def _dh(layer: Layer, code: Code) -> Tensor:
+    x, W_enc, b_enc, W_dec, d_recon = layer
+    h = torch.addmm(b_enc, x, W_enc.t())
+    if W_dec is None:
+        _, p, u = _coefficients(code, vecdot(h, h), code.qt)
+        h.mul_(p)
+    else:
+        g = d_recon @ W_dec.t()
+        a, p, u = _coefficients(code, vecdot(h, h), vecdot(h, g) + code.qt)
+        h.mul_(p).addcmul_(g, a)
+    return h.scatter_add_(1, code.indices, u)
