@@ -111,7 +111,7 @@ def _adam_kernel(
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
     mask = d < D
     step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
     lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
@@ -119,8 +119,7 @@ def _adam_kernel(
     end = tl.minimum(begin + ROWS, F)
     if count_ptr is not None:
         end = begin + tl.load(count_ptr + p)
-    if centre_ptr is not None:
-        centre = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    centre = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for i in tl.range(begin, end, disable_licm=True):
         f = i
         if row_ptr is not None:
@@ -136,7 +135,7 @@ def _adam_kernel(
         )  # fmt: skip
         if centre_ptr is not None:
             bias = _sum_weights(w_ptr, first, last, CHUNK)
-            tl.store(bias_ptr + f, bias, mask=tl.program_id(1) == 0)
+            tl.store(bias_ptr + f, bias)
             centre += bias * w
         if extra_ptr is not None:
             slot = tl.load(slot_ptr + f)
@@ -236,7 +235,7 @@ def launch_adam(
     for state, weights, x, extra, sums, unit in sides:
         launch(
             _adam_kernel,
-            (programs, 1),
+            (programs,),
             *state,
             *(g.runs.start, g.runs.token, weights, x, launch_sum_chunks(weights, x, g.runs)),
             *(slot, extra),
@@ -247,7 +246,7 @@ def launch_adam(
             UNIT=unit,
             STOCHASTIC=state.first.dtype != state.weight.dtype,
             ROWS=rows,
-            BLOCK_T=0 if window is None else visits[-1].shape[1],
+            BLOCK_T=1 if window is None else power_of_2(len(window.history)),
             CHUNK=CHUNK,
             BLOCK_K=rows_in_flight(x, unit),
             BLOCK_D=block_d,
