@@ -1,6 +1,7 @@
 """Both ways of taking a step, and Adam, against plain PyTorch."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from fastsae import SAE, AbsTopK, TopK, losses
 from fastsae.losses import Objective, training_loss
 from fastsae.train.optim import Adam, Optimizer, default_lr, schedule
 from fastsae.train.step import autograd_step, fused_step
+from fastsae_kernels import _launch, loss, sparse
 from fastsae_kernels import adam as adam_module
-from fastsae_kernels import loss, sparse
 from fastsae_kernels._launch import INTERPRET, interpreted
-from fastsae_kernels.dense_adam import normalise_rows_
+from fastsae_kernels.dense_adam import AdamStep, normalise_rows_, scalars_of
 from fastsae_kernels.float8 import quantize_rows
 
 D_IN, D_SAE, K, K_AUX = 12, 70, 4, 6
@@ -131,6 +132,37 @@ def test_no_value_is_read_back(sae, shadows, monkeypatch):
     callers = [event.cpu_parent for event in events if event.name in reading]
     # torch's Adam reads its step counter, on a CPU only.
     assert {caller and caller.name for caller in callers} <= {"aten::_fused_adam_"}
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.skipif(not INTERPRET, reason="a GPU's own check is in tests/gpu")
+def test_no_launch_changes_from_step_to_step(sae, moments, monkeypatch):
+    """But in what its tensors hold: a CUDA graph of one step is one of all."""
+    launches: list[tuple] = []
+
+    def launch(kernel, grid, *arguments, **options):
+        plain = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+        launches.append((kernel.__name__, grid, plain, options))
+        _launch.launch(kernel, grid, *arguments, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastsae_kernels._") and name.endswith("_kernel"):
+            monkeypatch.setattr(module, "launch", launch)
+    sae = sae.float()
+    window = 3 if moments == "bf16" else 1
+    adam = Adam(sae, Optimizer(adam_moments=moments, adam_window=window), shadows=("W_enc",))
+    adam.at = adam.at._replace(scalars=scalars_of(AdamStep(1, 0.0)))  # as on a GPU
+    x, steps = torch.randn(3, 20, D_IN), []
+    for n in range(3):
+        adam.begin_step(1e-2 / (n + 1))
+        scalars = adam.at.scalars
+        with interpreted():
+            fused_step(sae, adam, x[n], None, Objective())
+        assert adam.at.scalars is scalars
+        steps.append(launches.copy())
+        launches.clear()
+    assert {"_adam_kernel"} <= {name for name, *_ in steps[0]}
+    assert steps[0] == steps[1] == steps[2]
 
 
 def test_bf16_products_err_no_more_than_a_bf16_model(sae):
