@@ -111,9 +111,12 @@ def test_half_precision_products_use_tensor_cores(compiled):
     check([row for row in compiled if row["dot"] in ("bf16", "f16")], scalar)
 
 
+FLOAT8 = "_quantize_kernel", 80  # whose GPUs have no fp8
+
+
 def test_no_kernel_is_left_out(rows):
     files = Path(fastsae_kernels.__file__).parent.glob("*.py")
     source = "".join(file.read_text() for file in files)
     kernels = re.findall(r"def (_\w+_kernel)\(", source)
-    wanted = {(name, arch) for name in kernels for arch in TENSOR_CORES}
+    wanted = {(name, arch) for name in kernels for arch in TENSOR_CORES} - {FLOAT8}
     assert wanted == {(row["kernel"], row["arch"]) for row in rows}
