@@ -96,7 +96,8 @@ def caller(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
             return op(*arguments)
         if transformed:
             return Transformed.apply(*arguments)
-        watched = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
+        profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+        watched = profiled or torch._C._len_torch_dispatch_stack()
         if watched or not PLAIN.issuperset(map(type, arguments)):
             return op(*arguments)
         return (Eager.apply if torch.is_grad_enabled() else function.forward)(*arguments)
