@@ -178,15 +178,20 @@ not depend on the GPU, nor therefore does the order of any sum."""
 COLUMNS = 16
 """That a thread has of each row in flight."""
 
-CONSTANTS = {"maxnreg": 128}
-"""Two programs of 4096 columns, or what is as much, on a multiprocessor: one waits for memory while
-another works. Half of the columns and of the registers do not do: a third of them are addresses."""
+WIDE = 2048
+"""Columns above which registers are capped so that a multiprocessor holds two programs of 4096: one
+waits for memory while another works. Half of COLUMNS and of the registers do not do: a third of
+them are addresses. Narrower programs have room for a few more, and still are 3 to 6."""
 
 
-def rows_in_flight(x: Tensor, unit: bool) -> int:
-    """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for, of
-    which a program for the encoder needs a row more than one for the decoder."""
-    return 4 if unit or x.element_size() == 2 else 1
+def budget(x: Tensor, block_d: int, unit: bool) -> dict[str, int]:
+    """The cap on registers, and rows of x that a program gathers at a time: as many as they hold.
+
+    One for the encoder has besides a row of sums for the bias, so that it gathers fewer.
+    """
+    wide = block_d > WIDE
+    rows = 4 if unit else (2 if wide else 4) if x.element_size() == 2 else 1
+    return {"maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
 def launch_visits(
@@ -248,9 +253,8 @@ def launch_adam(
             ROWS=rows,
             BLOCK_T=1 if window is None else power_of_2(len(window.history)),
             CHUNK=CHUNK,
-            BLOCK_K=rows_in_flight(x, unit),
             BLOCK_D=block_d,
             num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
-            **CONSTANTS,
+            **budget(x, block_d, unit),
         )
     return bias, centre.sum(0)
