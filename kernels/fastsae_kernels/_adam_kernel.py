@@ -113,8 +113,6 @@ def _adam_kernel(
     p = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     mask = d < D
-    step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
-    lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
     begin = p * ROWS
     end = tl.minimum(begin + ROWS, F)
     if count_ptr is not None:
@@ -124,11 +122,11 @@ def _adam_kernel(
         f = i
         if row_ptr is not None:
             f = tl.load(row_ptr + i)
+        first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
         at = f.to(tl.int64) * D + d
         w = tl.load(W_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
         g = sum_run(
             w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
             CHUNK, BLOCK_K, BLOCK_D, tl.float32,
@@ -152,6 +150,7 @@ def _adam_kernel(
         if UNIT:
             g -= tl.sum(g * w) * w
         m += rest1 * (g - m)
+        lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
         v = beta2 * v + rest2 * g * g
         w -= lr * m / (tl.sqrt(v) / root2 + eps)
         if UNIT:
@@ -160,6 +159,7 @@ def _adam_kernel(
         if shadow_ptr is not None:
             tl.store(shadow_ptr + at, w, mask=mask)
         if STOCHASTIC:
+            step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
             bits = _mix(d ^ _mix(_mix(seed + f) + 2 * step + UNIT))
             m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
         tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
@@ -187,10 +187,10 @@ them are addresses. Narrower programs have room for a few more, and still are 3 
 def budget(x: Tensor, block_d: int, unit: bool) -> dict[str, int]:
     """The cap on registers, and rows of x that a program gathers at a time: as many as they hold.
 
-    One for the encoder has besides a row of sums for the bias, so that it gathers fewer.
+    One for the encoder has besides a row of sums for the bias, so that it gathers fewer of fp32.
     """
     wide = block_d > WIDE
-    rows = 4 if unit else (2 if wide else 4) if x.element_size() == 2 else 1
+    rows = 4 if unit or x.element_size() == 2 else 1
     return {"maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
