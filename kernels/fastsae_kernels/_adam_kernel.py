@@ -114,8 +114,6 @@ def _adam_kernel(
     p = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     mask = d < D
-    step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
-    lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
     begin = p * ROWS
     end = tl.minimum(begin + ROWS, F)
     if count_ptr is not None:
@@ -125,11 +123,11 @@ def _adam_kernel(
         f = i
         if row_ptr is not None:
             f = tl.load(row_ptr + i)
+        first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
         at = f.to(tl.int64) * D + d
         w = tl.load(W_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
         g = sum_run(
             w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
             CHUNK, BLOCK_K, BLOCK_D, tl.float32,
@@ -153,6 +151,7 @@ def _adam_kernel(
         if UNIT:
             g -= tl.sum(g * w) * w
         m += rest1 * (g - m)
+        lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
         v = beta2 * v + rest2 * g * g
         w -= lr * m / (tl.sqrt(v) / root2 + eps)
         if UNIT:
@@ -165,6 +164,7 @@ def _adam_kernel(
             tl.store(row8_ptr + at, row8, mask=mask)
             tl.store(scale8_ptr + f, scale8)
         if STOCHASTIC:
+            step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
             bits = _mix(d ^ _mix(_mix(seed + f) + 2 * step + UNIT))
             m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
         tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
@@ -183,15 +183,20 @@ not depend on the GPU, nor therefore does the order of any sum."""
 COLUMNS = 16
 """That a thread has of each row in flight."""
 
-CONSTANTS = {"maxnreg": 128}
-"""Two programs of 4096 columns, or what is as much, on a multiprocessor: one waits for memory while
-another works. Half of the columns and of the registers do not do: a third of them are addresses."""
+WIDE = 2048
+"""Columns above which registers are capped so that a multiprocessor holds two programs of 4096: one
+waits for memory while another works. Half of COLUMNS and of the registers do not do: a third of
+them are addresses. Narrower programs have room for a few more, and still are 3 to 6."""
 
 
-def rows_in_flight(x: Tensor, unit: bool) -> int:
-    """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for, of
-    which a program for the encoder needs a row more than one for the decoder."""
-    return 4 if unit or x.element_size() == 2 else 1
+def budget(x: Tensor, block_d: int, unit: bool) -> dict[str, int]:
+    """The cap on registers, and rows of x that a program gathers at a time: as many as they hold.
+
+    One for the encoder has besides a row of sums for the bias, so that it gathers fewer of fp32.
+    """
+    wide = block_d > WIDE
+    rows = 4 if unit or x.element_size() == 2 else 1
+    return {"maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
 def launch_visits(
@@ -253,9 +258,8 @@ def launch_adam(
             ROWS=rows,
             BLOCK_T=1 if window is None else power_of_2(len(window.history)),
             CHUNK=CHUNK,
-            BLOCK_K=rows_in_flight(x, unit),
             BLOCK_D=block_d,
             num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
-            **CONSTANTS,
+            **budget(x, block_d, unit),
         )
     return bias, centre.sum(0)
