@@ -16,9 +16,11 @@ from torch.nn.functional import embedding_bag, linear
 import fastsae_kernels as ours
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
 from fastsae_kernels.center import center, center_reference
+from fastsae_kernels.float8 import quantize_reference, quantize_rows
 from fastsae_kernels.jumprelu import jumprelu_l0_reference, jumprelu_reference
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import rational_reference
+from fastsae_kernels.rescore import rescore, rescore_reference
 from fastsae_kernels.rotation import rotation_gradients
 from fastsae_kernels.sparse import gather_dot_reference, scatter_outer_reference
 
@@ -262,6 +264,10 @@ OPS: list[Op] = [
        gather_dot_reference),
     Op(ours.scatter_outer, lambda p: (*p.codes(), p.normal(p.N, p.D), p.F), outer_cost,
        scatter_outer_reference),
+    Op(rescore, lambda p: (*encoder(p), p.indices(), p.K // 2 or 1), sparse_cost,
+       rescore_reference, False),
+    Op(quantize_rows, lambda p: (p.weights(),),
+       lambda p, *_: Cost((p.dtype.itemsize + 1) * p.F * p.D), quantize_reference, False),
     Op(ours.encode_above, above_threshold, encode_cost, above_torch),
     Op(ours.encode_decode, lambda p: (*encoder(p), p.weights(), p.normal(p.D), p.K),
        partial(encode_cost, parts=2), autoencoder_torch),

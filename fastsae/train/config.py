@@ -13,6 +13,8 @@ from fastsae.nn.activations import activation_of
 
 from .optim import Optimizer
 
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -74,12 +76,14 @@ class TrainConfig:
     device: Device = "auto"
     """Where to train; auto takes a GPU if there is one."""
 
-    encoder_precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Precision of the encoder's product; auto is bf16 for the fused step on a GPU, else fp32.
-    tf32 lets a GPU round the inputs of all dense products. On a CPU, bf16 finds candidates for the
-    active latents and ranks them in fp32: faster where the processor has bf16 instructions, and
-    almost always the same choice. On a GPU, the active latents and all that follows are computed
-    from bf16 copies of the fp32 weights."""
+    encoder_precision: Precision = "auto"
+    """Precision of the encoder GEMM. On a GPU, the fused step computes from bf16 copies of the fp32
+    weights with bf16 and fp8: bf16 ranks latents by pre-activations rounded to bf16; fp8 (TopK,
+    capability 8.9 or above, sizes divisible by 16) looks for candidates in fp8 and ranks them by
+    fp32 sums. auto is fp8 where that is supported and d_sae is at least 1500 k, else bf16; without
+    a GPU or the fused step it is fp32. tf32 lets a GPU round the inputs of all dense products. On a
+    CPU, bf16 finds candidates and ranks them in fp32: faster where the processor has bf16
+    instructions, and almost always the same choice."""
 
     dead_after: int | None = None
     """Tokens without firing after which a latent counts as dead; by default 10 million, or an
@@ -158,7 +162,7 @@ class TrainConfig:
             options = self.optimizer.adam_moments, self.optimizer.adam_window
             fused = {
                 f'encoder_precision "{self.encoder_precision}"': self.encoder_precision
-                in ("bf16", "tf32"),
+                in ("bf16", "tf32", "fp8"),
                 f'adam_moments "{options[0]}"': options[0] != "fp32",
                 f"adam_window = {options[1]}": options[1] > 1,
             }

@@ -6,6 +6,8 @@ from typing import Literal
 
 from fastsae.device import choose_device
 from fastsae.losses import default_k_aux
+from fastsae.nn import TopKConfig
+from fastsae_kernels.float8 import float8_pays, why_not_float8
 
 from .config import TrainConfig
 from .optim import default_lr
@@ -18,7 +20,7 @@ class Plan:
     steps: int
     device: Literal["cpu", "cuda"]
     step: Literal["fused", "autograd"]
-    encoder_precision: Literal["fp32", "tf32", "bf16"]
+    encoder_precision: Literal["fp32", "tf32", "bf16", "fp8"]
     lr: float
     warmup: int
     dead_after: int
@@ -40,15 +42,7 @@ class Plan:
         device = choose_device(config.device)
         if config.cuda_graph == "on" and device == "cpu":
             raise ValueError('cuda_graph "on" needs a GPU, got device cpu')
-        precision = config.encoder_precision
-        if precision == "auto":
-            precision = "bf16" if device == "cuda" and step == "fused" else "fp32"
-        if precision == "tf32" and device == "cpu":
-            raise ValueError("encoder_precision tf32 needs a GPU: a CPU knows fp32 and bf16")
-        if precision == "bf16" and device == "cpu" and config.activation.name != "topk":
-            raise ValueError(
-                f"encoder_precision bf16 on a CPU is for topk, got {config.activation.name}"
-            )
+        precision = encoder_precision(config, step, device, d_out)
         eighth = max(steps * config.batch_size // 8, 1)
         dead_after = config.dead_after or min(10_000_000, eighth)
         return cls(
@@ -62,3 +56,28 @@ class Plan:
             dead_every=max(1, dead_after // (100 * config.batch_size)),
             k_aux=config.objective.k_aux or default_k_aux(d_out),
         )
+
+
+def encoder_precision(
+    config: TrainConfig, step: str, device: str, d_in: int
+) -> Literal["fp32", "tf32", "bf16", "fp8"]:
+    """What the config says, or the fastest that this device has; ValueError for what it has not."""
+    precision, activation = config.encoder_precision, config.activation
+    k = activation.k if isinstance(activation, TopKConfig) else None
+    others = "a CPU knows fp32 and bf16" if device == "cpu" else "take bf16, tf32 or fp32"
+    refusal = why_not_float8(config.d_sae, d_in, device)
+    if precision == "auto" and (device == "cpu" or step != "fused"):
+        return "fp32"
+    if precision == "auto":
+        pays = k is not None and float8_pays(config.d_sae, k)
+        return "fp8" if pays and refusal is None else "bf16"
+    if precision == "tf32" and device == "cpu":
+        raise ValueError(f"encoder_precision tf32 needs a GPU: {others}")
+    if precision == "fp8" and refusal is not None:
+        raise ValueError(f"encoder_precision {refusal}: {others}")
+    if k is None and (precision == "fp8" or (precision == "bf16" and device == "cpu")):
+        where = " on a CPU" if device == "cpu" else ""
+        raise ValueError(
+            f"encoder_precision {precision}{where} is for topk, got {activation.name}: {others}"
+        )
+    return precision

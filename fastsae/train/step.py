@@ -74,8 +74,9 @@ def fused_step(
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
     seen, variance = center(x, sae.b_dec, W_enc.dtype)
     b_enc = sae.b_enc.to(W_enc.dtype)
-    proposals = {} if low or "W_enc" not in adam.shadow else {"shadow": adam.shadow["W_enc"]}
+    shadow = adam.float8 if low else adam.shadow.get("W_enc")
     if codes is None:
+        proposals = {} if shadow is None else {"shadow": shadow}  # only TopK's encode takes one
         codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
     sse, error, dots = squared_error(codes.values, codes.indices, W_dec, sae.b_dec, x)
     unit = 1 / variance if objective.error == "fvu" else variance.new_full((), 1 / len(x))

@@ -126,12 +126,12 @@ class Trainer:
         return wanted and self.device.type == "cuda"
 
     def optimizer(self, sae: SAE) -> Adam:
-        """Adam, with the bfloat16 copies that the precision asks for."""
-        shadows = ("W_enc",) if self.device.type == "cpu" else ("W_enc", "W_dec")
-        low = self.plan.encoder_precision == "bf16"
-        return Adam(
-            sae, self.config.optimizer, shadows=shadows if low else (), seed=self.config.seed
-        )
+        """Adam, with the copies of weights in less precision that the plan asks for."""
+        precision, cpu = self.plan.encoder_precision, self.device.type == "cpu"
+        both = ("W_enc", "W_dec")
+        shadows = {"fp8": both, "bf16": ("W_enc",) if cpu else both}.get(precision, ())
+        settings, seed = self.config.optimizer, self.config.seed
+        return Adam(sae, settings, shadows=shadows, float8=precision == "fp8", seed=seed)
 
     def batches(self, state: TrainState) -> Batches:
         """The stream of batches from where the run stands."""

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._float8_kernel import quantize_row
 from ._latent_major_kernel import CHUNK, launch_sum_chunks, sum_run
 from ._launch import launch, power_of_2
 
@@ -101,7 +102,7 @@ def _sum_weights(w_ptr, first, last, CHUNK: tl.constexpr):
 
 @triton.jit
 def _adam_kernel(
-    W_ptr, m_ptr, v_ptr, shadow_ptr,
+    W_ptr, m_ptr, v_ptr, shadow_ptr, row8_ptr, scale8_ptr,
     start_ptr, token_ptr, w_ptr, x_ptr, chunk_ptr,  # entries in latent order, sums of whole chunks
     slot_ptr, extra_ptr,  # [F]: row of the extra gradients, or -1
     row_ptr, missed_ptr, count_ptr, table_ptr,  # of _visits_kernel; None to visit every row
@@ -111,7 +112,7 @@ def _adam_kernel(
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
     mask = d < D
     step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
     lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
@@ -119,8 +120,7 @@ def _adam_kernel(
     end = tl.minimum(begin + ROWS, F)
     if count_ptr is not None:
         end = begin + tl.load(count_ptr + p)
-    if centre_ptr is not None:
-        centre = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    centre = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for i in tl.range(begin, end, disable_licm=True):
         f = i
         if row_ptr is not None:
@@ -136,7 +136,7 @@ def _adam_kernel(
         )  # fmt: skip
         if centre_ptr is not None:
             bias = _sum_weights(w_ptr, first, last, CHUNK)
-            tl.store(bias_ptr + f, bias, mask=tl.program_id(1) == 0)
+            tl.store(bias_ptr + f, bias)
             centre += bias * w
         if extra_ptr is not None:
             slot = tl.load(slot_ptr + f)
@@ -160,6 +160,10 @@ def _adam_kernel(
         tl.store(W_ptr + at, w, mask=mask, eviction_policy="evict_first")
         if shadow_ptr is not None:
             tl.store(shadow_ptr + at, w, mask=mask)
+        if row8_ptr is not None:
+            row8, scale8 = quantize_row(w)  # pyright: ignore
+            tl.store(row8_ptr + at, row8, mask=mask)
+            tl.store(scale8_ptr + f, scale8)
         if STOCHASTIC:
             bits = _mix(d ^ _mix(_mix(seed + f) + 2 * step + UNIT))
             m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
@@ -184,9 +188,10 @@ CONSTANTS = {"maxnreg": 128}
 another works. Half of the columns and of the registers do not do: a third of them are addresses."""
 
 
-def rows_in_flight(x: Tensor, state: "Rows", unit: bool) -> int:
-    """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for."""
-    return 4 if unit or (x.element_size() == 2 and state.shadow is not None) else 2
+def rows_in_flight(x: Tensor, unit: bool) -> int:
+    """Rows of x that a program gathers at a time: as many as CONSTANTS leave registers for, of
+    which a program for the encoder needs a row more than one for the decoder."""
+    return 4 if unit or x.element_size() == 2 else 1
 
 
 def launch_visits(
@@ -235,8 +240,8 @@ def launch_adam(
     for state, weights, x, extra, sums, unit in sides:
         launch(
             _adam_kernel,
-            (programs, 1),
-            *state,
+            (programs,),
+            *(*state[:4], *(state.float8 or (None, None))),
             *(g.runs.start, g.runs.token, weights, x, launch_sum_chunks(weights, x, g.runs)),
             *(slot, extra),
             *visits,
@@ -246,9 +251,9 @@ def launch_adam(
             UNIT=unit,
             STOCHASTIC=state.first.dtype != state.weight.dtype,
             ROWS=rows,
-            BLOCK_T=0 if window is None else visits[-1].shape[1],
+            BLOCK_T=1 if window is None else power_of_2(len(window.history)),
             CHUNK=CHUNK,
-            BLOCK_K=rows_in_flight(x, state, unit),
+            BLOCK_K=rows_in_flight(x, unit),
             BLOCK_D=block_d,
             num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
             **CONSTANTS,

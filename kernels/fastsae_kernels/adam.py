@@ -35,6 +35,7 @@ from .dense_adam import (
     stochastic_bf16,
     window_coefficient,
 )
+from .float8 import Float8Rows, quantize_rows
 from .latent_major import LatentMajor, sum_runs
 
 BLOCK_BYTES = 1 << 20
@@ -45,7 +46,7 @@ WIDEST = 8192
 
 
 class Rows(NamedTuple):
-    """A weight matrix [F, D], Adam's moments of it, and the copy that products read."""
+    """A weight matrix [F, D], Adam's moments of it, and the copies that products read."""
 
     weight: Tensor
     first: Tensor
@@ -54,6 +55,18 @@ class Rows(NamedTuple):
 
     shadow: Tensor | None = None
     """bfloat16 [F, D], kept equal to the weight."""
+
+    float8: Float8Rows | None = None
+    """The same in fp8."""
+
+    def refresh(self, rows: slice | Tensor, w: Tensor) -> None:
+        """Take some rows of the weight, in its dtype, into the copies."""
+        if self.shadow is not None:
+            self.shadow[rows] = w.to(self.shadow.dtype)
+        if self.float8 is not None:
+            new, scale = quantize_rows(w)
+            self.float8.rows.view(torch.uint8)[rows] = new.view(torch.uint8)
+            self.float8.scale[rows] = scale
 
 
 class RowGradients(NamedTuple):
@@ -136,8 +149,7 @@ def _update_block(
         state.first[rows], state.second[rows] = m, v
     if window is not None:
         state.weight[rows] = w
-    if state.shadow is not None:
-        state.shadow[rows] = w.to(state.shadow.dtype)
+    state.refresh(rows, w)
 
 
 def _adam_torch(
@@ -180,7 +192,8 @@ def _check(decoder: Rows, encoder: Rows, gradients: RowGradients) -> None:
     """Raise ValueError naming what has a wrong shape, dtype or device."""
     F, D = decoder.weight.shape
     for name, rows in {"decoder": decoder, "encoder": encoder}.items():
-        for part, tensor in rows._asdict().items():
+        parts = rows._replace(float8=None if rows.float8 is None else rows.float8.rows)._asdict()
+        for part, tensor in parts.items():
             if tensor is not None and (tensor.shape != (F, D) or not tensor.is_contiguous()):
                 raise ValueError(
                     f"{name}.{part} must be contiguous and of shape {[F, D]}, "
@@ -256,6 +269,5 @@ def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
             state.first[block], state.second[block] = m, v
             if unit:
                 normalise_rows_(w)
-            if state.shadow is not None:
-                state.shadow[block] = w.to(state.shadow.dtype)
+            state.refresh(block, w)
     window.updated.fill_(at.step)

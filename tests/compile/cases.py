@@ -9,10 +9,11 @@ from unittest.mock import patch
 
 import torch
 
-from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer, squared_error
+from fastsae_kernels import _launch, decode, encode_topk, gather_dot, scatter_outer, squared_error
 from fastsae_kernels._encode_above_kernel import launch_count, launch_list
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
 from fastsae_kernels.center import center
+from fastsae_kernels.float8 import FIRST_CAPABILITY, quantize_rows
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import _rational_backward, rational
@@ -46,19 +47,31 @@ def _encode(s: Inputs, by: By = "value") -> None:
         encode_topk(*s.encoder, by)
 
 
+def _encode_fp8(s: Inputs) -> None:
+    """What ranks the candidates of a product in fp8."""
+    encode_topk(*s.encoder, shadow=quantize_rows(s.W))
+
+
 def _adam(
-    s: Inputs, moments: torch.dtype = fp32, T: int = 1, extra: int = 0, shadow: bool = True
+    s: Inputs,
+    moments: torch.dtype = fp32,
+    T: int = 1,
+    extra: int = 0,
+    shadow: bool = True,
+    float8: bool = False,
 ) -> None:
     """One step on weights in fp32, from tokens in the dtype of the inputs."""
     W = torch.empty_like(s.W, dtype=fp32)
     m = torch.empty_like(W, dtype=moments)
     rows = Rows(W, m, m, torch.empty_like(W, dtype=bf16) if shadow else None)
+    if float8 and _launch.capability(W) >= FIRST_CAPABILITY:
+        rows = rows._replace(float8=quantize_rows(W))
     more = s.empty(extra, W.shape[1], dtype=fp32)
     more = (s.empty(extra, dtype=torch.int64), more, more) if extra else None
     window = Window(s.empty(s.F, dtype=torch.int32), s.empty(T, dtype=fp32)) if T > 1 else None
     runs = latent_major(s.indices, s.F)
     gradients = RowGradients(runs, s.entries, s.x, s.entries, s.x, more)
-    adam_(rows, rows, gradients, AdamStep(1, 1e-3), window)
+    adam_(rows._replace(float8=None), rows, gradients, AdamStep(1, 1e-3), window)
 
 
 def _rotation(s: Inputs, mode: Mode, need_x: bool = True) -> None:
@@ -118,6 +131,7 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "topk indices": (TWO, lambda s: topk_indices(s.pre, s.K)),
     "encode": (LARGE, _encode),
     "encode abs": (TWO, lambda s: _encode(s, "abs")),
+    "encode fp8": ({"A bf16", "D bf16"}, _encode_fp8),
     "encode shadow": ({"A fp32"}, lambda s: encode_topk(*s.encoder, shadow=s.W.bfloat16())),
     "above": (FEW, lambda s: launch_count(s.pre, s.thresholds, "value")),
     "above abs": (TWO, lambda s: launch_count(s.pre, s.thresholds, "abs")),
@@ -125,8 +139,9 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "above list abs": (TWO, lambda s: launch_list(s.pre, s.thresholds, "abs", s.rows, 1)),
     "adam": ({*FEW, "B bf16", "k=1", "k=1000", "all 1"}, _adam),
     "adam extra": (TWO, lambda s: _adam(s, extra=64)),
-    "adam bare": (TWO, lambda s: _adam(s, shadow=False)),
-    "adam window": (FEW, lambda s: _adam(s, bf16, T=8)),
+    "adam fp8": ({"A bf16", "C bf16"}, lambda s: _adam(s, bf16, T=8, float8=True)),
+    "adam bare": ({"A fp32", "odd fp32"}, lambda s: _adam(s, shadow=False)),
+    "adam window": ({*FEW, "B bf16", "C bf16"}, lambda s: _adam(s, bf16, T=8)),
     "adam window extra": (TWO, lambda s: _adam(s, bf16, T=8, extra=64)),
     "rational": (FEW, lambda s: rational(s.values, *s.rational)),
     "rational row": (TWO, lambda s: rational(s.pre, *s.rational, s.b_enc)),

@@ -5,7 +5,8 @@ import torch
 
 from fastsae import SAE, TopK
 from fastsae.losses import Objective
-from fastsae.train.optim import Adam
+from fastsae.train.graph import CapturedStep
+from fastsae.train.optim import Adam, Optimizer
 from fastsae.train.step import fused_step
 
 pytestmark = [
@@ -42,6 +43,26 @@ def test_a_step_never_waits_for_the_gpu(shadows, k_aux):
     take_steps("cuda", shadows, k_aux, steps=1)  # compiles the kernels, which may wait
     one, two = (take_steps("cuda", shadows, k_aux) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_a_captured_step_is_the_eager_one(window):
+    """To the bit over 20 steps, with another rate at each, among them batches of another size."""
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        sae = SAE(D_IN, D_SAE, TopK(K)).cuda()
+        settings = Optimizer(adam_window=window, adam_moments="bf16")
+        adam = Adam(sae, settings, shadows=("W_enc", "W_dec"))
+        step = CapturedStep(sae, adam, Objective())
+        losses = []
+        for n, batch in enumerate(torch.randn(20, 512, D_IN).cuda()):
+            adam.begin_step(1e-3 / (n + 1))
+            take = step if captured else step.eager
+            losses.append(take(batch[: 100 if n == 10 else 512]).loss.clone())
+        assert (step.x is not None) == captured
+        found.append([*losses, *sae.state_dict().values(), *adam.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -14,8 +14,10 @@ from fastsae_kernels.adam import (
     settle_,
 )
 from fastsae_kernels.dense_adam import adam_reference, stochastic_bf16
+from fastsae_kernels.float8 import quantize_rows
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.sparse import scatter_outer_reference
+from fastsae_kernels.testing import assert_no_worse
 
 N, K, F, D = 130, 2, 8, 20
 ALWAYS, ONCE, NEVER = 0, 1, 2
@@ -53,7 +55,7 @@ def extra_gradients(dtype) -> tuple[Tensor, Tensor]:
 def rows(W: Tensor, moments: torch.dtype | None = None, device="cpu") -> Rows:
     W = W.clone().to(device)
     zeros = torch.zeros_like(W, dtype=moments)
-    return Rows(W, zeros, zeros.clone(), W.bfloat16())
+    return Rows(W, zeros, zeros.clone(), W.bfloat16(), quantize_rows(W))
 
 
 def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32, seed=0):
@@ -108,9 +110,12 @@ def test_steps_equal_torch_adam(device, steps, extra):
         assert error <= 2 * allowed + torch.finfo(torch.float32).eps * e.abs().max()
 
 
-def test_shadows_and_norms(device):
-    for state, unit in zip(train(device, steps=3), (True, False), strict=True):
-        assert state.shadow is not None
+@pytest.mark.parametrize("T", [1, 3])
+def test_shadows_and_norms(device, T):
+    for state, unit in zip(train(device, T=T, steps=3), (True, False), strict=True):
+        assert state.shadow is not None and state.float8 is not None
+        for got, expected in zip(state.float8, quantize_rows(state.weight), strict=True):
+            assert torch.equal(got.float(), expected.float()), "what a restored run would make"
         # Triton's interpreter drops bits where a GPU rounds to the nearest.
         ulp = state.weight.abs() * 2**-7 if device == "cpu" else 0.0
         assert ((state.shadow.float() - state.weight.bfloat16().float()).abs() <= ulp).all()
@@ -146,6 +151,57 @@ def test_both_paths_agree_on_a_window(device):
     same, exact = (train_dense(dtype, False, 9) for dtype in (torch.float32, torch.float64))
     for a, b, s, e in zip(got, expected, same, exact, strict=True):
         assert (a.weight.cpu() - b.weight).abs().max() <= 2 * (s - e).abs().max()
+
+
+@torch.no_grad()
+def step_reference(values, d_values, error, x, indices, W_dec, W_enc, m, v) -> tuple[Tensor, ...]:
+    """Both weights and what is summed for the biases, after a step on dense gradients."""
+    ones, at = x.new_ones(len(x), 1), AdamStep(3, LR)
+    bias = scatter_outer_reference(d_values, indices, ones, len(W_enc))[:, 0]
+    d_dec = scatter_outer_reference(values, indices, error, len(W_dec))
+    d_enc = scatter_outer_reference(d_values, indices, x, len(W_enc))
+    new_dec, *_ = adam_reference(W_dec, m, v, d_dec, at, unit=True)
+    new_enc, new_m, new_v = adam_reference(W_enc, m, v, d_enc, at, unit=False)
+    return new_dec, new_enc, new_m, new_v, bias, bias @ W_enc
+
+
+@torch.no_grad()
+def step(values, d_values, error, x, indices, W_dec, W_enc, m, v) -> tuple[Tensor, ...]:
+    decoder, encoder = (Rows(W.clone(), m.clone(), v.clone()) for W in (W_dec, W_enc))
+    runs = latent_major(indices, len(W_enc))
+    entries, d_entries = (t.flatten()[runs.entry] for t in (values, d_values))
+    g = RowGradients(runs, entries, error, d_entries, x)
+    biases = adam_(decoder, encoder, g, AdamStep(3, LR))
+    return decoder.weight, *encoder[:3], *biases
+
+
+@pytest.mark.parametrize(
+    ("n", "f", "d"), [(N, F, D), (0, F, D), (1, 1, 1), (300, 5, 33), (20, 11, 600)]
+)
+def test_a_step_and_the_sums_for_the_biases(device, n, f, d):
+    """Several programs, one of few rows; sums of whole chunks of entries and of none."""
+    torch.manual_seed(0)
+    values, d_values = torch.randn(2, n, K)
+    indices = torch.randint(f, (n, K)) * (torch.arange(K) > 0)  # all tokens have latent 0
+    (error, x), (W_dec, W_enc, m, v) = torch.randn(2, n, d), torch.randn(4, f, d)
+    tensors = values, d_values, error, x, indices, normalize(W_dec, dim=1), W_enc, m, v.square()
+    assert_no_worse(step, step_reference, *(t.to(device) for t in tensors))
+
+
+def test_nan_stays_where_it_is(device):
+    """In the moments of one row, whether rounded or not."""
+    for moments in (None, torch.bfloat16):
+        decoder, encoder = (rows(W, moments, device) for W in weights())
+        for state in (decoder, encoder):
+            state.second[NEVER, 3] = float("nan")
+        indices, values, d_values, error, x = (t.to(device) for t in next(batches(1)))
+        runs = latent_major(indices, F)
+        v, d_v = (t.flatten()[runs.entry] for t in (values, d_values))
+        adam_(decoder, encoder, RowGradients(runs, v, error, d_v, x), AdamStep(1, LR))
+        for state in (decoder, encoder):
+            wrong = state.second.isnan()
+            assert wrong[NEVER, 3] and wrong.sum() == 1
+            assert set(state.weight.isnan().nonzero()[:, 0].tolist()) == {NEVER}
 
 
 def test_reference_is_torch_adam():

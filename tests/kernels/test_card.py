@@ -15,6 +15,8 @@ MORE = {
     "adam_",
     "center",
     "latent_major",
+    "quantize_rows",
+    "rescore",
     "rotation_gradients",
     "sum_runs",
     "encode_topk(shadow=...)",

@@ -1,18 +1,20 @@
 """Both ways of taking a step, and Adam, against plain PyTorch."""
 
 import copy
+import sys
 
 import pytest
 import torch
 
 from fastsae import SAE, AbsTopK, TopK, losses
 from fastsae.losses import Objective, training_loss
-from fastsae.train.optim import Adam, default_lr, schedule
+from fastsae.train.optim import Adam, Optimizer, default_lr, schedule
 from fastsae.train.step import autograd_step, fused_step
+from fastsae_kernels import _launch, loss, sparse
 from fastsae_kernels import adam as adam_module
-from fastsae_kernels import loss, sparse
 from fastsae_kernels._launch import INTERPRET, interpreted
-from fastsae_kernels.dense_adam import normalise_rows_
+from fastsae_kernels.dense_adam import AdamStep, normalise_rows_, scalars_of
+from fastsae_kernels.float8 import quantize_rows
 
 D_IN, D_SAE, K, K_AUX = 12, 70, 4, 6
 DEAD = {"none": lambda: None, "some": lambda: torch.arange(0, D_SAE, 5)}
@@ -77,14 +79,26 @@ def test_both_ways_report_the_same(sae, dead):
     assert torch.equal(results[0].codes.indices, results[1].codes.indices)
 
 
-def test_the_shadow_follows_the_weights(sae):
+@pytest.mark.parametrize("window", [1, 3])
+def test_the_shadows_follow_the_weights(sae, window):
     sae = sae.float()
-    adam = Adam(sae, shadows=("W_enc", "W_dec"))
-    for _ in range(3):
+    options = Optimizer(adam_window=window)
+    adam = Adam(sae, options, shadows=("W_enc", "W_dec"), float8=True)
+    for _ in range(4):
         adam.begin_step(1e-2)
         fused_step(sae, adam, torch.randn(40, D_IN), None, Objective())
+        check_shadows(sae, adam)
+    adam.settle()
+    check_shadows(sae, adam)
+
+
+def check_shadows(sae: SAE, adam: Adam) -> None:
+    """Bit for bit what a restored run makes from the weights."""
     for name, shadow in adam.shadow.items():
         assert torch.equal(shadow, sae.get_parameter(name).detach().bfloat16())
+    assert adam.float8 is not None
+    for got, expected in zip(adam.float8, quantize_rows(sae.W_enc.detach()), strict=True):
+        assert torch.equal(got.float(), expected.float())
 
 
 def test_the_same_step_gives_the_same_bits(sae):
@@ -118,6 +132,37 @@ def test_no_value_is_read_back(sae, shadows, monkeypatch):
     callers = [event.cpu_parent for event in events if event.name in reading]
     # torch's Adam reads its step counter, on a CPU only.
     assert {caller and caller.name for caller in callers} <= {"aten::_fused_adam_"}
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.skipif(not INTERPRET, reason="a GPU's own check is in tests/gpu")
+def test_no_launch_changes_from_step_to_step(sae, moments, monkeypatch):
+    """But in what its tensors hold: a CUDA graph of one step is one of all."""
+    launches: list[tuple] = []
+
+    def launch(kernel, grid, *arguments, **options):
+        plain = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+        launches.append((kernel.__name__, grid, plain, options))
+        _launch.launch(kernel, grid, *arguments, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastsae_kernels._") and name.endswith("_kernel"):
+            monkeypatch.setattr(module, "launch", launch)
+    sae = sae.float()
+    window = 3 if moments == "bf16" else 1
+    adam = Adam(sae, Optimizer(adam_moments=moments, adam_window=window), shadows=("W_enc",))
+    adam.at = adam.at._replace(scalars=scalars_of(AdamStep(1, 0.0)))  # as on a GPU
+    x, steps = torch.randn(3, 20, D_IN), []
+    for n in range(3):
+        adam.begin_step(1e-2 / (n + 1))
+        scalars = adam.at.scalars
+        with interpreted():
+            fused_step(sae, adam, x[n], None, Objective())
+        assert adam.at.scalars is scalars
+        steps.append(launches.copy())
+        launches.clear()
+    assert {"_adam_kernel"} <= {name for name, *_ in steps[0]}
+    assert steps[0] == steps[1] == steps[2]
 
 
 def test_bf16_products_err_no_more_than_a_bf16_model(sae):

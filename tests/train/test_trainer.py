@@ -32,9 +32,56 @@ def config(tmp_path, activations):
     return build
 
 
-def test_tf32_needs_a_gpu(config):
-    with pytest.raises(ValueError, match="tf32 needs a GPU"):
-        fit(config(encoder_precision="tf32", device="cpu"))
+@pytest.mark.parametrize("precision", ["tf32", "fp8"])
+def test_what_needs_a_gpu(config, precision):
+    run = config(encoder_precision=precision, device="cpu")
+    with pytest.raises(ValueError, match=f"{precision} needs a GPU: a CPU knows fp32 and bf16"):
+        fit(run)
+    assert not run.out.exists()
+
+
+TOPK = {"activation": "topk", "k": 2, "d_sae": 4096}
+
+
+@pytest.mark.parametrize(
+    ("settings", "capability", "d_in", "expected"),
+    [
+        (TOPK, (9, 0), 64, "fp8"),
+        (TOPK, (8, 9), 64, "fp8"),
+        (TOPK, (8, 0), 64, "bf16"),
+        (TOPK, (9, 0), 65, "bf16"),
+        (TOPK | {"d_sae": 4104}, (9, 0), 64, "bf16"),
+        (TOPK | {"k": 3}, (9, 0), 64, "bf16"),
+        (TOPK | {"activation": "abstopk"}, (9, 0), 64, "fp8"),
+        (TOPK | {"activation": "batchtopk"}, (9, 0), 64, "bf16"),
+        (TOPK | {"step": "autograd"}, (9, 0), 64, "fp32"),
+        (TOPK | {"k": 3, "encoder_precision": "fp8"}, (9, 0), 64, "fp8"),
+        (TOPK | {"encoder_precision": "bf16"}, (9, 0), 64, "bf16"),
+    ],
+)
+def test_precision_on_a_gpu(config, settings, capability, d_in, expected, monkeypatch):
+    """fp8 where the card and the sizes allow it and it is worth it, or where it is asked for."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert Plan.of(config(**settings), d_in, 1000).encoder_precision == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "capability", "d_in", "message"),
+    [
+        (TOPK, (8, 6), 64, "has 8.6: take bf16, tf32 or fp32"),
+        (TOPK, (9, 0), 65, "d_in and d_sae to be multiples of 16, got 65 and 4096: take bf16"),
+        (TOPK | {"d_sae": 4100}, (9, 0), 64, "multiples of 16, got 64 and 4100: take bf16"),
+        (TOPK | {"activation": "batchtopk"}, (9, 0), 64, "is for topk, got batchtopk: take bf16"),
+    ],
+)
+def test_fp8_is_refused_where_a_gpu_cannot(
+    config, settings, capability, d_in, message, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    with pytest.raises(ValueError, match=message):
+        Plan.of(config(**settings, encoder_precision="fp8"), d_in, 1000)
 
 
 def fit(config, resume=False):
@@ -124,14 +171,23 @@ def test_the_same_seed_gives_the_same_bits(config, tmp_path, options):
     assert (other.out / "sae" / "sae.safetensors").read_bytes() != files[0]
 
 
+FLOAT8 = {"encoder_precision": "fp8"}  # emulated: the plan of a run on a CPU refuses it
+
+
 @pytest.mark.parametrize(
-    ("stops", "options"), [([1], {}), ([7, 20], OPTIONS[2]), ([23, 1, 1], OPTIONS[1])]
+    ("stops", "options", "planned"),
+    [
+        ([1], {}, {}),
+        ([7, 20], OPTIONS[2], {}),
+        ([23, 1, 1], OPTIONS[1], {}),
+        ([5, 3], OPTIONS[2], FLOAT8),
+    ],
 )
-def test_resuming_changes_no_bit(config, tmp_path, stops, options, monkeypatch):
+def test_resuming_changes_no_bit(config, tmp_path, stops, options, planned, monkeypatch):
     """The dead are found again every other step, also between a checkpoint and its resumption."""
-    plan = Plan.of
+    plan, planned = Plan.of, {"dead_every": 2, **planned}
     monkeypatch.setattr(
-        Plan, "of", lambda *arguments: dataclasses.replace(plan(*arguments), dead_every=2)
+        Plan, "of", lambda *arguments: dataclasses.replace(plan(*arguments), **planned)
     )
     settings = {"checkpoint_every": 3, **REVIVING, **options}
     whole = config(out=tmp_path / "whole", **settings)
@@ -239,6 +295,7 @@ def test_wandb_offline(config, monkeypatch):
         ({"decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
         ({"auxk_coef": 0.0, "k_aux": 8}, "k_aux = 8 has no effect with auxk_coef = 0"),
         ({"encoder_precision": "bf16", "step": "autograd"}, "needs the fused step"),
+        ({"encoder_precision": "fp8", "step": "autograd"}, "needs the fused step"),
         ({"adam_moments": "bf16", "step": "autograd"}, 'adam_moments "bf16" needs the fused step'),
         ({"adam_window": 2, "gradient": "rotation"}, "adam_window = 2 needs the fused step"),
         ({"adam_window": 9}, "adam_window must be between 1 and 8, got 9"),

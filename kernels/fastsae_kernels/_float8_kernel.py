@@ -1,0 +1,70 @@
+"""The kernel of float8.py: one program rounds one row to e4m3, reading it once.
+
+Shapes: N rows, D columns.
+"""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch, power_of_2
+
+if TYPE_CHECKING:
+    from .float8 import Float8Rows
+
+# --- kernel: all tensors row-major ----------------------------------------------------------
+
+
+@triton.jit
+def _round_e4m3(x):
+    """To the nearest of e4m3, ties to even, so that the cast that follows is exact.
+
+    A GPU's cast alone does the same; that of Triton 3.7's interpreter loses the carry.
+    """
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0x7FF00000).to(tl.float32, bitcast=True)
+    small = (tl.abs(x) + 16384.0) - 16384.0  # multiples of 2^-9, as subnormal numbers are
+    magnitude = tl.where(tl.abs(x) < 0.015625, small, normal)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def quantize_row(x):
+    """A row in float32 -> e4m3, and its scale; a power of two has an exact inverse.
+
+    Bits of magnitudes are in the order of the numbers, Inf and NaN above all: their scale is Inf.
+    """
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    exponent = tl.maximum(largest >> 23, 34)  # of 2^-93, for a scale of 2^-100
+    scale = tl.where(exponent < 255, (exponent - 7) << 23, 0x7F800000)
+    row = _round_e4m3(x * ((261 - exponent) << 23).to(tl.float32, bitcast=True))
+    return row.to(tl.float8e4nv), scale.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, row_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+    row, scale = quantize_row(x)  # pyright: ignore
+    tl.store(row_ptr + n * D + d, row, mask=d < D)
+    tl.store(scale_ptr + n, scale)
+
+
+COLUMNS = 16
+"""That a thread has: two loads of 16 bytes each from bfloat16, one store of 16 bytes."""
+
+# --- launcher -------------------------------------------------------------------------------
+
+
+def launch_quantize(x: Tensor, out: "Float8Rows") -> None:
+    N, D = x.shape
+    launch(
+        _quantize_kernel,
+        (N,),
+        *(x, out.rows, out.scale, D),
+        BLOCK_D=power_of_2(D),
+        num_warps=min(16, max(1, power_of_2(D) // (32 * COLUMNS))),
+    )
