@@ -17,7 +17,8 @@ from fastsae.train import Optimizer
 
 from .monitor import Monitor
 
-SMALL = {"optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
+SMALL = {"encoder_precision": "bf16"}
+SMALL |= {"optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
 WINDOW, FP8 = "fastsae, bf16 moments, window 8", "fastsae, fp8 candidates"
 BUFFER = {"fastsae_kernels._launch._BUFFER_MB": "512"}
 
