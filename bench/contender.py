@@ -15,6 +15,7 @@ from fastsae.nn import TopKConfig
 from fastsae.train import TrainConfig
 from fastsae.train.graph import CapturedStep
 from fastsae.train.optim import Adam
+from fastsae.train.plan import encoder_precision
 from fastsae.train.step import fused_step
 from fastsae_kernels import decode
 
@@ -79,8 +80,8 @@ def step_of(contender: Contender, p: Problem, sae: SAE) -> Step:
     return (our_step if contender.trainer == "fastsae" else their_step)(contender, p, sae)
 
 
-SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": (), "bf16": ("W_enc", "W_dec")}
-"""The weights that a GPU's step keeps in bfloat16 as well, by the encoder's precision."""
+SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": ()}
+"""The weights that a step keeps in bfloat16 as well, by the encoder's precision."""
 
 
 def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
@@ -88,12 +89,10 @@ def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
     "on", so that no other row is lost with a capture that fails."""
     config = TrainConfig(d_sae=p.F, activation=TopKConfig(k=p.K), **contender.options)
     gpu, precision = p.dry or p.device.type != "cpu", config.encoder_precision
-    if precision == "auto":
-        precision = "bf16" if gpu else "fp32"
-    if precision not in SHADOWS:
-        raise ValueError(f"this code has no encoder_precision {precision}")
-    shadows = SHADOWS[precision] if gpu else SHADOWS[precision][:1]
-    adam = Adam(sae, config.optimizer, shadows=shadows)
+    if p.device.type == "cuda" or not gpu:
+        precision = encoder_precision(config, "fused", p.device.type, p.D)
+    shadows = SHADOWS.get(precision, ("W_enc", "W_dec") if gpu else ("W_enc",))
+    adam = Adam(sae, config.optimizer, shadows=shadows, float8=precision == "fp8")
     if config.cuda_graph == "on" and p.device.type != "cuda":
         raise ValueError("a CUDA graph needs a GPU")
     captured = CapturedStep(sae, adam, Objective()) if config.cuda_graph == "on" else None

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -170,8 +170,8 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", "bf16") if gpu else ("cpu", "fp32")
     name, letter = arguments.shape or ("A" if gpu else "a"), arguments.sweep
-    settings = torch.device(device), DTYPES[arguments.dtype or dtype], arguments.indices
-    p = Problem(name, *parse_shape(name), *settings)
+    about = torch.device(device), DTYPES[arguments.dtype or dtype], arguments.indices
+    p = Problem(name, *parse_shape(name), *about)
     if letter is None:
         return [p]
     sizes = sorted({max(1, round(getattr(p, letter) * factor)) for factor in FACTORS})
@@ -212,8 +212,6 @@ def one_launch(op: Op, p: Problem, backward: bool) -> None:
     run = partial(with_gradients, op.run) if backward else op.run
     sets = [leaves_of(op.make, p) if backward else op.make(p)]
     timed(run, sets, p.device, 2, False)
-    cuda = p.device.type == "cuda"
-    torch.cuda.profiler.start() if cuda else None
-    (watch,) = timed(run, sets, p.device, 1, False)
-    torch.cuda.profiler.stop() if cuda else None
+    with torch.cuda.profiler.profile() if p.device.type == "cuda" else nullcontext():
+        (watch,) = timed(run, sets, p.device, 1, False)
     print(f"{op.name}: {watch.ms():.3f} ms")

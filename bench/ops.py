@@ -172,9 +172,7 @@ def adam_inputs(p: Problem, moments: torch.dtype, T: int) -> tuple:
     return *rows, gradients, window, [0]
 
 
-def adam_step(
-    decoder: Rows, encoder: Rows, g: RowGradients, window: Window | None, step: list[int]
-) -> None:
+def adam_step(decoder: Rows, encoder: Rows, g: RowGradients, window: Any, step: list[int]) -> None:
     step[0] += 1
     adam_(decoder, encoder, g, AdamStep(step[0], 1e-5), window)
 

@@ -27,11 +27,6 @@ Spread = Literal["uniform", "zipf", "hot"]
 """How often latents fire: all alike, the q-th most frequent as 1 / q, or one in every token."""
 
 
-def shape_names(device: str) -> list[str]:
-    """The shapes that are measured on a device."""
-    return list("ABCD" if device == "cuda" else "abcd")
-
-
 def parse_shape(text: str) -> Size:
     """A shape by its letter or as tokens,d_in,d_sae,k; ValueError for anything else."""
     if text in SHAPES:

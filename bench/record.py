@@ -48,18 +48,13 @@ def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit or commit_of_sources(),
     }
-    return found | gpu_stamp() if device == "cuda" else found
-
-
-def gpu_stamp() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties()
-    return {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gb": round(properties.total_memory / 1e9, 1),
-        "driver": shell_output("nvidia-smi --query-gpu=driver_version --format=csv,noheader"),
-        "cuda": torch.version.cuda,
-    }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties()
+        found |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}"}
+        found |= {"memory_gb": round(gpu.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+        driver = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        found["driver"] = shell_output(driver)
+    return found
 
 
 def commit_of_sources() -> str:
@@ -110,7 +105,7 @@ class Record:
     """Parts of rows: a row is measured once, and is an error if its process died with it."""
 
     def __init__(self, folder: Path, device: torch.device, since: float, again: bool, commit=""):
-        self.device, self.since = device, since
+        self.device, self.since, self.again = device, since, again
         date = time.strftime("%Y-%m-%d %H:%M:%S %z")
         self.stamp = stamp(device.type, commit) | {"triton": version("triton"), "date": date}
         self.stamp.setdefault("gpu", "dry run")
@@ -130,11 +125,11 @@ class Record:
         """Seconds since the start."""
         return time.time() - self.since
 
-    def begin(self, part: str, again: bool, seconds: float = LAST) -> None:
+    def begin(self, part: str, seconds: float = LAST) -> None:
         """Start a part anew, unless this process continues one that died in the midst of it.
 
         It begins no row after so many seconds."""
-        if not again or self.parts.get(part, {}).get("since") != self.since:
+        if not self.again or self.parts.get(part, {}).get("since") != self.since:
             until = min(self.age() + seconds, LAST)
             new = {"since": self.since, "stamp": self.stamp, "until": round(until, 1), "rows": {}}
             self.parts[part] = new

@@ -60,7 +60,7 @@ def test_dry_run(tmp_path):
 def fresh(folder: Path, *parts: str, again: bool = False) -> Record:
     record = Record(folder, CPU, 1.0, again)
     for part in parts:
-        record.begin(part, again)
+        record.begin(part)
     return record
 
 
@@ -114,7 +114,7 @@ def test_a_row_whose_process_died_is_an_error_and_the_rest_continues(tmp_path):
     assert second.rows("step")["A crash"] == {"error": "its process died"}
     assert second.put("step", "x", {"ms": {"median": math.nan}}) == {"ms": {"median": None}}
     third = Record(tmp_path, CPU, 2.0, again=False)
-    third.begin("step", again=False)
+    third.begin("step")
     assert third.rows("step") == {}
 
 

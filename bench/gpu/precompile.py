@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.contender import Contender, empty_sae, step_of
-from bench.ops import OPS, Op
+from bench.ops import OPS
 from bench.problem import SHAPES, Problem
 from bench.record import ROOT
 
@@ -30,10 +30,6 @@ from .step import contenders
 def take_step(contender: Contender, p: Problem) -> None:
     with contender.patched():
         step_of(contender, p, empty_sae(p))(torch.empty(p.N, p.D, device=p.device))
-
-
-def call_op(op: Op, p: Problem) -> None:
-    op.run(*op.make(p))
 
 
 def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
@@ -46,7 +42,7 @@ def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
         calls = {
             n: partial(take_step, c, p) for n, c in contenders(p).items() if c.trainer == "fastsae"
         }
-        calls |= {op.name: partial(call_op, op, p) for op in OPS}
+        calls |= {op.name: partial(lambda op, p: op.run(*op.make(p)), op, p) for op in OPS}
         for name, call in calls.items():
             with recording(arch, name, p.name) as found:
                 try:
@@ -68,13 +64,12 @@ def compiled(launch: Any) -> str:
 
 def main() -> None:
     arch, names, *dry = sys.argv[1:]
-    start = time.time()
+    start, workers = time.time(), len(os.sched_getaffinity(0))
     launches, problems = recorded(int(arch), names)
-    after, workers = time.time(), len(os.sched_getaffinity(0))
     # Forked, so that nobody has to import torch again; no thread has been started.
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         errors = [e for e in pool.map(compiled, launches[:1] if dry else launches) if e]
-    found = {"launches": len(launches), "record s": after - start, "compile s": time.time() - after}
+    found = {"launches": len(launches), "seconds": round(time.time() - start, 1)}
     print(json.dumps({**found, "not recorded": problems, "not compiled": errors}))
 
 

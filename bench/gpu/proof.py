@@ -17,6 +17,7 @@ from typing import Any
 from bench.record import ROOT, Record
 
 STEP_OPS = "center", "encode_topk", "topk", "squared_error", "latent_major", "adam_", "step"
+STEP_OPS += "rescore", "quantize_rows"
 """What a training step is made of."""
 
 WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}
@@ -24,7 +25,12 @@ WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}
 a file one after another, so that the largest fit into memory together."""
 
 FILES = {"adam_": "adam", "encode_topk": "encode", "encode_topk_batch": "topk_batch"}
-FILES |= {"rotation_gradients": "rotation", "squared_error": "loss", "jumprelu_l0": "jumprelu"}
+FILES |= {
+    "quantize_rows": "float8",
+    "rotation_gradients": "rotation",
+    "squared_error": "loss",
+    "jumprelu_l0": "jumprelu",
+}
 FILES |= dict.fromkeys(("decode", "gather_dot", "scatter_outer", "latent_major"), "sparse")
 """The tests of an op that are not named after it."""
 

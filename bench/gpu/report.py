@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from bench.kernels import line as kernel_line
+from bench import kernels
 from bench.record import Record
 
 from . import proof, step
@@ -17,7 +17,7 @@ MOST = 10
 def lines_of(record: Record) -> Iterator[str]:
     """The most valuable last."""
     for key, row in reversed(record.rows("kernels").items()):
-        yield f"{key:34} {kernel_line(row)}"
+        yield f"{key:34} {kernels.line(row)}"
     for name, row in record.rows("floors").items():
         rate = [f"{row[unit]} {unit}" for unit in ("GB/s", "TFLOP/s") if unit in row]
         yield f"  {name:20} {rate[0] if rate else row.get('error')}{step.clocks(row)}"

@@ -13,12 +13,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from bench.kernels import line as kernel_line
-from bench.kernels import op_row
+from bench import kernels
 from bench.ops import OPS
 from bench.problem import SHAPES, TINY, Problem, check_names
 from bench.record import Record, shell_output
@@ -41,8 +40,6 @@ class Run:
     problems: list[Problem]
     monitor: Monitor
     dry: bool
-    again: bool
-    """Whether an earlier process of this run died."""
 
     def row(self, part: str, key: str, work: Callable[[], dict[str, Any]]) -> None:
         """Measure and show a row, with the clocks at which it ran."""
@@ -78,12 +75,8 @@ def measure_floors(run: Run) -> None:
         run.row("floors", name, work)
 
 
-def run_tests(run: Run, part: str) -> None:
-    proof.run_tests(run.record, part, run.dry)
-
-
 def time_steps(run: Run) -> None:
-    run.record.begin("profile", run.again)
+    run.record.begin("profile")
     step_rows(run.record, run.problems, run.monitor)
     proof.mark_rows(run.record)
 
@@ -94,8 +87,8 @@ def time_kernels(run: Run) -> None:
     for op in sorted(OPS, key=lambda op: not op.step):
         for p in run.problems:
             key = f"{p.name} {op.name}"
-            work = partial(op_row, op, p, roofs, False, ("torch",))
-            run.record.say(f"{key:34} {kernel_line(run.record.row('kernels', key, work))}")
+            work = partial(kernels.op_row, op, p, roofs, False, ("torch",))
+            run.record.say(f"{key:34} {kernels.line(run.record.row('kernels', key, work))}")
     proof.mark_rows(run.record)
 
 
@@ -110,40 +103,35 @@ def race_peers(run: Run) -> None:
         run.record.put("peers", "race", {"skipped": f"installed: {', '.join(here) or 'none'}"})
 
 
-class Part(NamedTuple):
-    run: Callable[[Run], None]
-    seconds: float
-    """After which it begins no row."""
-
-
-PARTS = {
-    "compile": Part(compile_kernels, 60),
-    "floors": Part(measure_floors, 45),
-    "core tests": Part(partial(run_tests, part="core tests"), 60),
-    "step": Part(time_steps, 150),
-    "kernels": Part(time_kernels, 100),
-    "tests": Part(partial(run_tests, part="tests"), 120),
-    "peers": Part(race_peers, 60),
+PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
+    "compile": (compile_kernels, 60),
+    "floors": (measure_floors, 45),
+    "core tests": (lambda run: proof.run_tests(run.record, "core tests", run.dry), 60),
+    "step": (time_steps, 150),
+    "kernels": (time_kernels, 100),
+    "tests": (lambda run: proof.run_tests(run.record, "tests", run.dry), 120),
+    "peers": (race_peers, 60),
 }
-"""In order; all of it ends with record.LAST."""
+"""Each with the seconds after which it begins no row. In order; all of it ends with record.LAST."""
 
 
 def bench(arguments: argparse.Namespace) -> int:
     names = arguments.parts or [*PARTS]
     check_names("parts", names, PARTS)
-    dry, again = arguments.dry_run, arguments.again
+    dry = arguments.dry_run
     if not dry and not torch.cuda.is_available():
         raise ValueError("no CUDA GPU here: --dry-run runs the whole benchmark on a CPU")
     device = torch.device("cpu" if dry else "cuda")
     sizes, dtype = (TINY, torch.float32) if dry else (SHAPES, torch.bfloat16)
     problems = [Problem(n, *sizes[n], device, dtype, dry=dry) for n in arguments.shapes]
-    record = Record(arguments.out, device, arguments.since, again, arguments.commit)
-    run, broken = Run(record, problems, Monitor(), dry, again), False
+    record = Record(arguments.out, device, arguments.since, arguments.again, arguments.commit)
+    run, broken = Run(record, problems, Monitor(), dry), False
     for name in (name for name in PARTS if name in names):
-        record.begin(name, again, PARTS[name].seconds)
+        part, seconds = PARTS[name]
+        record.begin(name, seconds)
         try:
             with interpreted() if dry else nullcontext():
-                PARTS[name].run(run)
+                part(run)
         except Exception:  # a mistake of this program: the other parts are worth having
             traceback.print_exc()
             broken = True

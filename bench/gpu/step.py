@@ -17,7 +17,8 @@ from fastsae.train import Optimizer
 
 from .monitor import Monitor
 
-SMALL = {"optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
+SMALL = {"encoder_precision": "bf16"}
+SMALL |= {"optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
 WINDOW, FP8 = "fastsae, bf16 moments, window 8", "fastsae, fp8 candidates"
 BUFFER = {"fastsae_kernels._launch._BUFFER_MB": "512"}
 
@@ -81,8 +82,8 @@ def step_row(record: Record, key: str, p: Problem, name: str, monitor: Monitor) 
             peak += peak_bytes(lambda: step(*data[0]), p.device) or 0
         start = time.time()
         row = measure(step, data, p.device, BUDGET, space=False, dry=p.dry)
-        row |= {"tokens/s": round(p.N / row["ms"]["median"] * 1e3)}
-        row |= {"peak GB": round(peak / 1e9, 2), **monitor.since(start)}
+        row |= {"tokens/s": round(p.N / row["ms"]["median"] * 1e3), **monitor.since(start)}
+        row["peak GB"] = round(peak / 1e9, 2)
         record.put("step", key, row)  # whatever becomes of the profile
         record.put("profile", key, attempt(partial(profiled, step, data, p)))
     return row
@@ -95,10 +96,8 @@ def profiled(step: Step, data: list[tuple], p: Problem) -> dict[str, Any]:
         for n in range(steps):
             step(*data[n % 2])
         synchronize(p.device)
-    times = "self_cpu_time_total" if p.dry else "self_device_time_total"
-    found = [
-        (getattr(e, times) / 1e3 / steps, e.count / steps, e.key) for e in events.key_averages()
-    ]
+    us, rows = "self_cpu_time_total" if p.dry else "self_device_time_total", events.key_averages()
+    found = [(getattr(row, us) / 1e3 / steps, row.count / steps, row.key) for row in rows]
     total = sum(ms for ms, *_ in found)
     return {
         name[:200]: {"ms": round(ms, 4), "calls": round(calls, 2), "share": round(ms / total, 4)}

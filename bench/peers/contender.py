@@ -2,13 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.clock import resident_bytes
 from bench.contender import Contender
@@ -17,7 +15,7 @@ from fastsae.nn import Init
 from fastsae.train import Optimizer
 from fastsae.train.memory import keep_freed_memory
 
-from .task import Task, TimeUp, open_stream, scale_of
+from .task import Code, Task, TimeUp, open_stream, scale_of
 
 LENS = Contender("sae_lens", {"use_sparse_activations": False}, package="sae-lens")
 SPARSIFY = Contender("sparsify", {"optimizer": "adam"}, package="eai-sparsify")
@@ -68,9 +66,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def quality(
-    code: Callable[[Tensor], tuple[Tensor, Tensor]], shards: ActivationShards, device: str
-) -> dict[str, float]:
+def quality(code: Code, shards: ActivationShards, device: str) -> dict[str, float]:
     """Fraction of variance unexplained, active latents per token, and those that never are."""
     heldout = shards.heldout
     assert heldout is not None

@@ -16,11 +16,9 @@ def tables(results: dict[str, Any]) -> str:
     parts = []
     for name, found in results.items():
         rows = finished(found)
-        parts.append(
-            f"**{name}**: {found['tokens']} tokens per step, {found['d_in']} wide, "
-            f"{found['d_sae']} latents, k = {found['k']}"
-            + (f", {found['steps']} steps" if name == "training" else "")
-        )
+        size = "{tokens} tokens per step, {d_in} wide, {d_sae} latents, k = {k}".format(**found)
+        steps = f", {found['steps']} steps" if name == "training" else ""
+        parts.append(f"**{name}**: {size}{steps}")
         parts.append(training_table(rows) if name == "training" else step_table(rows))
         failed = {n: one["error"] for n, one in found["contenders"].items() if n not in rows}
         notes = [f"- {n}: {why}" for n, why in (found["missing"] | failed).items()]
@@ -34,13 +32,7 @@ def finished(found: dict[str, Any]) -> Rows:
 
 def step_table(rows: Rows) -> str:
     least = min((row["ms"]["median"] for row in rows.values()), default=0)
-    titles = [
-        "",
-        "ms per step, median (least to most)",
-        "times the fastest's",
-        "tokens/s",
-        "peak MB",
-    ]
+    titles = ["", "ms per step, median (min to max)", "times the fastest's", "tokens/s", "peak MB"]
     cells = []
     for name, row in rows.items():
         ms, times = "{median:.1f} ({min:.1f} to {max:.1f})", row["ms"]["median"] / least

@@ -50,11 +50,14 @@ class Task:
         return default if default < self.steps else self.steps // 20
 
 
+Code = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Takes tokens to their reconstructions and a mask [N, d_sae] of their active latents."""
+
+
 class Trained(NamedTuple):
     """What a contender makes of a task."""
 
-    code: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Takes tokens to their reconstructions and a mask [N, d_sae] of their active latents."""
+    code: Code
 
     lr: float
     """The highest learning rate of the run."""

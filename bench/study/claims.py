@@ -88,8 +88,5 @@ def verdict(claim: Claim, runs: Runs) -> str | None:
 
 def claims_table(data: dict[str, Runs]) -> str:
     """A line for each claim, a column for each data set, in Markdown."""
-    rows = (
-        [claim.paper, claim.text, *(verdict(claim, runs) or "–" for runs in data.values())]
-        for claim in CLAIMS
-    )
+    rows = ([c.paper, c.text, *(verdict(c, runs) or "–" for runs in data.values())] for c in CLAIMS)
     return markdown(["paper", "claim", *data], rows)

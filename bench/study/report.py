@@ -49,10 +49,10 @@ def table(runs: Runs) -> str:
     """Mean and spread over seeds of each metric, a row for each method, in Markdown."""
     known = {name for seeds in runs.values() for run in seeds.values() for name in run}
     columns = {name: column for name, column in COLUMNS.items() if name in known}
-    rows = (
-        [method, *(spread([r.get(n) for r in seeds.values()], d) for n, (_, d) in columns.items())]
-        for method, seeds in runs.items()
-    )
+    rows = []
+    for method, seeds in runs.items():
+        found = (spread([r.get(n) for r in seeds.values()], d) for n, (_, d) in columns.items())
+        rows.append([method, *found])
     return markdown(["", *(title for title, _ in columns.values())], rows)
 
 

@@ -32,10 +32,12 @@ from fastsae_kernels.center import center, center_reference
 from fastsae_kernels.dense_adam import adam_reference
 from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.encode_above import encode_above_reference
+from fastsae_kernels.float8 import quantize_reference, quantize_rows
 from fastsae_kernels.jumprelu import jumprelu_l0_reference, jumprelu_reference
 from fastsae_kernels.latent_major import LatentMajor, latent_major
 from fastsae_kernels.loss import squared_error_reference
 from fastsae_kernels.rational import rational_reference
+from fastsae_kernels.rescore import rescore, rescore_reference
 from fastsae_kernels.rotation import rotation_gradients
 from fastsae_kernels.sparse import decode_reference, gather_dot_reference, scatter_outer_reference
 from fastsae_kernels.testing import assert_no_worse
@@ -158,6 +160,8 @@ EXACT: dict[str, Callable[[Problem], tuple[Any, Any]]] = {
     "topk_batch": lambda p: both(
         topk_batch, topk_batch_reference, integers(p, p.N, p.F), p.N * p.K
     ),
+    "rescore": lambda p: both(rescore, rescore_reference, *encoder(p), p.indices(), p.K // 2 or 1),
+    "quantize_rows": lambda p: both(quantize_rows, quantize_reference, p.weights()),
     "encode_decode": autoencoder,
     "latent_major": sorted_entries,
 }
@@ -175,7 +179,8 @@ def test_exact(op, problem):
     """Values, indices and ties are those of the reference, in the real dictionary."""
     p = problem._replace(N=4)
     for got, expected in zip(*EXACT[op](p), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=0)
 
 
 @pytest.mark.core

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bench.clock import peak_bytes
-from bench.contender import SHADOWS
 from bench.dense import DenseTopK, dense_adam, dense_step
 from bench.problem import Problem
 from fastsae import SAE, TopK
@@ -27,6 +26,7 @@ NAMES = list("B" if os.environ.get("FASTSAE_TINY") else "ABCD")
 every_shape = pytest.mark.parametrize("problem", NAMES, indirect=True)
 largest = pytest.mark.parametrize("problem", ["D"], indirect=True)
 LR = 1e-2
+SHADOWS = "W_enc", "W_dec"
 
 
 def small(p: Problem) -> Problem:
@@ -66,7 +66,7 @@ def test_the_bf16_step(op, some_dead, problem):
     mask = torch.zeros(p.F, dtype=torch.bool, device=p.device).index_fill(0, dead, True)
 
     def ours(model: SAE, x: Tensor) -> None:
-        adam = Adam(model, shadows=SHADOWS["bf16"])
+        adam = Adam(model, shadows=SHADOWS)
         adam.begin_step(LR)
         fused_step(model, adam, x, dead if some_dead else None, Objective())
 
@@ -91,7 +91,7 @@ def test_steps_give_the_same_bits_twice(problem):
     for _ in range(2):
         model = copy.deepcopy(sae)
         options = Optimizer(adam_moments="bf16", adam_window=4)
-        adam = Adam(model, options, shadows=SHADOWS["bf16"])
+        adam = Adam(model, options, shadows=SHADOWS)
         for _ in range(1 if p.dry else 3):
             adam.begin_step(LR)
             fused_step(model, adam, x, dead, Objective())
