@@ -84,6 +84,14 @@ class RowGradients(NamedTuple):
     extra: tuple[Tensor, Tensor, Tensor] | None = None
     """Rising rows [n], and what is added to their dW_dec and dW_enc, both [n, D]."""
 
+    def contiguous(self) -> "RowGradients":
+        """The same with the rows of each one after the other in memory, as kernels read them."""
+        extra = self.extra
+        if extra is not None:
+            extra = extra[0].contiguous(), extra[1].contiguous(), extra[2].contiguous()
+        values, error, d_values, x = (t.contiguous() for t in self[1:5])
+        return RowGradients(self.runs, values, error, d_values, x, extra)
+
 
 class BiasGradients(NamedTuple):
     """What the sums over a latent's tokens give besides, from W_enc as it was before the step."""
@@ -249,7 +257,7 @@ def adam_(
     shapes or dtypes.
     """
     _check(decoder, encoder, gradients)
-    W = decoder.weight
+    gradients, W = gradients.contiguous(), decoder.weight
     if W.dtype == torch.float32 and W.shape[1] <= WIDEST and use_triton(W):
         from ._adam_kernel import launch_adam
 

@@ -188,6 +188,24 @@ def test_a_step_and_the_sums_for_the_biases(device, n, f, d):
     assert_no_worse(step, step_reference, *(t.to(device) for t in tensors))
 
 
+def test_gradients_of_any_strides(device):
+    """Sums of tokens and extra rows whose elements do not follow each other in memory."""
+    indices, values, d_values, error, x = (t.to(device) for t in next(batches(1)))
+    runs = latent_major(indices, F)
+    entries = [t.flatten()[runs.entry] for t in (values, d_values)]
+    extra = EXTRA.to(device), *(t.to(device) for t in extra_gradients(x.dtype))
+    found = []
+    for strided in (False, True):
+        v, d_v, e, seen, *more = (
+            torch.stack([t, t], dim=-1)[..., 0] if strided else t
+            for t in (*entries, error, x, *extra)
+        )
+        decoder, encoder = (rows(W, device=device) for W in weights())
+        g = RowGradients(runs, v, e, d_v, seen, (more[0], more[1], more[2]))
+        found.append((*adam_(decoder, encoder, g, AdamStep(1, LR)), *decoder[:3], *encoder[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_nan_stays_where_it_is(device):
     """In the moments of one row, whether rounded or not."""
     for moments in (None, torch.bfloat16):
