@@ -17,11 +17,12 @@ each_shape = pytest.mark.parametrize(
 )
 
 
-def make(shape, device, draw, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+def make(shape, device, draw, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, W, b and candidates in any order"""
     N, D, F, C, _ = shape
     candidates = torch.rand(N, F).topk(C).indices.to(device)
-    return *(draw(size).to(device, dtype) for size in ((N, D), (F, D), (F,))), candidates
+    x, W, b = (draw(size).to(device, dtype) for size in ((N, D), (F, D), (F,)))
+    return x, W, b, candidates
 
 
 def integers(size) -> torch.Tensor:
