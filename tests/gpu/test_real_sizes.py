@@ -214,9 +214,10 @@ def adam_dense(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def adam_kernel(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    W_dec, m_dec, v_dec, values, error, *rest = (t.detach().clone() for t in tensors)
-    W_enc, m_enc, v_enc, d_values, x = rest
-    decoder, encoder = Rows(W_dec, m_dec, v_dec), Rows(W_enc, m_enc, v_enc)
+    tensors = tuple(t.detach().clone() for t in tensors)
+    W, m, v, values, error, *others = tensors
+    W_enc, m_enc, v_enc, d_values, x = others
+    decoder, encoder = Rows(W, m, v), Rows(W_enc, m_enc, v_enc)
     adam_(decoder, encoder, RowGradients(runs, values, error, d_values, x), AT)
     return *decoder[:3], *encoder[:3]
 
