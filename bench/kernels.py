@@ -119,7 +119,7 @@ def line(row: dict[str, Any]) -> str:
     if "ms" not in row:
         return row["error"][:90]
     text = "{median:9.3f} ms ({min:.3f} to {max:.3f})".format(**row["ms"])
-    text += f" {row['GB/s']:8} GB/s {row['TFLOP/s']:8} TFLOP/s {row['of roof']:7.1%} of roof"
+    text += f" {row['GB/s']:8} GB/s {row['TFLOP/s']:8} TFLOP/s {row['of roof'] or 0:7.1%} of roof"
     for name in AGAINST:
         if other := row.get(name):
             text += f"  {name} " + (f"{other['ratio']}x" if "ms" in other else other["error"][:40])

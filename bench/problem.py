@@ -17,7 +17,7 @@ SHAPES |= {"A": (8192, 4096, 131072, 64), "B": (8192, 2048, 32768, 32)}
 SHAPES |= {"C": (16384, 768, 24576, 32), "D": (4096, 4096, 1048576, 128)}
 """Small letters for CPUs, capitals for GPUs."""
 
-TINY: dict[str, Size] = {"A": (6, 33, 20, 4), "B": (4, 16, 12, 2), "C": (5, 20, 14, 2)}
+TINY: dict[str, Size] = {"A": (6, 33, 20, 4), "B": (3, 16, 8, 2), "C": (5, 20, 14, 2)}
 TINY["D"] = 4, 17, 18, 4
 """What stands for the shapes of a GPU in a dry run."""
 

@@ -116,7 +116,8 @@ class Trainer:
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
         if self.captures:
-            self.captured = CapturedStep(sae, state.adam, config.objective)
+            required = config.cuda_graph == "on"
+            self.captured = CapturedStep(sae, state.adam, config.objective, required)
         return state
 
     @property

@@ -98,7 +98,7 @@ def resident(table: list[dict], kernel: str, shape: str) -> int:
 def predict(table: list[dict], shape: str, fp8: bool) -> dict[str, float]:
     """Milliseconds of each part of the step."""
     N, D, F, K = SHAPES[shape]
-    found = {"encoder GEMM": 2 * N * F * D / (FP8 if fp8 else BF16) * 1e3}
+    found: dict[str, float] = {"encoder GEMM": 2e3 * N * F * D / (FP8 if fp8 else BF16)}
     for work in step_work(N, D, F, K, fp8):
         found[work.kernel] = work.seconds(resident(table, work.kernel, shape)) * 1e3
     found["small launches"] = SMALL * 1e3

@@ -78,6 +78,7 @@ def test_a_step_with_fp8_candidates_never_waits_and_repeats():
                 fused_step(sae, adam, batch, dead, Objective())
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert adam.float8 is not None
         results.append([t.cpu() for t in (*sae.state_dict().values(), adam.float8.rows.float())])
         expected = quantize_rows(sae.W_enc.detach())
         assert torch.equal(adam.float8.rows.float(), expected.rows.float())

@@ -215,8 +215,9 @@ def adam_dense(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def adam_kernel(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
     tensors = tuple(t.detach().clone() for t in tensors)
-    decoder, encoder = Rows(*tensors[:3]), Rows(*tensors[5:8])
-    (values, error), (d_values, x) = tensors[3:5], tensors[8:]
+    W, m, v, values, error, *others = tensors
+    W_enc, m_enc, v_enc, d_values, x = others
+    decoder, encoder = Rows(W, m, v), Rows(W_enc, m_enc, v_enc)
     adam_(decoder, encoder, RowGradients(runs, values, error, d_values, x), AT)
     return *decoder[:3], *encoder[:3]
 

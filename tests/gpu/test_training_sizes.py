@@ -142,7 +142,8 @@ def padded(W: Tensor, F: int) -> Rows:
     whole = W.new_zeros(F, W.shape[1])
     whole[:, 0] = 1.0
     whole[-len(W) :] = W
-    return Rows(whole, *(torch.zeros_like(whole, dtype=torch.bfloat16) for _ in range(2)))
+    first, second = (torch.zeros_like(whole, dtype=torch.bfloat16) for _ in range(2))
+    return Rows(whole, first, second)
 
 
 @largest

@@ -17,11 +17,14 @@ each_shape = pytest.mark.parametrize(
 )
 
 
-def make(shape, device, draw, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+def make(
+    shape, device, draw, dtype=torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, W, b and candidates in any order"""
     N, D, F, C, _ = shape
     candidates = torch.rand(N, F).topk(C).indices.to(device)
-    return *(draw(size).to(device, dtype) for size in ((N, D), (F, D), (F,))), candidates
+    x, W, b = (draw(size).to(device, dtype) for size in ((N, D), (F, D), (F,)))
+    return x, W, b, candidates
 
 
 def integers(size) -> torch.Tensor:
@@ -35,8 +38,8 @@ def test_values_and_latents(device, shape, by):
     k = shape[-1]
     with torch.no_grad():  # it has no gradient
         assert_no_worse(
-            lambda *arguments: rescore(*arguments, k, by),
-            lambda *arguments: rescore_reference(*arguments, k, by),
+            lambda x, W, b, candidates: rescore(x, W, b, candidates, k, by),
+            lambda x, W, b, candidates: rescore_reference(x, W, b, candidates, k, by),
             *make(shape, device, torch.randn),
         )
 
@@ -45,8 +48,8 @@ def test_values_and_latents(device, shape, by):
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_ties_go_to_the_lowest_latent(device, shape, dtype, by):
-    arguments = make(shape, device, integers, dtype)
-    got, expected = rescore(*arguments, shape[-1], by), rescore_reference(*arguments, shape[-1], by)
+    arguments = (*make(shape, device, integers, dtype), shape[-1], by)
+    got, expected = rescore(*arguments), rescore_reference(*arguments)
     for one, two in zip(got, expected, strict=True):
         assert one.dtype == two.dtype and torch.equal(one, two)
 
