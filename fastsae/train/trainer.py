@@ -17,6 +17,7 @@ from fastsae.files import write_json
 from fastsae.interop import sae_lens
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
+from fastsae_kernels.adam import WIDEST
 
 from .config import TrainConfig
 from .curves import plot_curves
@@ -124,7 +125,7 @@ class Trainer:
     def captures(self) -> bool:
         """Whether steps without dead latents are replayed as a CUDA graph."""
         wanted = self.config.cuda_graph != "off" and self.config.uncaptured is None
-        return wanted and self.device.type == "cuda"
+        return wanted and self.device.type == "cuda" and self.ends.width_out <= WIDEST
 
     def optimizer(self, sae: SAE) -> Adam:
         """Adam, with the copies of weights in less precision that the plan asks for."""
