@@ -106,7 +106,7 @@ def _adam_kernel(
     start_ptr, token_ptr, w_ptr, x_ptr, chunk_ptr,  # entries in latent order, sums of whole chunks
     slot_ptr, extra_ptr,  # [F]: row of the extra gradients, or -1
     row_ptr, missed_ptr, count_ptr, table_ptr,  # of _visits_kernel; None to visit every row
-    bias_ptr, centre_ptr,  # [F], [programs, D]: sums of w, and of these times W; or None
+    bias_ptr, center_ptr,  # [F], [programs, D]: sums of w, and of these times W; or None
     scalars_ptr, F, beta1, beta2, rest1, rest2, eps, D: tl.constexpr,
     UNIT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -118,7 +118,7 @@ def _adam_kernel(
     end = tl.minimum(begin + ROWS, F)
     if count_ptr is not None:
         end = begin + tl.load(count_ptr + p)
-    centre = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    center = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for i in tl.range(begin, end, disable_licm=True):
         f = i
         if row_ptr is not None:
@@ -132,10 +132,10 @@ def _adam_kernel(
             w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
             CHUNK, BLOCK_K, BLOCK_D, tl.float32,
         )  # fmt: skip
-        if centre_ptr is not None:
+        if center_ptr is not None:
             bias = _sum_weights(w_ptr, first, last, CHUNK)
             tl.store(bias_ptr + f, bias)
-            centre += bias * w
+            center += bias * w
         if extra_ptr is not None:
             slot = tl.load(slot_ptr + f)
             at_slot = slot.to(tl.int64) * D + d
@@ -169,8 +169,8 @@ def _adam_kernel(
             m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
         tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
         tl.store(v_ptr + at, v, mask=mask, eviction_policy="evict_first")
-    if centre_ptr is not None:
-        tl.store(centre_ptr + p.to(tl.int64) * D + d, centre, mask=mask)
+    if center_ptr is not None:
+        tl.store(center_ptr + p.to(tl.int64) * D + d, center, mask=mask)
 
 
 # --- launchers ------------------------------------------------------------------------------
@@ -237,10 +237,10 @@ def launch_adam(
     visits = (None,) * 4
     if window is not None:
         visits = launch_visits(g.runs.start, slot, at, window, rows)
-    bias, centre = new(F), torch.empty(programs, D, device=decoder.weight.device)
+    bias, center = new(F), torch.empty(programs, D, device=decoder.weight.device)
     sides = (
         (decoder, g.values, g.error, extra_dec, (None, None), True),
-        (encoder, g.d_values, g.x, extra_enc, (bias, centre), False),
+        (encoder, g.d_values, g.x, extra_enc, (bias, center), False),
     )
     for state, weights, x, extra, sums, unit in sides:
         launch(
@@ -262,4 +262,4 @@ def launch_adam(
             num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
             **budget(x, block_d, unit),
         )
-    return bias, centre.sum(0)
+    return bias, center.sum(0)

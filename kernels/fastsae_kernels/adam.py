@@ -90,7 +90,7 @@ class BiasGradients(NamedTuple):
 
     latent: Tensor
     """[F]: sum of d_value over the tokens of each latent, the gradient of b_enc."""
-    centre: Tensor
+    center: Tensor
     """[D]: latent @ W_enc, minus the gradient of what was subtracted from x."""
 
 
