@@ -143,19 +143,20 @@ def _adam_kernel(
         m, v = m.to(tl.float32), v.to(tl.float32)
         if missed_ptr is not None:
             missed = tl.load(missed_ptr + i)
-            w -= tl.load(table_ptr + missed) * m / (tl.sqrt(v) + eps)
-            m *= tl.load(table_ptr + BLOCK_T + missed)
-            v *= tl.load(table_ptr + 2 * BLOCK_T + missed)
-            if UNIT:
-                w /= tl.sqrt(tl.sum(w * w))
+            if missed > 0:
+                w -= tl.load(table_ptr + missed) * (m / (tl.sqrt(v) + eps))
+                m *= tl.load(table_ptr + BLOCK_T + missed)
+                v *= tl.load(table_ptr + 2 * BLOCK_T + missed)
+                if UNIT:
+                    w *= 1 / tl.sqrt(tl.sum(w * w))
         if UNIT:
             g -= tl.sum(g * w) * w
         m += rest1 * (g - m)
         lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
         v = beta2 * v + rest2 * g * g
-        w -= lr * m / (tl.sqrt(v) / root2 + eps)
+        w -= lr * root2 * (m / (tl.sqrt(v) + eps * root2))
         if UNIT:
-            w /= tl.sqrt(tl.sum(w * w))
+            w *= 1 / tl.sqrt(tl.sum(w * w))
         tl.store(W_ptr + at, w, mask=mask, eviction_policy="evict_first")
         if shadow_ptr is not None:
             tl.store(shadow_ptr + at, w, mask=mask)
