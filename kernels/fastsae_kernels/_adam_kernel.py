@@ -119,15 +119,19 @@ def _adam_kernel(
     if count_ptr is not None:
         end = begin + tl.load(count_ptr + p)
     center = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for i in tl.range(begin, end, disable_licm=True):
-        f = i
-        if row_ptr is not None:
-            f = tl.load(row_ptr + i)
+    if row_ptr is not None:
+        f = tl.load(row_ptr + begin, mask=begin < end, other=0)
         first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
+    for i in tl.range(begin, end, disable_licm=True):
+        if row_ptr is None:
+            f = i
+            first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
         at = f.to(tl.int64) * D + d
         w = tl.load(W_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        if row_ptr is not None:  # a row ahead, so that nothing waits for where it and its run are
+            following = tl.load(row_ptr + i + 1, mask=i + 1 < end, other=0)
         g = sum_run(
             w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
             CHUNK, BLOCK_K, BLOCK_D, tl.float32,
@@ -140,6 +144,8 @@ def _adam_kernel(
             slot = tl.load(slot_ptr + f)
             at_slot = slot.to(tl.int64) * D + d
             g += tl.load(extra_ptr + at_slot, mask=mask & (slot >= 0), other=0.0).to(tl.float32)
+        if row_ptr is not None:
+            first, last = tl.load(start_ptr + following), tl.load(start_ptr + following + 1)
         m, v = m.to(tl.float32), v.to(tl.float32)
         if missed_ptr is not None:
             missed = tl.load(missed_ptr + i)
@@ -170,6 +176,8 @@ def _adam_kernel(
             m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
         tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
         tl.store(v_ptr + at, v, mask=mask, eviction_policy="evict_first")
+        if row_ptr is not None:
+            f = following
     if center_ptr is not None:
         tl.store(center_ptr + p.to(tl.int64) * D + d, center, mask=mask)
 
