@@ -165,10 +165,10 @@ def _adam_kernel(
             w *= 1 / tl.sqrt(tl.sum(w * w))
         tl.store(W_ptr + at, w, mask=mask, eviction_policy="evict_first")
         if shadow_ptr is not None:
-            tl.store(shadow_ptr + at, w, mask=mask)
+            tl.store(shadow_ptr + at, w, mask=mask, eviction_policy="evict_first")
         if row8_ptr is not None:
             row8, scale8 = quantize_row(w)  # pyright: ignore
-            tl.store(row8_ptr + at, row8, mask=mask)
+            tl.store(row8_ptr + at, row8, mask=mask, eviction_policy="evict_first")
             tl.store(scale8_ptr + f, scale8)
         if STOCHASTIC:
             step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
@@ -204,7 +204,8 @@ def budget(x: Tensor, block_d: int, unit: bool) -> dict[str, int]:
     One for the encoder has besides a row of sums for the bias, so that it gathers fewer of fp32.
     """
     wide = block_d > WIDE
-    rows = 4 if unit or x.element_size() == 2 else 1
+    half, full = 4 if wide else 8, 4 if unit else 1
+    rows = half if x.element_size() == 2 else full
     return {"maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
