@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import buffer_bytes, check_devices, check_matrix, use_triton
+from ._launch import check_devices, check_matrix, use_triton
 from .dense_adam import (
     AdamStep,
     fused_adam_,
@@ -40,6 +40,9 @@ from .latent_major import LatentMajor, sum_runs
 
 BLOCK_BYTES = 1 << 20
 """Rows that, with their gradients and moments, stay in a CPU's cache."""
+
+GPU_BLOCK_BYTES = 64 << 20
+"""Rows that, with at most seven temporaries of their size, fit in 512 MB of a GPU."""
 
 WIDEST = 8192
 """The largest D of the kernel: it keeps a whole row, its moments and its gradient in registers."""
@@ -98,7 +101,7 @@ class BiasGradients(NamedTuple):
 
     latent: Tensor
     """[F]: sum of d_value over the tokens of each latent, the gradient of b_enc."""
-    centre: Tensor
+    center: Tensor
     """[D]: latent @ W_enc, minus the gradient of what was subtracted from x."""
 
 
@@ -128,7 +131,7 @@ def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, w
 
 
 def _row_blocks(W: Tensor) -> Iterator[slice]:
-    size = BLOCK_BYTES if W.device.type == "cpu" else buffer_bytes(W.device)
+    size = BLOCK_BYTES if W.device.type == "cpu" else GPU_BLOCK_BYTES
     rows = max(1, size // (W.shape[1] * W.itemsize))
     for start in range(0, len(W), rows):
         yield slice(start, min(start + rows, len(W)))
