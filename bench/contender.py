@@ -17,9 +17,9 @@ from fastsae.train.graph import CapturedStep
 from fastsae.train.optim import Adam
 from fastsae.train.plan import encoder_precision
 from fastsae.train.step import fused_step
-from fastsae_kernels import decode
 
 from .dense import DenseTopK, dense_adam, dense_step
+from .ops import decode_torch
 from .problem import Problem
 
 LR = 1e-5
@@ -64,8 +64,11 @@ def empty_sae(p: Problem) -> SAE:
 
 @torch.no_grad()
 def batches(p: Problem, W_dec: Tensor) -> list[tuple[Tensor]]:
-    """Two batches of the dictionary's own rows, so that some latents fire often, and noise."""
-    rows = (decode(*p.codes(torch.float32), W_dec) for _ in range(2))
+    """Two batches of the dictionary's own rows, so that some latents fire often, and noise.
+
+    By PyTorch: no kernel of ours that fails may take the rows of others with it.
+    """
+    rows = (decode_torch(*p.codes(torch.float32), W_dec) for _ in range(2))
     return [(x.add_(torch.randn_like(x), alpha=0.02),) for x in rows]
 
 

@@ -20,12 +20,16 @@ def plot_sweep(rows: list[dict[str, Any]], letter: str, path: Path) -> None:
         ]
         found = [(size, ms["median"], ms["min"], ms["max"]) for size, ms in times if ms]
         if found:
-            sizes, middle, low, high = zip(*found, strict=True)
-            axes.plot(sizes, middle, "o-", label=label)
-            axes.fill_between(sizes, low, high, alpha=0.2)
-    roof = [(row["shape"][letter], row["roof ms"]) for row in rows]
-    axes.plot(*zip(*roof, strict=True), "k--", label="roof: bytes, or FLOPs")
+            at, middle, low, high = zip(*found, strict=True)
+            axes.plot(at, middle, "o-", label=label)
+            axes.fill_between(at, low, high, alpha=0.2)
+    sizes, roof = [row["shape"][letter] for row in rows], [row["roof ms"] for row in rows]
+    axes.plot(sizes, roof, "k--", label="roof: measured copy or GEMM")
+    shown = [y for line in axes.lines for y in line.get_ydata()]
     axes.set(xscale="log", yscale="log", title=", ".join({row["name"] for row in rows}))
+    axes.set_ylim(min(shown) / 2, max(shown) * 2)  # one slow call hides no line
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.set(xlabel=f"{SIZES[letter]} ({letter})", ylabel="time per call (ms)")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from triton.backends.nvidia import driver as cuda
 
 from bench.contender import Contender, empty_sae, step_of
 from bench.ops import OPS
@@ -53,10 +54,15 @@ def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
     return launches, problems
 
 
-def compiled(launch: Any) -> str:
-    """The error of a launch that does not compile."""
+def compiled(launch: Any, launcher: bool) -> str:
+    """The error of a launch that does not compile.
+
+    Before 3.7, Triton has a C compiler build a launcher for each signature, which needs the driver.
+    """
     try:
-        launch.compile()
+        kernel = launch.compile()
+        if launcher and hasattr(cuda, "make_launcher"):
+            cuda.CudaLauncher(kernel.src, kernel.metadata)
     except Exception as problem:
         return f"{launch.kernel}: {str(problem)[-100:]}"
     return ""
@@ -68,7 +74,8 @@ def main() -> None:
     launches, problems = recorded(int(arch), names)
     # Forked, so that nobody has to import torch again; no thread has been started.
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        errors = [e for e in pool.map(compiled, launches[:1] if dry else launches) if e]
+        work = partial(compiled, launcher=not dry)
+        errors = [e for e in pool.map(work, launches[:1] if dry else launches) if e]
     found = {"launches": len(launches), "seconds": round(time.time() - start, 1)}
     print(json.dumps({**found, "not recorded": problems, "not compiled": errors}))
 

@@ -56,8 +56,10 @@ def run_tests(record: Record, part: str, dry: bool) -> None:
 
 def run_pytest(core: bool, file: Path, dry: bool, seconds: float) -> str:
     """How it ended; after too long, with all of its processes."""
-    # An empty addopts: the project's ask for plugins that a GPU's machine may lack.
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--import-mode=importlib"]
+    # An empty addopts: the project's ask for plugins that a GPU's machine may lack. A warning, of
+    # versions that are others there, is no wrong result.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "filterwarnings=default"]
+    command += ["-q", "--import-mode=importlib"]
     command += ["-p", "no:cacheprovider", "-p", "bench.gpu.outcomes", "tests/gpu"]
     command += ["-m", "core"] if core else ["-m", "not core", *["tests/kernels"] * (not dry)]
     if find_spec("xdist") is not None:
@@ -69,6 +71,7 @@ def run_pytest(core: bool, file: Path, dry: bool, seconds: float) -> str:
         code = process.wait(None if dry else max(1, seconds))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return "out of time"
     return {0: "all passed", 1: "some failed"}.get(code, f"exit code {code}")
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from bench.clock import free
 from bench.problem import SHAPES, TINY, Problem
 from fastsae_kernels._launch import interpreted
 
@@ -29,3 +30,4 @@ def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
     dtype = torch.float32 if DRY else torch.bfloat16  # the interpreter multiplies bf16 wrongly
     with interpreted() if DRY else nullcontext():
         yield Problem(name, *sizes[name], torch.device(device), dtype, dry=DRY)
+    free()  # what this process caches, those beside it cannot allocate
