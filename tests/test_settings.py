@@ -94,6 +94,7 @@ SETTINGS = [
     (Optimizer, {"constraint": "norm"}, "constraint must be one of .*, got 'norm'"),
     (Optimizer, {"adam_moments": "fp16"}, "adam_moments must be one of .*, got 'fp16'"),
     (Optimizer, {"adam_window": 9}, "adam_window must be between 1 and 8, got 9"),
+    (Optimizer, {"adam_window": 2, "betas": (0.9, 0.0)}, "adam_window above 1 needs a second beta"),
     (Init, {"row_norm": 0.0}, "row_norm must be above 0, got 0.0"),
     (
         Init,

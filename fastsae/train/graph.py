@@ -36,7 +36,7 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self, x: Float[Tensor, "N d_in"]) -> TrainingLoss:
-        """One step, after `Adam.begin_step`; eager for a batch of another size than the first."""
+        """One step, after `Adam.begin_step`; eager for batches of another size than recorded."""
         if self.x is None and self.taken == EAGER:
             self.capture(x)
         if self.x is None or self.x.shape != x.shape or self.x.dtype != x.dtype:
@@ -52,12 +52,13 @@ class CapturedStep:
 
     def capture(self, x: Tensor) -> None:
         """Record a step on a copy of the batch, without taking it."""
-        copy = x.clone()
+        copy, stream = x.clone(), torch.cuda.current_stream()
         try:
             # Other threads, which load batches, may do what a recording forbids its own.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 result = self.eager(copy)
         except RuntimeError as error:  # nothing has run: the step is as it was
+            torch.cuda.set_stream(stream)  # a recording that ends by an error leaves its own
             if self.required:
                 raise
             warnings.warn(f"no CUDA graph, steps are launched one by one: {error}", stacklevel=2)

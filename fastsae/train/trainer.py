@@ -228,6 +228,7 @@ class Trainer:
     def finish(self, state: TrainState) -> SAE:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
+        self.captured = None  # with the memory that the graph holds
         state.adam.settle()
         sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")

@@ -199,9 +199,20 @@ def _adam_torch(
 # --- public ---------------------------------------------------------------------------------
 
 
-def _check(decoder: Rows, encoder: Rows, gradients: RowGradients) -> None:
+def _check(decoder: Rows, encoder: Rows, gradients: RowGradients, window: Window | None) -> None:
     """Raise ValueError naming what has a wrong shape, dtype or device."""
     F, D = decoder.weight.shape
+    vectors = {"runs.start": (gradients.runs.start, F + 1)}
+    if window is not None:
+        vectors["window.updated"] = window.updated, F
+    if gradients.extra is not None:
+        rows, extra_dec, extra_enc = gradients.extra
+        vectors["extra rows"] = rows, len(extra_dec)
+        check_matrix("extra of the decoder", extra_dec, columns=D)
+        check_matrix("extra of the encoder", extra_enc, len(extra_dec), D)
+    for name, (vector, length) in vectors.items():
+        if vector.shape != (length,):
+            raise ValueError(f"{name} must have shape {[length]}, got {list(vector.shape)}")
     for name, rows in {"decoder": decoder, "encoder": encoder}.items():
         parts = rows._replace(float8=None if rows.float8 is None else rows.float8.rows)._asdict()
         for part, tensor in parts.items():
@@ -237,6 +248,7 @@ def _check(decoder: Rows, encoder: Rows, gradients: RowGradients) -> None:
         error=gradients.error,
         d_values=gradients.d_values,
         x=gradients.x,
+        **{name: vector for name, (vector, _) in vectors.items()},
     )
 
 
@@ -259,9 +271,10 @@ def adam_(
     bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
     shapes or dtypes.
     """
-    _check(decoder, encoder, gradients)
+    _check(decoder, encoder, gradients, window)
     gradients, W = gradients.contiguous(), decoder.weight
-    if W.dtype == torch.float32 and W.shape[1] <= WIDEST and use_triton(W):
+    wide = torch.float64 in (gradients.error.dtype, gradients.x.dtype)  # than the kernel's sums
+    if W.dtype == torch.float32 and not wide and W.shape[1] <= WIDEST and use_triton(W):
         from ._adam_kernel import launch_adam
 
         at = at._replace(scalars=scalars_on(at, W.device))

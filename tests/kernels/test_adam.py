@@ -291,3 +291,11 @@ def test_wrong_arguments_are_named():
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
     with pytest.raises(ValueError, match="error must be floating point of shape"):
         adam_(decoder, encoder, gradients._replace(error=error[:, 1:]), at)
+    with pytest.raises(ValueError, match=rf"runs.start must have shape \[{F + 1}\]"):
+        adam_(decoder, encoder, gradients._replace(runs=latent_major(indices, F + 1)), at)
+    with pytest.raises(ValueError, match=rf"window.updated must have shape \[{F}\]"):
+        window = Window(torch.zeros(F + 1, dtype=torch.int32), torch.zeros(2))
+        adam_(decoder, encoder, gradients, at, window)
+    with pytest.raises(ValueError, match=r"extra rows must have shape \[2\], got \[3\]"):
+        extra = torch.arange(3), torch.zeros(2, D), torch.zeros(2, D)
+        adam_(decoder, encoder, gradients._replace(extra=extra), at)

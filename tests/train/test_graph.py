@@ -36,6 +36,8 @@ def weights_after(steps: int, captured: bool, required: bool = False) -> list[to
 def no_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", refused)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
 
 def test_steps_stay_eager_where_recording_fails(no_capture):
