@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench.clock import free
 from bench.record import ROOT, Record
 
 STEP_OPS = "center", "encode_topk", "topk", "squared_error", "latent_major", "adam_", "step"
@@ -39,6 +40,7 @@ def run_tests(record: Record, part: str, dry: bool) -> None:
     """Those marked core, every kernel once at real widths; or all others."""
 
     def outcomes() -> dict[str, Any]:
+        free()  # the tests' processes need what this one caches
         with TemporaryDirectory() as folder:
             file = Path(folder) / "outcomes.jsonl"
             ended = run_pytest(part == "core tests", file, dry, record.left(part))
