@@ -103,6 +103,7 @@ def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
         adam.begin_step(LR)
         with tf32_products(precision == "tf32"):
             result = captured(x) if captured else fused_step(sae, adam, x, dead, Objective())
+        assert result.fired is not None, "a training step says"
         unfired.add_(len(x)).masked_fill_(result.fired, 0)
 
     return step
