@@ -119,6 +119,7 @@ def _adam_kernel(
     if count_ptr is not None:
         end = begin + tl.load(count_ptr + p)
     center = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    f, first, last, following = begin, begin, begin, begin
     if row_ptr is not None:
         f = tl.load(row_ptr + begin, mask=begin < end, other=0)
         first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
