@@ -108,7 +108,8 @@ def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
         adam.begin_step(LR)
         with tf32_products(precision == "tf32"):
             result = captured(x) if captured else fused_step(sae, adam, x, dead, Objective())
-        unfired.add_(len(x)).masked_fill_(result.codes.fired(), 0)
+        assert result.fired is not None, "a training step says"
+        unfired.add_(len(x)).masked_fill_(result.fired, 0)
 
     return step
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -111,6 +111,8 @@ class TrainingLoss(NamedTuple):
     penalty: Float[Tensor, ""]
     l0: Float[Tensor, ""]
     codes: Codes
+    fired: Bool[Tensor, " d_sae"] | None = None
+    """codes.fired(), of a training step."""
 
 
 def training_loss(

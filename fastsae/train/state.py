@@ -51,7 +51,8 @@ class TrainState:
         self.tokens += batch_size
         self.cursor = cursor
         self.tokens_since_fired += batch_size
-        self.tokens_since_fired.masked_fill_(result.codes.fired(), 0)
+        assert result.fired is not None, "a training step says"
+        self.tokens_since_fired.masked_fill_(result.fired, 0)
         self.sums += torch.stack([*result[:5], torch.ones_like(result.loss)])
 
     def metrics(self, dead_after: int) -> dict[str, float | int]:

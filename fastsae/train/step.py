@@ -53,7 +53,7 @@ def autograd_step(
     with torch.no_grad():
         adam.update_all(dict(zip(names, gradients, strict=True)))
         adam.end_step()
-    return result._replace(loss=result.loss.detach())
+    return result._replace(loss=result.loss.detach(), fired=result.codes.fired())
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def fused_step(
         proposals = {} if shadow is None else {"shadow": shadow}  # only TopK's encode takes one
         codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
     sse, error, dots = squared_error(codes.values, codes.indices, W_dec, sae.b_dec, x)
-    unit = 1 / variance if objective.error == "fvu" else variance.new_full((), 1 / len(x))
+    unit = variance.reciprocal() if objective.error == "fvu" else variance.new_full((), 1 / len(x))
     total = sse.sum()
     loss, fvu = total * unit, total / variance
     aux = None
@@ -90,9 +90,8 @@ def fused_step(
 
     scale = 2 * unit
     runs = latent_major(codes.indices, codes.d_sae, codes.active)
-    weights, d_weights = (
-        (entries.to(x.dtype) * scale).flatten()[runs.entry] for entries in (codes.values, dots)
-    )
+    entries = torch.stack((codes.values.to(x.dtype), dots)).flatten(1)
+    weights, d_weights = entries.mul_(scale)[:, runs.entry]
     extra = None if aux is None else (aux.rows, aux.W_dec, aux.W_enc)
     d_b_enc, d_center = adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
     d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_center
@@ -104,7 +103,10 @@ def fused_step(
     adam.update("b_dec", d_b_dec)
     adam.end_step()
     none = torch.zeros_like(fvu)
-    return TrainingLoss(loss, fvu, none if aux is None else aux.loss, none, codes.l0(), codes)
+    l0 = runs.start[-1] / max(len(x), 1)  # what codes.l0() counts again
+    fired = runs.start[1:] > runs.start[:-1]
+    auxk = none if aux is None else aux.loss
+    return TrainingLoss(loss, fvu, auxk, none, l0, codes, fired)
 
 
 class AuxKGradients(NamedTuple):

@@ -119,6 +119,7 @@ def _adam_kernel(
     if count_ptr is not None:
         end = begin + tl.load(count_ptr + p)
     center = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    f, first, last, following = begin, begin, begin, begin
     if row_ptr is not None:
         f = tl.load(row_ptr + begin, mask=begin < end, other=0)
         first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
@@ -198,15 +199,18 @@ waits for memory while another works. Half of COLUMNS and of the registers do no
 them are addresses. Narrower programs have room for a few more, and still are 3 to 6."""
 
 
-def budget(x: Tensor, block_d: int, unit: bool) -> dict[str, int]:
-    """The cap on registers, and rows of x that a program gathers at a time: as many as they hold.
+def budget(x: Tensor, D: int, unit: bool, float8: bool) -> dict[str, int]:
+    """Warps, the cap on registers, and rows of x that a program gathers at a time: as many as fit.
 
     One for the encoder has besides a row of sums for the bias, so that it gathers fewer of fp32.
     """
-    wide = block_d > WIDE
-    half, full = 4 if wide else 8, 4 if unit else 1
-    rows = half if x.element_size() == 2 else full
-    return {"maxnreg": 128 if wide else 160, "BLOCK_K": rows}
+    half, wide = x.element_size() == 2, D > WIDE
+    if half and 512 < D <= 768 and not float8:  # rounding to fp8 needs more registers
+        # One warp, 24 columns a thread: of two, a quarter of the threads would have none.
+        return {"num_warps": 1, "maxnreg": 168, "BLOCK_K": 4}
+    rows = (4 if wide else 8) if half else (4 if unit else 1)
+    warps = min(16, max(1, power_of_2(D) // (32 * COLUMNS)))
+    return {"num_warps": warps, "maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
 def launch_visits(
@@ -269,7 +273,6 @@ def launch_adam(
             BLOCK_T=1 if window is None else power_of_2(len(window.history)),
             CHUNK=CHUNK,
             BLOCK_D=block_d,
-            num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
-            **budget(x, block_d, unit),
+            **budget(x, D, unit, state.float8 is not None),
         )
     return bias, center.sum(0)

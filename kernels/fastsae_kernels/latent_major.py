@@ -46,7 +46,9 @@ def latent_major(indices: Tensor, F: int, active: Tensor | None = None) -> Laten
     latent, entry = latent.flatten().sort(stable=True)
     each = torch.arange(F + 1, device=latent.device, dtype=torch.int32)
     start = torch.searchsorted(latent, each, out_int32=True)
-    return LatentMajor(entry, (entry // max(indices.shape[1], 1)).int(), latent, start)
+    token = torch.empty_like(latent)
+    torch.floor_divide(entry, max(indices.shape[1], 1), out=token)  # rounds and casts in one pass
+    return LatentMajor(entry, token, latent, start)
 
 
 class _Latest(NamedTuple):
