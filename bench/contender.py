@@ -98,7 +98,9 @@ def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
     adam = Adam(sae, config.optimizer, shadows=shadows, float8=precision == "fp8")
     if config.cuda_graph == "on" and p.device.type != "cuda":
         raise ValueError("a CUDA graph needs a GPU")
-    captured = CapturedStep(sae, adam, Objective()) if config.cuda_graph == "on" else None
+    captured = (
+        CapturedStep(sae, adam, Objective(), required=True) if config.cuda_graph == "on" else None
+    )
     dead = torch.arange(0, p.F, 20, device=p.device) if contender.dead else None
     unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
 

@@ -20,6 +20,7 @@ from fastsae.nn.jumprelu import JumpReLU, JumpReLUConfig
 from fastsae.nn.relu import ReLU, ReLUConfig
 from fastsae.nn.variational import Variational, VariationalConfig
 from fastsae.train import RECIPES, Optimizer, TrainConfig, recipe
+from fastsae.train.plan import Plan
 
 NAN, X, Y = float("nan"), Path("x.npy"), Path("y.npy")
 ROTATED = TopKConfig(gradient="rotation")
@@ -93,6 +94,7 @@ SETTINGS = [
     (Optimizer, {"constraint": "norm"}, "constraint must be one of .*, got 'norm'"),
     (Optimizer, {"adam_moments": "fp16"}, "adam_moments must be one of .*, got 'fp16'"),
     (Optimizer, {"adam_window": 9}, "adam_window must be between 1 and 8, got 9"),
+    (Optimizer, {"adam_window": 2, "betas": (0.9, 0.0)}, "adam_window above 1 needs a second beta"),
     (Init, {"row_norm": 0.0}, "row_norm must be above 0, got 0.0"),
     (
         Init,
@@ -196,6 +198,28 @@ def test_what_the_autograd_step_does_not_have(name, value):
     assert TrainConfig(**settings, step="fused").unfused is None
     with pytest.raises(ValueError, match=f"{name} .*needs the fused step"):
         TrainConfig(**settings, step="autograd")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"activation": CHOICES["batchtopk"]}, 'activation "batchtopk"'),
+        ({"step": "autograd"}, 'step "autograd"'),
+        ({"optimizer": Optimizer(clip=1.0)}, "clip"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_a_cuda_graph(settings, reason):
+    """It is no graph by itself, and an error where one is asked for."""
+    assert TrainConfig(**settings).uncaptured == reason
+    with pytest.raises(ValueError, match=f'{reason} cannot be captured, got cuda_graph "on"'):
+        TrainConfig(**settings, cuda_graph="on")
+
+
+def test_a_cpu_has_no_cuda_graph():
+    config = TrainConfig(device="cpu", cuda_graph="on")
+    with pytest.raises(ValueError, match='cuda_graph "on" needs a GPU, got device cpu'):
+        Plan.of(config, 64, 1000)
 
 
 @pytest.mark.parametrize("name", ["topk", "abstopk", "batchtopk", "batchabstopk"])

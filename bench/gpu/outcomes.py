@@ -11,11 +11,18 @@ from pathlib import Path
 
 import pytest
 
-WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+worker = False
+"""Whether pytest-xdist started this process. Its environment does not say: a test of a worker may
+start pytest itself, as those of this module do."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global worker
+    worker = hasattr(config, "workerinput")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if WORKER or (report.when != "call" and report.passed):
+    if worker or (report.when != "call" and report.passed):
         return  # the process that started the workers hears of all their tests
     error = ""
     if report.failed:
@@ -29,7 +36,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """A test that lost the GPU's context ends its worker: in it, all others would fail too."""
     import torch
 
-    if WORKER and torch.cuda.is_initialized():
+    if worker and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:

@@ -80,10 +80,10 @@ class TrainConfig:
     """Precision of the encoder GEMM. On a GPU, the fused step computes from bf16 copies of the fp32
     weights with bf16 and fp8: bf16 ranks latents by pre-activations rounded to bf16; fp8 (TopK,
     capability 8.9 or above, sizes divisible by 16) looks for candidates in fp8 and ranks them by
-    fp32 sums. auto is fp8 where that is supported and d_sae is at least 1500 k, else bf16; without
-    a GPU or the fused step it is fp32. tf32 lets a GPU round the inputs of all dense products. On a
-    CPU, bf16 finds candidates and ranks them in fp32: faster where the processor has bf16
-    instructions, and almost always the same choice."""
+    fp32 sums. auto is fp8 where that is supported, d_sae is at least 1500 k and k at most 512, else
+    bf16; without a GPU or the fused step it is fp32. tf32 lets a GPU round the inputs of all dense
+    products. On a CPU, bf16 finds candidates and ranks them in fp32: faster where the processor has
+    bf16 instructions, and almost always the same choice."""
 
     dead_after: int | None = None
     """Tokens without firing after which a latent counts as dead; by default 10 million, or an

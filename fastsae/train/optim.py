@@ -79,6 +79,8 @@ class Optimizer:
             raise ValueError(f"decay must be between 0 and 1, got {self.decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if self.adam_window > 1 and not self.betas[1]:
+            raise ValueError(f"adam_window above 1 needs a second beta above 0, got {self.betas}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
         if not 1 <= self.adam_window <= 8:

@@ -7,6 +7,7 @@ from typing import Literal
 from fastsae.device import choose_device
 from fastsae.losses import default_k_aux
 from fastsae.nn import TopKConfig
+from fastsae_kernels.adam import WIDEST
 from fastsae_kernels.float8 import float8_pays, why_not_float8
 
 from .config import TrainConfig
@@ -42,6 +43,9 @@ class Plan:
         device = choose_device(config.device)
         if config.cuda_graph == "on" and device == "cpu":
             raise ValueError('cuda_graph "on" needs a GPU, got device cpu')
+        if config.cuda_graph == "on" and d_out > WIDEST:
+            # Above it, Adam takes its torch path, which looks at values to choose rows.
+            raise ValueError(f'cuda_graph "on" needs a width of at most {WIDEST}, got {d_out}')
         precision = encoder_precision(config, step, device, d_out)
         eighth = max(steps * config.batch_size // 8, 1)
         dead_after = config.dead_after or min(10_000_000, eighth)

@@ -53,7 +53,8 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
         raise ValueError(f"{path} was written for other data than {config.data or 'the demo'}")
     if start_from is not None and found.get("start_from") != _digest(start_from):
         raise ValueError(f"{path} was written for a run that began from another SAE")
-    kept = _settings(found["config"])
+    # A setting that the run's version did not have yet has its default.
+    kept = _settings(to_dict(resolved(stored_config(config.out))))
     changed = [n for n, value in _settings(wanted["config"]).items() if kept.get(n) != value]
     if changed:
         raise ValueError(f"{path} differs from this run in {', '.join(changed)}")

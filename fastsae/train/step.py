@@ -94,8 +94,8 @@ def fused_step(
         (entries.to(x.dtype) * scale).flatten()[runs.entry] for entries in (codes.values, dots)
     )
     extra = None if aux is None else (aux.rows, aux.W_dec, aux.W_enc)
-    d_b_enc, d_centre = adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
-    d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_centre
+    d_b_enc, d_center = adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
+    d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_center
     if aux is not None:
         loss = loss + aux.weight * aux.loss
         d_b_enc[aux.rows] += aux.b_enc
@@ -120,7 +120,7 @@ class AuxKGradients(NamedTuple):
 
 
 def auxk_gradients(
-    centred: Float[Tensor, "N d_in"],
+    centered: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_in"],
     rows: Int[Tensor, " n_dead"],
     slices: tuple[Tensor, Tensor, Tensor],
@@ -138,13 +138,13 @@ def auxk_gradients(
     scale = auxk_scale(residual, objective)
     weight = auxk_weight(objective.auxk_coef, len(rows), k_aux)
     chunk = auxk_tokens(residual, len(rows))
-    for c, r in zip(centred.split(chunk), residual.split(chunk), strict=True):
+    for c, r in zip(centered.split(chunk), residual.split(chunk), strict=True):
         with torch.enable_grad():
             c = c.detach().requires_grad_()
             part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) * scale
-        *gradients, d_centred = torch.autograd.grad(part, [*leaves, c])
+        *gradients, d_centered = torch.autograd.grad(part, [*leaves, c])
         loss += part.detach()
-        d_b_dec.sub_(d_centred.sum(0, dtype=residual.dtype), alpha=weight)
+        d_b_dec.sub_(d_centered.sum(0, dtype=residual.dtype), alpha=weight)
         for total, gradient in zip(sums, gradients, strict=True):
             total.add_(gradient, alpha=weight)
     d_W_enc, d_b_enc, d_W_dec = sums

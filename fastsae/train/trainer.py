@@ -17,6 +17,7 @@ from fastsae.files import write_json
 from fastsae.interop import sae_lens
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
+from fastsae_kernels.adam import WIDEST
 
 from .config import TrainConfig
 from .curves import plot_curves
@@ -116,14 +117,15 @@ class Trainer:
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
         if self.captures:
-            self.captured = CapturedStep(sae, state.adam, config.objective)
+            required = config.cuda_graph == "on"
+            self.captured = CapturedStep(sae, state.adam, config.objective, required)
         return state
 
     @property
     def captures(self) -> bool:
         """Whether steps without dead latents are replayed as a CUDA graph."""
         wanted = self.config.cuda_graph != "off" and self.config.uncaptured is None
-        return wanted and self.device.type == "cuda"
+        return wanted and self.device.type == "cuda" and self.ends.width_out <= WIDEST
 
     def optimizer(self, sae: SAE) -> Adam:
         """Adam, with the copies of weights in less precision that the plan asks for."""
@@ -226,6 +228,7 @@ class Trainer:
     def finish(self, state: TrainState) -> SAE:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
+        self.captured = None  # with the memory that the graph holds
         state.adam.settle()
         sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")

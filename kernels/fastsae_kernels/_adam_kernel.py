@@ -106,7 +106,7 @@ def _adam_kernel(
     start_ptr, token_ptr, w_ptr, x_ptr, chunk_ptr,  # entries in latent order, sums of whole chunks
     slot_ptr, extra_ptr,  # [F]: row of the extra gradients, or -1
     row_ptr, missed_ptr, count_ptr, table_ptr,  # of _visits_kernel; None to visit every row
-    bias_ptr, centre_ptr,  # [F], [programs, D]: sums of w, and of these times W; or None
+    bias_ptr, center_ptr,  # [F], [programs, D]: sums of w, and of these times W; or None
     scalars_ptr, F, beta1, beta2, rest1, rest2, eps, D: tl.constexpr,
     UNIT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -118,50 +118,57 @@ def _adam_kernel(
     end = tl.minimum(begin + ROWS, F)
     if count_ptr is not None:
         end = begin + tl.load(count_ptr + p)
-    centre = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for i in tl.range(begin, end, disable_licm=True):
-        f = i
-        if row_ptr is not None:
-            f = tl.load(row_ptr + i)
+    center = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if row_ptr is not None:
+        f = tl.load(row_ptr + begin, mask=begin < end, other=0)
         first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
+    for i in tl.range(begin, end, disable_licm=True):
+        if row_ptr is None:
+            f = i
+            first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
         at = f.to(tl.int64) * D + d
         w = tl.load(W_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        if row_ptr is not None:  # a row ahead, so that nothing waits for where it and its run are
+            following = tl.load(row_ptr + i + 1, mask=i + 1 < end, other=0)
         g = sum_run(
             w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
             CHUNK, BLOCK_K, BLOCK_D, tl.float32,
         )  # fmt: skip
-        if centre_ptr is not None:
+        if center_ptr is not None:
             bias = _sum_weights(w_ptr, first, last, CHUNK)
             tl.store(bias_ptr + f, bias)
-            centre += bias * w
+            center += bias * w
         if extra_ptr is not None:
             slot = tl.load(slot_ptr + f)
             at_slot = slot.to(tl.int64) * D + d
             g += tl.load(extra_ptr + at_slot, mask=mask & (slot >= 0), other=0.0).to(tl.float32)
+        if row_ptr is not None:
+            first, last = tl.load(start_ptr + following), tl.load(start_ptr + following + 1)
         m, v = m.to(tl.float32), v.to(tl.float32)
         if missed_ptr is not None:
             missed = tl.load(missed_ptr + i)
-            w -= tl.load(table_ptr + missed) * m / (tl.sqrt(v) + eps)
-            m *= tl.load(table_ptr + BLOCK_T + missed)
-            v *= tl.load(table_ptr + 2 * BLOCK_T + missed)
-            if UNIT:
-                w /= tl.sqrt(tl.sum(w * w))
+            if missed > 0:
+                w -= tl.load(table_ptr + missed) * (m / (tl.sqrt(v) + eps))
+                m *= tl.load(table_ptr + BLOCK_T + missed)
+                v *= tl.load(table_ptr + 2 * BLOCK_T + missed)
+                if UNIT:
+                    w *= 1 / tl.sqrt(tl.sum(w * w))
         if UNIT:
             g -= tl.sum(g * w) * w
         m += rest1 * (g - m)
         lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
         v = beta2 * v + rest2 * g * g
-        w -= lr * m / (tl.sqrt(v) / root2 + eps)
+        w -= lr * root2 * (m / (tl.sqrt(v) + eps * root2))
         if UNIT:
-            w /= tl.sqrt(tl.sum(w * w))
+            w *= 1 / tl.sqrt(tl.sum(w * w))
         tl.store(W_ptr + at, w, mask=mask, eviction_policy="evict_first")
         if shadow_ptr is not None:
-            tl.store(shadow_ptr + at, w, mask=mask)
+            tl.store(shadow_ptr + at, w, mask=mask, eviction_policy="evict_first")
         if row8_ptr is not None:
             row8, scale8 = quantize_row(w)  # pyright: ignore
-            tl.store(row8_ptr + at, row8, mask=mask)
+            tl.store(row8_ptr + at, row8, mask=mask, eviction_policy="evict_first")
             tl.store(scale8_ptr + f, scale8)
         if STOCHASTIC:
             step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
@@ -169,8 +176,10 @@ def _adam_kernel(
             m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
         tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
         tl.store(v_ptr + at, v, mask=mask, eviction_policy="evict_first")
-    if centre_ptr is not None:
-        tl.store(centre_ptr + p.to(tl.int64) * D + d, centre, mask=mask)
+        if row_ptr is not None:
+            f = following
+    if center_ptr is not None:
+        tl.store(center_ptr + p.to(tl.int64) * D + d, center, mask=mask)
 
 
 # --- launchers ------------------------------------------------------------------------------
@@ -195,7 +204,8 @@ def budget(x: Tensor, block_d: int, unit: bool) -> dict[str, int]:
     One for the encoder has besides a row of sums for the bias, so that it gathers fewer of fp32.
     """
     wide = block_d > WIDE
-    rows = 4 if unit or x.element_size() == 2 else 1
+    half, full = 4 if wide else 8, 4 if unit else 1
+    rows = half if x.element_size() == 2 else full
     return {"maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
@@ -237,10 +247,10 @@ def launch_adam(
     visits = (None,) * 4
     if window is not None:
         visits = launch_visits(g.runs.start, slot, at, window, rows)
-    bias, centre = new(F), torch.empty(programs, D, device=decoder.weight.device)
+    bias, center = new(F), torch.empty(programs, D, device=decoder.weight.device)
     sides = (
         (decoder, g.values, g.error, extra_dec, (None, None), True),
-        (encoder, g.d_values, g.x, extra_enc, (bias, centre), False),
+        (encoder, g.d_values, g.x, extra_enc, (bias, center), False),
     )
     for state, weights, x, extra, sums, unit in sides:
         launch(
@@ -262,4 +272,4 @@ def launch_adam(
             num_warps=min(16, max(1, block_d // (32 * COLUMNS))),
             **budget(x, block_d, unit),
         )
-    return bias, centre.sum(0)
+    return bias, center.sum(0)

@@ -99,7 +99,7 @@ def rows_at_a_time(x: Tensor, F: int) -> int:
     needs no more memory; on a CPU chunks of 8 MB, but no fewer than 256 rows, so that they stay in
     the cache while products run at full speed.
     """
-    row = F * x.element_size()
+    row = max(1, F * x.element_size())
     most = max(1, buffer_bytes(x.device) // row)
     if x.device.type == "cpu":
         most = min(most, max(256, (8 << 20) // row))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._latent_major_kernel import constants_for, load_rows
 from ._launch import launch
 from ._sparse_kernel import load_latents
-from ._topk_kernel import By, _key
+from ._topk_kernel import By, sort_key
 
 TILE = 32
 """Candidates that are compared with as many others at a time; more take registers from loads."""
@@ -26,7 +26,7 @@ def _load_candidates(h_ptr, i_ptr, c, C, ABS: tl.constexpr):
     """Values, keys in their order, and latents of candidates: [TILE] -> three times that"""
     h = tl.load(h_ptr + c, mask=c < C, other=0.0)
     f = tl.load(i_ptr + c, mask=c < C, other=0).to(tl.int32)
-    return h, _key(tl.abs(h) if ABS else h, 0), f
+    return h, sort_key(tl.abs(h) if ABS else h, 0), f
 
 
 @triton.jit

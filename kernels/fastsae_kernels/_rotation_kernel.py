@@ -64,6 +64,8 @@ def _rotation_kernel(
         tl.store(u_ptr + k, a * _load(t_ptr, k, K) + c * _load(v_ptr, k, K), mask=k < K)
 
     if NEED_X:
+        # Rows of up to 32 columns are summed by each warp on its own: none may be behind.
+        tl.debug_barrier()
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             dx = p * _load(h_W_ptr, d, D)

@@ -48,7 +48,7 @@ def _load_ranks(row_ptr, column, F, ABS: tl.constexpr):
 
 
 @triton.jit
-def _key(x, SHIFT: tl.constexpr):
+def sort_key(x, SHIFT: tl.constexpr):
     """int32 in the order of float32 x, -0.0 equal to 0.0, NaN above all.
 
     SHIFT drops the low bits that x's dtype in memory does not have.
@@ -83,19 +83,11 @@ def _group_maxima(
             x = tl.abs(x) if ABS else x
         else:
             x = _load_ranks(row_ptr, start + column, F, ABS)
-        key = _key(tl.reduce(x, 1, nan_or_max), SHIFT)
+        key = sort_key(tl.reduce(x, 1, nan_or_max), SHIFT)
         begin = tl.where(key > best, start, begin)
         other = tl.maximum(other, tl.minimum(best, key))
         best = tl.maximum(best, key)
     return best, begin // V + g, other
-
-
-@triton.jit
-def _load_maxima(maxima_ptr, groups, M: tl.constexpr, SHIFT: tl.constexpr):
-    """Largest key of each group, already found: as many as there are, then the lowest -> [M]"""
-    g = tl.arange(0, M)
-    best = tl.load(maxima_ptr + g, mask=g < groups, other=float("-inf")).to(tl.float32)
-    return tl.where(g < groups, _key(best, SHIFT), _NONE)
 
 
 @triton.jit
@@ -132,7 +124,7 @@ def _pack_pieces(
 ):  # fmt: skip
     """Pack the entries that reach low of the pieces that begin at first [P]; count them all."""
     column = first[:, None] + tl.arange(0, V)[None, :] * STEP
-    key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
+    key = sort_key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
     reach = (inside[:, None] & (key >= low)).to(tl.int32)
     before = tl.cumsum(tl.reshape(reach, (reach.numel,)))
     place = count + tl.reshape(before, reach.shape) - 1
@@ -192,7 +184,7 @@ def _pack_exactly(
         counts = tl.zeros((_PIVOTS,), dtype=tl.int32)
         for start in range(0, F, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            counts += _count_reaching(_key(_load_ranks(row_ptr, column, F, ABS), SHIFT), pivots)
+            counts += _count_reaching(sort_key(_load_ranks(row_ptr, column, F, ABS), SHIFT), pivots)
         low = tl.max(tl.where(counts >= k, pivots, low))
         high = tl.min(tl.where(counts >= k, high, pivots))
         sure = tl.max(tl.where(counts >= k, sure, counts))
@@ -200,7 +192,7 @@ def _pack_exactly(
     above, equal, start = 0, 0, 0  # listed from the front, and after all that are above
     while (start < F) & (above + tl.minimum(equal, k - sure) < k):
         column = start + tl.arange(0, BLOCK)
-        key = _key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
+        key = sort_key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
         both = (key > low).to(tl.int32) + ((key == low).to(tl.int32) << 16)
         before = tl.cumsum(both)
         place = tl.where(key > low, above + (before & 0xFFFF), sure + equal + (before >> 16)) - 1
@@ -234,7 +226,9 @@ def _topk_kernel(
     if maxima_ptr is None:
         best, piece, other = _group_maxima(row_ptr, F, M, V, EVEN, ABS, SHIFT)  # pyright: ignore
     else:
-        best = _load_maxima(maxima_ptr + n * groups, groups, M, SHIFT)
+        g = tl.arange(0, M)
+        best = tl.load(maxima_ptr + n * groups + g, mask=g < groups, other=0.0).to(tl.float32)
+        best = tl.where(g < groups, sort_key(best, SHIFT), _NONE)
         piece, other = best, best  # nobody knows the piece: all count as others
     # A few more than k cost less than another round.
     low, won = _reached_by(best, k, k + k // 4)
@@ -268,14 +262,9 @@ def _topk_kernel(
 
 
 def launch_topk(
-    pre: Tensor,
-    k: int,
-    by: By,
-    values: Tensor | None,
-    indices: Tensor,
-    maxima: Tensor | None = None,
-    tile: int = 0,
-) -> None:
+    pre: Tensor, k: int, by: By, values: Tensor | None, indices: Tensor,
+    maxima: Tensor | None = None, tile: int = 0,
+) -> None:  # fmt: skip
     """Write the k largest of each row, largest first, to contiguous [N, K]; no values if None.
 
     Rows of pre [N, F] may be apart, their entries are not. by="value" writes 0 for negative ones.

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import buffer_bytes, check_devices, check_matrix, use_triton
+from ._launch import check_devices, check_matrix, use_triton
 from .dense_adam import (
     AdamStep,
     fused_adam_,
@@ -40,6 +40,9 @@ from .latent_major import LatentMajor, sum_runs
 
 BLOCK_BYTES = 1 << 20
 """Rows that, with their gradients and moments, stay in a CPU's cache."""
+
+GPU_BLOCK_BYTES = 64 << 20
+"""Rows that, with at most seven temporaries of their size, fit in 512 MB of a GPU."""
 
 WIDEST = 8192
 """The largest D of the kernel: it keeps a whole row, its moments and its gradient in registers."""
@@ -84,13 +87,21 @@ class RowGradients(NamedTuple):
     extra: tuple[Tensor, Tensor, Tensor] | None = None
     """Rising rows [n], and what is added to their dW_dec and dW_enc, both [n, D]."""
 
+    def contiguous(self) -> "RowGradients":
+        """The same with the rows of each one after the other in memory, as kernels read them."""
+        extra = self.extra
+        if extra is not None:
+            extra = extra[0].contiguous(), extra[1].contiguous(), extra[2].contiguous()
+        values, error, d_values, x = (t.contiguous() for t in self[1:5])
+        return RowGradients(self.runs, values, error, d_values, x, extra)
+
 
 class BiasGradients(NamedTuple):
     """What the sums over a latent's tokens give besides, from W_enc as it was before the step."""
 
     latent: Tensor
     """[F]: sum of d_value over the tokens of each latent, the gradient of b_enc."""
-    centre: Tensor
+    center: Tensor
     """[D]: latent @ W_enc, minus the gradient of what was subtracted from x."""
 
 
@@ -120,7 +131,7 @@ def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, w
 
 
 def _row_blocks(W: Tensor) -> Iterator[slice]:
-    size = BLOCK_BYTES if W.device.type == "cpu" else buffer_bytes(W.device)
+    size = BLOCK_BYTES if W.device.type == "cpu" else GPU_BLOCK_BYTES
     rows = max(1, size // (W.shape[1] * W.itemsize))
     for start in range(0, len(W), rows):
         yield slice(start, min(start + rows, len(W)))
@@ -188,9 +199,20 @@ def _adam_torch(
 # --- public ---------------------------------------------------------------------------------
 
 
-def _check(decoder: Rows, encoder: Rows, gradients: RowGradients) -> None:
+def _check(decoder: Rows, encoder: Rows, gradients: RowGradients, window: Window | None) -> None:
     """Raise ValueError naming what has a wrong shape, dtype or device."""
     F, D = decoder.weight.shape
+    vectors = {"runs.start": (gradients.runs.start, F + 1)}
+    if window is not None:
+        vectors["window.updated"] = window.updated, F
+    if gradients.extra is not None:
+        rows, extra_dec, extra_enc = gradients.extra
+        vectors["extra rows"] = rows, len(extra_dec)
+        check_matrix("extra of the decoder", extra_dec, columns=D)
+        check_matrix("extra of the encoder", extra_enc, len(extra_dec), D)
+    for name, (vector, length) in vectors.items():
+        if vector.shape != (length,):
+            raise ValueError(f"{name} must have shape {[length]}, got {list(vector.shape)}")
     for name, rows in {"decoder": decoder, "encoder": encoder}.items():
         parts = rows._replace(float8=None if rows.float8 is None else rows.float8.rows)._asdict()
         for part, tensor in parts.items():
@@ -226,6 +248,7 @@ def _check(decoder: Rows, encoder: Rows, gradients: RowGradients) -> None:
         error=gradients.error,
         d_values=gradients.d_values,
         x=gradients.x,
+        **{name: vector for name, (vector, _) in vectors.items()},
     )
 
 
@@ -248,9 +271,10 @@ def adam_(
     bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
     shapes or dtypes.
     """
-    _check(decoder, encoder, gradients)
-    W = decoder.weight
-    if W.dtype == torch.float32 and W.shape[1] <= WIDEST and use_triton(W):
+    _check(decoder, encoder, gradients, window)
+    gradients, W = gradients.contiguous(), decoder.weight
+    wide = torch.float64 in (gradients.error.dtype, gradients.x.dtype)  # than the kernel's sums
+    if W.dtype == torch.float32 and not wide and W.shape[1] <= WIDEST and use_triton(W):
         from ._adam_kernel import launch_adam
 
         at = at._replace(scalars=scalars_on(at, W.device))

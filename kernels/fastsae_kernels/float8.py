@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._launch import capability, rows_at_a_time, use_triton
+from .topk import MOST
 
 E4M3 = torch.float8_e4m3fn
 EXPONENT_BITS = 0x7F800000  # of float32
@@ -110,6 +111,6 @@ def float8_pays(F: int, k: int) -> bool:
 
     A token's GEMM takes 2 F D FLOPs, reading its 2 k candidates 4 k D bytes. With an H200's 780
     TFLOP/s in bfloat16, 1200 in fp8 and 4.3 TB/s they balance at F / k = 1040; the rest is for
-    rounding the tokens and writing the rows.
+    rounding the tokens and writing the rows. More candidates than the top-k kernel takes cost more.
     """
-    return F // k >= 1500
+    return F // k >= 1500 and 2 * k <= MOST

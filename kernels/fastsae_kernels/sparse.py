@@ -67,6 +67,10 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 # --- autograd -------------------------------------------------------------------------------
 
 
+def save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -79,9 +83,7 @@ class _Decode(torch.autograd.Function):
             run = _decode_torch
         return run(values.contiguous(), indices.contiguous(), W.contiguous())
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, D]
@@ -106,9 +108,7 @@ class _GatherDot(torch.autograd.Function):
             run = _gather_dot_torch
         return run(x.contiguous(), indices.contiguous(), W.contiguous())
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, K]

@@ -83,7 +83,8 @@ def step_work(N: int, D: int, F: int, K: int, fp8: bool) -> Iterator[Work]:
     rows = max(picked * (1 - share), 2 * busy * D)
     yield Work("_squared_error_kernel", rows + 6 * N * D, picked - rows, 3 * N)
     state = (18 + fp8 / 2) * visited * D  # per weight: itself, both moments, the shadows
-    gathers = visited * (2 + N * K / busy / 4)  # rows of x or of the error come by fours
+    together = 8 if D <= 2048 else 4  # rows of x or of the error that a program waits for
+    gathers = visited * (2 + N * K / busy / together)
     yield Work("_adam_kernel", 2 * (state + 2 * N * D), 2 * picked, 2 * gathers)
 
 

@@ -54,7 +54,7 @@ def test_a_captured_step_is_the_eager_one(window):
         sae = SAE(D_IN, D_SAE, TopK(K)).cuda()
         settings = Optimizer(adam_window=window, adam_moments="bf16")
         adam = Adam(sae, settings, shadows=("W_enc", "W_dec"))
-        step = CapturedStep(sae, adam, Objective())
+        step = CapturedStep(sae, adam, Objective(), required=True)
         losses = []
         for n, batch in enumerate(torch.randn(20, 512, D_IN).cuda()):
             adam.begin_step(1e-3 / (n + 1))

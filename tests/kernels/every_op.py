@@ -79,12 +79,12 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] =
         rational,
         lambda N: (floats(N, F), floats(4), floats(2), floats(), floats(), floats(N, 1)),
     ),
-    "jumprelu": (lambda h, t: jumprelu(h, t, 0.5), lambda N: (floats(N, F), floats(F))),
-    "jumprelu_l0": (lambda h, t: jumprelu_l0(h, t, 0.5), lambda N: (floats(N, F), floats(F))),
+    "jumprelu": (lambda h, t: jumprelu(h, t, 0.5), lambda N: (floats(N, 2, F), floats(F))),
+    "jumprelu_l0": (lambda h, t: jumprelu_l0(h, t, 0.5), lambda N: (floats(N, 2, F), floats(F))),
     **{
         f"encode_decode {gradient}": (
             rotated(gradient),
-            lambda N: (*encoder(N), floats(F, D), floats(D)),
+            lambda N: (*encoder(N), floats(F, D + 1), floats(D + 1)),
         )
         for gradient in get_args(Gradient)
     },

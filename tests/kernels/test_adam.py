@@ -189,6 +189,24 @@ def test_a_step_and_the_sums_for_the_biases(device, n, f, d):
     assert_no_worse(step, step_reference, *(t.to(device) for t in tensors))
 
 
+def test_gradients_of_any_strides(device):
+    """Sums of tokens and extra rows whose elements do not follow each other in memory."""
+    indices, values, d_values, error, x = (t.to(device) for t in next(batches(1)))
+    runs = latent_major(indices, F)
+    entries = [t.flatten()[runs.entry] for t in (values, d_values)]
+    extra = EXTRA.to(device), *(t.to(device) for t in extra_gradients(x.dtype))
+    found = []
+    for strided in (False, True):
+        v, d_v, e, seen, *more = (
+            torch.stack([t, t], dim=-1)[..., 0] if strided else t
+            for t in (*entries, error, x, *extra)
+        )
+        decoder, encoder = (rows(W, device=device) for W in weights())
+        g = RowGradients(runs, v, e, d_v, seen, (more[0], more[1], more[2]))
+        found.append((*adam_(decoder, encoder, g, AdamStep(1, LR)), *decoder[:3], *encoder[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_nan_stays_where_it_is(device):
     """In the moments of one row, whether rounded or not."""
     for moments in (None, torch.bfloat16):
@@ -273,3 +291,11 @@ def test_wrong_arguments_are_named():
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
     with pytest.raises(ValueError, match="error must be floating point of shape"):
         adam_(decoder, encoder, gradients._replace(error=error[:, 1:]), at)
+    with pytest.raises(ValueError, match=rf"runs.start must have shape \[{F + 1}\]"):
+        adam_(decoder, encoder, gradients._replace(runs=latent_major(indices, F + 1)), at)
+    with pytest.raises(ValueError, match=rf"window.updated must have shape \[{F}\]"):
+        window = Window(torch.zeros(F + 1, dtype=torch.int32), torch.zeros(2))
+        adam_(decoder, encoder, gradients, at, window)
+    with pytest.raises(ValueError, match=r"extra rows must have shape \[2\], got \[3\]"):
+        extra = torch.arange(3), torch.zeros(2, D), torch.zeros(2, D)
+        adam_(decoder, encoder, gradients._replace(extra=extra), at)

@@ -135,7 +135,7 @@ def test_the_encoder_kernel(device, encoder_kernel, shape, by):
 
 @BY
 def test_the_encoder_kernel_on_hard_rows(device, encoder_kernel, by):
-    """NaN, all negative, constant, and large neighbours that overflow the room for candidates."""
+    """NaN, all negative, constant, and large neighbors that overflow the room for candidates."""
     W = torch.eye(128, device=device)
     x = torch.randn(6, 128).to(device)
     x[0, 5] = float("nan")

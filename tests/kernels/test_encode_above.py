@@ -192,3 +192,9 @@ def test_wrong_arguments_are_named(changes, message):
     encode_above(**good)
     with pytest.raises(ValueError, match=message):
         encode_above(**{**good, **changes})
+
+
+def test_without_latents(device):
+    x, W = torch.ones(3, 8).to(device), torch.ones(0, 8).to(device)
+    pre, indices, count = encode_above(x, W, W[:, 0], 0.5)
+    assert pre.tolist() == indices.tolist() == [[0]] * 3 and count.tolist() == [0] * 3

@@ -200,28 +200,6 @@ def test_same_bits_twice(device, gradient):
         assert torch.equal(a, b)
 
 
-@each_gradient
-def test_op(device, gradient):
-    arguments = [t.requires_grad_() for t in make((3, 4, 5, 6, 2), device)]
-    torch.library.opcheck(torch.ops.fastsae.encode_decode.default, (*arguments, 2, "abs", gradient))
-
-
-@each_gradient
-def test_compiles_whole(device, gradient):
-    arguments = make(SHAPES[0], device)
-
-    def function(*tensors):
-        return encode_decode(*tensors, k=3, gradient=gradient)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
-        assert torch.equal(got, expected)
-    for got, expected in zip(
-        gradients(compiled, arguments), gradients(function, arguments), strict=True
-    ):
-        assert torch.equal(got, expected)
-
-
 def most_bytes_freed_again(run, path) -> int:
     """The most memory at a time that run allocated and no longer holds when it is done.
 

@@ -68,7 +68,7 @@ def test_rows_of_every_size(device):
 @DTYPE
 @pytest.mark.parametrize("D", [1, 33, 600])
 def test_rows_have_the_bits_of_the_reference(device, D, dtype):
-    """Also ties between neighbours, and subnormal numbers."""
+    """Also ties between neighbors, and subnormal numbers."""
     x = torch.randn(20, D) * 10 ** torch.randn(20, D)
     x[0] = torch.linspace(-256, 256, D)
     x[1] = 256.0
@@ -218,3 +218,4 @@ def test_a_cpu_has_it_not():
 def test_when_it_pays():
     assert float8_pays(131_072, 64) and float8_pays(1 << 20, 128)
     assert not float8_pays(32_768, 32) and not float8_pays(24_576, 32)
+    assert float8_pays(1 << 20, 512) and not float8_pays(1 << 20, 513)

@@ -160,13 +160,6 @@ def test_registration(shape, l0, device):
 
 
 @each_op
-def test_compiles_in_one_graph(op, reference, device):
-    inputs = make((2, 3, 40), device=device)
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    assert_same_bits(op, inputs, compiled, inputs)
-
-
-@each_op
 @settings(max_examples=15, derandomize=True, **HYPOTHESIS)
 @given(
     rows=st.lists(st.integers(0, 6), max_size=3),

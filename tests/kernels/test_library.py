@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastsae_kernels
 from fastsae_kernels import decode
 
-from .every_op import OPS, D, arguments_on, gradients, outputs
+from .every_op import OPS, RAGGED, D, arguments_on, gradients, outputs
 
 N = 5
 
@@ -69,3 +69,12 @@ def test_fake_tensors_need_no_mode():
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in OPS["decode"][1](N)]
     assert decode(*fake).shape == (N, D)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name not in RAGGED])
+def test_meta_tensors_have_the_shapes_of_others(name):
+    op, make = OPS[name]
+    arguments = make(N)
+    found = gradients(op, arguments_on("meta", arguments))
+    for a, b in zip(gradients(op, arguments), found, strict=True):
+        assert b.is_meta and (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -166,12 +166,6 @@ def test_same_bits_twice_and_any_strides(device):
     assert_same_bits(rational, inputs, g, rational, strided, g.t().contiguous().t())
 
 
-def test_compiles_in_one_graph(device):
-    inputs, g = arguments(*make((6, 40), device=device)), torch.randn(6, 40, device=device)
-    compiled = torch.compile(rational, fullgraph=True, backend="aot_eager")
-    assert_same_bits(rational, inputs, g, compiled, inputs, g)
-
-
 @pytest.mark.parametrize("shape", [(4, 6), (0, 6)], ids=str)
 def test_registration(shape, device):
     inputs = [t.detach() for t in arguments(*make(shape, device=device))]

@@ -213,11 +213,3 @@ def test_a_backward_pass_sorts_its_indices_once(monkeypatch):
     array[0, 0] = 3  # which torch does not see
     after = scatter_outer(torch.ones(2, 2), indices, torch.eye(2), 4)
     assert before[1, 0] == after[3, 0] == 1 and before[3, 0] == after[1, 0] == 0
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
-def test_forward_mode_is_refused():
-    """For it would find derivatives of 0."""
-    values, indices, W = torch.rand(4, 2), torch.randint(9, (4, 2)), torch.rand(9, 3)
-    with pytest.raises(NotImplementedError, match="decode has no derivative in forward mode"):
-        torch.func.jvp(lambda v: decode(v, indices, W), (values,), (values,))

@@ -34,7 +34,7 @@ def rows(kind: str, N: int, F: int) -> torch.Tensor:
         )
     if kind == "zeros":
         return torch.tensor([0.0, -0.0])[torch.randint(2, (N, F))]
-    if kind == "block":  # the large entries are neighbours
+    if kind == "block":  # the large entries are neighbors
         return torch.randn(N, F) + 10 * (torch.arange(F) < F // 4)
     return torch.randn(N, F)
 
@@ -73,7 +73,7 @@ def test_duplicates_across_the_last_place(device, by):
 
 @pytest.mark.parametrize("large", [64, 128, 256])
 def test_more_candidates_than_room(device, large):
-    """No ties, but large neighbours share a few groups: the kernel has to look at every entry."""
+    """No ties, but large neighbors share a few groups: the kernel has to look at every entry."""
     pre = torch.rand(2, 1 << 13)
     pre[:, :large] += 10
     assert_as_reference(pre.to(device), 64)

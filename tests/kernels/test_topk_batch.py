@@ -244,3 +244,11 @@ def test_wrong_arguments_are_named(changes, message):
 def test_wrong_arguments_of_the_choice_are_named(pre, k_total, by, message):
     with pytest.raises(ValueError, match=message):
         topk_batch(pre, k_total, by)
+
+
+def test_without_latents(device):
+    pre, x, W = (torch.ones(size).to(device) for size in ((3, 0), (3, 8), (0, 8)))
+    assert [t.tolist() for t in topk_batch(pre, 0)] == [[], [], []]
+    values, indices, count, least = encode_topk_batch(x, W, W[:, 0], 0)
+    assert values.tolist() == indices.tolist() == [[0]] * 3
+    assert count.tolist() == [0] * 3 and least == 0

@@ -15,6 +15,7 @@ from fastsae.train import Trainer
 from fastsae.train.curves import plot_curves
 from fastsae.train.log import read_lines
 from fastsae.train.plan import Plan
+from fastsae_kernels.adam import WIDEST
 
 from .conftest import Stop, StoppingShards, train_config
 
@@ -82,6 +83,22 @@ def test_fp8_is_refused_where_a_gpu_cannot(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     with pytest.raises(ValueError, match=message):
         Plan.of(config(**settings, encoder_precision="fp8"), d_in, 1000)
+
+
+def test_no_graph_of_rows_that_the_kernel_cannot_hold(config, monkeypatch):
+    """Adam's torch path looks at values, which a recording forbids."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    demanded = config(cuda_graph="on", device="cuda")
+    Plan.of(demanded, WIDEST, 1000)
+    with pytest.raises(ValueError, match=f"a width of at most {WIDEST}, got {WIDEST + 1}"):
+        Plan.of(demanded, WIDEST + 1, 1000)
+    run = config(device="cpu")
+    trainer = Trainer(run, ActivationShards(run.data))
+    trainer.device = torch.device("cuda")
+    assert trainer.captures
+    monkeypatch.setattr("fastsae.train.trainer.WIDEST", trainer.ends.width_out - 1)
+    assert not trainer.captures
 
 
 def fit(config, resume=False):
