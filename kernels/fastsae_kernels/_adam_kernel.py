@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._float8_kernel import quantize_row
 from ._latent_major_kernel import CHUNK, launch_sum_chunks, sum_run
-from ._launch import launch, power_of_2
+from ._launch import capability, launch, power_of_2
 
 if TYPE_CHECKING:
     from .adam import RowGradients, Rows, Window
@@ -205,7 +205,7 @@ def budget(x: Tensor, D: int, unit: bool, float8: bool) -> dict[str, int]:
     One for the encoder has besides a row of sums for the bias, so that it gathers fewer of fp32.
     """
     half, wide = x.element_size() == 2, D > WIDE
-    if half and 512 < D <= 768 and not float8:  # rounding to fp8 needs more registers
+    if half and 512 < D <= 768 and not float8 and capability(x)[0] > 8:  # else it would spill
         # One warp, 24 columns a thread: of two, a quarter of the threads would have none.
         return {"num_warps": 1, "maxnreg": 168, "BLOCK_K": 4}
     rows = (4 if wide else 8) if half else (4 if unit else 1)

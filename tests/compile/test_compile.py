@@ -14,8 +14,8 @@ import fastsae_kernels
 
 pytest.importorskip("triton.backends.nvidia.compiler")
 
-PARKED = 16
-"""Bytes of stack that are no spill: ptxas parks a scalar or two there to run more warps, in other
+PARKED = {80: 16, 90: 16, 100: 32}
+"""Bytes of stack that are no spill: ptxas parks a few scalars there to run more warps, in other
 kernels under each release, while rows that do not fit the registers take a hundred and more."""
 
 LEAST_CTAS = {
@@ -65,7 +65,9 @@ def test_everything_compiles(rows):
 def test_nothing_is_spilled(compiled):
     def spilled(row: dict) -> str:
         stack = row["stack"] + row["local"]
-        return f"{stack} bytes of stack at {row['registers']} registers" * (stack > PARKED)
+        return f"{stack} bytes of stack at {row['registers']} registers" * (
+            stack > PARKED[row["arch"]]
+        )
 
     check(compiled, spilled)
 
