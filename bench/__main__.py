@@ -28,7 +28,7 @@ def main() -> None:
     default = "of training (500; all of it takes about two hours)"
     study.add_argument("--steps", type=int, default=500, help=default)
     study.add_argument("--tune-steps", type=int, default=150, help="of fine-tuning (150)")
-    gpu = commands.add_parser("gpu", help="the full GPU benchmark, in under ten minutes")
+    gpu = commands.add_parser("gpu", help="the full GPU benchmark, in under eight minutes")
     guard.add_arguments(gpu)
     if sys.argv[1:2] == ["kernels"]:  # the other commands need not wait for torch's import
         import_module("bench.kernels").add_arguments(commands.choices["kernels"])
