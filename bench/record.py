@@ -128,7 +128,7 @@ class Record:
     def begin(self, part: str, seconds: float = LAST) -> None:
         """Start a part anew, unless this process continues one that died in the midst of it.
 
-        It begins no row after so many seconds."""
+        No row begins after `seconds`."""
         if not self.again or self.parts.get(part, {}).get("since") != self.since:
             until = min(self.age() + seconds, LAST)
             new = {"since": self.since, "stamp": self.stamp, "until": round(until, 1), "rows": {}}
@@ -193,7 +193,7 @@ class Record:
 
 
 def without_nan(row: Any) -> Any:
-    """NaN, which JSON has not, as None."""
+    """NaN, which JSON does not allow, as None."""
     if isinstance(row, dict):
         return {key: without_nan(value) for key, value in row.items()}
     return None if isinstance(row, float) and not math.isfinite(row) else row

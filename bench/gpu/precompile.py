@@ -63,7 +63,7 @@ def compiled(launch: Any, launcher: bool) -> str:
         kernel = launch.compile()
         if launcher and hasattr(cuda, "make_launcher"):
             cuda.CudaLauncher(kernel.src, kernel.metadata)
-    except Exception as problem:
+    except Exception as problem:  # of the compiler: it is reported, the other launches compile
         return f"{launch.kernel}: {str(problem)[-100:]}"
     return ""
 
