@@ -112,8 +112,8 @@ def pre_activations(p: Problem) -> Tensor:
 
 
 def elementwise(p: Problem, back: int, h: Tensor, *_: Any, outputs=1, flops=1) -> Cost:
-    """Reads h; writes so many tensors like it, in so many FLOPs an entry. For its gradient, h and
-    those of the outputs are read, and one is written."""
+    """Reads h and writes `outputs` tensors like it, at `flops` per entry. The gradient reads h and
+    the gradients of the outputs, and writes one tensor."""
     tensors = 1 + outputs + back * (2 + outputs)
     return Cost(tensors * h.nbytes, (1 + 3 * back) * flops * h.numel())
 
@@ -122,7 +122,7 @@ def elementwise(p: Problem, back: int, h: Tensor, *_: Any, outputs=1, flops=1) -
 
 
 def sparse_cost(p: Problem, back: int, *arguments: Any, rows: float = 1, products=1) -> Cost:
-    """Products of codes with the rows of W that occur in them, and so many times the tokens. For
+    """Products of codes with the rows of W that occur in them; the tokens are read `rows` times. For
     gradients, tokens and rows are read again, and a dense gradient of W is written."""
     item, entries = p.dtype.itemsize, p.N * p.K
     indices = next(a for a in arguments if isinstance(a, Tensor) and a.dtype == torch.int64)

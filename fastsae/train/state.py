@@ -51,7 +51,7 @@ class TrainState:
         self.tokens += batch_size
         self.cursor = cursor
         self.tokens_since_fired += batch_size
-        assert result.fired is not None, "a training step says"
+        assert result.fired is not None, "training steps report which latents fired"
         self.tokens_since_fired.masked_fill_(result.fired, 0)
         self.sums += torch.stack([*result[:5], torch.ones_like(result.loss)])
 

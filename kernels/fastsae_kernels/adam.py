@@ -102,7 +102,7 @@ class BiasGradients(NamedTuple):
     latent: Tensor
     """[F]: sum of d_value over the tokens of each latent, the gradient of b_enc."""
     center: Tensor
-    """[D]: latent @ W_enc, minus the gradient of what was subtracted from x."""
+    """[D]: latent @ W_enc, the negative gradient of what was subtracted from x."""
 
 
 class Window(NamedTuple):

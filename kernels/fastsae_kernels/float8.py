@@ -60,7 +60,10 @@ def _quantize_torch(x: Tensor, out: Float8Rows) -> None:
 
 
 def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
-    """Round rows [F, D] to e4m3, each with a scale of its own; Inf where one has NaN or Inf."""
+    """Round floating rows [F, D] to e4m3, each with a scale of its own, into `out` if that is given.
+
+    The scale of a row with NaN or Inf is Inf. The same bits on every device. Reads x once or twice.
+    """
     x = x.contiguous()
     if out is None:
         scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
