@@ -122,7 +122,7 @@ def elementwise(p: Problem, back: int, h: Tensor, *_: Any, outputs=1, flops=1) -
 
 
 def sparse_cost(p: Problem, back: int, *arguments: Any, rows: float = 1, products=1) -> Cost:
-    """Products of codes with the rows of W that occur in them; the tokens are read `rows` times. For
+    """Products of codes with the rows of W that occur in them; tokens are read `rows` times. For
     gradients, tokens and rows are read again, and a dense gradient of W is written."""
     item, entries = p.dtype.itemsize, p.N * p.K
     indices = next(a for a in arguments if isinstance(a, Tensor) and a.dtype == torch.int64)

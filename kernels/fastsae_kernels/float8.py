@@ -60,9 +60,9 @@ def _quantize_torch(x: Tensor, out: Float8Rows) -> None:
 
 
 def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
-    """Round floating rows [F, D] to e4m3, each with a scale of its own, into `out` if that is given.
+    """Round floating rows [F, D] to e4m3, each with a scale of its own, into `out` if given.
 
-    The scale of a row with NaN or Inf is Inf. The same bits on every device. Reads x once or twice.
+    The scale of a row with NaN or Inf is Inf. Finite rows: the same bits here and in the kernel.
     """
     x = x.contiguous()
     if out is None:

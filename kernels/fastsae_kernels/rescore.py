@@ -53,7 +53,7 @@ def rescore(
 
     x [N, D], W [F, D], b [F] -> values and indices [N, K] as of topk, largest first, ties to the
     lowest latent, NaN before any number; values are rounded to x's dtype after they are ranked. Not
-    differentiable. Reads N C D elements of W. Arguments are those of encode_topk, which checks them.
+    differentiable. Reads N C D elements of W. encode_topk, which calls it, checks its arguments.
     """
     if use_triton(x) and x.dtype != torch.float64:
         from ._rescore_kernel import launch_rescore as run
