@@ -104,20 +104,21 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, whole, tmp_p
     assert sae_files(out) == sae_files(whole)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_before_exit(data, whole, tmp_path, signum):
+def test_a_signal_saves_before_exit(data, whole, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", "--data", str(data), "--out", str(out), "--steps", "120", *SMALL]
-    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
-    wait_for_lines(process, out, 20)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
-    message = errors.splitlines()[-1]
-    step = int(message.split("stopped at step ")[1].split()[0])
-    assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
-    assert f"--resume --out {out}" in message
-    assert in_process("train", "--resume", "--out", out).returncode == 0
+    for signum, line in {signal.SIGTERM: 20, signal.SIGINT: 70}.items():
+        process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+        wait_for_lines(process, out, line)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signum
+        message = errors.splitlines()[-1]
+        step = int(message.split("stopped at step ")[1].split()[0])
+        assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
+        assert f"--resume --out {out}" in message
+        arguments = ["train", "--resume", "--out", str(out)]
+    assert in_process(*arguments).returncode == 0
     assert sae_files(out) == sae_files(whole)
 
 

@@ -245,10 +245,11 @@ def test_stochastic_rounding_is_right_on_average():
     assert rounded[:, 0].unique().tolist() == [1.0, 1 + 2**-7]
 
 
-@pytest.mark.parametrize(("moments", "T"), [(torch.bfloat16, 1), (None, 2), (None, 8)])
-def test_options_deviate_by_less_than_a_step(device, moments, T):
+@pytest.mark.parametrize(("moments", "T", "steps"), [(torch.bfloat16, 1, 3), (None, 4, 5)])
+def test_options_deviate_by_less_than_a_step(device, moments, T, steps):
     """Adam moves no weight by more than about the learning rate in a step."""
-    got, exact = (train(d, m, t, steps=9) for d, m, t in ((device, moments, T), ("cpu", None, 1)))
+    ways = (device, moments, T), ("cpu", None, 1)
+    got, exact = (train(d, m, t, steps=steps) for d, m, t in ways)
     for state, reference in zip(got, exact, strict=True):
         assert state.first.dtype == (moments or torch.float32)
         deviation = (state.weight.cpu() - reference.weight).abs().max()
