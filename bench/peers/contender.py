@@ -43,7 +43,9 @@ VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None
     "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
     "fastsae, tied encoder": Contender(options={"init": Init(encoder="tied")}),
 }
-"""Whose quality is compared by `python -m bench quality`."""
+"""What `python -m bench peers --variants` compares."""
+
+KNOWN = CONTENDERS | VARIANTS
 
 SAME_LR = ", fastsae's learning rate"
 """What the name of a run with it ends in."""
@@ -51,7 +53,7 @@ SAME_LR = ", fastsae's learning rate"
 
 def measure(task: Task) -> dict[str, Any]:
     """Milliseconds of each step and peak memory; of a whole run, its settings and quality too."""
-    contender = (CONTENDERS | VARIANTS)[task.contender]
+    contender = KNOWN[task.contender]
     keep_freed_memory()  # as fastsae's trainer does; it helps the others as well
     train = import_module(f".train_{contender.trainer}", __package__).train
     stream, trained = open_stream(task), None

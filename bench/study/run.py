@@ -1,5 +1,6 @@
 """Trains and measures what plan.py lists; every result is written as soon as it is known."""
 
+import argparse
 import hashlib
 import json
 import tempfile
@@ -21,6 +22,7 @@ from fastsae.train.run_folder import latest
 from fastsae.upgrade import UpgradeConfig, upgrade
 
 from .plan import DATA, METHODS, SEEDS, TEACHERS, Scale, upgrade_config
+from .report import report
 
 FOLDER = RESULTS / "study"
 
@@ -158,18 +160,27 @@ def digest(config: TrainConfig | UpgradeConfig) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def bench(work: Path, scale: Scale, data: list[str], seeds: list[int]) -> None:
-    from .report import report
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, Scale()
+    add("--work", type=Path, default=Path("runs/study"), help="folder for the SAEs")
+    add("--data", nargs="+", choices=DATA, default=list(DATA), help="which data sets (all)")
+    add("--seeds", nargs="+", type=int, default=SEEDS)
+    steps = "of training (500; all of it takes about two hours)"
+    add("--steps", type=int, default=default.steps, help=steps)
+    add("--tune-steps", type=int, default=default.tune_steps, help="of fine-tuning (150)")
 
+
+def bench(arguments: argparse.Namespace) -> None:
+    seeds, scale = arguments.seeds, Scale(arguments.steps, arguments.tune_steps)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    study = Study(FOLDER / "results.json", work, scale)
-    for seed in seeds or SEEDS:
-        for name in data or DATA:
+    study = Study(FOLDER / "results.json", arguments.work, scale)
+    for seed in seeds:
+        for name in arguments.data:
             source = DATA[name].open()
             for method in METHODS:
                 study.train(name, source, method, seed)
             for teacher in TEACHERS:
                 study.tune(name, source, teacher, seed)
-    first = next(iter(data or DATA))
-    study.time(first, DATA[first].open(), (seeds or SEEDS)[0])
+    first = arguments.data[0]
+    study.time(first, DATA[first].open(), seeds[0])
     print(report(study.results, FOLDER))
