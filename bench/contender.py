@@ -1,9 +1,7 @@
 """A trainer with its settings, as a row of a table, and the step that it takes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,20 +30,12 @@ class Contender(NamedTuple):
     """Of TrainConfig, or of the library's trainer."""
     dead: bool = False
     """Whether 5 % of the latents are dead, so that aux-k runs."""
-    patches: dict[str, Any] = {}
-    """Constants of our code that are other ones while it runs, by their full names."""
     package: str | None = None
     """What must be installed, by its name on PyPI; None for what is here."""
     adam: bool = True
     """Whether a learning rate means what it does in fastsae."""
     accelerated: bool = False
     """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
-
-    @contextmanager
-    def patched(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            _ = [stack.enter_context(patch(*one)) for one in self.patches.items()]
-            yield
 
 
 @torch.no_grad()

@@ -20,14 +20,12 @@ from .monitor import Monitor
 SMALL = {"encoder_precision": "bf16"}
 SMALL |= {"optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
 WINDOW = "fastsae, bf16 moments, window 8"
-BUFFER = {"fastsae_kernels._launch._BUFFER_MB": "512"}
 
 CONTENDERS = {
     "fastsae": Contender(),
     WINDOW: Contender(options=SMALL),
     "fastsae, fp8 candidates": Contender(options={**SMALL, "encoder_precision": "fp8"}),
     "fastsae, CUDA graph": Contender(options={**SMALL, "cuda_graph": "on"}),
-    "fastsae, 512 MB of pre-activations": Contender(options=SMALL, patches=BUFFER),
     "dense": Contender("dense"),
     "fastsae, 5 % dead": Contender(dead=True),
     "dense, 5 % dead": Contender("dense", dead=True),
@@ -62,26 +60,25 @@ def step_row(record: Record, key: str, p: Problem, name: str, monitor: Monitor) 
     torch.manual_seed(0)
     free()
     before = torch.cuda.memory_allocated() if cuda else 0
-    with contender.patched():
-        sae = empty_sae(p)
-        data = batches(p, sae.W_dec)
-        try:
-            step = step_of(contender, p, sae)
-        except (TypeError, ValueError) as refusal:
-            return {"skipped": str(refusal)[:200]}
-        del sae
-        peak = 0
-        if cuda:
-            timed(step, data, p.device, 2, False)
-            free()
-            peak = torch.cuda.memory_allocated() - before
-            peak += peak_bytes(lambda: step(*data[0]), p.device) or 0
-        start = time.time()
-        row = measure(step, data, p.device, BUDGET, space=False, dry=p.dry)
-        row |= {"tokens/s": round(p.N / row["ms"]["median"] * 1e3), **monitor.since(start)}
-        row["peak GB"] = round(peak / 1e9, 2)
-        record.put("step", key, row)  # whatever becomes of the profile
-        record.put("profile", key, attempt(partial(profiled, step, data, p)))
+    sae = empty_sae(p)
+    data = batches(p, sae.W_dec)
+    try:
+        step = step_of(contender, p, sae)
+    except (TypeError, ValueError) as refusal:
+        return {"skipped": str(refusal)[:200]}
+    del sae
+    peak = 0
+    if cuda:
+        timed(step, data, p.device, 2, False)
+        free()
+        peak = torch.cuda.memory_allocated() - before
+        peak += peak_bytes(lambda: step(*data[0]), p.device) or 0
+    start = time.time()
+    row = measure(step, data, p.device, BUDGET, space=False, dry=p.dry)
+    row |= {"tokens/s": round(p.N / row["ms"]["median"] * 1e3), **monitor.since(start)}
+    row["peak GB"] = round(peak / 1e9, 2)
+    record.put("step", key, row)  # whatever becomes of the profile
+    record.put("profile", key, attempt(partial(profiled, step, data, p)))
     return row
 
 

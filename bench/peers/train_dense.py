@@ -7,8 +7,8 @@ from fastsae.nn import init_from_data
 from fastsae.train.optim import schedule
 from fastsae.train.plan import Plan
 
-from .task import Stream, Task, Trained
-from .train_fastsae import config_of, trained
+from .task import Stream, Task, Trained, code_of
+from .train_fastsae import config_of
 
 
 def train(task: Task, stream: Stream) -> Trained:
@@ -27,4 +27,4 @@ def train(task: Task, stream: Stream) -> Trained:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             sae.get_parameter(name).copy_(parameter)
-    return trained(sae, task, plan)
+    return Trained(code_of(sae), plan.lr, plan.warmup)

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastsae import SAE
 from fastsae.data import Batch, Cursor
 from fastsae.nn import TopKConfig
 from fastsae.train import Optimizer, TrainConfig, Trainer
 from fastsae.train.plan import Plan
 
-from .task import Stream, Task, Trained
+from .task import Stream, Task, Trained, code_of
 
 
 class Handed:
@@ -52,19 +51,10 @@ def config_of(task: Task, optimizer: Optimizer | None = None, **options: Any) ->
     return TrainConfig(**shape, **run, optimizer=optimizer or Optimizer(), **options)
 
 
-def trained(sae: SAE, task: Task, plan: Plan) -> Trained:
-    sae.to(task.device)
-
-    def code(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = sae.encode(x)
-        return sae.decode(codes), codes.to_dense() != 0
-
-    return Trained(code, plan.lr, plan.warmup)
-
-
 def train(task: Task, stream: Stream, **options: Any) -> Trained:
     source: Any = Handed(stream)
     with TemporaryDirectory() as folder:
         config = replace(config_of(task, **options), out=Path(folder) / "run")
         sae = Trainer(config, source).fit()
-    return trained(sae, task, Plan.of(config, source.d_in, source.n_tokens))
+    plan = Plan.of(config, source.d_in, source.n_tokens)
+    return Trained(code_of(sae.to(task.device)), plan.lr, plan.warmup)
