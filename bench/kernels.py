@@ -1,4 +1,19 @@
-"""The kernel table: each op at a shape, against the roof, plain PyTorch and torch.compile."""
+"""The kernel table: each op at a shape, against the roof, plain PyTorch and torch.compile.
+
+examples:
+  python -m bench kernels --op decode --backward
+      forward and gradients of decode at the default shape, against eager PyTorch
+  python -m bench kernels --shape 8192,4096,131072,64 --dtype bf16 --against torch compile
+      every op at N = 8192 tokens, D = 4096 wide, F = 131072 latents, K = 64 active
+  python -m bench kernels --op encode_topk --sweep F --plot encode.png
+      time against the number of latents, with the roof
+  python -m bench kernels --ncu squared_error --shape A
+      one warmed launch, to be run under the profiler command that it prints
+
+columns: median time (fastest to slowest call), bytes and FLOPs that the op has to move and do per
+second, share of the roof (a copy or a GEMM measured in the same run), time of the others as a
+multiple of ours, what Triton's kernels use, and the most memory on top of the arguments.
+"""
 
 import argparse
 import json
@@ -131,23 +146,8 @@ def line(row: dict[str, Any]) -> str:
 
 # --- the command ----------------------------------------------------------------------------
 
-EXAMPLES = """examples:
-  python -m bench kernels --op decode --backward
-      forward and gradients of decode at the default shape, against eager PyTorch
-  python -m bench kernels --shape 8192,4096,131072,64 --dtype bf16 --against torch compile
-      every op at N = 8192 tokens, D = 4096 wide, F = 131072 latents, K = 64 active
-  python -m bench kernels --op encode_topk --sweep F --plot encode.png
-      time against the number of latents, with the roof
-  python -m bench kernels --ncu squared_error --shape A
-      one warmed launch, to be run under the profiler command that it prints
-
-columns: median time (fastest to slowest call), bytes and FLOPs that the op has to move and do per
-second, share of the roof (a copy or a GEMM measured in the same run), time of the others as a
-multiple of ours, what Triton's kernels use, and the most memory on top of the arguments."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = __doc__, EXAMPLES
+    parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--op", nargs="+", metavar="OP", help="which ops (default: all)")
