@@ -49,10 +49,10 @@ def with_gradients(function: Callable[..., Any], *arguments: Any) -> object:
     return torch.autograd.grad(outs, leaves, [out.detach() for out in outs], allow_unused=True)
 
 
-def leaves_of(make: Make, p: Problem) -> tuple:
-    """Arguments whose floating tensors ask for gradients."""
+def arguments_of(make: Make, p: Problem, backward: bool) -> tuple:
+    """Of a call; backward, floating tensors ask for gradients."""
     return tuple(
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        a.requires_grad_() if backward and isinstance(a, Tensor) and a.is_floating_point() else a
         for a in make(p)
     )
 
@@ -62,8 +62,7 @@ def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> 
     torch.manual_seed(0)
     free()
     most = 1 if p.dry else 64 if p.device.type == "cuda" else 4
-    prepare = leaves_of if backward else (lambda make, p: make(p))
-    sets = input_sets(partial(prepare, op.make, p), most)
+    sets = input_sets(partial(arguments_of, op.make, p, backward), most)
     cost = op.cost(p, int(backward), *sets[0])
     run = partial(with_gradients, op.run) if backward else op.run
     row = measure(run, sets, p.device, dry=p.dry)
@@ -73,7 +72,7 @@ def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> 
     if op.torch_make is not None and against:
         del sets
         free()
-        sets = input_sets(partial(prepare, op.torch_make, p), most)
+        sets = input_sets(partial(arguments_of, op.torch_make, p, backward), most)
     for name in against:
         other = torch.compile(op.torch, dynamic=False) if name == "compile" else op.torch
         other = partial(with_gradients, other) if backward else other
@@ -117,10 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", help="a-d, A-D, or N,D,F,K (default: a; on a GPU A)")
     add("--dtype", choices=DTYPES, help="(default: fp32; on a GPU bf16)")
     add("--backward", action="store_true", help="time the call and its gradients")
-    help = "eager PyTorch, and the same under torch.compile (default: torch)"
-    add("--against", nargs="*", choices=AGAINST, default=["torch"], help=help)
-    help = "uniform, zipf (some fire often), hot (one fires always) (default: zipf)"
-    add("--indices", default="zipf", help=help)
+    add("--against", nargs="*", choices=AGAINST, default=["torch"], help="(default: torch)")
+    add("--indices", default="zipf", help="uniform, zipf or hot, one that fires always (zipf)")
     add("--sweep", choices=list("NDFK"), help="repeat at 1/4 to 4 times this size of the shape")
     add("--json", type=Path, help="write the rows and the machine's stamp here")
     add("--plot", type=Path, help="draw the times of a --sweep, and the roof")
@@ -173,7 +170,7 @@ def one_launch(op: Op, p: Problem, backward: bool) -> None:
     ncu = "ncu --set full --profile-from-start off --clock-control none -o "
     print(ncu + shlex.join([op.function, sys.executable, "-m", "bench", *sys.argv[1:]]), flush=True)
     run = partial(with_gradients, op.run) if backward else op.run
-    sets = [leaves_of(op.make, p) if backward else op.make(p)]
+    sets = [arguments_of(op.make, p, backward)]
     timed(run, sets, p.device, 2, False)
     with torch.cuda.profiler.profile() if p.device.type == "cuda" else nullcontext():
         (watch,) = timed(run, sets, p.device, 1, False)

@@ -17,7 +17,6 @@ and train with `--data planted.npy`; likewise with rows of `fastsae.data.Synthet
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +47,25 @@ def rounded(x: Tensor, format: str) -> Tensor:
     return (x / scale).round() * scale
 
 
-def formats(x: Tensor, W: Tensor) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """What each does to tokens, and the encoder that it multiplies with."""
+def formats(x: Tensor, W: Tensor) -> dict[str, tuple[str, Tensor]]:
+    """What both are rounded to, and the scale of each column that moves from x to W before."""
     balance = (x.abs().amax(0) / W.abs().amax(0)).sqrt()  # SmoothQuant's, arXiv:2211.10438
-    plans = {name: (name, torch.ones_like(balance)) for name in ("bf16", "int8", "fp8")}
-    plans["fp8, columns balanced"] = ("fp8", balance)
-    return {
-        name: (lambda rows, f=f, s=s: rounded(rows / s, f), rounded(W * s, f))
-        for name, (f, s) in plans.items()
-    }
+    plain = {format: (format, torch.ones_like(balance)) for format in ("bf16", "int8", "fp8")}
+    return {**plain, "fp8, columns balanced": ("fp8", balance)}
 
 
 @torch.no_grad()
 def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
     """Share of the active entries of centered tokens x among the candidates, per format."""
     exact = [torch.addmm(b, rows, W.t()).topk(k) for rows in x.split(TOKENS)]
-    found: dict[str, Any] = {
-        "latents active": len(torch.cat([indices for _, indices in exact]).unique())
-    }
-    for name, (low, W_low) in formats(x, W).items():
+    fired = torch.cat([indices for _, indices in exact]).unique()
+    found: dict[str, Any] = {"latents active": len(fired)}
+    for name, (format, scale) in formats(x, W).items():
+        W_low = rounded(W * scale, format)
         missed, error = dict.fromkeys(MARGINS, 0), []
         for rows, (values, indices) in zip(x.split(TOKENS), exact, strict=True):
-            h = torch.addmm(b, low(rows), W_low.t()).bfloat16()  # what a GPU's product returns
+            h = torch.addmm(b, rounded(rows / scale, format), W_low.t())
+            h = h.bfloat16()  # what a GPU's product returns
             error.append(h.gather(1, indices) - values)
             candidates = h.topk(math.ceil(max(MARGINS) * k)).indices
             for margin in MARGINS:

@@ -18,8 +18,7 @@ from bench.clock import free
 from bench.ops import OPS
 from bench.record import ROOT, Record
 
-STEP_OPS = "center", "encode_topk", "topk", "squared_error", "latent_major", "adam_", "step"
-STEP_OPS += "rescore", "quantize_rows"
+STEP_OPS = *dict.fromkeys(op.function for op in OPS if op.step), "step"
 """What a training step is made of."""
 
 WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}

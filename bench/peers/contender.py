@@ -33,10 +33,9 @@ CONTENDERS = {
     "sparsify, Adam": SPARSIFY,
 }
 for name in ("SAELens", "dictionary_learning", "sparsify"):
-    options = {**CONTENDERS[name].options, "accelerate": True}
-    CONTENDERS[f"{name}, accelerated"] = CONTENDERS[name]._replace(
-        options=options, accelerated=True
-    )
+    own = CONTENDERS[name]
+    options = {**own.options, "accelerate": True}
+    CONTENDERS[f"{name}, accelerated"] = own._replace(options=options, accelerated=True)
 
 VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None} | {
     "fastsae, bf16 moments": Contender(options={"optimizer": Optimizer(adam_moments="bf16")}),

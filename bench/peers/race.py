@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from bench import record
 from bench.clock import digits, summary
 from bench.problem import SHAPES, Size, check_names
@@ -57,12 +55,10 @@ def bench(arguments: argparse.Namespace) -> None:
     shards = training_data(arguments.data) if steps else None
     ready, about = installed(arguments.contenders or list(table))
     device = choose_device("auto")
-    if device == "cuda":
-        about["gpu"] = torch.cuda.get_device_name()
     path = record.RESULTS / f"{kind}-{device}.json"
 
     def keep(name: str, task: dict[str, Any], contenders: dict[str, Any]) -> None:
-        record.write(path.stem, {name: {**task, **about, "contenders": contenders}})
+        record.write(path.stem, {name: {**task, **about, "contenders": contenders}}, device)
 
     for name, size in shapes.items() if rounds else ():
         task = {**sized(size), "device": device, "seconds": TURN}

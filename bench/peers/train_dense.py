@@ -24,7 +24,5 @@ def train(task: Task, stream: Stream) -> Trained:
         adam.param_groups[0]["lr"] = plan.lr * factor
         _, fired = dense_step(model, adam, next(stream), unfired >= plan.dead_after, plan.k_aux)
         unfired = (unfired + task.tokens).masked_fill(fired, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            sae.get_parameter(name).copy_(parameter)
+    sae.load_state_dict(model.state_dict())
     return Trained(code_of(sae), plan.lr, plan.warmup)

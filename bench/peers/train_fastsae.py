@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsae.data import Batch, Cursor
 from fastsae.nn import TopKConfig
-from fastsae.train import Optimizer, TrainConfig, Trainer
+from fastsae.train import TrainConfig, Trainer
 from fastsae.train.plan import Plan
 
 from .task import Stream, Task, Trained, code_of
@@ -42,13 +42,12 @@ class Handed:
         yield (Batch(x, *nowhere) for x in self.stream)
 
 
-def config_of(task: Task, optimizer: Optimizer | None = None, **options: Any) -> TrainConfig:
+def config_of(task: Task, **options: Any) -> TrainConfig:
     """All settings that are not given are the defaults."""
-    if task.lr is not None:
-        optimizer = replace(optimizer or Optimizer(), lr=task.lr)
-    shape: dict[str, Any] = {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k)}
-    run = {"steps": task.steps, "batch_size": task.tokens, "device": task.device}
-    return TrainConfig(**shape, **run, optimizer=optimizer or Optimizer(), **options)
+    options |= {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k), "device": task.device}
+    config = TrainConfig(steps=task.steps, batch_size=task.tokens, **options)
+    lr = config.optimizer.lr if task.lr is None else task.lr
+    return replace(config, optimizer=replace(config.optimizer, lr=lr))
 
 
 def train(task: Task, stream: Stream, **options: Any) -> Trained:

@@ -112,8 +112,7 @@ class Study:
         result: dict[str, Any] = {"fvu": found.fvu, "l0": found.l0, "dead": found.dead_fraction}
         result |= {"utilisation": found.utilisation}
         result |= {f"pcr{rank}": value for rank, value in found.pc_retention.items()}
-        lines = read_lines(run / "metrics.jsonl")
-        result["curve"] = [[line["step"], line["fvu"]] for line in lines]
+        result["curve"] = [[row["step"], row["fvu"]] for row in read_lines(run / "metrics.jsonl")]
         if isinstance(heldout, ActivationShards):
             effect = downstream(sae, heldout, max_windows=self.scale.windows)
             assert isinstance(effect, EncoderEffect)
@@ -161,17 +160,16 @@ def digest(config: TrainConfig | UpgradeConfig) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, default = parser.add_argument, Scale()
+    add = parser.add_argument
     add("--work", type=Path, default=Path("runs/study"), help="folder for the SAEs")
     add("--data", nargs="+", choices=DATA, default=list(DATA), help="which data sets (all)")
     add("--seeds", nargs="+", type=int, default=SEEDS)
-    steps = "of training (500; all of it takes about two hours)"
-    add("--steps", type=int, default=default.steps, help=steps)
-    add("--tune-steps", type=int, default=default.tune_steps, help="of fine-tuning (150)")
+    steps = "of training (500; all of it takes about two hours); 0.3 times as many of fine-tuning"
+    add("--steps", type=int, default=Scale.steps, help=steps)
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    seeds, scale = arguments.seeds, Scale(arguments.steps, arguments.tune_steps)
+    seeds, scale = arguments.seeds, Scale(arguments.steps, max(1, 3 * arguments.steps // 10))
     FOLDER.mkdir(parents=True, exist_ok=True)
     study = Study(FOLDER / "results.json", arguments.work, scale)
     for seed in seeds:
