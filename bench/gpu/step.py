@@ -30,8 +30,8 @@ CONTENDERS = {
     "fastsae, 5 % dead": Contender(dead=True),
     "dense, 5 % dead": Contender("dense", dead=True),
 }
-"""Between the second and dense, all have the second's options too. Run with FASTSAE_BUFFER_MB=512 to
-time all of them with less room for pre-activations."""
+"""Between the second and dense, all have the second's options too. Run with FASTSAE_BUFFER_MB=512
+to time all of them with less room for pre-activations."""
 
 BUDGET = 1500.0
 """Milliseconds of steps that are timed for a row."""
