@@ -1,9 +1,7 @@
 """A trainer with its settings, as a row of a table, and the step that it takes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,20 +30,12 @@ class Contender(NamedTuple):
     """Of TrainConfig, or of the library's trainer."""
     dead: bool = False
     """Whether 5 % of the latents are dead, so that aux-k runs."""
-    patches: dict[str, Any] = {}
-    """Constants of our code that are other ones while it runs, by their full names."""
     package: str | None = None
     """What must be installed, by its name on PyPI; None for what is here."""
     adam: bool = True
     """Whether a learning rate means what it does in fastsae."""
     accelerated: bool = False
     """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
-
-    @contextmanager
-    def patched(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            _ = [stack.enter_context(patch(*one)) for one in self.patches.items()]
-            yield
 
 
 @torch.no_grad()
@@ -76,18 +66,24 @@ Step = Callable[[Tensor], object]
 
 
 def step_of(contender: Contender, p: Problem, sae: SAE) -> Step:
-    """A whole training step, with the count of which latents fired.
+    """A whole training step, with the count of tokens since each latent fired.
 
     ValueError or TypeError for options that this code or this machine does not have.
     """
-    return (our_step if contender.trainer == "fastsae" else their_step)(contender, p, sae)
+    update = (our_update if contender.trainer == "fastsae" else their_update)(contender, p, sae)
+    unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
+    return lambda x: unfired.add_(len(x)).masked_fill_(update(x), 0)
+
+
+Update = Callable[[Tensor], Tensor]
+"""Updates the weights, and returns which latents fired."""
 
 
 SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": ()}
 """The weights that a step keeps in bfloat16 as well, by the encoder's precision."""
 
 
-def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
+def our_update(contender: Contender, p: Problem, sae: SAE) -> Update:
     """The fused step, as the Trainer sets it up for these options; a CUDA graph only if it is
     "on", so that no other row is lost with a capture that fails."""
     config = TrainConfig(d_sae=p.F, activation=TopKConfig(k=p.K), **contender.options)
@@ -96,34 +92,26 @@ def our_step(contender: Contender, p: Problem, sae: SAE) -> Step:
         precision = encoder_precision(config, "fused", p.device.type, p.D)
     shadows = SHADOWS.get(precision, ("W_enc", "W_dec") if gpu else ("W_enc",))
     adam = Adam(sae, config.optimizer, shadows=shadows, float8=precision == "fp8")
-    if config.cuda_graph == "on" and p.device.type != "cuda":
+    graph = config.cuda_graph == "on"
+    if graph and p.device.type != "cuda":
         raise ValueError("a CUDA graph needs a GPU")
-    captured = (
-        CapturedStep(sae, adam, Objective(), required=True) if config.cuda_graph == "on" else None
-    )
+    captured = CapturedStep(sae, adam, Objective(), required=True) if graph else None
     dead = torch.arange(0, p.F, 20, device=p.device) if contender.dead else None
-    unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
 
-    def step(x: Tensor) -> None:
+    def update(x: Tensor) -> Tensor:
         adam.begin_step(LR)
         with tf32_products(precision == "tf32"):
             result = captured(x) if captured else fused_step(sae, adam, x, dead, Objective())
         assert result.fired is not None, "a training step says"
-        unfired.add_(len(x)).masked_fill_(result.fired, 0)
+        return result.fired
 
-    return step
+    return update
 
 
-def their_step(contender: Contender, p: Problem, sae: SAE) -> Step:
+def their_update(contender: Contender, p: Problem, sae: SAE) -> Update:
     """Dense PyTorch's, with its products in bfloat16 on a GPU."""
     model = DenseTopK(sae)
     adam = dense_adam(model, LR)
     dead = torch.arange(p.F, device=p.device) % 20 == 0 if contender.dead else None
-    unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
     low = p.dry or p.device.type == "cuda"
-
-    def step(x: Tensor) -> None:
-        _, fired = dense_step(model, adam, x, dead, p.D // 2, low=low)
-        unfired.add_(len(x)).masked_fill_(fired, 0)
-
-    return step
+    return lambda x: dense_step(model, adam, x, dead, p.D // 2, low=low)[1]

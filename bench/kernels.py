@@ -1,15 +1,29 @@
-"""The kernel table: each op at a shape, against the roof, plain PyTorch and torch.compile."""
+"""The kernel table: each op at a shape, against the roof, plain PyTorch and torch.compile.
+
+examples:
+  python -m bench kernels --op decode --backward
+      forward and gradients of decode at the default shape, against eager PyTorch
+  python -m bench kernels --shape 8192,4096,131072,64 --dtype bf16 --against torch compile
+      every op at N = 8192 tokens, D = 4096 wide, F = 131072 latents, K = 64 active
+  python -m bench kernels --op encode_topk --sweep F --plot encode.png
+      time against the number of latents, with the roof
+  python -m bench kernels --ncu squared_error --shape A
+      one warmed launch, to be run under the profiler command that it prints
+
+columns: median time (fastest to slowest call), bytes and FLOPs that the op has to move and do per
+second, share of the roof (a copy or a GEMM measured in the same run), time of the others as a
+multiple of ours, and the most memory on top of the arguments.
+"""
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -35,10 +49,10 @@ def with_gradients(function: Callable[..., Any], *arguments: Any) -> object:
     return torch.autograd.grad(outs, leaves, [out.detach() for out in outs], allow_unused=True)
 
 
-def leaves_of(make: Make, p: Problem) -> tuple:
-    """Arguments whose floating tensors ask for gradients."""
+def arguments_of(make: Make, p: Problem, backward: bool) -> tuple:
+    """Of a call; backward, floating tensors ask for gradients."""
     return tuple(
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        a.requires_grad_() if backward and isinstance(a, Tensor) and a.is_floating_point() else a
         for a in make(p)
     )
 
@@ -48,19 +62,17 @@ def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> 
     torch.manual_seed(0)
     free()
     most = 1 if p.dry else 64 if p.device.type == "cuda" else 4
-    prepare = leaves_of if backward else (lambda make, p: make(p))
-    sets = input_sets(partial(prepare, op.make, p), most)
+    sets = input_sets(partial(arguments_of, op.make, p, backward), most)
     cost = op.cost(p, int(backward), *sets[0])
     run = partial(with_gradients, op.run) if backward else op.run
-    with launched() as kernels:
-        row = measure(run, sets, p.device, dry=p.dry)
+    row = measure(run, sets, p.device, dry=p.dry)
     row |= described(op, p, row["ms"]["median"], cost, roofs) | {"backward": backward}
     peak = None if p.dry else peak_bytes(lambda: run(*sets[0]), p.device)
-    row |= {"peak MB": peak and digits(peak / 2**20), "kernels": resources(kernels)}
+    row["peak MB"] = peak and digits(peak / 2**20)
     if op.torch_make is not None and against:
         del sets
         free()
-        sets = input_sets(partial(prepare, op.torch_make, p), most)
+        sets = input_sets(partial(arguments_of, op.torch_make, p, backward), most)
     for name in against:
         other = torch.compile(op.torch, dynamic=False) if name == "compile" else op.torch
         other = partial(with_gradients, other) if backward else other
@@ -81,40 +93,6 @@ def described(op: Op, p: Problem, ms: float, cost: Cost, roofs: Roofs) -> dict[s
     return row | {"gathered GB/s": digits(cost.gathered / ms / 1e6)} if cost.gathered else row
 
 
-@contextmanager
-def launched() -> Iterator[dict[str, Any]]:
-    """Collects the compiled Triton kernels that are launched, by name; none on a CPU."""
-    found: dict[str, Any] = {}
-    if not torch.cuda.is_available():
-        yield found
-        return
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
-
-    def noted(kernel: Any, *arguments: Any, **options: Any) -> Any:
-        found[kernel.__name__] = run(kernel, *arguments, **options)
-        return found[kernel.__name__]
-
-    with patch.object(JITFunction, "run", noted):
-        yield found
-
-
-def resources(kernels: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Registers, spilled bytes, shared memory and programs that fit a multiprocessor at once."""
-    found = {}
-    for name, kernel in kernels.items():
-        gpu = torch.cuda.get_device_properties()
-        threads, shared = kernel.metadata.num_warps * 32, kernel.metadata.shared
-        registers = max(1, -(-kernel.n_regs // 8) * 8 * threads)
-        by_registers = gpu.regs_per_multiprocessor // registers
-        by_shared = gpu.shared_memory_per_multiprocessor // (shared + 1024)
-        ctas = min(by_registers, by_shared, gpu.max_threads_per_multi_processor // threads, 32)
-        row = {"registers": kernel.n_regs, "spilled": kernel.n_spills}
-        found[name] = row | {"shared": shared, "CTAs per SM": ctas}
-    return found
-
-
 def line(row: dict[str, Any]) -> str:
     if "ms" not in row:
         return row["error"][:90]
@@ -123,41 +101,23 @@ def line(row: dict[str, Any]) -> str:
     for name in AGAINST:
         if other := row.get(name):
             text += f"  {name} " + (f"{other['ratio']}x" if "ms" in other else other["error"][:40])
-    for kernel, used in row["kernels"].items():
-        text += f"  {kernel} {used['registers']} registers, {used['CTAs per SM']} CTAs/SM"
     text += "" if row["peak MB"] is None else f"  {row['peak MB']} MB"
     return text + "  UNVERIFIED" * ("unverified" in row)
 
 
 # --- the command ----------------------------------------------------------------------------
 
-EXAMPLES = """examples:
-  python -m bench kernels --op decode --backward
-      forward and gradients of decode at the default shape, against eager PyTorch
-  python -m bench kernels --shape 8192,4096,131072,64 --dtype bf16 --against torch compile
-      every op at N = 8192 tokens, D = 4096 wide, F = 131072 latents, K = 64 active
-  python -m bench kernels --op encode_topk --sweep F --plot encode.png
-      time against the number of latents, with the roof
-  python -m bench kernels --ncu squared_error --shape A
-      one warmed launch, to be run under the profiler command that it prints
-
-columns: median time (fastest to slowest call), bytes and FLOPs that the op has to move and do per
-second, share of the roof (a copy or a GEMM measured in the same run), time of the others as a
-multiple of ours, what Triton's kernels use, and the most memory on top of the arguments."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = __doc__, EXAMPLES
+    parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--op", nargs="+", metavar="OP", help="which ops (default: all)")
     add("--shape", help="a-d, A-D, or N,D,F,K (default: a; on a GPU A)")
     add("--dtype", choices=DTYPES, help="(default: fp32; on a GPU bf16)")
     add("--backward", action="store_true", help="time the call and its gradients")
-    help = "eager PyTorch, and the same under torch.compile (default: torch)"
-    add("--against", nargs="*", choices=AGAINST, default=["torch"], help=help)
-    help = "uniform, zipf (some fire often), hot (one fires always) (default: zipf)"
-    add("--indices", default="zipf", help=help)
+    add("--against", nargs="*", choices=AGAINST, default=["torch"], help="(default: torch)")
+    add("--indices", default="zipf", help="uniform, zipf or hot, one that fires always (zipf)")
     add("--sweep", choices=list("NDFK"), help="repeat at 1/4 to 4 times this size of the shape")
     add("--json", type=Path, help="write the rows and the machine's stamp here")
     add("--plot", type=Path, help="draw the times of a --sweep, and the roof")
@@ -210,7 +170,7 @@ def one_launch(op: Op, p: Problem, backward: bool) -> None:
     ncu = "ncu --set full --profile-from-start off --clock-control none -o "
     print(ncu + shlex.join([op.function, sys.executable, "-m", "bench", *sys.argv[1:]]), flush=True)
     run = partial(with_gradients, op.run) if backward else op.run
-    sets = [leaves_of(op.make, p) if backward else op.make(p)]
+    sets = [arguments_of(op.make, p, backward)]
     timed(run, sets, p.device, 2, False)
     with torch.cuda.profiler.profile() if p.device.type == "cuda" else nullcontext():
         (watch,) = timed(run, sets, p.device, 1, False)

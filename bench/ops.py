@@ -45,7 +45,7 @@ class Op:
     gradients: bool = True
     """Whether it is differentiable."""
     step: bool = False
-    """Whether a training step consists of it."""
+    """Whether a training step may consist of it."""
     called: str = ""
     """The function's name, where it is not that of run."""
     variant: str = ""
@@ -265,9 +265,10 @@ OPS: list[Op] = [
     Op(ours.scatter_outer, lambda p: (*p.codes(), p.normal(p.N, p.D), p.F), outer_cost,
        scatter_outer_reference),
     Op(rescore, lambda p: (*encoder(p), p.indices(), p.K // 2 or 1), sparse_cost,
-       rescore_reference, False),
+       rescore_reference, False, step=True),
     Op(quantize_rows, lambda p: (p.weights(),),
-       lambda p, *_: Cost((p.dtype.itemsize + 1) * p.F * p.D), quantize_reference, False),
+       lambda p, *_: Cost((p.dtype.itemsize + 1) * p.F * p.D), quantize_reference, False,
+       step=True),
     Op(ours.encode_above, above_threshold, encode_cost, above_torch),
     Op(ours.encode_decode, lambda p: (*encoder(p), p.weights(), p.normal(p.D), p.K),
        partial(encode_cost, parts=2), autoencoder_torch),

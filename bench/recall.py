@@ -1,30 +1,33 @@
 """Recall of low-precision candidates: how many of the true active entries they contain.
 
-An SAE is trained, its encoder and held-out tokens are rounded as a low-precision GEMM takes them,
-and the best m k entries of that product are compared with the k entries of the product in fp32.
+    fastsae train --out runs/sae --steps 600 --batch-size 1024
+    python -m bench.recall runs/sae --name "minilm layer 3"
 
-    python -m bench.recall                                  the demo: MiniLM, 4096 latents
-    python -m bench.recall --d-sae 131072 --steps 100       a larger dictionary
-    python -m bench.recall --data FOLDER --name smollm2     activations harvested from a model
-    python -m bench.recall --planted 100                    three dimensions times 100
-    python -m bench.recall --synthetic                      from a known dictionary
+The encoder of a trained top-k SAE and held-out tokens are rounded as a low-precision GEMM rounds
+them, and the m k largest entries of that product are compared with the k largest in fp32. Results
+go to bench/results/recall-cpu.json.
+
+Outlier dimensions are the hardest case. To plant three in activations x [N, d_in]:
+
+    x[:, :3] *= 100
+    np.save("planted.npy", x)
+
+and train with `--data planted.npy`; likewise with rows of `fastsae.data.Synthetic`.
 """
 
 import argparse
 import math
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.data import ActivationShards, ActivationSource, Synthetic, demo_shards
-from fastsae.losses import Objective
-from fastsae.nn import TopKConfig
-from fastsae.train import Optimizer, TrainConfig, Trainer
+import fastsae
+from fastsae.cli.commands import eval_data
+from fastsae.files import read_json
+from fastsae.nn import TopK
+from fastsae.train import stored_config
 from fastsae_kernels.float8 import SMALLEST_SCALE, quantize_rows
 
 from .record import write
@@ -44,28 +47,25 @@ def rounded(x: Tensor, format: str) -> Tensor:
     return (x / scale).round() * scale
 
 
-def formats(x: Tensor, W: Tensor) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """What each does to tokens, and the encoder that it multiplies with."""
+def formats(x: Tensor, W: Tensor) -> dict[str, tuple[str, Tensor]]:
+    """What both are rounded to, and the scale of each column that moves from x to W before."""
     balance = (x.abs().amax(0) / W.abs().amax(0)).sqrt()  # SmoothQuant's, arXiv:2211.10438
-    plans = {name: (name, torch.ones_like(balance)) for name in ("bf16", "int8", "fp8")}
-    plans["fp8, columns balanced"] = ("fp8", balance)
-    return {
-        name: (lambda rows, f=f, s=s: rounded(rows / s, f), rounded(W * s, f))
-        for name, (f, s) in plans.items()
-    }
+    plain = {format: (format, torch.ones_like(balance)) for format in ("bf16", "int8", "fp8")}
+    return {**plain, "fp8, columns balanced": ("fp8", balance)}
 
 
 @torch.no_grad()
 def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
     """Share of the active entries of centered tokens x among the candidates, per format."""
     exact = [torch.addmm(b, rows, W.t()).topk(k) for rows in x.split(TOKENS)]
-    found: dict[str, Any] = {
-        "latents active": len(torch.cat([indices for _, indices in exact]).unique())
-    }
-    for name, (low, W_low) in formats(x, W).items():
+    fired = torch.cat([indices for _, indices in exact]).unique()
+    found: dict[str, Any] = {"latents active": len(fired)}
+    for name, (format, scale) in formats(x, W).items():
+        W_low = rounded(W * scale, format)
         missed, error = dict.fromkeys(MARGINS, 0), []
         for rows, (values, indices) in zip(x.split(TOKENS), exact, strict=True):
-            h = torch.addmm(b, low(rows), W_low.t()).bfloat16()  # what a GPU's product returns
+            h = torch.addmm(b, rounded(rows / scale, format), W_low.t())
+            h = h.bfloat16()  # what a GPU's product returns
             error.append(h.gather(1, indices) - values)
             candidates = h.topk(math.ceil(max(MARGINS) * k)).indices
             for margin in MARGINS:
@@ -78,47 +78,24 @@ def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
     return found
 
 
-def sources(args: argparse.Namespace, folder: Path) -> tuple[ActivationSource, ActivationSource]:
-    """What to train on and what to count on."""
-    if args.synthetic:
-        source = Synthetic(d_in=512, n_latents=32_768, active=args.k, noise=0.02)
-    else:
-        source = ActivationShards(args.data) if args.data else demo_shards()
-    heldout = source.heldout or source
-    if args.planted == 1:
-        return source, heldout
-    for name, part in {"train": source, "heldout": heldout}.items():
-        rows = part.sample(part.n_tokens)
-        rows[:, :3] *= args.planted
-        np.save(folder / f"{name}.npy", rows.numpy())
-    return ActivationShards(folder / "train.npy"), ActivationShards(folder / "heldout.npy")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.recall", description=__doc__)
-    parser.add_argument("--data", type=Path, help="activations (default: the demo's)")
-    parser.add_argument("--name", default="minilm layer 3", help="of the data, in the results")
-    parser.add_argument("--synthetic", action="store_true", help="512 dims, 32768 known latents")
-    parser.add_argument("--planted", type=float, default=1.0, help="factor on three dimensions")
-    parser.add_argument("--tokens", type=int, default=16_384, help="held-out tokens, at most")
-    for name, default in (("d-sae", 4096), ("k", 32), ("steps", 600), ("batch-size", 1024)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, help="folder of a `fastsae train` run")
+    parser.add_argument("--data", type=Path, help="activations to count on (default: the run's)")
+    parser.add_argument("--name", help="of the data, in the results (default: the run's folder)")
+    parser.add_argument("--tokens", type=int, default=16_384, help="at most (default: 16384)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        source, heldout = sources(args, Path(folder))
-        how: dict[str, Any] = {"encoder_precision": "bf16", "optimizer": Optimizer(adam_window=8)}
-        how["objective"] = Objective(auxk_coef=0.0)  # whose GEMM over the dead takes most time
-        how |= {n: getattr(args, n) for n in ("d_sae", "steps", "batch_size")}
-        config = TrainConfig(activation=TopKConfig(k=args.k), out=Path(folder) / "run", **how)
-        sae = Trainer(config, source).fit()
-        x = heldout.sample(args.tokens)
-    result = recall(sae.centre(x), sae.W_enc.detach(), sae.b_enc.detach(), args.k)
-    data = "synthetic, 512 dims, 32768 latents" if args.synthetic else args.name
-    data += f", three dimensions x {args.planted:g}" if args.planted != 1 else ""
-    settings = {n: getattr(args, n) for n in ("d_sae", "k", "steps", "batch_size")}
-    about = {"data": data, "d_in": sae.d_in, **settings, "tokens": len(x)}
+    sae, config = fastsae.load(args.run), stored_config(args.run)
+    if not isinstance(sae.activation, TopK) or sae.activation.signed:
+        parser.error(f"recall is defined for TopK: {args.run} has {sae.activation.cfg}")
+    x, k = eval_data(args.run, args.data).sample(args.tokens), sae.activation.cfg.k
+    about = {"data": args.name or args.run.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": k}
+    about["steps"] = read_json(args.run / "config.json")["plan"]["steps"]
+    about |= {"batch_size": config.batch_size, "tokens": len(x)}
+    result = recall(sae.centre(x), sae.W_enc.detach(), sae.b_enc.detach(), k)
     print(about, *result.items(), sep="\n", flush=True)
-    write("recall-cpu", {f"{data}, {args.d_sae} latents": {**about, **result}})
+    write("recall-cpu", {f"{about['data']}, {sae.d_sae} latents": {**about, **result}})
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ def shell_output(command: str) -> str:
     return "" if failed else output.strip()
 
 
-def write(name: str, results: dict[str, dict[str, Any]]) -> Path:
+def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") -> Path:
     """Put results, each with its stamp, beside the other ones of that file."""
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    kept.update({key: {**stamp(), **result} for key, result in results.items()})
+    kept.update({key: {**stamp(device), **result} for key, result in results.items()})
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
 

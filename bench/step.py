@@ -6,6 +6,7 @@ takes torch.mm for the GEMM, as PyTorch users get it (MKL on x86); the second th
 and oneDNN's, which fastsae uses.
 """
 
+import argparse
 import subprocess
 import sys
 from functools import partial
@@ -67,14 +68,19 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     return result
 
 
-def bench(shapes: list[str], rounds: int) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", choices=list("abcd"), default=list("abcd"))
+    parser.add_argument("--rounds", type=int, default=7)
+
+
+def bench(arguments: argparse.Namespace) -> None:
     keep_freed_memory()  # as the trainer does; it helps dense PyTorch as well
     results = {}
     print("ms, and multiples of the first floor: with torch.mm, with the faster of it and oneDNN")
     names = "".join(f"{name:>14}{'':>8}" for name in CONTENDERS)
     print(f"{'shape':<6}{'floors':>18}{names}   peak MB")
-    for shape in shapes:
-        r = results[shape] = measure(shape, rounds)
+    for shape in arguments.shapes:
+        r = results[shape] = measure(shape, arguments.rounds)
         cells = "".join(f"{r[w]['median']:>14.1f}{r[w]['of floor']:>7.2f}x" for w in CONTENDERS)
         peaks = " / ".join(str(r[w]["peak MB"]) for w in CONTENDERS)
         floors = "".join(f"{r[name]['median']:>9.1f}" for name in ("floor", "best floor"))

@@ -1,5 +1,6 @@
 """A whole race in miniature, and that each library's trainer trains in it."""
 
+import argparse
 import json
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,8 @@ import torch
 
 from bench import record
 from bench.peers import race
-from bench.peers.contender import CONTENDERS, quality
+from bench.peers.contender import CONTENDERS, KNOWN, quality
+from bench.peers.report import tables
 from bench.peers.task import Task, TimeUp, open_stream
 from fastsae.data import ShardWriter, Synthetic
 
@@ -45,24 +47,32 @@ def task(contender: str, data, **settings) -> Task:
     return Task(contender=contender, **size, device="cpu", data=data and str(data), **settings)
 
 
-def test_a_race(data, tmp_path, monkeypatch):
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    race.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_a_race(data, tmp_path, monkeypatch, capsys):
     """Results, tables and a plot of contenders that are installed; others are listed as missing."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setitem(
-        CONTENDERS, "nobody", CONTENDERS["sparsify"]._replace(package="not-a-package")
-    )
+    nobody = CONTENDERS["sparsify"]._replace(package="not-a-package")
+    for table in (CONTENDERS, KNOWN):
+        monkeypatch.setitem(table, "nobody", nobody)
     names = ["fastsae", "fastsae, bf16 encoder", "dense PyTorch", "nobody"]
     monkeypatch.setattr(race, "TURN", 0.02)
     monkeypatch.setitem(race.SHAPES, "a", TINY)
-    text = race.bench({"tiny": TINY}, 1, 60, names, data)
+    words = ["--shapes", "a", "--rounds", "1", "--steps", "60", "--data", str(data)]
+    race.bench(parse(*words, "--contenders", *names))
+    text = capsys.readouterr().out
     (results,) = tmp_path.glob("peers-*.json")
     found = json.loads(results.read_text())
-    assert found.keys() == {"tiny", "training"}
+    assert found.keys() == {"a", "training"}
     for part in found.values():
         assert part["contenders"].keys() == set(names[:3])
         assert part["missing"] == {"nobody": "not-a-package is not installed"}
         assert {"cpu", "torch", "commit", "versions"} <= part.keys()
-    for row in found["tiny"]["contenders"].values():
+    for row in found["a"]["contenders"].values():
         assert 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
         assert row["peak MB"] > 100 and row["tokens/s"] > 0
     runs = found["training"]["contenders"]
@@ -83,31 +93,41 @@ def test_a_contender_that_fails_is_reported():
     assert found["fastsae"]["error"].startswith("ValueError: k")
 
 
-def test_quality_of_the_variants(data, tmp_path, monkeypatch):
+def test_variants(data, tmp_path, monkeypatch):
+    """Into a file of their own."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setitem(race.SHAPES, "a", TINY)
-    race.quality(20, ["fastsae, tied encoder", "dense PyTorch"], data)
-    (results,) = tmp_path.glob("quality-*.json")
-    found = json.loads(results.read_text())
-    assert found.keys() == {"fastsae, tied encoder", "dense PyTorch"}
-    for row in found.values():
+    names = ["fastsae, tied encoder", "dense PyTorch"]
+    words = ["--variants", "--rounds", "0", "--steps", "20", "--data", str(data)]
+    race.bench(parse(*words, "--contenders", *names))
+    (results,) = tmp_path.glob("variants-*.json")
+    found = json.loads(results.read_text())["training"]
+    assert [*found["contenders"]] == names and {"commit", "torch"} <= found.keys()
+    for row in found["contenders"].values():
         assert 0 < row["held-out FVU"] < 1.5 and 0 <= row["never active"] <= 1
-        assert row["L0"] <= 4 and row["seconds"] >= 0 and {"commit", "torch"} <= row.keys()
-    with pytest.raises(ValueError, match="variants are fastsae; .*: got nobody"):
-        race.quality(20, ["nobody"])
+        assert row["L0"] <= 4 and row["seconds"] >= 0
 
 
-def test_what_the_user_can_get_wrong(data):
-    with pytest.raises(ValueError, match="contenders are fastsae; .*: got nobody"):
-        race.bench({}, 1, 0, ["nobody"])
-    with pytest.raises(ValueError, match="steps must be at least 3, or 0"):
-        race.bench({}, 1, 2)
-    with pytest.raises(ValueError, match="rounds or steps must be above 0, got 0 and 0"):
-        race.bench({}, 0, 0)
-    with pytest.raises(ValueError, match="must have a held-out part"):
-        race.bench({}, 1, 3, data=data / "heldout")
-    with pytest.raises(ValueError, match="shapes here are .*: got z"):
-        race.chosen(["z"])
+def test_the_committed_results_have_tables():
+    for path in record.RESULTS.glob("*-cpu.json"):
+        if path.name.startswith(("peers", "variants")):
+            assert "| dense PyTorch | " in tables(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--contenders nobody", "contenders are fastsae; .*: got nobody"),
+        ("--variants --contenders SAELens", "contenders are fastsae; .*: got SAELens"),
+        ("--steps 2", "steps must be at least 3, or 0"),
+        ("--rounds 0 --steps 0", "rounds or steps must be above 0, got 0 and 0"),
+        ("--data {data}/heldout", "must have a held-out part"),
+        ("--shapes z", "shapes here are .*: got z"),
+    ],
+)
+def test_what_the_user_can_get_wrong(words, message, data):
+    with pytest.raises(ValueError, match=message):
+        race.bench(parse(*words.format(data=data).split()))
 
 
 def test_a_stream_gives_the_same_batches_and_ends_when_time_is_up(data):

@@ -56,6 +56,15 @@ def environment(dry_run: bool) -> dict[str, str]:
     return found | ALLOCATOR
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """Start the process that measures; in that process, measure."""
+    if arguments.since is None:
+        return guarded(arguments)
+    from .run import bench
+
+    return bench(arguments)
+
+
 def guarded(arguments: argparse.Namespace) -> int:
     since, out, variables = time.time(), folder(arguments), environment(arguments.dry_run)
     command = [sys.executable, "-m", "bench", *sys.argv[1:], f"--since={since}", f"--out={out}"]

@@ -15,25 +15,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.clock import free
+from bench.ops import OPS
 from bench.record import ROOT, Record
 
-STEP_OPS = "center", "encode_topk", "topk", "squared_error", "latent_major", "adam_", "step"
-STEP_OPS += "rescore", "quantize_rows"
+STEP_OPS = *dict.fromkeys(op.function for op in OPS if op.step), "step"
 """What a training step is made of."""
 
 WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}
 """Where pytest-xdist is installed, processes for core tests and for others: no more, and those of
 a file one after another, so that the largest fit into memory together."""
 
-FILES = {"adam_": "adam", "encode_topk": "encode", "encode_topk_batch": "topk_batch"}
-FILES |= {
-    "quantize_rows": "float8",
-    "rotation_gradients": "rotation",
-    "squared_error": "loss",
-    "jumprelu_l0": "jumprelu",
-}
-FILES |= dict.fromkeys(("decode", "gather_dot", "scatter_outer", "latent_major"), "sparse")
-"""The tests of an op that are not named after it."""
+FILES = {op.function: op.run.__module__.rpartition(".")[2] for op in OPS}
+FILES |= {"adam_": "adam", "latent_major": "sparse"}
+"""Whose tests those of an op are: its module's, tests/kernels/test_MODULE.py."""
 
 
 def run_tests(record: Record, part: str, dry: bool) -> None:

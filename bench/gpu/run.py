@@ -1,18 +1,16 @@
-"""Full GPU benchmark: precompile, floors, core tests, training steps, kernels, all tests, peers.
+"""Full GPU benchmark: precompile, floors, core tests, training steps, kernels, all tests.
 
 It ends within ten minutes and writes every row as soon as it is measured. `--dry-run` runs the
 whole benchmark on a CPU at tiny sizes, through Triton's interpreter.
 """
 
 import argparse
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ import torch
 from bench import kernels
 from bench.ops import OPS
 from bench.problem import SHAPES, TINY, Problem, check_names
-from bench.record import Record, shell_output
+from bench.record import Record
 from bench.roofs import copy_row, product_row, roofs_from, square
 from fastsae_kernels._launch import interpreted
 
@@ -92,17 +90,6 @@ def time_kernels(run: Run) -> None:
     proof.mark_rows(run.record)
 
 
-def race_peers(run: Run) -> None:
-    """Against other trainers, where any is installed."""
-    here = [name for name in ("sae_lens", "sparsify", "dictionary_learning") if find_spec(name)]
-    names, seconds = " ".join(p.name for p in run.problems), max(1, run.record.left("peers"))
-    command = f"timeout {seconds:.0f} {sys.executable} -m bench peers --rounds 1 --steps 0"
-    if here and not run.dry:
-        run.row("peers", "race", lambda: {"output": shell_output(f"{command} --shapes {names}")})
-    else:
-        run.record.put("peers", "race", {"skipped": f"installed: {', '.join(here) or 'none'}"})
-
-
 PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "compile": (compile_kernels, 60),
     "floors": (measure_floors, 45),
@@ -110,7 +97,6 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "step": (time_steps, 150),
     "kernels": (time_kernels, 100),
     "tests": (lambda run: proof.run_tests(run.record, "tests", run.dry), 120),
-    "peers": (race_peers, 60),
 }
 """Each with the seconds after which it begins no row. In order; all of it ends with record.LAST."""
 

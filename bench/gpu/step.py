@@ -19,23 +19,19 @@ from .monitor import Monitor
 
 SMALL = {"encoder_precision": "bf16"}
 SMALL |= {"optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
-WINDOW, FP8 = "fastsae, bf16 moments, window 8", "fastsae, fp8 candidates"
-BUFFER = {"fastsae_kernels._launch._BUFFER_MB": "512"}
+WINDOW = "fastsae, bf16 moments, window 8"
 
 CONTENDERS = {
     "fastsae": Contender(),
     WINDOW: Contender(options=SMALL),
-    FP8: Contender(options={**SMALL, "encoder_precision": "fp8"}),
+    "fastsae, fp8 candidates": Contender(options={**SMALL, "encoder_precision": "fp8"}),
     "fastsae, CUDA graph": Contender(options={**SMALL, "cuda_graph": "on"}),
-    "fastsae, 512 MB of pre-activations": Contender(options=SMALL, patches=BUFFER),
     "dense": Contender("dense"),
     "fastsae, 5 % dead": Contender(dead=True),
     "dense, 5 % dead": Contender("dense", dead=True),
 }
-"""Between the second and dense, all have the second's options too."""
-
-PREDICTED = {WINDOW: {"A": 17.6, "B": 2.75, "C": 1.85, "D": 63.0}, FP8: {"A": 16.0, "D": 50.0}}
-"""Milliseconds on an H200 that we predicted from bytes and FLOPs."""
+"""Between the second and dense, all have the second's options too. Run with FASTSAE_BUFFER_MB=512
+to time all of them with less room for pre-activations."""
 
 BUDGET = 1500.0
 """Milliseconds of steps that are timed for a row."""
@@ -55,7 +51,6 @@ def step_rows(record: Record, problems: list[Problem], monitor: Monitor) -> None
             if "ms" in row:
                 floor = floor_ms(p, CONTENDERS[name], record, roofs)
                 row |= {"floor ms": round(floor, 3), "of floor": floor / row["ms"]["median"]}
-                row |= {"predicted ms (H200)": PREDICTED.get(name, {}).get(p.name)}
             record.say(line(key, record.put("step", key, row)))
             free()
 
@@ -66,26 +61,25 @@ def step_row(record: Record, key: str, p: Problem, name: str, monitor: Monitor) 
     torch.manual_seed(0)
     free()
     before = torch.cuda.memory_allocated() if cuda else 0
-    with contender.patched():
-        sae = empty_sae(p)
-        data = batches(p, sae.W_dec)
-        try:
-            step = step_of(contender, p, sae)
-        except (TypeError, ValueError) as refusal:
-            return {"skipped": str(refusal)[:200]}
-        del sae
-        peak = 0
-        if cuda:
-            timed(step, data, p.device, 2, False)
-            free()
-            peak = torch.cuda.memory_allocated() - before
-            peak += peak_bytes(lambda: step(*data[0]), p.device) or 0
-        start = time.time()
-        row = measure(step, data, p.device, BUDGET, space=False, dry=p.dry)
-        row |= {"tokens/s": round(p.N / row["ms"]["median"] * 1e3), **monitor.since(start)}
-        row["peak GB"] = round(peak / 1e9, 2)
-        record.put("step", key, row)  # whatever becomes of the profile
-        record.put("profile", key, attempt(partial(profiled, step, data, p)))
+    sae = empty_sae(p)
+    data = batches(p, sae.W_dec)
+    try:
+        step = step_of(contender, p, sae)
+    except (TypeError, ValueError) as refusal:
+        return {"skipped": str(refusal)[:200]}
+    del sae
+    peak = 0
+    if cuda:
+        timed(step, data, p.device, 2, False)
+        free()
+        peak = torch.cuda.memory_allocated() - before
+        peak += peak_bytes(lambda: step(*data[0]), p.device) or 0
+    start = time.time()
+    row = measure(step, data, p.device, BUDGET, space=False, dry=p.dry)
+    row |= {"tokens/s": round(p.N / row["ms"]["median"] * 1e3), **monitor.since(start)}
+    row["peak GB"] = round(peak / 1e9, 2)
+    record.put("step", key, row)  # whatever becomes of the profile
+    record.put("profile", key, attempt(partial(profiled, step, data, p)))
     return row
 
 
@@ -123,8 +117,6 @@ def line(key: str, row: dict[str, Any]) -> str:
     if row.get("floor ms"):
         text += f" floor {row['floor ms']:.3f} {row['of floor']:6.1%}"
     text += f" {row['tokens/s']:9} tokens/s {row['peak GB']:6} GB{clocks(row)}"
-    if row.get("predicted ms (H200)"):
-        text += f"  predicted {row['predicted ms (H200)']}"
     return text + "  UNVERIFIED" * ("unverified" in row)
 
 

@@ -11,15 +11,3 @@ All of it runs in one environment:
 Without the second command, beside a CPU build of torch, a torchvision that one of them pulls in
 keeps transformers from being imported.
 """
-
-import argparse
-from pathlib import Path
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen of a race."""
-    parser.add_argument("--shapes", nargs="+", help="of a to d, on a GPU A to D (all)")
-    parser.add_argument("--rounds", type=int, default=3, help="of timed steps (3; 0 for none)")
-    parser.add_argument("--steps", type=int, default=300, help="of training (300; 0 for none)")
-    parser.add_argument("--contenders", nargs="+", help="by their names in the results (all)")
-    parser.add_argument("--data", type=Path, help="a folder of activations (the demo's)")

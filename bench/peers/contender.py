@@ -33,17 +33,18 @@ CONTENDERS = {
     "sparsify, Adam": SPARSIFY,
 }
 for name in ("SAELens", "dictionary_learning", "sparsify"):
-    options = {**CONTENDERS[name].options, "accelerate": True}
-    CONTENDERS[f"{name}, accelerated"] = CONTENDERS[name]._replace(
-        options=options, accelerated=True
-    )
+    own = CONTENDERS[name]
+    options = {**own.options, "accelerate": True}
+    CONTENDERS[f"{name}, accelerated"] = own._replace(options=options, accelerated=True)
 
 VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None} | {
     "fastsae, bf16 moments": Contender(options={"optimizer": Optimizer(adam_moments="bf16")}),
     "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
     "fastsae, tied encoder": Contender(options={"init": Init(encoder="tied")}),
 }
-"""Whose quality is compared by `python -m bench quality`."""
+"""What `python -m bench peers --variants` compares."""
+
+KNOWN = CONTENDERS | VARIANTS
 
 SAME_LR = ", fastsae's learning rate"
 """What the name of a run with it ends in."""
@@ -51,7 +52,7 @@ SAME_LR = ", fastsae's learning rate"
 
 def measure(task: Task) -> dict[str, Any]:
     """Milliseconds of each step and peak memory; of a whole run, its settings and quality too."""
-    contender = (CONTENDERS | VARIANTS)[task.contender]
+    contender = KNOWN[task.contender]
     keep_freed_memory()  # as fastsae's trainer does; it helps the others as well
     train = import_module(f".train_{contender.trainer}", __package__).train
     stream, trained = open_stream(task), None

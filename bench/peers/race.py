@@ -1,5 +1,6 @@
 """Starts every contender when its turn comes, and keeps what they say."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,16 +11,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from bench import record
-from bench.clock import summary
+from bench.clock import digits, summary
 from bench.problem import SHAPES, Size, check_names
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.device import choose_device
 from fastsae.train.optim import default_lr
 
-from .contender import CONTENDERS, SAME_LR, VARIANTS
+from .contender import CONTENDERS, KNOWN, SAME_LR, VARIANTS
 from .report import plot, tables
 from .task import Task
 
@@ -27,28 +26,41 @@ TURN = 2.0
 """Seconds for which steps are timed in a turn; a step that takes longer is timed once."""
 
 
-def bench(
-    sizes: dict[str, Size], rounds: int, steps: int, names: list[str] | None = None, data=None
-) -> str:
-    """Race at every size, then over steps of training, of size a but as wide as data.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shapes", nargs="+", help="of a to d, on a GPU A to D (all)")
+    add("--rounds", type=int, default=3, help="of timed steps (3; 0 for none)")
+    add("--steps", type=int, default=300, help="of training (300; 0 for none)")
+    add("--contenders", nargs="+", help="by their names in the results (all)")
+    add("--data", type=Path, help="a folder of activations (the demo's)")
+    add("--variants", action="store_true", help="race fastsae's own settings instead")
 
-    Leaves peers-cpu.json or peers-cuda.json in bench/results, beside what is there of other sizes,
-    and with matplotlib a plot. Returns their tables. ValueError for a contender that there is
-    not, for nothing to do, for a run too short to be timed, and for data without a held-out part.
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Race at every size, then over steps of training, of size a but as wide as the data.
+
+    Leaves peers-cpu.json or peers-cuda.json in bench/results (of variants, variants-cpu.json),
+    beside what is there of other sizes, and with matplotlib a plot; prints their tables.
+    ValueError for a contender that there is not, for nothing to do, for a run too short to be
+    timed, and for data without a held-out part.
     """
-    check(rounds, steps)
-    check_names("contenders", names, CONTENDERS)
-    shards = training_data(data) if steps else None
-    ready, about = installed(names or list(CONTENDERS))
+    rounds, steps = arguments.rounds, arguments.steps
+    if rounds < 0 or not (rounds or steps):
+        raise ValueError(f"rounds or steps must be above 0, got {rounds} and {steps}")
+    if steps and steps < 3:
+        raise ValueError(f"steps must be at least 3, or 0 for no training runs, got {steps}")
+    kind, table = ("variants", VARIANTS) if arguments.variants else ("peers", CONTENDERS)
+    check_names("contenders", arguments.contenders, table)
+    shapes = chosen(arguments.shapes)
+    shards = training_data(arguments.data) if steps else None
+    ready, about = installed(arguments.contenders or list(table))
     device = choose_device("auto")
-    if device == "cuda":
-        about["gpu"] = torch.cuda.get_device_name()
-    path = record.RESULTS / f"peers-{device}.json"
+    path = record.RESULTS / f"{kind}-{device}.json"
 
     def keep(name: str, task: dict[str, Any], contenders: dict[str, Any]) -> None:
-        record.write(path.stem, {name: {**task, **about, "contenders": contenders}})
+        record.write(path.stem, {name: {**task, **about, "contenders": contenders}}, device)
 
-    for name, size in sizes.items() if rounds else ():
+    for name, size in shapes.items() if rounds else ():
         task = {**sized(size), "device": device, "seconds": TURN}
         keep(name, task, race(name, task, ready, rounds))
     if shards is not None:
@@ -58,25 +70,7 @@ def bench(
     results = json.loads(path.read_text())
     if find_spec("matplotlib") is not None:
         plot(results, path.with_suffix(".png"))
-    return tables(results)
-
-
-def quality(steps: int, names: list[str] | None = None, data: Path | None = None) -> None:
-    """The training runs of fastsae's variants and dense PyTorch, into quality-cpu.json."""
-    check_names("variants", names, VARIANTS)
-    check(0, steps)
-    shards, device = training_data(data), choose_device("auto")
-    task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device, "steps": steps}
-    for name, found in training({**task, "data": str(shards.path)}, names or [*VARIANTS]).items():
-        about = {**task, "data": shards.fingerprint, "train_tokens": shards.n_tokens}
-        record.write(f"quality-{device}", {name: about | found})
-
-
-def check(rounds: int, steps: int) -> None:
-    if rounds < 0 or not (rounds or steps):
-        raise ValueError(f"rounds or steps must be above 0, got {rounds} and {steps}")
-    if steps and steps < 3:
-        raise ValueError(f"steps must be at least 3, or 0 for no training runs, got {steps}")
+    print(tables(results))
 
 
 def chosen(names: list[str] | None) -> dict[str, Size]:
@@ -101,7 +95,7 @@ def training_data(folder: Path | None) -> ActivationShards:
 
 def installed(names: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Those contenders that can run here; and the versions of their libraries, and which lack."""
-    packages = {name: one.package for name in names if (one := CONTENDERS[name]).package}
+    packages = {name: one.package for name in names if (one := KNOWN[name]).package}
     versions = {d.name: d.version for d in distributions() if d.name in packages.values()}
     missing = {n: f"{package} is not installed" for n, package in packages.items()
                if package not in versions}  # fmt: skip
@@ -136,17 +130,17 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Every contender's run with its own learning rate, and where it means the same, fastsae's."""
     lr = default_lr(task["d_sae"], task["steps"])
-    results, runs, known = {}, {}, CONTENDERS | VARIANTS
-    for name in (name for name in names if not known[name].accelerated):  # the same mathematics
+    results, runs = {}, {}
+    for name in (name for name in names if not KNOWN[name].accelerated):  # the same mathematics
         runs[name] = Task(contender=name, **task)
-        if known[name].package and known[name].adam:
+        if KNOWN[name].package and KNOWN[name].adam:
             runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
     for name, one in runs.items():
         found = run(one)
         if "error" not in found:
             times = found.pop("ms")
             each = sum(times) / len(times) / 1e3
-            found |= {"tokens/s": round(one.tokens / each), "seconds": round(one.steps * each, 1)}
+            found |= {"tokens/s": round(one.tokens / each), "seconds": digits(one.steps * each)}
         results[name] = found
         print(f"training, {name}: {found}", flush=True)
     return results

@@ -1,11 +1,12 @@
 """The race's tables in Markdown, and its plot."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from bench.record import markdown
 
-from .contender import CONTENDERS, SAME_LR
+from .contender import SAME_LR
 
 Rows = dict[str, dict[str, Any]]
 """What was found of each contender that came to the end."""
@@ -41,14 +42,14 @@ def step_table(rows: Rows) -> str:
     return markdown(titles, cells)
 
 
-TRAINING = {"learning rate": "lr", "warm-up steps": "warm-up", "held-out FVU": "held-out FVU"}
-TRAINING |= {"L0": "L0", "tokens/s": "tokens/s", "seconds": "seconds"}
+TRAINING = "lr", "warm-up", "held-out FVU", "L0", "tokens/s", "seconds"
 
 
 def training_table(rows: Rows) -> str:
-    cells = (
-        [name, *(f"{row[key]:.4g}" for key in TRAINING.values())] for name, row in rows.items()
-    )
+    """What a row lacks, as old results do, is NaN."""
+    cells = []
+    for name, row in rows.items():
+        cells.append([name, *(f"{row.get(key, math.nan):.4g}" for key in TRAINING)])
     return markdown(["", *TRAINING], cells)
 
 
@@ -57,7 +58,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    colors = {name: colormaps["tab20"](n) for n, name in enumerate(CONTENDERS)}
+    names = (name.removesuffix(SAME_LR) for f in results.values() for name in f["contenders"])
+    colors = {name: colormaps["tab20"](n) for n, name in enumerate(dict.fromkeys(names))}
     figure = Figure(figsize=(12, 5), layout="constrained")
     speeds, quality = figure.subplots(1, 2)
     plot_speeds(speeds, {n: finished(f) for n, f in results.items() if n != "training"}, colors)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,16 @@ class Task:
 
 Code = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes tokens to their reconstructions and a mask [N, d_sae] of their active latents."""
+
+
+def code_of(sae: Any) -> Code:
+    """Of an SAE with encode and decode, whose codes may be sparse."""
+
+    def code(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = sae.encode(x)
+        return sae.decode(codes), codes.to_dense() != 0
+
+    return code
 
 
 class Trained(NamedTuple):

@@ -7,8 +7,8 @@ from fastsae.nn import init_from_data
 from fastsae.train.optim import schedule
 from fastsae.train.plan import Plan
 
-from .task import Stream, Task, Trained
-from .train_fastsae import config_of, trained
+from .task import Stream, Task, Trained, code_of
+from .train_fastsae import config_of
 
 
 def train(task: Task, stream: Stream) -> Trained:
@@ -24,7 +24,5 @@ def train(task: Task, stream: Stream) -> Trained:
         adam.param_groups[0]["lr"] = plan.lr * factor
         _, fired = dense_step(model, adam, next(stream), unfired >= plan.dead_after, plan.k_aux)
         unfired = (unfired + task.tokens).masked_fill(fired, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            sae.get_parameter(name).copy_(parameter)
-    return trained(sae, task, plan)
+    sae.load_state_dict(model.state_dict())
+    return Trained(code_of(sae), plan.lr, plan.warmup)

@@ -6,12 +6,11 @@ from typing import Any
 
 from dictionary_learning.trainers import top_k  # pyright: ignore[reportMissingImports]
 from dictionary_learning.training import trainSAE  # pyright: ignore[reportMissingImports]
-from torch import Tensor
 
 import fastsae
 from fastsae.files import read_json
 
-from .task import Stream, Task, Trained
+from .task import Stream, Task, Trained, code_of
 
 
 def accelerated(*sizes: int) -> Any:
@@ -30,9 +29,4 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False) -> Trained:
         saved = Path(folder) / "trainer_0"
         used = read_json(saved / "config.json")["trainer"]
         sae = top_k.AutoEncoderTopK.from_pretrained(saved / "ae.pt", device=task.device)
-
-    def code(x: Tensor) -> tuple[Tensor, Tensor]:
-        recon, codes = sae(x, output_features=True)
-        return recon, codes != 0
-
-    return Trained(code, used["lr"], used["warmup_steps"])
+    return Trained(code_of(sae), used["lr"], used["warmup_steps"])

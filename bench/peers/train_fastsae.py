@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastsae import SAE
 from fastsae.data import Batch, Cursor
 from fastsae.nn import TopKConfig
-from fastsae.train import Optimizer, TrainConfig, Trainer
+from fastsae.train import TrainConfig, Trainer
 from fastsae.train.plan import Plan
 
-from .task import Stream, Task, Trained
+from .task import Stream, Task, Trained, code_of
 
 
 class Handed:
@@ -43,23 +42,12 @@ class Handed:
         yield (Batch(x, *nowhere) for x in self.stream)
 
 
-def config_of(task: Task, optimizer: Optimizer | None = None, **options: Any) -> TrainConfig:
+def config_of(task: Task, **options: Any) -> TrainConfig:
     """All settings that are not given are the defaults."""
-    if task.lr is not None:
-        optimizer = replace(optimizer or Optimizer(), lr=task.lr)
-    shape: dict[str, Any] = {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k)}
-    run = {"steps": task.steps, "batch_size": task.tokens, "device": task.device}
-    return TrainConfig(**shape, **run, optimizer=optimizer or Optimizer(), **options)
-
-
-def trained(sae: SAE, task: Task, plan: Plan) -> Trained:
-    sae.to(task.device)
-
-    def code(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = sae.encode(x)
-        return sae.decode(codes), codes.to_dense() != 0
-
-    return Trained(code, plan.lr, plan.warmup)
+    options |= {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k), "device": task.device}
+    config = TrainConfig(steps=task.steps, batch_size=task.tokens, **options)
+    lr = config.optimizer.lr if task.lr is None else task.lr
+    return replace(config, optimizer=replace(config.optimizer, lr=lr))
 
 
 def train(task: Task, stream: Stream, **options: Any) -> Trained:
@@ -67,4 +55,5 @@ def train(task: Task, stream: Stream, **options: Any) -> Trained:
     with TemporaryDirectory() as folder:
         config = replace(config_of(task, **options), out=Path(folder) / "run")
         sae = Trainer(config, source).fit()
-    return trained(sae, task, Plan.of(config, source.d_in, source.n_tokens))
+    plan = Plan.of(config, source.d_in, source.n_tokens)
+    return Trained(code_of(sae.to(task.device)), plan.lr, plan.warmup)

@@ -5,11 +5,10 @@ from typing import Any
 from sae_lens import saes  # pyright: ignore[reportMissingImports]
 from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
 from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
-from torch import Tensor
 
 import fastsae
 
-from .task import Stream, Task, Trained
+from .task import Stream, Task, Trained, code_of
 
 
 def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: Any) -> Trained:
@@ -26,9 +25,4 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: A
         **({} if task.lr is None else {"lr": task.lr}),
     )
     SAETrainer(config, sae, stream).fit()
-
-    def code(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = sae.encode(x)
-        return sae.decode(codes), codes.to_dense() != 0
-
-    return Trained(code, config.lr, config.lr_warm_up_steps)
+    return Trained(code_of(sae), config.lr, config.lr_warm_up_steps)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
 import fastsae
@@ -51,29 +50,18 @@ class Model(PreTrainedModel):
         return self.layer(input_ids)
 
 
-class Sequences(Dataset):
-    """One sequence for each step; what its tokens are does not matter to the model."""
-
-    def __init__(self, task: Task):
-        self.steps, self.ids = task.steps, torch.zeros(task.tokens, dtype=torch.long)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids}
-
-
 def train(task: Task, stream: Stream, *, optimizer: Any, accelerate: bool = False) -> Trained:
     """All other settings are the defaults; what is measured is the SAE that it saves."""
     model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
     warmup = task.warmup(default=1000)
+    # One sequence for each step; what its tokens are does not matter to the model.
+    sequences: Any = [{"input_ids": torch.zeros(task.tokens, dtype=torch.long)}] * task.steps
     with TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"optimizer": optimizer, "lr": task.lr, "save_dir": folder}
         settings |= {"lr_warmup_steps": warmup, "hookpoints": ["layer"], "log_to_wandb": False}
         coder = sparsify.SparseCoderConfig(num_latents=task.d_sae, k=task.k)
         config = sparsify.TrainConfig(coder, batch_size=1, **settings)
-        trainer = sparsify.Trainer(config, Sequences(task), model)
+        trainer = sparsify.Trainer(config, sequences, model)
         if accelerate:
             fastsae.accelerate(trainer.saes["layer"])
         (group,) = trainer.optimizers[0].param_groups

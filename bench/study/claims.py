@@ -13,10 +13,6 @@ L0_APART = 0.02
 """Part by which the L0 of two methods may differ."""
 
 
-MORE_IS_GOOD = ("pcr",)
-"""Figures of claims that are better the higher they are; the others the lower."""
-
-
 class Claim(NamedTuple):
     """A statement that one method's metric is higher, or lower, than another's."""
 
@@ -80,7 +76,8 @@ def verdict(claim: Claim, runs: Runs) -> str | None:
     whole = {so: "held", contrary: "did not hold"}.get(len(seeds), "undecided")
     if abs(l0 / their_l0 - 1) > L0_APART:
         numbers = f"L0 {l0:.1f} against {their_l0:.1f}, {numbers}"
-        ours_is_good = (whole == "held") == (claim.higher == (claim.metric in MORE_IS_GOOD))
+        more_is_good = claim.metric == "pcr"
+        ours_is_good = (whole == "held") == (claim.higher == more_is_good)
         if whole == "undecided" or ours_is_good != (l0 < their_l0):
             return f"not comparable: {numbers}"
     return f"{whole}: {numbers}"

@@ -1,5 +1,6 @@
 """Trains and measures what plan.py lists; every result is written as soon as it is known."""
 
+import argparse
 import hashlib
 import json
 import tempfile
@@ -21,6 +22,7 @@ from fastsae.train.run_folder import latest
 from fastsae.upgrade import UpgradeConfig, upgrade
 
 from .plan import DATA, METHODS, SEEDS, TEACHERS, Scale, upgrade_config
+from .report import report
 
 FOLDER = RESULTS / "study"
 
@@ -110,8 +112,7 @@ class Study:
         result: dict[str, Any] = {"fvu": found.fvu, "l0": found.l0, "dead": found.dead_fraction}
         result |= {"utilisation": found.utilisation}
         result |= {f"pcr{rank}": value for rank, value in found.pc_retention.items()}
-        lines = read_lines(run / "metrics.jsonl")
-        result["curve"] = [[line["step"], line["fvu"]] for line in lines]
+        result["curve"] = [[row["step"], row["fvu"]] for row in read_lines(run / "metrics.jsonl")]
         if isinstance(heldout, ActivationShards):
             effect = downstream(sae, heldout, max_windows=self.scale.windows)
             assert isinstance(effect, EncoderEffect)
@@ -158,18 +159,26 @@ def digest(config: TrainConfig | UpgradeConfig) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def bench(work: Path, scale: Scale, data: list[str], seeds: list[int]) -> None:
-    from .report import report
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--work", type=Path, default=Path("runs/study"), help="folder for the SAEs")
+    add("--data", nargs="+", choices=DATA, default=list(DATA), help="which data sets (all)")
+    add("--seeds", nargs="+", type=int, default=SEEDS)
+    steps = "of training (500; all of it takes about two hours); 0.3 times as many of fine-tuning"
+    add("--steps", type=int, default=Scale.steps, help=steps)
 
+
+def bench(arguments: argparse.Namespace) -> None:
+    seeds, scale = arguments.seeds, Scale(arguments.steps, max(1, 3 * arguments.steps // 10))
     FOLDER.mkdir(parents=True, exist_ok=True)
-    study = Study(FOLDER / "results.json", work, scale)
-    for seed in seeds or SEEDS:
-        for name in data or DATA:
+    study = Study(FOLDER / "results.json", arguments.work, scale)
+    for seed in seeds:
+        for name in arguments.data:
             source = DATA[name].open()
             for method in METHODS:
                 study.train(name, source, method, seed)
             for teacher in TEACHERS:
                 study.tune(name, source, teacher, seed)
-    first = next(iter(data or DATA))
-    study.time(first, DATA[first].open(), (seeds or SEEDS)[0])
+    first = arguments.data[0]
+    study.time(first, DATA[first].open(), seeds[0])
     print(report(study.results, FOLDER))
