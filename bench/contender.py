@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fastsae.train.graph import CapturedStep
 from fastsae.train.optim import Adam
 from fastsae.train.plan import encoder_precision
 from fastsae.train.step import fused_step
+from fastsae_kernels import _launch
 
 from .dense import DenseTopK, dense_adam, dense_step
 from .ops import decode_torch
@@ -30,6 +32,8 @@ class Contender(NamedTuple):
     """Of TrainConfig, or of the library's trainer."""
     dead: bool = False
     """Whether 5 % of the latents are dead, so that aux-k runs."""
+    buffer_mb: int | None = None
+    """Room for pre-activations, if not the default."""
     package: str | None = None
     """What must be installed, by its name on PyPI; None for what is here."""
     adam: bool = True
@@ -100,7 +104,8 @@ def our_update(contender: Contender, p: Problem, sae: SAE) -> Update:
 
     def update(x: Tensor) -> Tensor:
         adam.begin_step(LR)
-        with tf32_products(precision == "tf32"):
+        room = patch.object(_launch, "_BUFFER_MB", contender.buffer_mb or _launch._BUFFER_MB)
+        with room, tf32_products(precision == "tf32"):
             result = captured(x) if captured else fused_step(sae, adam, x, dead, Objective())
         assert result.fired is not None, "a training step says"
         return result.fired

@@ -12,18 +12,19 @@ examples:
 
 columns: median time (fastest to slowest call), bytes and FLOPs that the op has to move and do per
 second, share of the roof (a copy or a GEMM measured in the same run), time of the others as a
-multiple of ours, and the most memory on top of the arguments.
+multiple of ours, what Triton's kernels use, and the most memory on top of the arguments.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -65,10 +66,11 @@ def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> 
     sets = input_sets(partial(arguments_of, op.make, p, backward), most)
     cost = op.cost(p, int(backward), *sets[0])
     run = partial(with_gradients, op.run) if backward else op.run
-    row = measure(run, sets, p.device, dry=p.dry)
+    with launched() as kernels:
+        row = measure(run, sets, p.device, dry=p.dry)
     row |= described(op, p, row["ms"]["median"], cost, roofs) | {"backward": backward}
     peak = None if p.dry else peak_bytes(lambda: run(*sets[0]), p.device)
-    row["peak MB"] = peak and digits(peak / 2**20)
+    row |= {"peak MB": peak and digits(peak / 2**20), "kernels": resources(kernels)}
     if op.torch_make is not None and against:
         del sets
         free()
@@ -93,6 +95,40 @@ def described(op: Op, p: Problem, ms: float, cost: Cost, roofs: Roofs) -> dict[s
     return row | {"gathered GB/s": digits(cost.gathered / ms / 1e6)} if cost.gathered else row
 
 
+@contextmanager
+def launched() -> Iterator[dict[str, Any]]:
+    """Collects the compiled Triton kernels that are launched, by name; none on a CPU."""
+    found: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        yield found
+        return
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def noted(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        found[kernel.__name__] = run(kernel, *arguments, **options)
+        return found[kernel.__name__]
+
+    with patch.object(JITFunction, "run", noted):
+        yield found
+
+
+def resources(kernels: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Registers, spilled bytes, shared memory and programs that fit a multiprocessor at once."""
+    found = {}
+    for name, kernel in kernels.items():
+        gpu = torch.cuda.get_device_properties()
+        threads, shared = kernel.metadata.num_warps * 32, kernel.metadata.shared
+        registers = max(1, -(-kernel.n_regs // 8) * 8 * threads)
+        by_registers = gpu.regs_per_multiprocessor // registers
+        by_shared = gpu.shared_memory_per_multiprocessor // (shared + 1024)
+        ctas = min(by_registers, by_shared, gpu.max_threads_per_multi_processor // threads, 32)
+        row = {"registers": kernel.n_regs, "spilled": kernel.n_spills}
+        found[name] = row | {"shared": shared, "CTAs per SM": ctas}
+    return found
+
+
 def line(row: dict[str, Any]) -> str:
     if "ms" not in row:
         return row["error"][:90]
@@ -101,6 +137,8 @@ def line(row: dict[str, Any]) -> str:
     for name in AGAINST:
         if other := row.get(name):
             text += f"  {name} " + (f"{other['ratio']}x" if "ms" in other else other["error"][:40])
+    for kernel, used in row["kernels"].items():
+        text += f"  {kernel} {used['registers']} registers, {used['CTAs per SM']} CTAs/SM"
     text += "" if row["peak MB"] is None else f"  {row['peak MB']} MB"
     return text + "  UNVERIFIED" * ("unverified" in row)
 

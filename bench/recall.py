@@ -47,24 +47,17 @@ def rounded(x: Tensor, format: str) -> Tensor:
     return (x / scale).round() * scale
 
 
-def formats(x: Tensor, W: Tensor) -> dict[str, tuple[str, Tensor]]:
-    """What both are rounded to, and the scale of each column that moves from x to W before."""
-    balance = (x.abs().amax(0) / W.abs().amax(0)).sqrt()  # SmoothQuant's, arXiv:2211.10438
-    plain = {format: (format, torch.ones_like(balance)) for format in ("bf16", "int8", "fp8")}
-    return {**plain, "fp8, columns balanced": ("fp8", balance)}
-
-
 @torch.no_grad()
 def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
     """Share of the active entries of centered tokens x among the candidates, per format."""
     exact = [torch.addmm(b, rows, W.t()).topk(k) for rows in x.split(TOKENS)]
     fired = torch.cat([indices for _, indices in exact]).unique()
     found: dict[str, Any] = {"latents active": len(fired)}
-    for name, (format, scale) in formats(x, W).items():
-        W_low = rounded(W * scale, format)
+    for format in ("bf16", "int8", "fp8"):
+        W_low = rounded(W, format)
         missed, error = dict.fromkeys(MARGINS, 0), []
         for rows, (values, indices) in zip(x.split(TOKENS), exact, strict=True):
-            h = torch.addmm(b, rounded(rows / scale, format), W_low.t())
+            h = torch.addmm(b, rounded(rows, format), W_low.t())
             h = h.bfloat16()  # what a GPU's product returns
             error.append(h.gather(1, indices) - values)
             candidates = h.topk(math.ceil(max(MARGINS) * k)).indices
@@ -74,7 +67,7 @@ def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
         active = sum(int((values > 0).sum()) for values, _ in exact)
         shares = {f"{margin:g} k": 1 - n / active for margin, n in missed.items()}
         noise = float(torch.cat(error).std() / torch.addmm(b, x[:TOKENS], W.t()).std())
-        found[name] = {"noise / std of h": round(noise, 4), "active": active, **shares}
+        found[format] = {"noise / std of h": round(noise, 4), "active": active, **shares}
     return found
 
 
