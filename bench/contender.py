@@ -14,7 +14,7 @@ from fastsae.nn import TopKConfig
 from fastsae.train import TrainConfig
 from fastsae.train.graph import CapturedStep
 from fastsae.train.optim import Adam
-from fastsae.train.plan import encoder_precision
+from fastsae.train.plan import copies_of, encoder_precision
 from fastsae.train.step import fused_step
 from fastsae_kernels import _launch
 
@@ -83,19 +83,15 @@ Update = Callable[[Tensor], Tensor]
 """Updates the weights, and returns which latents fired."""
 
 
-SHADOWS: dict[str, tuple[str, ...]] = {"fp32": (), "tf32": ()}
-"""The weights that a step keeps in bfloat16 as well, by the encoder's precision."""
-
-
 def our_update(contender: Contender, p: Problem, sae: SAE) -> Update:
     """The fused step, as the Trainer sets it up for these options; a CUDA graph only if it is
     "on", so that no other row is lost with a capture that fails."""
     config = TrainConfig(d_sae=p.F, activation=TopKConfig(k=p.K), **contender.options)
-    gpu, precision = p.dry or p.device.type != "cpu", config.encoder_precision
-    if p.device.type == "cuda" or not gpu:
-        precision = encoder_precision(config, "fused", p.device.type, p.D)
-    shadows = SHADOWS.get(precision, ("W_enc", "W_dec") if gpu else ("W_enc",))
-    adam = Adam(sae, config.optimizer, shadows=shadows, float8=precision == "fp8")
+    device = "cuda" if p.dry or p.device.type == "meta" else p.device.type
+    precision = "bf16" if config.encoder_precision == "auto" else config.encoder_precision
+    if p.device.type == device:
+        precision = encoder_precision(config, "fused", device, p.D)
+    adam = Adam(sae, config.optimizer, **copies_of(precision, device))
     graph = config.cuda_graph == "on"
     if graph and p.device.type != "cuda":
         raise ValueError("a CUDA graph needs a GPU")

@@ -1,9 +1,9 @@
-"""One whole training step against dense PyTorch and two floors of the machine, on a CPU.
+"""One whole training step against dense PyTorch and the machine's floor, on a CPU.
 
-A floor is what no step can avoid: the encoder's GEMM in fp32, and Adam reading and writing each
-parameter and its two moments once (24 bytes), at the speed this machine copies memory. The first
-takes torch.mm for the GEMM, as PyTorch users get it (MKL on x86); the second the faster of that
-and oneDNN's, which fastsae uses.
+The floor is what no step in fp32 can avoid: the encoder's GEMM, by the faster of the libraries that
+torch has, and Adam reading and writing each parameter and its two moments once (24 bytes), at the
+speed this machine copies memory. The last line that is printed belongs into CPU_PRODUCTS of
+kernels/fastsae_kernels/product.py.
 """
 
 import argparse
@@ -15,18 +15,27 @@ from typing import Any
 import torch
 
 from fastsae.train.memory import keep_freed_memory
-from fastsae_kernels.encode import _product
+from fastsae_kernels.int8 import why_not_int8
+from fastsae_kernels.product import (
+    LIBRARIES,
+    CpuProduct,
+    cpu_product,
+    has_bf16,
+    instructions,
+    product,
+)
 
 from .clock import interleaved, resident_bytes, summary
 from .contender import Contender, empty_sae, step_of
 from .problem import SHAPES, Problem
 from .record import write
 
-CONTENDERS = {
-    "fastsae": Contender(),
-    "fastsae bf16": Contender(options={"encoder_precision": "bf16"}),
-    "dense": Contender("dense"),
-}
+LOW = ["bf16"] * has_bf16() + ["int8"] * (why_not_int8("cpu") is None)
+CONTENDERS = {"fastsae": Contender()}
+CONTENDERS |= {f"fastsae {low}": Contender(options={"encoder_precision": low}) for low in LOW}
+CONTENDERS["dense"] = Contender("dense")
+
+PRODUCTS = {f"{name}:{n}": CpuProduct(name, n) for name in LIBRARIES for n in (256, 1024)}
 
 
 def run_of(shape: str, name: str):
@@ -43,24 +52,24 @@ def floor(shape: str) -> dict[str, Any]:
     x, W, out = torch.randn(N, d_in), torch.randn(d_sae, d_in), torch.empty(N, d_sae)
     state = torch.randn(6, d_sae, d_in)  # both matrices with two moments each
     copy, bias = torch.empty_like(state), torch.zeros(d_sae)
-    return {
-        "torch.mm": lambda: torch.mm(x, W.t(), out=out),
-        "oneDNN": lambda: [_product(rows, W, bias) for rows in x.split(256)],
-        "Adam's bytes": lambda: copy.copy_(state),
+    runs = {
+        name: lambda one=one: [product(t, W, bias, one.library) for t in x.split(one.tokens)]
+        for name, one in PRODUCTS.items()
     }
+    mm, adam = lambda: torch.mm(x, W.t(), out=out), lambda: copy.copy_(state)
+    return {**runs, "torch.mm": mm, "Adam's bytes": adam}
 
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
     runs = floor(shape) | {name: run_of(shape, name) for name in CONTENDERS}
     times = interleaved(runs, rounds)
-    result: dict[str, Any] = {"unit": "ms", "rounds": rounds}
+    result: dict[str, Any] = {"unit": "ms", "rounds": rounds, "product": str(cpu_product())}
     result |= {name: summary(values) for name, values in times.items()}
-    products = [result[name]["median"] for name in ("torch.mm", "oneDNN")]
-    for floor_name, product in {"floor": products[0], "best floor": min(products)}.items():
-        least = product + result["Adam's bytes"]["median"]
-        result[floor_name] = {"median": round(least, 2)}
-        for name in CONTENDERS:
-            result[name][f"of {floor_name}"] = round(result[name]["median"] / least, 3)
+    least = min(result[name]["median"] for name in (*PRODUCTS, "torch.mm"))
+    least += result["Adam's bytes"]["median"]
+    result["floor"] = {"median": round(least, 2)}
+    for name in CONTENDERS:
+        result[name]["of floor"] = round(result[name]["median"] / least, 3)
     for name in CONTENDERS:  # alone in a process, for its memory
         command = [sys.executable, "-m", "bench.step", shape, name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -75,17 +84,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(arguments: argparse.Namespace) -> None:
     keep_freed_memory()  # as the trainer does; it helps dense PyTorch as well
-    results = {}
-    print("ms, and multiples of the first floor: with torch.mm, with the faster of it and oneDNN")
+    results, total = {}, dict.fromkeys(PRODUCTS, 0.0)
+    print("milliseconds, and multiples of the floor")
     names = "".join(f"{name:>14}{'':>8}" for name in CONTENDERS)
-    print(f"{'shape':<6}{'floors':>18}{names}   peak MB")
+    products = "".join(f"{name:>13}" for name in PRODUCTS)
+    print(f"{'shape':<6}{'floor':>9}{names}{products}   peak MB")
     for shape in arguments.shapes:
         r = results[shape] = measure(shape, arguments.rounds)
         cells = "".join(f"{r[w]['median']:>14.1f}{r[w]['of floor']:>7.2f}x" for w in CONTENDERS)
+        cells += "".join(f"{r[name]['median']:>13.1f}" for name in PRODUCTS)
         peaks = " / ".join(str(r[w]["peak MB"]) for w in CONTENDERS)
-        floors = "".join(f"{r[name]['median']:>9.1f}" for name in ("floor", "best floor"))
-        print(f"{shape:<6}{floors}{cells}   {peaks}", flush=True)
-    print(write("step-cpu", results))
+        print(f"{shape:<6}{r['floor']['median']:>9.1f}{cells}   {peaks}", flush=True)
+        total = {name: ms + r[name]["median"] / r["floor"]["median"] for name, ms in total.items()}
+    maker = next(iter(instructions() & {"AMD", "Intel"}), "other")
+    kinds = ("amx_tile", "avx512_bf16", "avx512_f", "avx2")
+    kind = next((name for name in kinds if name in instructions()), "none")
+    print(f'("{maker}", "{kind}"): {PRODUCTS[min(total, key=total.__getitem__)]}')
+    print(write(f"step-{maker.lower()}", results))
 
 
 if __name__ == "__main__":

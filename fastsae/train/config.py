@@ -13,7 +13,7 @@ from fastsae.nn.activations import activation_of
 
 from .optim import Optimizer
 
-Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,8 @@ class TrainConfig:
     capability 8.9 or above, sizes divisible by 16) looks for candidates in fp8 and ranks them by
     fp32 sums. auto is fp8 where that is supported, d_sae is at least 1500 k and k at most 512, else
     bf16; without a GPU or the fused step it is fp32. tf32 lets a GPU round the inputs of all dense
-    products. On a CPU, bf16 finds candidates and ranks them in fp32: faster where the processor has
-    bf16 instructions, and almost always the same choice."""
+    products. On a CPU, bf16 and int8 find candidates and rank them in fp32: faster where the processor
+    has such instructions (int8 needs VNNI), and almost always the same choice."""
 
     dead_after: int | None = None
     """Tokens without firing after which a latent counts as dead; by default 10 million, or an
@@ -162,7 +162,7 @@ class TrainConfig:
             options = self.optimizer.adam_moments, self.optimizer.adam_window
             fused = {
                 f'encoder_precision "{self.encoder_precision}"': self.encoder_precision
-                in ("bf16", "tf32", "fp8"),
+                in ("bf16", "tf32", "fp8", "int8"),
                 f'adam_moments "{options[0]}"': options[0] != "fp32",
                 f"adam_window = {options[1]}": options[1] > 1,
             }

@@ -22,6 +22,7 @@ from fastsae_kernels.adam import (
 )
 from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_, scalars_of
 from fastsae_kernels.float8 import quantize_rows
+from fastsae_kernels.int8 import quantize_int8
 
 Constraint = Literal["unit", "aligned", "none"]
 Moments = Literal["fp32", "bf16"]
@@ -123,11 +124,11 @@ class Adam:
         settings: Optimizer | None = None,
         *,
         shadows: Collection[str] = (),
-        float8: bool = False,
+        quantized: Literal["fp8", "int8"] | None = None,
         seed: int = 0,
     ):
-        """`shadows` names the weights that are also kept in bfloat16, with `float8` the encoder is
-        kept in fp8 too; `seed` is that of stochastic rounding. See `fastsae_kernels.adam`."""
+        """`shadows` names the weights that are also kept in bfloat16, `quantized` how the encoder is
+        kept in 8 bits too; `seed` is that of stochastic rounding. See `fastsae_kernels.adam`."""
         self.settings = settings = settings or Optimizer()
         low = torch.bfloat16 if settings.adam_moments == "bf16" else None
         self.parameters = {name: p.detach() for name, p in sae.named_parameters()}
@@ -135,7 +136,8 @@ class Adam:
         self.first = {n: torch.zeros_like(p, dtype=kept[n]) for n, p in self.parameters.items()}
         self.second = {n: torch.zeros_like(m) for n, m in self.first.items()}
         self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
-        self.float8 = quantize_rows(self.parameters["W_enc"]) if float8 else None
+        quantize = {"fp8": quantize_rows, "int8": quantize_int8, None: None}[quantized]
+        self.quantized = quantize(self.parameters["W_enc"]) if quantize else None
         averaged = self.parameters if settings.ema else {}
         self.average = {name: torch.zeros_like(p) for name, p in averaged.items()}
         scalars = None
@@ -159,7 +161,7 @@ class Adam:
     def rows(self, name: str) -> Rows:
         """A weight with its moments and its copies."""
         state = self.parameters[name], self.first[name], self.second[name], self.shadow.get(name)
-        return Rows(*state, self.float8 if name == "W_enc" else None)
+        return Rows(*state, self.quantized if name == "W_enc" else None)
 
     def update(self, name: str, gradient: Tensor) -> None:
         """Move a parameter down its dense gradient."""
@@ -203,10 +205,8 @@ class Adam:
     def restored(self, step: int) -> None:
         """Go on after a step whose parameters and state_dict have been copied in."""
         self.at = self.at._replace(step=step)
-        for name, shadow in self.shadow.items():
-            shadow.copy_(self.parameters[name])
-        if self.float8 is not None:
-            quantize_rows(self.parameters["W_enc"], self.float8)
+        for name in ("W_dec", "W_enc"):
+            self.rows(name).refresh(slice(None), self.parameters[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         kept = {"first": self.first, "second": self.second, "average": self.average}

@@ -2,16 +2,23 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypedDict
 
 from fastsae.device import choose_device
 from fastsae.losses import default_k_aux
 from fastsae.nn import TopKConfig
 from fastsae_kernels.adam import WIDEST
 from fastsae_kernels.float8 import float8_pays, why_not_float8
+from fastsae_kernels.int8 import why_not_int8
+from fastsae_kernels.product import has_bf16
 
 from .config import TrainConfig
 from .optim import default_lr
+
+Resolved = Literal["fp32", "tf32", "bf16", "fp8", "int8"]
+"""An encoder_precision that is not auto."""
+
+BOTH = "W_enc", "W_dec"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,7 @@ class Plan:
     steps: int
     device: Literal["cpu", "cuda"]
     step: Literal["fused", "autograd"]
-    encoder_precision: Literal["fp32", "tf32", "bf16", "fp8"]
+    encoder_precision: Resolved
     lr: float
     warmup: int
     dead_after: int
@@ -62,26 +69,45 @@ class Plan:
         )
 
 
-def encoder_precision(
-    config: TrainConfig, step: str, device: str, d_in: int
-) -> Literal["fp32", "tf32", "bf16", "fp8"]:
+def encoder_precision(config: TrainConfig, step: str, device: str, d_in: int) -> Resolved:
     """What the config says, or the fastest that this device has; ValueError for what it has not."""
     precision, activation = config.encoder_precision, config.activation
     k = activation.k if isinstance(activation, TopKConfig) else None
-    others = "a CPU knows fp32 and bf16" if device == "cpu" else "take bf16, tf32 or fp32"
-    refusal = why_not_float8(config.d_sae, d_in, device)
+    no_float8, no_int8 = why_not_float8(config.d_sae, d_in, device), why_not_int8(device)
     if precision == "auto" and (device == "cpu" or step != "fused"):
         return "fp32"
     if precision == "auto":
         pays = k is not None and float8_pays(config.d_sae, k)
-        return "fp8" if pays and refusal is None else "bf16"
+        return "fp8" if pays and no_float8 is None else "bf16"
+    known = ["fp32", *["bf16"] * has_bf16(), *["int8"] * (no_int8 is None)]
+    others = f"this CPU knows {', '.join(known)}" if device == "cpu" else "take bf16, tf32 or fp32"
     if precision == "tf32" and device == "cpu":
         raise ValueError(f"encoder_precision tf32 needs a GPU: {others}")
-    if precision == "fp8" and refusal is not None:
-        raise ValueError(f"encoder_precision {refusal}: {others}")
-    if k is None and (precision == "fp8" or (precision == "bf16" and device == "cpu")):
-        where = " on a CPU" if device == "cpu" else ""
+    if precision == "bf16" and device == "cpu" and not has_bf16():
         raise ValueError(
-            f"encoder_precision {precision}{where} is for topk, got {activation.name}: {others}"
+            f"encoder_precision bf16 needs a processor with bfloat16 instructions: {others}"
+        )
+    refusal = {"fp8": no_float8, "int8": no_int8}.get(precision)
+    if refusal is not None:
+        raise ValueError(f"encoder_precision {refusal}: {others}")
+    candidates = precision in ("fp8", "int8") or (precision == "bf16" and device == "cpu")
+    if k is None and candidates:
+        where = " on a CPU" if precision == "bf16" else ""
+        raise ValueError(
+            f"encoder_precision {precision}{where} is for topk, got {activation.name}: take fp32"
         )
     return precision
+
+
+class Copies(TypedDict):
+    """What Adam keeps besides the weights, for products in less precision."""
+
+    shadows: tuple[str, ...]
+    quantized: Literal["fp8", "int8"] | None
+
+
+def copies_of(precision: Resolved, device: str) -> Copies:
+    """On a GPU, bf16 and fp8 need both weights in bfloat16; on a CPU, bf16 the encoder alone."""
+    low = {"bf16": ("W_enc",) if device == "cpu" else BOTH, "fp8": BOTH}
+    quantized = precision if precision == "fp8" or precision == "int8" else None
+    return Copies(shadows=low.get(precision, ()), quantized=quantized)

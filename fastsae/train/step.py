@@ -74,7 +74,7 @@ def fused_step(
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
     seen, variance = center(x, sae.b_dec, W_enc.dtype)
     b_enc = sae.b_enc.to(W_enc.dtype)
-    shadow = adam.float8 if low else adam.shadow.get("W_enc")
+    shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
     if codes is None:
         proposals = {} if shadow is None else {"shadow": shadow}  # only TopK's encode takes one
         codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)

@@ -28,7 +28,7 @@ from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
 from .memory import keep_freed_memory
 from .optim import Adam, schedule
-from .plan import Plan
+from .plan import Plan, copies_of
 from .run_folder import begin, check_same, claimed_run, latest
 from .state import TrainState
 from .step import autograd_step, fused_step
@@ -129,11 +129,8 @@ class Trainer:
 
     def optimizer(self, sae: SAE) -> Adam:
         """Adam, with the copies of weights in less precision that the plan asks for."""
-        precision, cpu = self.plan.encoder_precision, self.device.type == "cpu"
-        both = ("W_enc", "W_dec")
-        shadows = {"fp8": both, "bf16": ("W_enc",) if cpu else both}.get(precision, ())
-        settings, seed = self.config.optimizer, self.config.seed
-        return Adam(sae, settings, shadows=shadows, float8=precision == "fp8", seed=seed)
+        copies = copies_of(self.plan.encoder_precision, self.device.type)
+        return Adam(sae, self.config.optimizer, **copies, seed=self.config.seed)
 
     def batches(self, state: TrainState) -> Batches:
         """The stream of batches from where the run stands."""

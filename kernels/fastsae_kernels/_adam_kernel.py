@@ -260,7 +260,7 @@ def launch_adam(
         launch(
             _adam_kernel,
             (programs,),
-            *(*state[:4], *(state.float8 or (None, None))),
+            *(*state[:4], *(state.quantized or (None, None))),
             *(g.runs.start, g.runs.token, weights, x, launch_sum_chunks(weights, x, g.runs)),
             *(slot, extra),
             *visits,
@@ -273,6 +273,6 @@ def launch_adam(
             BLOCK_T=1 if window is None else power_of_2(len(window.history)),
             CHUNK=CHUNK,
             BLOCK_D=block_d,
-            **budget(x, D, unit, state.float8 is not None),
+            **budget(x, D, unit, state.quantized is not None),
         )
     return bias, center.sum(0)

@@ -92,17 +92,17 @@ def buffer_bytes(device: torch.device) -> int:
     return max(512 << 20, _card_bytes(device) // 32 if device.type == "cuda" else 0)
 
 
-def rows_at_a_time(x: Tensor, F: int) -> int:
+def rows_at_a_time(x: Tensor, F: int, least: int = 256) -> int:
     """How many rows of F entries like x's to work on at a time, out of as many as x has.
 
     The fewest chunks of equal size that fit the budget. On a GPU, whole tiles of a GEMM if that
-    needs no more memory; on a CPU chunks of 8 MB, but no fewer than 256 rows, so that they stay in
-    the cache while products run at full speed.
+    needs no more memory; on a CPU chunks of 8 MB, so that they stay in the cache, but no fewer than
+    `least` rows.
     """
     row = max(1, F * x.element_size())
     most = max(1, buffer_bytes(x.device) // row)
     if x.device.type == "cpu":
-        most = min(most, max(256, (8 << 20) // row))
+        most = min(most, max(least, (8 << 20) // row))
     if len(x) <= most:
         return max(1, len(x))
     rows = -(-len(x) // -(-len(x) // most))

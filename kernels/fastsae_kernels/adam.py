@@ -36,6 +36,7 @@ from .dense_adam import (
     window_coefficient,
 )
 from .float8 import Float8Rows, quantize_rows
+from .int8 import Int8Rows, quantize_int8
 from .latent_major import LatentMajor, sum_runs
 
 BLOCK_BYTES = 1 << 20
@@ -59,17 +60,18 @@ class Rows(NamedTuple):
     shadow: Tensor | None = None
     """bfloat16 [F, D], kept equal to the weight."""
 
-    float8: Float8Rows | None = None
-    """The same in fp8."""
+    quantized: Float8Rows | Int8Rows | None = None
+    """The same in 8 bits; on a GPU, in fp8."""
 
     def refresh(self, rows: slice | Tensor, w: Tensor) -> None:
         """Take some rows of the weight, in its dtype, into the copies."""
         if self.shadow is not None:
             self.shadow[rows] = w.to(self.shadow.dtype)
-        if self.float8 is not None:
-            new, scale = quantize_rows(w)
-            self.float8.rows.view(torch.uint8)[rows] = new.view(torch.uint8)
-            self.float8.scale[rows] = scale
+        if self.quantized is not None:
+            int8 = isinstance(self.quantized, Int8Rows)
+            new, scale = quantize_int8(w) if int8 else quantize_rows(w)
+            self.quantized.rows.view(torch.uint8)[rows] = new.view(torch.uint8)
+            self.quantized.scale[rows] = scale
 
 
 class RowGradients(NamedTuple):
@@ -214,7 +216,8 @@ def _check(decoder: Rows, encoder: Rows, gradients: RowGradients, window: Window
         if vector.shape != (length,):
             raise ValueError(f"{name} must have shape {[length]}, got {list(vector.shape)}")
     for name, rows in {"decoder": decoder, "encoder": encoder}.items():
-        parts = rows._replace(float8=None if rows.float8 is None else rows.float8.rows)._asdict()
+        low = None if rows.quantized is None else rows.quantized.rows
+        parts = rows._replace(quantized=low)._asdict()
         for part, tensor in parts.items():
             if tensor is not None and (tensor.shape != (F, D) or not tensor.is_contiguous()):
                 raise ValueError(

@@ -12,7 +12,6 @@ Shapes: N tokens, K kept, F latents, D model width.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,10 +19,12 @@ from torch.nn.functional import linear
 
 from ._launch import ENCODER, capability, check_devices, check_matrix, rows_at_a_time, use_triton
 from ._op import register
-from .float8 import Float8Rows, scaled_product, why_not_float8
+from .float8 import E4M3, Float8Rows, scaled_product, why_not_float8
+from .int8 import Int8Rows, int8_product, why_not_int8
+from .product import product, tokens_at_a_time
 from .rescore import rescore
 from .sparse import decode, scatter_outer
-from .topk import By, Ties, check_by, check_choice, topk_reference, write_topk
+from .topk import By, check_by, check_choice, largest_in_columns, topk_reference, write_topk
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -42,28 +43,6 @@ TRITON_WINS: set[tuple[int, int, int]] = set()
 epilogue beats cuBLAS and a pass for the maxima, as measured by `python -m bench gpu`: none yet."""
 
 
-@cache
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """What this machine's oneDNN multiplies."""
-    if not torch.backends.mkldnn.is_available():
-        return ()
-    low = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if low else (torch.float32,)
-
-
-def _product(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Contiguous [N, D], [F, D], [F] -> [N, F]; with the scale [F] of its rows, W is in fp8.
-
-    On a CPU by oneDNN, through the operator that torch.compile calls. `linear` takes MKL, which
-    adds the bias in a pass of its own and needs 1.1 to 1.3 times as long on AMD Zen 4.
-    """
-    if scale is not None:
-        return scaled_product(x, Float8Rows(W, scale), b)
-    if x.device.type == "cpu" and x.dtype in _onednn_dtypes():
-        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
-    return linear(x, W, b)
-
-
 def _with_maxima(x: Tensor, F: int, k: int) -> bool:
     """Whether the product comes from our kernel, which finds the groups' maxima on the way."""
     if not use_triton(x):
@@ -76,22 +55,14 @@ def _with_maxima(x: Tensor, F: int, k: int) -> bool:
     return ENCODER == "triton" or (wins and ENCODER is None)
 
 
-def _select(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    k: int,
-    by: By,
-    ties: Ties = "lowest",
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
     """What topk returns of the pre-activations: [N, D], [F, D], [F] -> [N, K], [N, K]."""
     N, F = x.shape[0], W.shape[0]
     values = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
     x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator misreads others
-    with_maxima = scale is None and _with_maxima(x, F, k)
-    chunk = rows_at_a_time(x, F)
+    with_maxima = _with_maxima(x, F, k)
+    chunk = tokens_at_a_time(x, F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         if with_maxima:
@@ -102,35 +73,61 @@ def _select(
             launch_topk(pre, k, by, values[rows], indices[rows], maxima, tile)
             del maxima
         else:
-            pre = _product(x[rows], W, b, scale)
-            write_topk(pre, k, by, values[rows], indices[rows], ties)
+            pre = product(x[rows], W, b)
+            write_topk(pre, k, by, values[rows], indices[rows])
         del pre  # before the next one is made: the budget is for one
     return values, indices
 
 
-def candidates_for(k: int, F: int, float8: bool) -> int:
-    """How many entries of a product in bfloat16 or fp8 are ranked again, exactly.
+# --- candidates, and their choice by exact values -------------------------------------------
 
-    1.5 k of bfloat16 held every true member in all that we measured, 2 k of fp8 at least 99.999 %
-    of them (bench/results/recall-cpu.json; outlier dimensions take the most).
+MARGINS = {torch.bfloat16: 0.5, torch.int8: 0.75, E4M3: 1.0}
+"""Candidates beyond k, in multiples of it, by the dtype of the encoder's copy. 1.5 k of bfloat16
+held every active entry in all that we measured, 1.75 k of int8 and 2 k of fp8 at least 99.999 %
+(bench/results/recall-cpu.json; outlier dimensions take the most)."""
+
+
+def candidates_for(k: int, F: int, shadow: torch.dtype) -> int:
+    """How many entries of a product with that copy are ranked again, exactly."""
+    return min(k + max(8, int(MARGINS[shadow] * k)), F)
+
+
+def _candidates(
+    x: Tensor, shadow: Tensor, b: Tensor, scale: Tensor | None, k: int, by: By
+) -> Tensor:
+    """Latents of the k largest entries of the product with the shadow: -> [N, K].
+
+    Equal rows of W are equal in fp8 as well, whose candidates are the lowest of equals: so that
+    ties go to the lowest latent. On a CPU, bfloat16 and int8 leave out any of more than there is
+    room for.
     """
-    return min(k + max(8, k if float8 else k // 2), F)
+    N, F = len(x), len(shadow)
+    found = torch.empty(N, k, dtype=torch.int64, device=x.device)
+    low = x.to(torch.bfloat16).contiguous()
+    shadow, bias = shadow.contiguous(), b.to(torch.bfloat16).contiguous()
+    int8 = shadow.dtype == torch.int8
+    chunk = rows_at_a_time(low, F) if int8 else tokens_at_a_time(low, F)
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        if int8 and scale is not None:
+            pre = int8_product(x[rows], Int8Rows(shadow, scale), b)
+            found[rows] = largest_in_columns(pre, k, by)
+        elif scale is not None:
+            pre = scaled_product(low[rows], Float8Rows(shadow, scale), bias)
+            write_topk(pre, k, by, None, found[rows])
+        else:
+            pre = product(low[rows], shadow, bias)
+            write_topk(pre, k, by, None, found[rows], "any")
+        del pre  # before the next one is made: the budget is for one
+    return found
 
 
 def _select_rescored(
     x: Tensor, W: Tensor, b: Tensor, k: int, by: By, shadow: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same from candidates of a product with the shadow, ranked by their values in fp32.
-
-    Equal rows of W are equal in fp8 as well, whose candidates are the lowest of equals: so that
-    ties go to the lowest latent. A CPU's bfloat16 product leaves out any of more than there is
-    room for.
-    """
-    low = shadow.dtype if scale is None else torch.bfloat16
-    ties = "any" if scale is None else "lowest"
-    spare = candidates_for(k, W.shape[0], scale is not None)
-    _, candidates = _select(x.to(low), shadow, b.to(low), spare, by, ties, scale)
-    return rescore(x, W, b, candidates, k, by)
+    """What _select returns, from candidates that are ranked by their values in fp32."""
+    spare = candidates_for(k, len(W), shadow.dtype)
+    return rescore(x, W, b, _candidates(x, shadow, b, scale, spare, by), k, by)
 
 
 # --- autograd -------------------------------------------------------------------------------
@@ -210,7 +207,7 @@ def encode_topk(
     k: int,
     by: By = "value",
     *,
-    shadow: Tensor | Float8Rows | None = None,
+    shadow: Tensor | Float8Rows | Int8Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode tokens and keep the k largest pre-activations of each, exactly.
 
@@ -219,18 +216,19 @@ def encode_topk(
     TopK (arXiv:2406.04093; values below 0 become 0), by="abs" AbsTopK (arXiv:2510.00404).
     Differentiable in x, W_enc and b_enc: an entry of value 0 gets no gradient.
 
-    With `shadow`, a copy of W_enc in bfloat16 or of its rows in fp8 (`quantize_rows`), the product
-    runs in that precision and only proposes candidates, 1.5 k or, of fp8, 2 k; their values are
-    computed again from x and W_enc with sums in fp32, the k largest of those are kept, and
-    rounded to x's dtype at the end. Exact unless a true member is not among the candidates. On a
-    GPU, fp8 needs d_in and F to be multiples of 16 (`why_not_float8`); on a CPU it is emulated.
+    With `shadow`, a copy of W_enc in bfloat16 or of its rows in fp8 (`quantize_rows`) or int8
+    (`quantize_int8`), the product runs in that precision and only proposes candidates (`MARGINS`
+    says how many); their values are computed again from x and W_enc with sums in fp32, the k
+    largest of those are kept, and rounded to x's dtype at the end. Exact unless a true member is
+    not among the candidates. On a GPU, fp8 needs d_in and F to be multiples of 16
+    (`why_not_float8`); on a CPU it is emulated. int8 is for CPUs, and emulated without VNNI.
 
     Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time.
     ValueError for wrong shapes or dtypes, or unless 1 <= k <= F.
     """
     check_encoder(x, W_enc, b_enc, by)
     check_choice(k, by, W_enc.shape[0])
-    rows, scale = shadow if isinstance(shadow, Float8Rows) else (shadow, None)
+    rows, scale = shadow if isinstance(shadow, Float8Rows | Int8Rows) else (shadow, None)
     check_shadow(W_enc, rows, scale)
     return _encode_topk(x, W_enc, b_enc, k, by, rows, scale)
 
@@ -249,8 +247,11 @@ def check_shadow(W_enc: Tensor, shadow: Tensor | None, scale: Tensor | None) -> 
             f"the shadow's scale must have shape {[len(W_enc)]}, got {list(scale.shape)}"
         )
     F, D = W_enc.shape
-    if W_enc.is_cuda and (reason := why_not_float8(F, D, W_enc.device)):
-        raise ValueError(f"{reason}: take a shadow in bfloat16, or none")
+    if W_enc.is_cuda:
+        int8 = shadow.dtype == torch.int8
+        reason = why_not_int8("cuda") if int8 else why_not_float8(F, D, W_enc.device)
+        if reason is not None:
+            raise ValueError(f"{reason}: take a shadow in bfloat16, or none")
 
 
 @torch.no_grad()
@@ -275,10 +276,10 @@ def encode_topk_each(
         check_choice(k, by, F)
         found.append((x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64, device=x.device)))
     x, W_enc = x.contiguous(), W_enc.contiguous()
-    chunk = rows_at_a_time(x, S * F)
+    chunk = tokens_at_a_time(x, S * F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
-        pre = _product(x[rows], W_enc, b_enc)
+        pre = product(x[rows], W_enc, b_enc)
         for part, (k, by), (values, indices) in zip(pre.split(F, 1), choices, found, strict=True):
             write_topk(part, k, by, values[rows], indices[rows])
     return found

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import check_devices, rows_at_a_time, use_triton
+from ._launch import check_devices, use_triton
 from ._op import register
-from .encode import _product, check_encoder, straight_through
+from .encode import check_encoder, straight_through
+from .product import product, tokens_at_a_time
 from .topk import By, _rank
 
 # --- reference: the specification -----------------------------------------------------------
@@ -68,9 +69,9 @@ def products(x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
     Whoever takes them drops each before asking for the next: the budget is for one.
     """
     x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator misreads others
-    chunk = rows_at_a_time(x, len(W))
+    chunk = tokens_at_a_time(x, len(W))
     for start in range(0, len(x), chunk):
-        yield start * len(W), _product(x[start : start + chunk], W, b)
+        yield start * len(W), product(x[start : start + chunk], W, b)
 
 
 def list_above(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:

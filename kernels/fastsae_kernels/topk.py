@@ -82,6 +82,26 @@ def _largest(pre: Tensor, k: int, by: By, ordered: bool = False) -> Tensor:
     return members.gather(1, _best(_rank(pre.gather(1, members), by), k, ordered))
 
 
+def largest_in_columns(pre: Tensor, k: int, by: By) -> Tensor:
+    """Indices of k largest entries of each column, in any order: contiguous [F, N] -> [N, K].
+
+    Groups are of neighbors here, whose maxima are found for many columns at a time.
+    """
+    F, N = pre.shape
+    G = _group_size(F, k)
+    M = F // G
+    groups = pre[: M * G].unflatten(0, (M, G))
+    maxima = groups.amax(1)
+    if by == "abs":
+        maxima = torch.maximum(maxima, groups.amin(1).neg_())
+    best = _largest(maxima.t().contiguous(), k, "value")
+    members = (best[:, :, None] * G + torch.arange(G)).flatten(1)
+    if M * G < F:  # the last entries, in no group, are always looked at
+        members = torch.cat([members, torch.arange(M * G, F).expand(N, -1)], dim=1)
+    found = pre.flatten()[members * N + torch.arange(N)[:, None]]
+    return members.gather(1, _best(_rank(found, by), k, ordered=False))
+
+
 def _group_size(F: int, k: int) -> int:
     """Entries per group; 1 where looking at every entry costs no more than grouping."""
     return 8 if F // k >= 160 else 4 if F // k >= 16 else 1

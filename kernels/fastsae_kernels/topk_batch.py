@@ -21,7 +21,7 @@ from torch.nn.functional import linear, pad
 
 from ._launch import check_matrix, rows_at_a_time
 from ._op import register, register_constant
-from .encode import _product, check_encoder
+from .encode import check_encoder
 from .encode_above import (
     fake_rows,
     in_rows,
@@ -30,6 +30,7 @@ from .encode_above import (
     listed_reference,
     products,
 )
+from .product import product
 from .topk import By, _rank, check_by
 
 # --- references: the specification ----------------------------------------------------------
@@ -172,7 +173,7 @@ class _EncodeTopkBatch(torch.autograd.Function):
             if hinted > 0:
                 yield hinted
             rows = x[:: max(N // SAMPLE, 1)].contiguous()
-            sampled = _guess(_product(rows, W_enc.contiguous(), b_enc.contiguous()), N, k_total, by)
+            sampled = _guess(product(rows, W_enc.contiguous(), b_enc.contiguous()), N, k_total, by)
             if sampled > 0 and not 0 < hinted <= sampled:
                 yield sampled
             yield 0.0

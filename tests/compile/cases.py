@@ -65,13 +65,13 @@ def _adam(
     m = torch.empty_like(W, dtype=moments)
     rows = Rows(W, m, m, torch.empty_like(W, dtype=bf16) if shadow else None)
     if float8 and _launch.capability(W) >= FIRST_CAPABILITY:
-        rows = rows._replace(float8=quantize_rows(W))
+        rows = rows._replace(quantized=quantize_rows(W))
     more = s.empty(extra, W.shape[1], dtype=fp32)
     more = (s.empty(extra, dtype=torch.int64), more, more) if extra else None
     window = Window(s.empty(s.F, dtype=torch.int32), s.empty(T, dtype=fp32)) if T > 1 else None
     runs = latent_major(s.indices, s.F)
     gradients = RowGradients(runs, s.entries, s.x, s.entries, s.x, more)
-    adam_(rows._replace(float8=None), rows, gradients, AdamStep(1, 1e-3), window)
+    adam_(rows._replace(quantized=None), rows, gradients, AdamStep(1, 1e-3), window)
 
 
 def _rotation(s: Inputs, mode: Mode, need_x: bool = True) -> None:

@@ -69,7 +69,7 @@ def test_a_step_with_fp8_candidates_never_waits_and_repeats():
     for steps in (1, 3, 3):  # the first compiles the kernels, which may wait
         torch.manual_seed(0)
         sae = SAE(256, 8192, TopK(8)).cuda()
-        adam = Adam(sae, shadows=("W_enc", "W_dec"), float8=True)
+        adam = Adam(sae, shadows=("W_enc", "W_dec"), quantized="fp8")
         x, dead = torch.randn(3, 512, 256).cuda(), torch.arange(0, 8192, 5, device="cuda")
         torch.cuda.set_sync_debug_mode("error" if steps > 1 else "default")
         try:
@@ -78,9 +78,9 @@ def test_a_step_with_fp8_candidates_never_waits_and_repeats():
                 fused_step(sae, adam, batch, dead, Objective())
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert adam.float8 is not None
-        results.append([t.cpu() for t in (*sae.state_dict().values(), adam.float8.rows.float())])
+        assert adam.quantized is not None
+        results.append([t.cpu() for t in (*sae.state_dict().values(), adam.quantized.rows.float())])
         expected = quantize_rows(sae.W_enc.detach())
-        assert torch.equal(adam.float8.rows.float(), expected.rows.float())
-        assert torch.equal(adam.float8.scale, expected.scale)
+        assert torch.equal(adam.quantized.rows.float(), expected.rows.float())
+        assert torch.equal(adam.quantized.scale, expected.scale)
     assert all(torch.equal(one, two) for one, two in zip(*results[1:], strict=True))

@@ -113,8 +113,8 @@ def test_steps_equal_torch_adam(device, steps, extra):
 @pytest.mark.parametrize("T", [1, 3])
 def test_shadows_and_norms(device, T):
     for state, unit in zip(train(device, T=T, steps=3), (True, False), strict=True):
-        assert state.shadow is not None and state.float8 is not None
-        for got, expected in zip(state.float8, quantize_rows(state.weight), strict=True):
+        assert state.shadow is not None and state.quantized is not None
+        for got, expected in zip(state.quantized, quantize_rows(state.weight), strict=True):
             assert torch.equal(got.float(), expected.float()), "what a restored run would make"
         # Triton's interpreter drops bits where a GPU rounds to the nearest.
         ulp = state.weight.abs() * 2**-7 if device == "cpu" else 0.0

@@ -83,7 +83,7 @@ def test_both_ways_report_the_same(sae, dead):
 def test_the_shadows_follow_the_weights(sae, window):
     sae = sae.float()
     options = Optimizer(adam_window=window)
-    adam = Adam(sae, options, shadows=("W_enc", "W_dec"), float8=True)
+    adam = Adam(sae, options, shadows=("W_enc", "W_dec"), quantized="fp8")
     for _ in range(4):
         adam.begin_step(1e-2)
         fused_step(sae, adam, torch.randn(40, D_IN), None, Objective())
@@ -96,8 +96,8 @@ def check_shadows(sae: SAE, adam: Adam) -> None:
     """Bit for bit what a restored run makes from the weights."""
     for name, shadow in adam.shadow.items():
         assert torch.equal(shadow, sae.get_parameter(name).detach().bfloat16())
-    assert adam.float8 is not None
-    for got, expected in zip(adam.float8, quantize_rows(sae.W_enc.detach()), strict=True):
+    assert adam.quantized is not None
+    for got, expected in zip(adam.quantized, quantize_rows(sae.W_enc.detach()), strict=True):
         assert torch.equal(got.float(), expected.float())
 
 
