@@ -17,12 +17,18 @@ from fastsae.train.optim import Adam
 from fastsae.train.plan import copies_of, encoder_precision
 from fastsae.train.step import fused_step
 from fastsae_kernels import _launch
+from fastsae_kernels.int8 import why_not_int8
+from fastsae_kernels.product import has_bf16
 
 from .dense import DenseTopK, dense_adam, dense_step
 from .ops import decode_torch
 from .problem import Problem
 
 LR = 1e-5
+
+GPU = torch.cuda.is_available()
+LOW = ["bf16"] * (GPU or has_bf16()) + ["int8"] * (not GPU and why_not_int8("cpu") is None)
+"""Precisions of the encoder that this machine has besides fp32."""
 
 
 class Contender(NamedTuple):

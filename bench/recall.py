@@ -28,7 +28,8 @@ from fastsae.cli.commands import eval_data
 from fastsae.files import read_json
 from fastsae.nn import TopK
 from fastsae.train import stored_config
-from fastsae_kernels.float8 import SMALLEST_SCALE, quantize_rows
+from fastsae_kernels.float8 import quantize_rows
+from fastsae_kernels.int8 import int8_product, quantize_int8
 
 from .record import write
 
@@ -37,14 +38,11 @@ TOKENS = 512  # of which all pre-activations exist at a time
 
 
 def rounded(x: Tensor, format: str) -> Tensor:
-    """As a GEMM of that format takes the rows of a matrix."""
+    """As a GEMM in bf16 or fp8 takes the rows of a matrix."""
     if format == "bf16":
         return x.bfloat16().float()
-    if format == "fp8":
-        rows, scale = quantize_rows(x)
-        return rows.float() * scale[:, None]
-    scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(SMALLEST_SCALE)
-    return (x / scale).round() * scale
+    rows, scale = quantize_rows(x)
+    return rows.float() * scale[:, None]
 
 
 @torch.no_grad()
@@ -57,8 +55,10 @@ def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
         W_low = rounded(W, format)
         missed, error = dict.fromkeys(MARGINS, 0), []
         for rows, (values, indices) in zip(x.split(TOKENS), exact, strict=True):
-            h = torch.addmm(b, rounded(rows, format), W_low.t())
-            h = h.bfloat16()  # what a GPU's product returns
+            if format == "int8":
+                h = int8_product(rows, quantize_int8(W), b).t()
+            else:
+                h = torch.addmm(b, rounded(rows, format), W_low.t()).bfloat16()
             error.append(h.gather(1, indices) - values)
             candidates = h.topk(math.ceil(max(MARGINS) * k)).indices
             for margin in MARGINS:

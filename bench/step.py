@@ -15,22 +15,13 @@ from typing import Any
 import torch
 
 from fastsae.train.memory import keep_freed_memory
-from fastsae_kernels.int8 import why_not_int8
-from fastsae_kernels.product import (
-    LIBRARIES,
-    CpuProduct,
-    cpu_product,
-    has_bf16,
-    instructions,
-    product,
-)
+from fastsae_kernels.product import LIBRARIES, CpuProduct, cpu_product, instructions, product
 
 from .clock import interleaved, resident_bytes, summary
-from .contender import Contender, empty_sae, step_of
+from .contender import LOW, Contender, empty_sae, step_of
 from .problem import SHAPES, Problem
 from .record import write
 
-LOW = ["bf16"] * has_bf16() + ["int8"] * (why_not_int8("cpu") is None)
 CONTENDERS = {"fastsae": Contender()}
 CONTENDERS |= {f"fastsae {low}": Contender(options={"encoder_precision": low}) for low in LOW}
 CONTENDERS["dense"] = Contender("dense")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.clock import resident_bytes
-from bench.contender import Contender
+from bench.contender import LOW, Contender
 from fastsae.data import ActivationShards
 from fastsae.nn import Init
 from fastsae.train import Optimizer
@@ -24,7 +24,7 @@ SPARSE = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
 
 CONTENDERS = {
     "fastsae": Contender(),
-    "fastsae, bf16 encoder": Contender(options={"encoder_precision": "bf16"}),
+    **{f"fastsae, {low} encoder": Contender(options={"encoder_precision": low}) for low in LOW},
     "dense PyTorch": Contender("dense"),
     "SAELens": LENS,
     "SAELens, sparse": LENS._replace(options=SPARSE),

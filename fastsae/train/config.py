@@ -82,8 +82,8 @@ class TrainConfig:
     capability 8.9 or above, sizes divisible by 16) looks for candidates in fp8 and ranks them by
     fp32 sums. auto is fp8 where that is supported, d_sae is at least 1500 k and k at most 512, else
     bf16; without a GPU or the fused step it is fp32. tf32 lets a GPU round the inputs of all dense
-    products. On a CPU, bf16 and int8 find candidates and rank them in fp32: faster where the processor
-    has such instructions (int8 needs VNNI), and almost always the same choice."""
+    products. On a CPU, bf16 and int8 find candidates and rank them in fp32: almost always the same
+    choice, and faster; the processor must have bf16 or, for int8, VNNI instructions."""
 
     dead_after: int | None = None
     """Tokens without firing after which a latent counts as dead; by default 10 million, or an

@@ -127,8 +127,9 @@ class Adam:
         quantized: Literal["fp8", "int8"] | None = None,
         seed: int = 0,
     ):
-        """`shadows` names the weights that are also kept in bfloat16, `quantized` how the encoder is
-        kept in 8 bits too; `seed` is that of stochastic rounding. See `fastsae_kernels.adam`."""
+        """`shadows` names the weights that are kept in bfloat16 as well, `quantized` says how the
+        encoder is kept in 8 bits; `seed` is that of stochastic rounding. See
+        `fastsae_kernels.adam`."""
         self.settings = settings = settings or Optimizer()
         low = torch.bfloat16 if settings.adam_moments == "bf16" else None
         self.parameters = {name: p.detach() for name, p in sae.named_parameters()}

@@ -92,9 +92,9 @@ def encoder_precision(config: TrainConfig, step: str, device: str, d_in: int) ->
         raise ValueError(f"encoder_precision {refusal}: {others}")
     candidates = precision in ("fp8", "int8") or (precision == "bf16" and device == "cpu")
     if k is None and candidates:
-        where = " on a CPU" if precision == "bf16" else ""
+        where, others = (" on a CPU", "take fp32") if device == "cpu" else ("", others)
         raise ValueError(
-            f"encoder_precision {precision}{where} is for topk, got {activation.name}: take fp32"
+            f"encoder_precision {precision}{where} is for topk, got {activation.name}: {others}"
         )
     return precision
 

@@ -1,6 +1,6 @@
 """A product of rows in int8 on a CPU, which proposes the candidates that encode.py ranks exactly.
 
-    scale[f] = max_d |W[f, d]| / 127
+    scale[f] = max_d |W[f, d]| / 127, rounded up to 8 significant bits
     rows[f]  = round(W[f] / scale[f])
     int8_product(x, W, b)[f, n] = scale_W[f] * scale_x[n] * (rows_W[f] . rows_x[n]) + b[f]
 
@@ -36,6 +36,8 @@ class Int8Rows(NamedTuple):
 def quantize_int8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Finite [F, D] -> int8 [F, D], float32 [F]"""
     scale = (x.abs().amax(1).float() / LARGEST).clamp_min(SMALLEST_SCALE)
+    significand, exponent = torch.frexp(scale)
+    scale = torch.ldexp((significand * 256).ceil() / 256, exponent)
     return (x.float() / scale[:, None]).round().to(torch.int8), scale
 
 
@@ -50,11 +52,12 @@ def int8_product_reference(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
 
 
 def quantize_int8(x: Tensor) -> Int8Rows:
-    """Round floating rows [F, D] to 255 levels, each with a scale of its own.
+    """Round floating rows [F, D] to 255 levels, each with a scale of its own that bfloat16 holds.
 
     The scale of a row with NaN or Inf is NaN or Inf, and its rows mean nothing.
     """
     scale = x.abs().amax(1).float().div_(LARGEST).clamp_min_(SMALLEST_SCALE)
+    scale = (scale.view(torch.int32) + 0xFFFF & ~0xFFFF).view(torch.float32)  # exact in bfloat16
     return Int8Rows((x / scale[:, None]).round_().to(torch.int8), scale)
 
 

@@ -147,7 +147,7 @@ def test_a_wrong_shadow_only_proposes(device, by):
     x, W, b = integers(9, device, torch.float32)
     shadow = quantize_rows(integers(9, device, torch.float32)[1])
     values, indices = encode_topk(x, W, b, K, by, shadow=shadow)
-    candidates = topk_indices(scaled_product(x, shadow, b), candidates_for(K, F, True), by)
+    candidates = topk_indices(scaled_product(x, shadow, b), candidates_for(K, F, E4M3), by)
     pre = torch.addmm(b, x, W.t())
     proposed = torch.zeros_like(pre, dtype=torch.bool).scatter(1, candidates, True)
     pre = pre.masked_fill(~proposed, -1e9 if by == "value" else 0.0)
@@ -178,11 +178,17 @@ def test_nan_is_never_dropped(device):
 
 
 @pytest.mark.parametrize(
-    ("k", "F", "float8", "expected"),
-    [(1, 100, True, 9), (32, 4096, True, 64), (32, 4096, False, 48), (5, 7, True, 7)],
+    ("k", "F", "shadow", "expected"),
+    [
+        (1, 100, E4M3, 9),
+        (32, 4096, E4M3, 64),
+        (32, 4096, torch.int8, 56),
+        (32, 99, torch.bfloat16, 48),
+        (5, 7, E4M3, 7),
+    ],
 )
-def test_candidates(k, F, float8, expected):
-    assert candidates_for(k, F, float8) == expected
+def test_candidates(k, F, shadow, expected):
+    assert candidates_for(k, F, shadow) == expected
 
 
 def test_a_wrong_shadow_is_refused():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastsae_kernels import encode_topk_batch, topk_batch
-from fastsae_kernels.encode import _product
+from fastsae_kernels import product as product_module
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
 from fastsae_kernels.topk_batch import encode_topk_batch_reference, topk_batch_reference
@@ -124,10 +124,10 @@ def test_a_good_hint_saves_the_look_at_some_rows(device, by, monkeypatch):
 
     def product(x, W, b):
         rows.append(len(x))
-        return _product(x, W, b)
+        return product_module.product(x, W, b)
 
     for module in ("encode_above", "topk_batch"):
-        monkeypatch.setattr(import_module(f"fastsae_kernels.{module}"), "_product", product)
+        monkeypatch.setattr(import_module(f"fastsae_kernels.{module}"), "product", product)
     assert_encoded_as_reference(x, W, b, 40, by, 0.9 * least)
     assert rows == [20]
     assert_encoded_as_reference(x, W, b, 40, by)

@@ -36,9 +36,23 @@ def config(tmp_path, activations):
 @pytest.mark.parametrize("precision", ["tf32", "fp8"])
 def test_what_needs_a_gpu(config, precision):
     run = config(encoder_precision=precision, device="cpu")
-    with pytest.raises(ValueError, match=f"{precision} needs a GPU: a CPU knows fp32 and bf16"):
+    with pytest.raises(ValueError, match=f"{precision} needs a GPU: this CPU knows fp32"):
         fit(run)
     assert not run.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "instructions", "message"),
+    [
+        ("bf16", {"avx512_vnni"}, "bf16 needs .* bfloat16 instructions: this CPU knows fp32, int8"),
+        ("int8", {"avx512_bf16"}, "int8 needs .* VNNI instructions: this CPU knows fp32, bf16"),
+    ],
+)
+def test_what_a_processor_lacks(config, precision, instructions, message, monkeypatch):
+    monkeypatch.setattr("fastsae_kernels.product.instructions", lambda: instructions)
+    monkeypatch.setattr("fastsae_kernels.int8.instructions", lambda: instructions)
+    with pytest.raises(ValueError, match=message):
+        fit(config(encoder_precision=precision, device="cpu"))
 
 
 TOPK = {"activation": "topk", "k": 2, "d_sae": 4096}
@@ -172,7 +186,16 @@ OPTIONS = [
     {},
     {"encoder_precision": "bf16"},
     {"adam_moments": "bf16", "adam_window": 4},
+    {"encoder_precision": "int8"},
+    {"encoder_precision": "int8", "adam_moments": "bf16", "adam_window": 4},
 ]
+
+
+@pytest.fixture(autouse=True)
+def every_instruction(monkeypatch):
+    """What a processor lacks is emulated."""
+    monkeypatch.setattr("fastsae.train.plan.has_bf16", lambda: True)
+    monkeypatch.setattr("fastsae.train.plan.why_not_int8", lambda device: None)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -198,6 +221,7 @@ FLOAT8 = {"encoder_precision": "fp8"}  # emulated: the plan of a run on a CPU re
         ([7, 20], OPTIONS[2], {}),
         ([23, 1, 1], OPTIONS[1], {}),
         ([5, 3], OPTIONS[2], FLOAT8),
+        ([9, 2], OPTIONS[4], {}),
     ],
 )
 def test_resuming_changes_no_bit(config, tmp_path, stops, options, planned, monkeypatch):
