@@ -29,7 +29,7 @@ from fastsae.files import read_json
 from fastsae.nn import TopK
 from fastsae.train import stored_config
 from fastsae_kernels.float8 import quantize_rows
-from fastsae_kernels.int8 import int8_product, quantize_int8
+from fastsae_kernels.int8 import balance, int8_product, quantize_int8
 
 from .record import write
 
@@ -56,7 +56,7 @@ def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
         missed, error = dict.fromkeys(MARGINS, 0), []
         for rows, (values, indices) in zip(x.split(TOKENS), exact, strict=True):
             if format == "int8":
-                h = int8_product(rows, quantize_int8(W), b).t()
+                h = int8_product(rows, quantize_int8(W, balance(x)), b).t()
             else:
                 h = torch.addmm(b, rounded(rows, format), W_low.t()).bfloat16()
             error.append(h.gather(1, indices) - values)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsae.codes import Codes
 from fastsae.config import check_choices
 from fastsae_kernels import encode_decode, encode_topk
-from fastsae_kernels.float8 import Float8Rows
+from fastsae_kernels.encode import Shadow
 from fastsae_kernels.topk import By
 
 from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
@@ -79,12 +79,12 @@ class TopK(Activation):
         x: Float[Tensor, "N d_in"],
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
-        shadow: Float[Tensor, "d_sae d_in"] | Float8Rows | None = None,
+        shadow: Shadow | None = None,
         k: int | None = None,
     ) -> Codes:
         """The codes of centred inputs, largest first, without a tensor of all pre-activations.
 
-        `shadow` is a copy of W_enc in bfloat16 or fp8 to look for candidates with; `k` replaces the
+        `shadow` is a copy of W_enc in less precision to look for candidates with; `k` replaces the
         own.
         """
         values, indices = encode_topk(x, W_enc, b_enc, k or self.cfg.k, self.cfg.by, shadow=shadow)

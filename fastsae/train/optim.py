@@ -125,11 +125,12 @@ class Adam:
         *,
         shadows: Collection[str] = (),
         quantized: Literal["fp8", "int8"] | None = None,
+        columns: Float[Tensor, " d_in"] | None = None,
         seed: int = 0,
     ):
         """`shadows` names the weights that are kept in bfloat16 as well, `quantized` says how the
-        encoder is kept in 8 bits; `seed` is that of stochastic rounding. See
-        `fastsae_kernels.adam`."""
+        encoder is kept in 8 bits, int8 with its columns times `columns`; `seed` is that of
+        stochastic rounding. See `fastsae_kernels.adam`."""
         self.settings = settings = settings or Optimizer()
         low = torch.bfloat16 if settings.adam_moments == "bf16" else None
         self.parameters = {name: p.detach() for name, p in sae.named_parameters()}
@@ -137,8 +138,10 @@ class Adam:
         self.first = {n: torch.zeros_like(p, dtype=kept[n]) for n, p in self.parameters.items()}
         self.second = {n: torch.zeros_like(m) for n, m in self.first.items()}
         self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
-        quantize = {"fp8": quantize_rows, "int8": quantize_int8, None: None}[quantized]
-        self.quantized = quantize(self.parameters["W_enc"]) if quantize else None
+        self.quantized = None
+        if quantized is not None:
+            W = self.parameters["W_enc"]
+            self.quantized = quantize_rows(W) if quantized == "fp8" else quantize_int8(W, columns)
         averaged = self.parameters if settings.ema else {}
         self.average = {name: torch.zeros_like(p) for name, p in averaged.items()}
         scalars = None

@@ -46,7 +46,8 @@ def stacks(trainers: dict[str, Trainer], states: dict[str, TrainState]) -> list[
     groups: dict[tuple[int, bool, str], dict[str, TrainState]] = {}
     for name, trainer in trainers.items():
         state = states[name]
-        fused = trainer.plan.step == "fused" and not state.adam.shadow
+        low = state.adam.shadow or state.adam.quantized
+        fused = trainer.plan.step == "fused" and not low
         if fused and isinstance(state.sae.activation, TopK):
             kind = state.sae.d_sae, state.sae.layer_norm, trainer.plan.encoder_precision
             groups.setdefault(kind, {})[name] = state

@@ -18,6 +18,7 @@ from fastsae.interop import sae_lens
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
 from fastsae_kernels.adam import WIDEST
+from fastsae_kernels.int8 import balance
 
 from .config import TrainConfig
 from .curves import plot_curves
@@ -109,7 +110,7 @@ class Trainer:
             given = ends.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
             sae.load_state_dict(given.state_dict())
         sae.to(self.device)
-        state = TrainState.fresh(sae, self.optimizer(sae), scales)
+        state = TrainState.fresh(sae, self.optimizer(sae, x), scales)
         if not resume:  # last, so that a start that fails leaves nothing behind
             begin(config, self.plan, self.source.fingerprint, self.start_from)
             if self.start_from is not None:
@@ -127,10 +128,15 @@ class Trainer:
         wanted = self.config.cuda_graph != "off" and self.config.uncaptured is None
         return wanted and self.device.type == "cuda" and self.ends.width_out <= WIDEST
 
-    def optimizer(self, sae: SAE) -> Adam:
-        """Adam, with the copies of weights in less precision that the plan asks for."""
-        copies = copies_of(self.plan.encoder_precision, self.device.type)
-        return Adam(sae, self.config.optimizer, **copies, seed=self.config.seed)
+    def optimizer(self, sae: SAE, sample: torch.Tensor) -> Adam:
+        """Adam, with the copies of weights in less precision that the plan asks for; those in int8
+        are fit for activations like the sample."""
+        copies, columns = copies_of(self.plan.encoder_precision, self.device.type), None
+        if copies["quantized"] == "int8":
+            tokens = sae.tokens(sample)
+            columns = balance(tokens - tokens.mean(0))
+        settings, seed = self.config.optimizer, self.config.seed
+        return Adam(sae, settings, **copies, columns=columns, seed=seed)
 
     def batches(self, state: TrainState) -> Batches:
         """The stream of batches from where the run stands."""

@@ -68,10 +68,13 @@ class Rows(NamedTuple):
         if self.shadow is not None:
             self.shadow[rows] = w.to(self.shadow.dtype)
         if self.quantized is not None:
-            int8 = isinstance(self.quantized, Int8Rows)
-            new, scale = quantize_int8(w) if int8 else quantize_rows(w)
-            self.quantized.rows.view(torch.uint8)[rows] = new.view(torch.uint8)
-            self.quantized.scale[rows] = scale
+            new = (
+                quantize_int8(w, self.quantized.columns)
+                if isinstance(self.quantized, Int8Rows)
+                else quantize_rows(w)
+            )
+            self.quantized.rows.view(torch.uint8)[rows] = new.rows.view(torch.uint8)
+            self.quantized.scale[rows] = new.scale
 
 
 class RowGradients(NamedTuple):

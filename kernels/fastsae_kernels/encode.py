@@ -79,12 +79,15 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Te
     return values, indices
 
 
-# --- candidates, and their choice by exact values -------------------------------------------
+# --- candidates, which are ranked again by exact values --------------------------------------
 
-MARGINS = {torch.bfloat16: 0.5, torch.int8: 0.75, E4M3: 1.0}
-"""Candidates beyond k, in multiples of it, by the dtype of the encoder's copy. 1.5 k of bfloat16
-held every active entry in all that we measured, 1.75 k of int8 and 2 k of fp8 at least 99.999 %
-(bench/results/recall-cpu.json; outlier dimensions take the most)."""
+Shadow = Tensor | Float8Rows | Int8Rows
+"""A copy of the encoder to look for candidates with."""
+
+MARGINS = {torch.bfloat16: 0.5, torch.int8: 0.5, E4M3: 1.0}
+"""Candidates beyond k, in multiples of it, by the dtype of the encoder's copy. 1.5 k of bfloat16,
+and of int8 with balanced columns, held every active entry in all that we measured, 2 k of fp8 at
+least 99.999 % (bench/results/recall-cpu.json; outlier dimensions take the most)."""
 
 
 def candidates_for(k: int, F: int, shadow: torch.dtype) -> int:
@@ -92,42 +95,31 @@ def candidates_for(k: int, F: int, shadow: torch.dtype) -> int:
     return min(k + max(8, int(MARGINS[shadow] * k)), F)
 
 
-def _candidates(
-    x: Tensor, shadow: Tensor, b: Tensor, scale: Tensor | None, k: int, by: By
-) -> Tensor:
+def _candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
     """Latents of the k largest entries of the product with the shadow: -> [N, K].
 
     Equal rows of W are equal in fp8 as well, whose candidates are the lowest of equals: so that
     ties go to the lowest latent. On a CPU, bfloat16 and int8 leave out any of more than there is
     room for.
     """
-    N, F = len(x), len(shadow)
+    N, F = len(x), len(b)
     found = torch.empty(N, k, dtype=torch.int64, device=x.device)
-    low = x.to(torch.bfloat16).contiguous()
-    shadow, bias = shadow.contiguous(), b.to(torch.bfloat16).contiguous()
-    int8 = shadow.dtype == torch.int8
+    low, bias = x.to(torch.bfloat16).contiguous(), b.to(torch.bfloat16).contiguous()
+    int8 = isinstance(shadow, Int8Rows)
     chunk = rows_at_a_time(low, F) if int8 else tokens_at_a_time(low, F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
-        if int8 and scale is not None:
-            pre = int8_product(x[rows], Int8Rows(shadow, scale), b)
+        if isinstance(shadow, Int8Rows):
+            pre = int8_product(x[rows], shadow, b)
             found[rows] = largest_in_columns(pre, k, by)
-        elif scale is not None:
-            pre = scaled_product(low[rows], Float8Rows(shadow, scale), bias)
+        elif isinstance(shadow, Float8Rows):
+            pre = scaled_product(low[rows], shadow, bias)
             write_topk(pre, k, by, None, found[rows])
         else:
-            pre = product(low[rows], shadow, bias)
+            pre = product(low[rows], shadow.contiguous(), bias)
             write_topk(pre, k, by, None, found[rows], "any")
         del pre  # before the next one is made: the budget is for one
     return found
-
-
-def _select_rescored(
-    x: Tensor, W: Tensor, b: Tensor, k: int, by: By, shadow: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What _select returns, from candidates that are ranked by their values in fp32."""
-    spare = candidates_for(k, len(W), shadow.dtype)
-    return rescore(x, W, b, _candidates(x, shadow, b, scale, spare, by), k, by)
 
 
 # --- autograd -------------------------------------------------------------------------------
@@ -143,10 +135,17 @@ class _EncodeTopk(torch.autograd.Function):
         by: str,
         shadow: Tensor | None,
         scale: Tensor | None,
+        columns: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if shadow is None:
             return _select(x, W_enc, b_enc, k, by)
-        return _select_rescored(x, W_enc, b_enc, k, by, shadow, scale)
+        copy = shadow
+        if scale is not None and columns is not None:
+            copy = Int8Rows(shadow, scale, columns)
+        elif scale is not None:
+            copy = Float8Rows(shadow, scale)
+        spare = candidates_for(k, len(W_enc), shadow.dtype)
+        return rescore(x, W_enc, b_enc, _candidates(x, copy, b_enc, spare, by), k, by)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -159,7 +158,7 @@ class _EncodeTopk(torch.autograd.Function):
         x, W_enc, values, indices = ctx.saved_tensors
         g = g.where(values != 0, 0.0)
         gradients = straight_through(g, x, W_enc, indices, ctx.needs_input_grad[:3])
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def straight_through(
@@ -175,7 +174,7 @@ def straight_through(
     )
 
 
-def _fake(x, W_enc, b_enc, k, by, shadow, scale):
+def _fake(x, W_enc, b_enc, k, by, shadow, scale, columns):
     N = x.shape[0]
     return x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
 
@@ -207,7 +206,7 @@ def encode_topk(
     k: int,
     by: By = "value",
     *,
-    shadow: Tensor | Float8Rows | Int8Rows | None = None,
+    shadow: Shadow | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode tokens and keep the k largest pre-activations of each, exactly.
 
@@ -228,27 +227,30 @@ def encode_topk(
     """
     check_encoder(x, W_enc, b_enc, by)
     check_choice(k, by, W_enc.shape[0])
-    rows, scale = shadow if isinstance(shadow, Float8Rows | Int8Rows) else (shadow, None)
-    check_shadow(W_enc, rows, scale)
-    return _encode_topk(x, W_enc, b_enc, k, by, rows, scale)
+    rows, scale, columns = (
+        (*shadow, None)[:3] if isinstance(shadow, tuple) else (shadow, None, None)
+    )
+    check_shadow(W_enc, rows, scale, columns)
+    return _encode_topk(x, W_enc, b_enc, k, by, rows, scale, columns)
 
 
-def check_shadow(W_enc: Tensor, shadow: Tensor | None, scale: Tensor | None) -> None:
+def check_shadow(
+    W_enc: Tensor, shadow: Tensor | None, scale: Tensor | None, columns: Tensor | None
+) -> None:
     """Raise ValueError unless a product with the shadow can stand for one with W_enc."""
     if shadow is None:
         return
+    F, D = W_enc.shape
     if shadow.shape != W_enc.shape:
         raise ValueError(f"shadow must have the shape of W_enc, got {list(shadow.shape)}")
-    check_devices(W_enc=W_enc, shadow=shadow, scale=scale)
-    if scale is None:
-        return
-    if scale.shape != W_enc.shape[:1]:
-        raise ValueError(
-            f"the shadow's scale must have shape {[len(W_enc)]}, got {list(scale.shape)}"
-        )
-    F, D = W_enc.shape
-    if W_enc.is_cuda:
-        int8 = shadow.dtype == torch.int8
+    for name, part, size in (("scale", scale, F), ("columns", columns, D)):
+        if part is not None and part.shape != (size,):
+            raise ValueError(
+                f"the shadow's {name} must have shape {[size]}, got {list(part.shape)}"
+            )
+    check_devices(W_enc=W_enc, shadow=shadow, scale=scale, columns=columns)
+    if W_enc.is_cuda and scale is not None:
+        int8 = columns is not None
         reason = why_not_int8("cuda") if int8 else why_not_float8(F, D, W_enc.device)
         if reason is not None:
             raise ValueError(f"{reason}: take a shadow in bfloat16, or none")

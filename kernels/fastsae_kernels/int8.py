@@ -1,12 +1,14 @@
 """A product of rows in int8 on a CPU, which proposes the candidates that encode.py ranks exactly.
 
-    scale[f] = max_d |W[f, d]| / 127, rounded up to 8 significant bits
-    rows[f]  = round(W[f] / scale[f])
+    scale[f] = max_d |c[d] W[f, d]| / 127, rounded up to 8 significant bits
+    rows[f]  = round(c[d] W[f, d] / scale[f])
     int8_product(x, W, b)[f, n] = scale_W[f] * scale_x[n] * (rows_W[f] . rows_x[n]) + b[f]
 
-Sums of int8 products are exact, so that it does not matter who multiplies. oneDNN wants one of the
-two operands packed: it gets the tokens, which are few, rather than all latents after each step.
-Therefore the result has a row per latent.
+where the rows and scales of x are those of x / c. Columns c of powers of two even out dimensions
+of different sizes (SmoothQuant, arXiv:2211.10438): else a few large ones leave no levels to the
+others. Sums of int8 products are exact, so that it does not matter who multiplies. oneDNN wants
+one of the two operands packed: it gets the tokens, which are few, rather than all latents after
+each step. Therefore the result has a row per latent.
 Shapes: N tokens, F latents, D model width.
 """
 
@@ -22,12 +24,14 @@ SMALLEST_SCALE = 2.0**-100  # its inverse is normal in float32
 
 
 class Int8Rows(NamedTuple):
-    """A matrix in int8 with one scale per row."""
+    """A matrix in int8 with one scale per row, and the factors of its columns."""
 
     rows: Tensor
     """int8 [F, D]"""
     scale: Tensor
     """float32 [F]"""
+    columns: Tensor
+    """float32 [D]: what each column was multiplied by before."""
 
 
 # --- reference: the specification -----------------------------------------------------------
@@ -43,7 +47,7 @@ def quantize_int8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_product_reference(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
     """[N, D], [F, D], [F] -> [F, N]"""
-    rows, scale = quantize_int8_reference(x)
+    rows, scale = quantize_int8_reference(x / W.columns)
     sums = W.rows.double() @ rows.double().t()
     return W.scale[:, None] * scale * sums + b[:, None]
 
@@ -51,14 +55,28 @@ def int8_product_reference(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
 # --- public ---------------------------------------------------------------------------------
 
 
-def quantize_int8(x: Tensor) -> Int8Rows:
-    """Round floating rows [F, D] to 255 levels, each with a scale of its own that bfloat16 holds.
+def balance(x: Tensor) -> Tensor:
+    """Columns [D] for encoders of centered tokens x [N, D]: each the root of the mean share that
+    a dimension has of a token's largest entry, to the nearest power of two."""
+    largest = x.abs().amax(1, keepdim=True)
+    share = (x / largest.clamp_min(SMALLEST_SCALE)).abs().float().mean(0)
+    root = share.sqrt_().clamp_min_(2.0**-8)  # of a dimension that is 0 as well
+    return torch.exp2(root.log2_().round_())
+
+
+def quantize_int8(x: Tensor, columns: Tensor | None = None) -> Int8Rows:
+    """Round floating rows [F, D] to 255 levels, each with a scale of its own that bfloat16 holds;
+    before, multiply the columns by `columns` [D], if given.
 
     The scale of a row with NaN or Inf is NaN or Inf, and its rows mean nothing.
     """
+    if columns is None:
+        columns = torch.ones(x.shape[1], device=x.device)
+    else:
+        x = x * columns
     scale = x.abs().amax(1).float().div_(LARGEST).clamp_min_(SMALLEST_SCALE)
     scale = (scale.view(torch.int32) + 0xFFFF & ~0xFFFF).view(torch.float32)  # exact in bfloat16
-    return Int8Rows((x / scale[:, None]).round_().to(torch.int8), scale)
+    return Int8Rows((x / scale[:, None]).round_().to(torch.int8), scale, columns)
 
 
 def int8_product(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
@@ -66,7 +84,7 @@ def int8_product(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
 
     Elsewhere it is emulated in float32.
     """
-    rows, scale = quantize_int8(x)
+    rows, scale, _ = quantize_int8(x / W.columns)
     if why_not_int8(x.device) is None:
         nothing = torch.zeros(len(x), dtype=torch.int32)
         pre = torch.ops.onednn.qlinear_pointwise(

@@ -11,6 +11,7 @@ from fastsae_kernels.int8 import (
     LARGEST,
     SMALLEST_SCALE,
     Int8Rows,
+    balance,
     int8_product,
     int8_product_reference,
     quantize_int8,
@@ -42,12 +43,13 @@ def problem(N: int, D: int, F: int, dtype=torch.float32) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 33), (3, 300)], ids=str)
 def test_rows_are_rounded_to_the_nearest_level(shape, dtype):
     x = (torch.randn(shape) * 10 ** torch.randn(shape[0], 1)).to(dtype)
-    rows, scale = quantize_int8(x)
+    rows, scale, columns = quantize_int8(x)
     assert rows.dtype == torch.int8 and scale.dtype == torch.float32
     assert torch.equal(scale, scale.bfloat16().float())
     assert ((rows.abs().amax(1) >= LARGEST - 1) & (rows > -128).all(1)).all()
     half = scale[:, None] / 2 * (1 + 1e-5)
     assert ((rows.float() * scale[:, None] - x.float()).abs() <= half).all()
+    assert columns.tolist() == [1] * shape[1]
     for got, expected in zip((rows, scale), quantize_int8_reference(x), strict=True):
         assert torch.equal(got, expected)
 
@@ -55,7 +57,7 @@ def test_rows_are_rounded_to_the_nearest_level(shape, dtype):
 def test_rows_of_every_size():
     """Zeros stay zeros, the largest numbers fit, NaN and Inf mark their row."""
     x = torch.tensor([[0.0, 0.0], [1e-40, 0], [3e38, -1e38], [float("nan"), 1], [float("inf"), 1]])
-    rows, scale = quantize_int8(x)
+    rows, scale, _ = quantize_int8(x)
     assert rows[:2].tolist() == [[0, 0], [0, 0]]
     assert float(scale[0]) == pytest.approx(SMALLEST_SCALE)
     assert rows[2].tolist() == [127, -42]
@@ -66,7 +68,7 @@ def test_rows_of_every_size():
 def test_the_product(way, shape):
     """Sums are exact; the result is rounded to bfloat16 three times."""
     x, W, b = problem(*shape)
-    quantized = quantize_int8(W)
+    quantized = quantize_int8(W, 2.0 ** torch.randint(-3, 4, (shape[1],)))
     h = int8_product(x, quantized, b)
     assert h.dtype == torch.bfloat16 and h.shape == (len(W), len(x))
     exact = int8_product_reference(x, quantized, b.double())
@@ -101,10 +103,10 @@ def test_where_candidates_hold_all_the_ranking_is_exact(way, dtype, by):
 def test_true_members_are_among_the_candidates(way, by):
     """Also with outlier dimensions and tokens, and however the rows of W are scaled."""
     x, W, b = problem(300, 64, 2048)
-    x[:, :2] *= 20
+    x[:, :2] *= 100
     x[5] *= 1000
     W *= 10 ** torch.rand(2048, 1)
-    _, indices = encode_topk(x, W, b, 16, by, shadow=quantize_int8(W))
+    _, indices = encode_topk(x, W, b, 16, by, shadow=quantize_int8(W, balance(x)))
     _, expected = topk_reference(linear(x.double(), W.double(), b.double()), 16, by)
     kept = (indices[:, None] == expected[:, :, None]).any(2)
     assert kept.float().mean() > 0.9999
@@ -132,22 +134,37 @@ def test_nan_is_never_dropped(way):
     assert values.isnan().any(1).tolist() == [False, False, True, False]
 
 
+def test_columns_are_evened_out():
+    """Large and small dimensions, and one that is always 0; a few huge tokens do not count."""
+    x = torch.randn(5000, 6) * torch.tensor([1, 1, 16, 16, 256, 0])
+    columns = balance(x)
+    assert torch.equal(columns.log2(), columns.log2().round())
+    assert 0 < columns[5] < columns[0] < columns[2] < columns[4] <= 1
+    assert columns[4] >= 8 * columns[0]
+    x[7] *= 1e6
+    assert torch.equal(balance(x), columns)
+
+
 @pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([0, 6])], ids=str)
 def test_a_copy_is_brought_up_to_date_by_rows(rows):
     W = torch.randn(7, 5)
-    state = Rows(W, *torch.zeros(2, 7, 5), None, quantize_int8(W))
+    moments = torch.zeros(2, 7, 5)
+    state = Rows(W, moments[0], moments[1], None, quantize_int8(W, 2.0 ** torch.arange(5)))
     W[rows] *= -3
     state.refresh(rows, W[rows])
     assert state.quantized is not None
-    for got, expected in zip(state.quantized, quantize_int8(W), strict=True):
+    again = quantize_int8(W, 2.0 ** torch.arange(5))
+    for got, expected in zip(state.quantized, again, strict=True):
         assert torch.equal(got, expected)
 
 
 def test_a_wrong_shadow_is_refused():
     x, W, b = torch.ones(3, 4), torch.ones(5, 4), torch.ones(5)
-    rows, scale = quantize_int8(W)
+    rows, scale, columns = quantize_int8(W)
     with pytest.raises(ValueError, match=r"scale must have shape \[5\], got \[4\]"):
-        encode_topk(x, W, b, 2, shadow=Int8Rows(rows, scale[:4]))
+        encode_topk(x, W, b, 2, shadow=Int8Rows(rows, scale[:4], columns))
+    with pytest.raises(ValueError, match=r"columns must have shape \[4\], got \[3\]"):
+        encode_topk(x, W, b, 2, shadow=Int8Rows(rows, scale, columns[:3]))
 
 
 @pytest.mark.parametrize(

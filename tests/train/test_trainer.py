@@ -49,8 +49,8 @@ def test_what_needs_a_gpu(config, precision):
     ],
 )
 def test_what_a_processor_lacks(config, precision, instructions, message, monkeypatch):
-    monkeypatch.setattr("fastsae_kernels.product.instructions", lambda: instructions)
-    monkeypatch.setattr("fastsae_kernels.int8.instructions", lambda: instructions)
+    for module in ("product", "int8"):
+        monkeypatch.setattr(f"fastsae_kernels.{module}.instructions", lambda: instructions)
     with pytest.raises(ValueError, match=message):
         fit(config(encoder_precision=precision, device="cpu"))
 
@@ -191,7 +191,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def every_instruction(monkeypatch):
     """What a processor lacks is emulated."""
     monkeypatch.setattr("fastsae.train.plan.has_bf16", lambda: True)
@@ -199,7 +199,7 @@ def every_instruction(monkeypatch):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_same_seed_gives_the_same_bits(config, tmp_path, options):
+def test_the_same_seed_gives_the_same_bits(config, tmp_path, options, every_instruction):
     files = []
     for name in ("one", "two"):
         run = config(out=tmp_path / name, **options, **REVIVING)
@@ -224,7 +224,9 @@ FLOAT8 = {"encoder_precision": "fp8"}  # emulated: the plan of a run on a CPU re
         ([9, 2], OPTIONS[4], {}),
     ],
 )
-def test_resuming_changes_no_bit(config, tmp_path, stops, options, planned, monkeypatch):
+def test_resuming_changes_no_bit(
+    config, tmp_path, stops, options, planned, monkeypatch, every_instruction
+):
     """The dead are found again every other step, also between a checkpoint and its resumption."""
     plan, planned = Plan.of, {"dead_every": 2, **planned}
     monkeypatch.setattr(
