@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fastsae.losses import total_variance
 from fastsae.nn import SAE
 
 
@@ -17,8 +18,9 @@ class DenseTopK(nn.Module):
     def __init__(self, sae: SAE):
         super().__init__()
         self.k = sae.activation.cfg.k
-        self.W_enc, self.b_enc = clone(sae.W_enc), clone(sae.b_enc)
-        self.W_dec, self.b_dec = clone(sae.W_dec), clone(sae.b_dec)
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
+            nn.Parameter(weight.detach().clone()) for weight in sae.weights()
+        )
 
     def loss(self, x: Tensor, dead: Tensor | None, k_aux: int) -> tuple[Tensor, Tensor, Tensor]:
         """FVU plus aux-k / 32, FVU alone, and which latents fired; dead is a mask."""
@@ -36,17 +38,9 @@ class DenseTopK(nn.Module):
         return loss, fvu.detach(), (codes > 0).any(0)
 
 
-def clone(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone())
-
-
 def largest(pre: Tensor, k: int) -> Tensor:
     values, indices = pre.topk(k)
     return torch.zeros_like(pre).scatter(1, indices, values.relu())
-
-
-def total_variance(x: Tensor) -> Tensor:
-    return (x - x.mean(0)).square().sum()
 
 
 def dense_step(

@@ -32,7 +32,7 @@ from torch import Tensor
 from .clock import digits, free, input_sets, measure, peak_bytes, timed
 from .ops import Make, Op, chosen_ops
 from .problem import DTYPES, Problem, Spread, check_names, parse_shape, precision
-from .record import attempt, stamp
+from .record import ROOT, attempt, stamp
 from .roofs import Cost, Roofs, measure_roofs
 
 AGAINST = "torch", "compile"
@@ -115,17 +115,16 @@ def launched() -> Iterator[dict[str, Any]]:
 
 
 def resources(kernels: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Registers, spilled bytes, shared memory and programs that fit a multiprocessor at once."""
+    """Registers, spilled bytes, shared memory and CTAs that fit a multiprocessor at once."""
+    sys.path.append(str(ROOT / "tests" / "compile"))
     found = {}
     for name, kernel in kernels.items():
-        gpu = torch.cuda.get_device_properties()
-        threads, shared = kernel.metadata.num_warps * 32, kernel.metadata.shared
-        registers = max(1, -(-kernel.n_regs // 8) * 8 * threads)
-        by_registers = gpu.regs_per_multiprocessor // registers
-        by_shared = gpu.shared_memory_per_multiprocessor // (shared + 1024)
-        ctas = min(by_registers, by_shared, gpu.max_threads_per_multi_processor // threads, 32)
+        from table import resident_ctas  # pyright: ignore[reportMissingImports]
+
+        used, (major, _) = kernel.metadata, torch.cuda.get_device_capability()
+        ctas = resident_ctas(10 * major, kernel.n_regs, used.num_warps, used.shared)
         row = {"registers": kernel.n_regs, "spilled": kernel.n_spills}
-        found[name] = row | {"shared": shared, "CTAs per SM": ctas}
+        found[name] = row | {"shared": used.shared, "CTAs per SM": ctas}
     return found
 
 

@@ -139,11 +139,6 @@ def outer_cost(p: Problem, back: int, *_: Any) -> Cost:
     return Cost(moved, (1 + 2 * back) * 2 * entries * p.D, gathered=item * entries * p.D)
 
 
-def error_inputs(p: Problem) -> tuple:
-    """As in the step, target and bias are in float32."""
-    return *p.codes(), p.weights(), p.normal(p.D, dtype=fp32), p.normal(p.N, p.D, dtype=fp32)
-
-
 def decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return embedding_bag(indices, W, per_sample_weights=values, mode="sum")
 
@@ -248,7 +243,8 @@ OPS: list[Op] = [
     Op(ours.encode_topk, lambda p: (*encoder(p), p.K), encode_cost, topk_torch, step=True),
     Op(ours.topk, lambda p: (pre_activations(p), p.K),
        partial(elementwise, outputs=0), torch.topk, step=True),
-    Op(ours.squared_error, error_inputs, partial(sparse_cost, rows=3, products=2), error_torch,
+    Op(ours.squared_error, lambda p: (*p.codes(), p.weights(), p.normal(p.D, dtype=fp32),
+       p.normal(p.N, p.D, dtype=fp32)), partial(sparse_cost, rows=3, products=2), error_torch,
        step=True),
     Op(center, lambda p: (p.normal(p.N, p.D, dtype=fp32), p.normal(p.D, dtype=fp32), p.dtype),
        lambda p, *_: Cost((4 + p.dtype.itemsize) * p.N * p.D, 9 * p.N * p.D), center_reference,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastsae.train.memory import keep_freed_memory
-from fastsae_kernels.product import LIBRARIES, CpuProduct, cpu_product, instructions, product
+from fastsae_kernels.product import LIBRARIES, CpuProduct, cpu_product, processor, product
 
 from .clock import interleaved, resident_bytes, summary
 from .contender import LOW, Contender, empty_sae, step_of
@@ -33,22 +33,20 @@ def run_of(shape: str, name: str):
     """What is timed of a contender at a shape, on weights of its own."""
     p = Problem(shape, *SHAPES[shape], torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
-    x = p.normal(p.N, p.D)
-    return partial(step_of(CONTENDERS[name], p, empty_sae(p)), x)
+    return partial(step_of(CONTENDERS[name], p, empty_sae(p)), p.normal(p.N, p.D))
 
 
 def floor(shape: str) -> dict[str, Any]:
     """The parts of the floors."""
     N, d_in, d_sae, _ = SHAPES[shape]
-    x, W, out = torch.randn(N, d_in), torch.randn(d_sae, d_in), torch.empty(N, d_sae)
+    x, W = torch.randn(N, d_in), torch.randn(d_sae, d_in)
     state = torch.randn(6, d_sae, d_in)  # both matrices with two moments each
     copy, bias = torch.empty_like(state), torch.zeros(d_sae)
-    runs = {
+    runs: dict[str, Any] = {"Adam's bytes": lambda: copy.copy_(state)}
+    return runs | {
         name: lambda one=one: [product(t, W, bias, one.library) for t in x.split(one.tokens)]
         for name, one in PRODUCTS.items()
     }
-    mm, adam = lambda: torch.mm(x, W.t(), out=out), lambda: copy.copy_(state)
-    return {**runs, "torch.mm": mm, "Adam's bytes": adam}
 
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     times = interleaved(runs, rounds)
     result: dict[str, Any] = {"unit": "ms", "rounds": rounds, "product": str(cpu_product())}
     result |= {name: summary(values) for name, values in times.items()}
-    least = min(result[name]["median"] for name in (*PRODUCTS, "torch.mm"))
+    least = min(result[name]["median"] for name in PRODUCTS)
     least += result["Adam's bytes"]["median"]
     result["floor"] = {"median": round(least, 2)}
     for name in CONTENDERS:
@@ -75,29 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(arguments: argparse.Namespace) -> None:
     keep_freed_memory()  # as the trainer does; it helps dense PyTorch as well
-    results, total = {}, dict.fromkeys(PRODUCTS, 0.0)
+    results = {}
     print("milliseconds, and multiples of the floor")
-    names = "".join(f"{name:>14}{'':>8}" for name in CONTENDERS)
-    products = "".join(f"{name:>13}" for name in PRODUCTS)
-    print(f"{'shape':<6}{'floor':>9}{names}{products}   peak MB")
+    print(f"{'shape':<15}", *(f"{name:>12}{'':>8}" for name in CONTENDERS), "   peak MB", sep=" ")
     for shape in arguments.shapes:
         r = results[shape] = measure(shape, arguments.rounds)
         cells = "".join(f"{r[w]['median']:>14.1f}{r[w]['of floor']:>7.2f}x" for w in CONTENDERS)
-        cells += "".join(f"{r[name]['median']:>13.1f}" for name in PRODUCTS)
         peaks = " / ".join(str(r[w]["peak MB"]) for w in CONTENDERS)
         print(f"{shape:<6}{r['floor']['median']:>9.1f}{cells}   {peaks}", flush=True)
-        total = {name: ms + r[name]["median"] / r["floor"]["median"] for name, ms in total.items()}
-    maker = next(iter(instructions() & {"AMD", "Intel"}), "other")
-    kinds = ("amx_tile", "avx512_bf16", "avx512_f", "avx2")
-    kind = next((name for name in kinds if name in instructions()), "none")
-    print(f'("{maker}", "{kind}"): {PRODUCTS[min(total, key=total.__getitem__)]}')
-    print(write(f"step-{maker.lower()}", results))
+    best = min(PRODUCTS, key=lambda name: sum(r[name]["median"] for r in results.values()))
+    print(f"{processor()}: {PRODUCTS[best]}")
+    print(write(f"step-{processor()[0].lower()}", results))
 
 
 if __name__ == "__main__":
-    shape, name = sys.argv[1:]
     keep_freed_memory()
-    run = run_of(shape, name)
+    run = run_of(*sys.argv[1:])
     for _ in range(3):
         run()
     print(resident_bytes() / 2**20)

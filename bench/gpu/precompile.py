@@ -20,16 +20,12 @@ from typing import Any
 import torch
 from triton.backends.nvidia import driver as cuda
 
-from bench.contender import Contender, empty_sae, step_of
+from bench.contender import empty_sae, step_of
 from bench.ops import OPS
 from bench.problem import SHAPES, Problem
 from bench.record import ROOT
 
 from .step import contenders
-
-
-def take_step(contender: Contender, p: Problem) -> None:
-    step_of(contender, p, empty_sae(p))(torch.empty(p.N, p.D, device=p.device))
 
 
 def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
@@ -39,9 +35,10 @@ def recorded(arch: int, names: str) -> tuple[list[Any], list[str]]:
 
     launches, problems = [], []
     for p in (Problem(name, *SHAPES[name], torch.device("meta")) for name in names):
-        calls = {
-            n: partial(take_step, c, p) for n, c in contenders(p).items() if c.trainer == "fastsae"
-        }
+        ours = {name: c for name, c in contenders(p).items() if c.trainer == "fastsae"}
+        x = torch.empty(p.N, p.D, device=p.device)
+        calls = {n: partial(lambda c, p, x: step_of(c, p, empty_sae(p))(x), c, p, x)
+                 for n, c in ours.items()}  # fmt: skip
         calls |= {op.name: partial(lambda op, p: op.run(*op.make(p)), op, p) for op in OPS}
         for name, call in calls.items():
             with recording(arch, name, p.name) as found:

@@ -53,8 +53,7 @@ class Run:
 def compile_kernels(run: Run) -> None:
     major, minor = (9, 0) if run.dry else torch.cuda.get_device_capability()
     names = "".join(p.name for p in run.problems)
-    work = partial(precompile, 10 * major + minor, names, run.dry)
-    run.row("compile", "triton", work)
+    run.row("compile", "triton", partial(precompile, 10 * major + minor, names, run.dry))
 
 
 def measure_floors(run: Run) -> None:

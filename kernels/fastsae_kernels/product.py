@@ -31,12 +31,15 @@ class CpuProduct(NamedTuple):
     """At least so many at a time, unless there are fewer or FASTSAE_BUFFER_MB has no room."""
 
 
+MAKERS = "AMD", "Intel"
+INSTRUCTIONS = "amx_tile", "avx512_f", "avx2"
+
 CPU_PRODUCTS: dict[tuple[str, str], CpuProduct] = {
     ("AMD", "avx512_f"): CpuProduct("onednn", 256),
     ("Intel", "amx_tile"): CpuProduct("onednn", 256),
     ("Intel", "avx512_f"): CpuProduct("mkl", 1024),
 }
-"""By the maker and an instruction set; the first that fits."""
+"""By the maker and the first of INSTRUCTIONS that the processor has."""
 
 OTHERWISE = CpuProduct("onednn", 256)
 
@@ -45,13 +48,23 @@ OTHERWISE = CpuProduct("onednn", 256)
 def instructions() -> frozenset[str]:
     """Names of the instruction sets that the processor has, and its maker's; none if unknown."""
     found = getattr(torch.cpu, "get_capabilities", dict)()
-    makers = {name for name in ("AMD", "Intel") if name in str(found.get("cpu_name"))}
+    makers = {name for name in MAKERS if name in str(found.get("cpu_name"))}
     return frozenset(name for name, has in found.items() if has is True) | makers
+
+
+def processor() -> tuple[str, str]:
+    """The key of this machine in the table."""
+    has = instructions()
+    return (
+        next((name for name in MAKERS if name in has), "other"),
+        next((name for name in INSTRUCTIONS if name in has), "other"),
+    )
 
 
 @cache
 def cpu_product() -> CpuProduct:
     """The choice for this machine; ValueError for a wrong FASTSAE_CPU_PRODUCT."""
+    chosen = CPU_PRODUCTS.get(processor(), OTHERWISE)
     if words := os.environ.get("FASTSAE_CPU_PRODUCT"):
         library, _, tokens = words.partition(":")
         if library not in LIBRARIES or not tokens.isdecimal() or int(tokens) < 1:
@@ -60,9 +73,6 @@ def cpu_product() -> CpuProduct:
                 f"got {words!r}"
             )
         chosen = CpuProduct(library, int(tokens))
-    else:
-        fits = (one for key, one in CPU_PRODUCTS.items() if instructions().issuperset(key))
-        chosen = next(fits, OTHERWISE)
     return chosen if torch.backends.mkldnn.is_available() else chosen._replace(library="mkl")
 
 
