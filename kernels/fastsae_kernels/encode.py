@@ -243,6 +243,9 @@ def check_shadow(
     F, D = W_enc.shape
     if shadow.shape != W_enc.shape:
         raise ValueError(f"shadow must have the shape of W_enc, got {list(shadow.shape)}")
+    wanted = torch.bfloat16 if scale is None else E4M3 if columns is None else torch.int8
+    if shadow.dtype != wanted:
+        raise ValueError(f"shadow must be {wanted}, got {shadow.dtype}")
     for name, part, size in (("scale", scale, F), ("columns", columns, D)):
         if part is not None and part.shape != (size,):
             raise ValueError(

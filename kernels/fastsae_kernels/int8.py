@@ -57,7 +57,11 @@ def int8_product_reference(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
 
 def balance(x: Tensor) -> Tensor:
     """Columns [D] for encoders of centered tokens x [N, D]: each the root of the mean share that
-    a dimension has of a token's largest entry, to the nearest power of two."""
+    a dimension has of a token's largest entry, to the nearest power of two. Tokens with NaN or Inf
+    do not count."""
+    x = x[x.isfinite().all(1)]
+    if not len(x):
+        return torch.ones(x.shape[1], device=x.device)
     largest = x.abs().amax(1, keepdim=True)
     share = (x / largest.clamp_min(SMALLEST_SCALE)).abs().float().mean(0)
     root = share.sqrt_().clamp_min_(2.0**-8)  # of a dimension that is 0 as well

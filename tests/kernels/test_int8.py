@@ -142,7 +142,9 @@ def test_columns_are_evened_out():
     assert 0 < columns[5] < columns[0] < columns[2] < columns[4] <= 1
     assert columns[4] >= 8 * columns[0]
     x[7] *= 1e6
+    x[8, 2], x[9, 0] = float("nan"), float("inf")
     assert torch.equal(balance(x), columns)
+    assert balance(x[8:10]).tolist() == [1] * 6
 
 
 @pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([0, 6])], ids=str)
@@ -163,6 +165,8 @@ def test_a_wrong_shadow_is_refused():
     rows, scale, columns = quantize_int8(W)
     with pytest.raises(ValueError, match=r"scale must have shape \[5\], got \[4\]"):
         encode_topk(x, W, b, 2, shadow=Int8Rows(rows, scale[:4], columns))
+    with pytest.raises(ValueError, match="shadow must be torch.bfloat16, got torch.float32"):
+        encode_topk(x, W, b, 2, shadow=W)
     with pytest.raises(ValueError, match=r"columns must have shape \[4\], got \[3\]"):
         encode_topk(x, W, b, 2, shadow=Int8Rows(rows, scale, columns[:3]))
 
