@@ -134,7 +134,7 @@ class Trainer:
         copies, columns = copies_of(self.plan.encoder_precision, self.device.type), None
         if copies["quantized"] == "int8":
             tokens = sae.tokens(sample)
-            columns = balance(tokens - tokens.mean(0))
+            columns = balance(tokens - tokens.median(0).values)  # no massive token moves it
         settings, seed = self.config.optimizer, self.config.seed
         return Adam(sae, settings, **copies, columns=columns, seed=seed)
 

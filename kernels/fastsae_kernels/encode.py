@@ -85,9 +85,9 @@ Shadow = Tensor | Float8Rows | Int8Rows
 """A copy of the encoder to look for candidates with."""
 
 MARGINS = {torch.bfloat16: 0.5, torch.int8: 0.5, E4M3: 1.0}
-"""Candidates beyond k, in multiples of it, by the dtype of the encoder's copy. 1.5 k of bfloat16,
-and of int8 with balanced columns, held every active entry in all that we measured, 2 k of fp8 at
-least 99.999 % (bench/results/recall-cpu.json; outlier dimensions take the most)."""
+"""Candidates beyond k, in multiples of it, by the dtype of the encoder's copy. In all that we
+measured, 1.5 k of bfloat16 held every active entry, 1.5 k of int8 with balanced columns and 2 k of
+fp8 at least 99.999 % (bench/results/recall-cpu.json; outlier dimensions take the most)."""
 
 
 def candidates_for(k: int, F: int, shadow: torch.dtype) -> int:
