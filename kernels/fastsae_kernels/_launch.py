@@ -19,6 +19,9 @@ ENCODER = os.environ.get("FASTSAE_ENCODER")
 if ENCODER not in (None, "cublas", "triton"):
     raise ValueError(f'FASTSAE_ENCODER must be "cublas" or "triton", got {ENCODER!r}')
 
+CPU_PRODUCT = os.environ.get("FASTSAE_CPU_PRODUCT")
+"""Overrides product.py's choice of who multiplies on a CPU: "mkl:1024", "onednn:256"."""
+
 _local = threading.local()
 
 

@@ -9,7 +9,6 @@ FASTSAE_CPU_PRODUCT=mkl:1024 (or onednn:256) takes the place of the table.
 Shapes: N tokens, F latents, D model width.
 """
 
-import os
 from functools import cache
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import rows_at_a_time
+from ._launch import CPU_PRODUCT, rows_at_a_time
 
 LIBRARIES = "mkl", "onednn"
 
@@ -65,7 +64,7 @@ def processor() -> tuple[str, str]:
 def cpu_product() -> CpuProduct:
     """The choice for this machine; ValueError for a wrong FASTSAE_CPU_PRODUCT."""
     chosen = CPU_PRODUCTS.get(processor(), OTHERWISE)
-    if words := os.environ.get("FASTSAE_CPU_PRODUCT"):
+    if words := CPU_PRODUCT:
         library, _, tokens = words.partition(":")
         if library not in LIBRARIES or not tokens.isdecimal() or int(tokens) < 1:
             raise ValueError(

@@ -19,10 +19,10 @@ from fastsae_kernels.testing import assert_no_worse
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Sets FASTSAE_CPU_PRODUCT and what instructions there are, and returns the choice."""
+    """Sets the variable and what instructions there are, and returns the choice."""
 
     def chosen(words: str = "", instructions: set[str] | None = None) -> CpuProduct:
-        monkeypatch.setenv("FASTSAE_CPU_PRODUCT", words)
+        monkeypatch.setattr(product, "CPU_PRODUCT", words)
         if instructions is not None:
             monkeypatch.setattr(product, "instructions", lambda: instructions)
         cpu_product.cache_clear()

@@ -186,7 +186,6 @@ OPTIONS = [
     {},
     {"encoder_precision": "bf16"},
     {"adam_moments": "bf16", "adam_window": 4},
-    {"encoder_precision": "int8"},
     {"encoder_precision": "int8", "adam_moments": "bf16", "adam_window": 4},
 ]
 
@@ -221,7 +220,7 @@ FLOAT8 = {"encoder_precision": "fp8"}  # emulated: the plan of a run on a CPU re
         ([7, 20], OPTIONS[2], {}),
         ([23, 1, 1], OPTIONS[1], {}),
         ([5, 3], OPTIONS[2], FLOAT8),
-        ([9, 2], OPTIONS[4], {}),
+        ([9, 2], OPTIONS[3], {}),
     ],
 )
 def test_resuming_changes_no_bit(
