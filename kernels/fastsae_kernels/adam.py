@@ -67,14 +67,10 @@ class Rows(NamedTuple):
         """Take some rows of the weight, in its dtype, into the copies."""
         if self.shadow is not None:
             self.shadow[rows] = w.to(self.shadow.dtype)
-        if self.quantized is not None:
-            new = (
-                quantize_int8(w, self.quantized.columns)
-                if isinstance(self.quantized, Int8Rows)
-                else quantize_rows(w)
-            )
-            self.quantized.rows.view(torch.uint8)[rows] = new.rows.view(torch.uint8)
-            self.quantized.scale[rows] = new.scale
+        if (low := self.quantized) is not None:
+            new = quantize_int8(w, low.columns) if isinstance(low, Int8Rows) else quantize_rows(w)
+            low.rows.view(torch.uint8)[rows] = new.rows.view(torch.uint8)
+            low.scale[rows] = new.scale
 
 
 class RowGradients(NamedTuple):
