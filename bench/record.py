@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastsae_kernels.product import processor
+
 from .clock import free
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +70,11 @@ def shell_output(command: str) -> str:
     """What a program prints, or nothing where it is missing or fails."""
     failed, output = subprocess.getstatusoutput(command)
     return "" if failed else output.strip()
+
+
+def machine(device: str = "cpu") -> str:
+    """What the names of results end in: cuda, or the processor's maker."""
+    return device if device == "cuda" else processor()[0].lower()
 
 
 def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") -> Path:

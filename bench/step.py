@@ -20,7 +20,7 @@ from fastsae_kernels.product import LIBRARIES, CpuProduct, cpu_product, processo
 from .clock import interleaved, resident_bytes, summary
 from .contender import LOW, Contender, empty_sae, step_of
 from .problem import SHAPES, Problem
-from .record import write
+from .record import machine, write
 
 CONTENDERS = {"fastsae": Contender()}
 CONTENDERS |= {f"fastsae {low}": Contender(options={"encoder_precision": low}) for low in LOW}
@@ -83,7 +83,7 @@ def bench(arguments: argparse.Namespace) -> None:
         print(f"{shape:<6}{r['floor']['median']:>9.1f}{cells}   {peaks}", flush=True)
     best = min(PRODUCTS, key=lambda name: sum(r[name]["median"] for r in results.values()))
     print(f"{processor()}: {PRODUCTS[best]}")
-    print(write(f"step-{processor()[0].lower()}", results))
+    print(write(f"step-{machine()}", results))
 
 
 if __name__ == "__main__":

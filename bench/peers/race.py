@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """Race at every size, then over steps of training, of size a but as wide as the data.
 
-    Leaves peers-cpu.json or peers-cuda.json in bench/results (of variants, variants-cpu.json),
-    beside what is there of other sizes, and with matplotlib a plot; prints their tables.
+    Leaves peers-amd.json, peers-intel.json or peers-cuda.json in bench/results (of variants,
+    variants-...), beside what is there of other sizes, and with matplotlib a plot; prints tables.
     ValueError for a contender that there is not, for nothing to do, for a run too short to be
     timed, and for data without a held-out part.
     """
@@ -55,7 +55,7 @@ def bench(arguments: argparse.Namespace) -> None:
     shards = training_data(arguments.data) if steps else None
     ready, about = installed(arguments.contenders or list(table))
     device = choose_device("auto")
-    path = record.RESULTS / f"{kind}-{device}.json"
+    path = record.RESULTS / f"{kind}-{record.machine(device)}.json"
 
     def keep(name: str, task: dict[str, Any], contenders: dict[str, Any]) -> None:
         record.write(path.stem, {name: {**task, **about, "contenders": contenders}}, device)
