@@ -47,43 +47,46 @@ TRAINING = "lr", "warm-up", "held-out FVU", "L0", "tokens/s", "seconds"
 
 def training_table(rows: Rows) -> str:
     """What a row lacks, as old results do, is NaN."""
-    cells = []
-    for name, row in rows.items():
-        cells.append([name, *(f"{row.get(key, math.nan):.4g}" for key in TRAINING)])
+    cells = [[n, *(f"{row.get(key, math.nan):.4g}" for key in TRAINING)] for n, row in rows.items()]
     return markdown(["", *TRAINING], cells)
 
 
+COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#999999"
+"""Okabe and Ito's, for color-blind readers too."""
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Left, the speed of each contender at each size; right, FVU and time of the training runs."""
-    from matplotlib import colormaps
+    """Left, the time of a step at each size; right, time and held-out FVU of the training runs."""
     from matplotlib.figure import Figure
 
-    names = (name.removesuffix(SAME_LR) for f in results.values() for name in f["contenders"])
-    colors = {name: colormaps["tab20"](n) for n, name in enumerate(dict.fromkeys(names))}
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    speeds, quality = figure.subplots(1, 2)
-    plot_speeds(speeds, {n: finished(f) for n, f in results.items() if n != "training"}, colors)
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    speeds, quality = figure.subplots(1, 2, width_ratios=(5, 4))
+    names = dict.fromkeys(plain(name) for found in results.values() for name in finished(found))
+    colors: dict[str, str] = dict(zip(names, COLORS, strict=False))
+    sizes = [found for name, found in results.items() if name != "training"]
+    for place, found in enumerate(sizes):
+        for name, row in finished(found).items():
+            left = (list(colors).index(plain(name)) + 0.5) * 0.8 / len(colors) - 0.4
+            point(speeds, name, colors, place + left, row["ms"]["median"])
     for name, row in finished(results.get("training", {"contenders": {}})).items():
-        own = name.removesuffix(SAME_LR)
-        marker = "o" if own == name else "^"
-        quality.plot(row["seconds"], row["held-out FVU"], marker, color=colors[own], markersize=9)
-    seconds = "seconds of training (triangles: with fastsae's learning rate)"
-    quality.set(xlabel=seconds, ylabel="held-out FVU", xscale="log")
-    for axes in (speeds, quality):
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
+        point(quality, name, colors, row["seconds"], row["held-out FVU"])
+    labels = ["{tokens} x {d_in}\n{d_sae} latents".format(**found) for found in sizes]
+    speeds.set_xticks(range(len(sizes)), labels, fontsize="small")
+    speeds.set(xlabel="tokens x d_in, latents", ylabel="time per training step (ms)", yscale="log")
+    speeds.yaxis.set_major_formatter("{x:,g}")
+    quality.set(xlabel="training time (s)", ylabel="held-out fraction of variance unexplained")
+    figure.suptitle("Hollow: fastsae.accelerate. Triangle: fastsae's learning rate. Square: Adam.")
     swatches = [speeds.plot([], [], "s", color=color)[0] for color in colors.values()]
-    figure.legend(swatches, list(colors), loc="outside lower center", ncols=4)
+    figure.legend(swatches, list(colors), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=120)
 
 
-def plot_speeds(axes: Any, shapes: dict[str, Rows], colors: dict[str, Any]) -> None:
-    """A group of points for each size, with the spread over the rounds."""
-    for place, rows in enumerate(shapes.values()):
-        for n, (name, color) in enumerate(colors.items()):
-            if name in rows:
-                ms, left = rows[name]["ms"], place + (n + 0.5) * 0.8 / len(colors) - 0.4
-                axes.vlines(left, ms["min"], ms["max"], color=color)
-                axes.plot(left, ms["median"], "o", color=color, markersize=7)
-    axes.set_xticks(range(len(shapes)), list(shapes))
-    axes.set(xlabel="size", ylabel="ms per step")
+def plain(name: str) -> str:
+    return name.removesuffix(SAME_LR).removesuffix(", Adam").removesuffix(", accelerated")
+
+
+def point(axes: Any, name: str, colors: dict[str, str], x: float, y: float) -> None:
+    marker = "^" if name.endswith(SAME_LR) else "s" if name.endswith(", Adam") else "o"
+    style = {"fillstyle": "none" if name.endswith(", accelerated") else "full", "mew": 2}
+    axes.plot(x, y, marker, color=colors[plain(name)], markersize=8, **style)
+    axes.grid(visible=True, alpha=0.3)

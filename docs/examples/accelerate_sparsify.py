@@ -1,8 +1,8 @@
-"""Speeds up a SparseCoder of EleutherAI's sparsify, in place.
+"""Speed up a SparseCoder of EleutherAI's sparsify, in place.
 
-Two copies of one coder read the same tokens, one of them after `fastsae.accelerate`. Prints how
-much their outputs, gradients and choices of latents differ, and what a training step (forward pass,
-backward pass, Adam) takes with each, measured in turns; on a GPU, if there is one.
+Runs two copies of one coder on the same tokens, one of them after `fastsae.accelerate`. Prints how
+much their outputs, gradients and active latents differ, and how long a training step (forward,
+backward, Adam) takes with each. Steps are interleaved, and run on a GPU if there is one.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # or sparsify's decode wants a GPU
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # otherwise sparsify's decode needs a GPU
 
 from sparsify import SparseCoder, SparseCoderConfig
 
@@ -62,4 +62,4 @@ for _ in range(options.rounds + 1):
     for name, coder in coders.items():
         seconds[name].append(timed_step(coder, optimizers[name], x))
 for name, times in seconds.items():
-    print(f"{name:<12} {1000 * median(times[1:]):.0f} ms per step")  # the first one warms up
+    print(f"{name:<12} {1000 * median(times[1:]):.0f} ms per step")  # the first one is a warmup

