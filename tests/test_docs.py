@@ -18,6 +18,7 @@ import torch
 
 from fastsae.cli import run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
