@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 
@@ -43,6 +45,37 @@ def one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
+SERVER = """
+import json, sys
+from contextlib import redirect_stdout
+from bench.peers.contender import Task, measure
+
+for line in sys.stdin:
+    with redirect_stdout(sys.stderr):
+        found = measure(Task(**json.loads(line)))
+    print(json.dumps(found), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One process for all contenders: starting one for each takes longer than their tasks."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as process:
+        assert process.stdin and process.stdout
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def one_process(server, monkeypatch):
+    def run(task: Task) -> dict:
+        print(json.dumps(asdict(task)), file=server.stdin, flush=True)
+        return json.loads(server.stdout.readline())
+
+    monkeypatch.setattr(race, "run", run)
+
+
 def task(contender: str, data, **settings) -> Task:
     size = race.sized(TINY)
     return Task(contender=contender, **size, device="cpu", data=data and str(data), **settings)
@@ -54,7 +87,7 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_a_race(data, tmp_path, monkeypatch, capsys):
+def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     """Results, tables and a plot of contenders that are installed; others are listed as missing."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     nobody = CONTENDERS["sparsify"]._replace(package="not-a-package")
@@ -89,14 +122,16 @@ def test_a_race(data, tmp_path, monkeypatch, capsys):
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_contender_that_fails_is_reported():
+def test_a_contender_is_a_process_and_reported_if_it_fails():
     """With its reason, and without another turn."""
-    bad = {**race.sized(TINY), "d_sae": 2, "device": "cpu", "seconds": 0.01}
-    found = race.race("tiny", bad, ["fastsae"], rounds=2)
+    tiny = {**race.sized(TINY), "device": "cpu", "seconds": 0.01}
+    found = race.race("tiny", tiny, ["fastsae"], rounds=1)
+    assert found["fastsae"]["ms"]["median"] > 0
+    found = race.race("tiny", {**tiny, "d_sae": 2}, ["fastsae"], rounds=2)
     assert found["fastsae"]["error"].startswith("ValueError: k")
 
 
-def test_variants(data, tmp_path, monkeypatch):
+def test_variants(data, tmp_path, monkeypatch, one_process):
     """Into a file of their own."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setitem(race.SHAPES, "a", TINY)

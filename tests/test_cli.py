@@ -23,6 +23,7 @@ import torch
 from fastsae import SAE, AbsTopK, TopK
 from fastsae.cli import main
 from fastsae.data import ActivationShards, ShardWriter
+from fastsae.files import claimed
 from fastsae.train.log import read_lines
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -85,40 +86,32 @@ def whole(data, tmp_path_factory) -> Path:
     return out
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, whole, tmp_path):
+def test_killed_or_asked_to_stop_it_ends_with_the_same_bytes(data, whole, tmp_path):
+    """A kill leaves the last checkpoint, if there is one yet; a signal saves before it exits."""
     out = tmp_path / "run"
     settings = ["--steps", "120", "--checkpoint-every", "2", *SMALL]
     arguments = ["train", "--data", str(data), "--out", str(out), *settings]
     moments = random.Random(7)
-    for target in (0, 15, 80):
-        process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL)
-        wait_for(process, lambda out=out: (out / ".lock").exists())
-        wait_for_lines(process, out, target)
-        time.sleep(moments.random() * 0.03)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run must have been under way"
-        if (out / "config.json").exists() and "--resume" not in arguments:
-            arguments.append("--resume")
-    done = in_process(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert sae_files(out) == sae_files(whole)
-
-
-def test_a_signal_saves_before_exit(data, whole, tmp_path):
-    out = tmp_path / "run"
-    arguments = ["train", "--data", str(data), "--out", str(out), "--steps", "120", *SMALL]
-    for signum, line in {signal.SIGTERM: 20, signal.SIGINT: 70}.items():
+    stops = {0: signal.SIGKILL, 15: signal.SIGTERM, 45: signal.SIGKILL, 80: signal.SIGINT}
+    for line, signum in stops.items():
         process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+        wait_for(process, lambda: (out / ".lock").exists())
         wait_for_lines(process, out, line)
+        time.sleep(moments.random() * 0.03)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum
-        message = errors.splitlines()[-1]
-        step = int(message.split("stopped at step ")[1].split()[0])
-        assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
-        assert f"--resume --out {out}" in message
-        arguments = ["train", "--resume", "--out", str(out)]
-    assert in_process(*arguments).returncode == 0
+        if signum == signal.SIGKILL:
+            assert process.returncode == -signum, "the run must have been under way"
+        else:
+            assert process.returncode == 128 + signum
+            message = errors.splitlines()[-1]
+            step = int(message.split("stopped at step ")[1].split()[0])
+            assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
+            assert f"--resume --out {out}" in message
+        if (out / "config.json").exists():
+            arguments = ["train", "--resume", "--out", str(out)]
+    done = in_process(*arguments)
+    assert done.returncode == 0, done.stderr
     assert sae_files(out) == sae_files(whole)
 
 
@@ -280,16 +273,10 @@ def test_a_disk_that_takes_no_more(data, tmp_path):
     assert fastsae("train", "--resume", "--out", out).returncode == 0
 
 
-def test_two_processes_in_one_folder(data, tmp_path):
-    out = tmp_path / "run"
-    arguments = ["train", "--data", str(data), "--out", str(out), "--steps", "5000", *SMALL]
-    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL)
-    try:
-        wait_for_lines(process, out, 1)
-        assert "another process" in one_line_error(*arguments, "--resume")
-    finally:
-        process.kill()
-        process.wait()
+def test_a_folder_that_another_process_has(data, tmp_path):
+    with claimed(tmp_path / "run"):
+        message = one_line_error("train", "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert "another process" in message
 
 
 def test_eval_of_data_of_another_width(data, tmp_path):
@@ -376,7 +363,5 @@ def test_help(command, monkeypatch):
 
 
 def test_an_unknown_command():
-    assert (
-        "must be one of train, sweep, harvest, upgrade, eval, convert, got 'fly'"
-        in one_line_error("fly", run=in_process)
-    )
+    choices = "train, sweep, harvest, upgrade, eval, convert"
+    assert f"must be one of {choices}, got 'fly'" in one_line_error("fly")

@@ -18,6 +18,7 @@ import torch
 
 from fastsae.cli import run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -27,7 +28,7 @@ PEERS = {"sparsify", "sae_lens", "dictionary_learning"}
 EXAMPLES = {
     "train_on_your_activations": "--batches 4 --steps 20",
     "accelerate_sparsify": "--tokens 128 --d-in 32 --latents 256 --k 8 --rounds 1",
-    "rational_upgrade": "--steps 100 --tuning-steps 50",
+    "rational_upgrade": "--steps 60 --tuning-steps 30",
     "what_a_latent_means": "--max-tokens 3000 --steps 30 --latents 2",
 }
 

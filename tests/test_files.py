@@ -1,6 +1,9 @@
 import os
-import subprocess
-import sys
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,37 +66,44 @@ def test_no_directory_is_opened_where_none_can_be(tmp_path, monkeypatch):
     assert read_json(tmp_path / "a.json") == 1
 
 
-CLAIM = """
-import sys, time
-from pathlib import Path
-from fastsae.files import claimed
-
-with claimed(Path(sys.argv[1])) as mine:
-    print(mine, flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
+FORK = get_context("fork")  # a process that imports nothing is there at once
 
 
-def claim(folder, seconds: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CLAIM, str(folder), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def claim(folder: Path, answer: Connection, seconds: float) -> None:
+    with claimed(folder) as mine:
+        answer.send(mine)
+        time.sleep(seconds)
 
 
+def claiming(folder: Path, seconds: float = 0.0) -> tuple[ForkProcess, bool]:
+    """A process that holds the folder for so long, if it gets it."""
+    answer, theirs = FORK.Pipe()
+    process = FORK.Process(target=claim, args=(folder, theirs, seconds))
+    process.start()
+    return process, answer.recv()
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
 def test_one_process_at_a_time_claims_a_folder(tmp_path):
     folder = tmp_path / "new" / "run"
     with claimed(folder) as mine:
         assert mine
         with claimed(folder) as again:
             assert not again
-        assert claim(folder, 0).communicate()[0] == "False\n"
-    assert claim(folder, 0).communicate()[0] == "True\n"
+        process, theirs = claiming(folder)
+        process.join()
+        assert not theirs
+    process, theirs = claiming(folder)
+    process.join()
+    assert theirs
 
 
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
 def test_a_killed_process_holds_nothing_and_others_wait_for_it(tmp_path):
-    with claim(tmp_path, 60) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "True\n"
-        with claimed(tmp_path) as mine:
-            assert not mine
-        holder.kill()
-        with claimed(tmp_path, wait=True) as mine:
-            assert mine
+    holder, theirs = claiming(tmp_path, seconds=60)
+    with claimed(tmp_path) as mine:
+        assert theirs and not mine
+    holder.kill()
+    with claimed(tmp_path, wait=True) as mine:
+        assert mine
+    holder.join()

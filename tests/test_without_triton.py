@@ -84,22 +84,19 @@ assert not [name for name in sys.modules if name.startswith("fastsae") and "_ker
 """
 
 
-def run(code: str, *arguments: str) -> str:
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", WITHOUT + code + LAST, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+TRAIN = """
+from fastsae.cli import run
+run(["train", *sys.argv[1:]])
+"""
 
 
-def test_every_op_forward_and_backward():
-    run(OPS)
-
-
-def test_the_command_line_trains(tmp_path):
+def test_every_op_runs_and_the_command_line_trains(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((2000, 16), "f4"))
     settings = {"data": tmp_path / "x.npy", "out": tmp_path / "run", "d-sae": 64, "k": 4}
     settings |= {"batch-size": 64, "steps": 2, "device": "cpu"}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    run("from fastsae.cli import run; run(['train', *sys.argv[1:]])", *words)
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", WITHOUT + OPS + TRAIN + LAST, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "sae").is_dir()

@@ -25,6 +25,8 @@ def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
     """The shape with the name that the test is parametrized with, B by default."""
     if not (DRY or torch.cuda.is_available()):
         pytest.skip("needs a CUDA GPU")
+    if DRY:
+        request.getfixturevalue("fast_interpreter")
     name = getattr(request, "param", "B")
     sizes, device = (TINY, "cpu") if DRY else (SHAPES, "cuda")
     dtype = torch.float32 if DRY else torch.bfloat16  # the interpreter multiplies bf16 wrongly

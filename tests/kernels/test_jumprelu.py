@@ -149,8 +149,9 @@ def test_same_bits_twice_and_any_strides(op, reference, device):
 
 
 @pytest.mark.parametrize("l0", [False, True])
-@pytest.mark.parametrize("shape", [(4, 6), (0, 6), (4, 0)], ids=str)
-def test_registration(shape, l0, device):
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0)], ids=str)
+def test_registration_of_nothing(shape, l0, device):
+    """test_library.py has pre-activations."""
     h, threshold = make(shape, device=device)
     leaves = h.clone().requires_grad_(), threshold.clone().requires_grad_()
     torch.library.opcheck(torch.ops.fastsae.jumprelu.default, (*leaves, 0.5, l0))

@@ -166,13 +166,12 @@ def test_same_bits_twice_and_any_strides(device):
     assert_same_bits(rational, inputs, g, rational, strided, g.t().contiguous().t())
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (0, 6)], ids=str)
-def test_registration(shape, device):
-    inputs = [t.detach() for t in arguments(*make(shape, device=device))]
+def test_registration_without_tokens(device):
+    """test_library.py has some."""
+    inputs = [t.detach() for t in arguments(*make((0, 6), device=device))]
     leaves = tuple(t.clone().requires_grad_() for t in inputs)
     torch.library.opcheck(torch.ops.fastsae.rational.default, leaves)
-    g = torch.ones(shape, device=device)
-    constants = g, *inputs, torch.float32
+    constants = torch.ones(0, 6, device=device), *inputs, torch.float32
     torch.library.opcheck(torch.ops.fastsae.rational_backward.default, constants)
 
 

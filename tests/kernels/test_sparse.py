@@ -129,13 +129,13 @@ def test_latent_major_keeps_token_order():
     assert start.tolist() == [0, 2, 2, 5, 6, 6]
 
 
-@pytest.mark.parametrize("rows", [slice(0, 20), slice(3, 11), slice(19, 20), slice(5, 5)], ids=str)
-def test_sum_runs_of_some_rows_are_those_of_all(rows, device):
+def test_sum_runs_of_some_rows_are_those_of_all(device):
     values, indices, x, _ = make((300, 3, 20, 33), device=device)  # 45 entries a latent
     indices[:, 0] = 7  # and one with several chunks
     runs = latent_major(indices, 20)
-    some = sum_runs(values.flatten()[runs.entry], x, runs, rows)
-    assert torch.equal(some, scatter_outer(values, indices, x, 20)[rows])
+    every = scatter_outer(values, indices, x, 20)
+    for rows in slice(3, 11), slice(19, 20), slice(5, 5):
+        assert torch.equal(sum_runs(values.flatten()[runs.entry], x, runs, rows), every[rows])
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,14 @@ def make(name: str) -> tuple[SAE, dict[str, Tensor], Callable[..., Tensor]]:
 COMPILED = """
 import torch
 from fastsae import SAE
-from fastsae.nn import Rational, TopK, Variational
+from fastsae.nn import CodesLinear, Rational, TopK, TopKLinear, Variational
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
+
+def compare(module, compiled, weights, x):
+    outs = module(x), compiled(x)
+    assert_close(*outs)
+    assert_close(*(torch.autograd.grad(out.square().sum(), weights) for out in outs))
 
 rotations = [TopK(k=3, gradient="rotation", rotation=rotation) for rotation in ("support", "dense")]
 rationals = [Rational(k=3, support=support) for support in ("teacher", "none")]
@@ -67,13 +72,13 @@ for activation in (TopK(k=3), TopK(k=3, by="abs"), *rotations, *rationals, Varia
     counters.clear()
     sae = SAE(6, 20, activation)
     compiled = torch.compile(sae, fullgraph=True, backend="aot_eager")
-    for N in range(21, 33):
-        x = torch.randn(N, 6)
-        outs = sae(x), compiled(x)
-        assert_close(*outs)
-        weights = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
-        assert_close(*(torch.autograd.grad(out.square().sum(), weights) for out in outs))
+    for N in (21, 22, 32):
+        compare(sae, compiled, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), torch.randn(N, 6))
     assert counters["stats"]["unique_graphs"] == 2, activation
+
+block = torch.nn.Sequential(torch.nn.Linear(6, 6), TopKLinear(6, 40, k=3), CodesLinear(40, 5))
+compiled = torch.compile(block, fullgraph=True)
+compare(block, compiled, [*block.parameters()], torch.randn(8, 6))
 """
 
 

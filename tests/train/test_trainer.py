@@ -192,7 +192,8 @@ OPTIONS = [
 
 @pytest.fixture
 def every_instruction(monkeypatch):
-    """What a processor lacks is emulated."""
+    """What a processor lacks is emulated; int8 always, as oneDNN is slow at widths below 32."""
+    monkeypatch.setattr("fastsae_kernels.int8.why_not_int8", lambda device: "emulated")
     monkeypatch.setattr("fastsae.train.plan.has_bf16", lambda: True)
     monkeypatch.setattr("fastsae.train.plan.why_not_int8", lambda device: None)
 
