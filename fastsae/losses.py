@@ -27,8 +27,7 @@ from fastsae.codes import Codes
 from fastsae.config import check_choices
 from fastsae.nn import SAE, TopK
 from fastsae.nn.activation import Pass, Weights
-from fastsae_kernels._launch import buffer_bytes
-from fastsae_kernels.topk import topk_indices
+from fastsae_kernels import buffer_bytes, topk_indices
 
 Error = Literal["fvu", "sse"]
 AuxError = Literal["relative", "absolute"]

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
-from fastsae_kernels import encode_topk_batch
-from fastsae_kernels.topk import By
+from fastsae_kernels import By, encode_topk_batch
 
 from .activation import Activation, ActivationConfig, check_k, check_least_k
-from .candidates import Candidates
+from .sparse_pre import SparsePre
 
 UNSET = -1.0
 """The threshold before the first batch."""
@@ -78,14 +77,15 @@ class BatchTopK(Activation):
     ) -> Codes:
         if not self.training and self.threshold >= 0:
             threshold = float(self.threshold)
-            found = Candidates.above(x, W_enc, b_enc, threshold, self.cfg.by)
+            found = SparsePre.above(x, W_enc, b_enc, threshold, self.cfg.by)
             return found.codes(found.pre)
         hint = HINT * max(float(self.threshold), 0.0)
         total = self.cfg.k * len(x)
-        pre, indices, count, least = encode_topk_batch(x, W_enc, b_enc, total, self.cfg.by, hint)
+        listed = encode_topk_batch(x, W_enc, b_enc, total, self.cfg.by, hint)
         if self.training and len(x):
-            self.follow(least)
-        found = Candidates.listed(pre, indices, count, x, W_enc, b_enc)
+            rank = listed.values.detach().abs().where(listed.listed, torch.inf).amin()
+            self.follow(rank.where(rank.isfinite(), 0.0))
+        found = SparsePre.listed(listed, x, W_enc, b_enc)
         return found.codes(found.pre)
 
     @torch.no_grad()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastsae.codes import Codes
 
 from .activation import Activation, Pass, Weights, warmed
-from .candidates import Candidates
 from .penalty import Coefficient, L1Config
+from .sparse_pre import SparsePre
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class Gated(Activation):
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
     ) -> Codes:
-        return self.magnitudes(Candidates.above(x, W_enc, b_enc, 0.0), b_enc)
+        return self.magnitudes(SparsePre.above(x, W_enc, b_enc, 0.0), b_enc)
 
-    def magnitudes(self, open_gates: Candidates, b_enc: Float[Tensor, " d_sae"]) -> Codes:
+    def magnitudes(self, open_gates: SparsePre, b_enc: Float[Tensor, " d_sae"]) -> Codes:
         """How much latents with an open gate are active."""
         r, b, bias = (open_gates.pick(p) for p in (self.r_mag, self.b_mag, b_enc))
         return open_gates.codes((r.exp() * (open_gates.pre - bias) + b).relu())
@@ -70,7 +70,7 @@ class Gated(Activation):
         progress: float,
     ) -> Pass:
         W_enc, b_enc, W_dec, b_dec = weights
-        open_gates = Candidates.above(x, W_enc, b_enc, 0.0)
+        open_gates = SparsePre.above(x, W_enc, b_enc, 0.0)
         codes = self.magnitudes(open_gates, b_enc)
         gates = open_gates.codes(open_gates.pre)
         by_gates = gates.decode(W_dec.detach()) + b_dec.detach()

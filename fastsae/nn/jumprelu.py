@@ -16,8 +16,8 @@ from fastsae.codes import Codes
 from fastsae_kernels import jumprelu, jumprelu_l0
 
 from .activation import Activation, ActivationConfig, Pass, Weights, warmed
-from .candidates import Candidates
 from .penalty import TARGET_L0, check_penalty, check_warmup
+from .sparse_pre import SparsePre
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,15 @@ class JumpReLU(Activation):
 
     def found(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, trained: bool
-    ) -> tuple[Candidates, Tensor, Tensor]:
+    ) -> tuple[SparsePre, Tensor, Tensor]:
         """Latents above their threshold (or in its window, if thresholds are trained), and their
         pre-activations and thresholds as [N, d_sae] and [d_sae], or as one row and as many."""
         threshold = self.threshold.clamp(min=0)  # also after a step that took it below
         lowest = threshold.detach() - (self.cfg.bandwidth / 2 if trained else 0.0)
-        found = Candidates.above(x, W_enc, b_enc, lowest)
+        found = SparsePre.above(x, W_enc, b_enc, lowest)
         return found, *with_thresholds(found, threshold)
 
-    def codes(self, found: Candidates, pre: Tensor, threshold: Tensor) -> Codes:
+    def codes(self, found: SparsePre, pre: Tensor, threshold: Tensor) -> Codes:
         return jumprelu_codes(found, pre, threshold, self.cfg.bandwidth)
 
     def training_pass(
@@ -121,7 +121,7 @@ class JumpReLU(Activation):
         self.threshold.clamp_(min=0).div_(scale)
 
 
-def with_thresholds(found: Candidates, threshold: Tensor) -> tuple[Tensor, Tensor]:
+def with_thresholds(found: SparsePre, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Pre-activations and thresholds as the ops want them: [N, d_sae] and [d_sae], or one row of
     the listed ones and as many thresholds."""
     threshold = found.pick(threshold)
@@ -129,6 +129,6 @@ def with_thresholds(found: Candidates, threshold: Tensor) -> tuple[Tensor, Tenso
     return (pre, threshold) if threshold.dim() == 1 else (pre.view(1, -1), threshold.flatten())
 
 
-def jumprelu_codes(found: Candidates, pre: Tensor, threshold: Tensor, bandwidth: float) -> Codes:
+def jumprelu_codes(found: SparsePre, pre: Tensor, threshold: Tensor, bandwidth: float) -> Codes:
     """Codes of what `with_thresholds` returned."""
     return found.codes(jumprelu(pre, threshold, bandwidth).view(found.pre.shape))

@@ -27,14 +27,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from fastsae.codes import Codes, every_latent
+from fastsae.codes import Codes
 from fastsae.config import check_choices
 from fastsae_kernels import encode_topk, rational, topk
 
 from .activation import Activation, ActivationConfig, Pass, Weights, check_k, check_least_k
-from .candidates import Candidates
 from .penalty import Coefficient, check_penalty
 from .rational_fit import DEFAULT_DEGREE, JUMP, RationalFit, initial_coefficients
+from .sparse_pre import SparsePre
 
 Gate = Literal["relu", "jumprelu", "topk"]
 Support = Literal["teacher", "none"]
@@ -181,7 +181,7 @@ class Rational(Activation):
         x: Float[Tensor, "N d_in"],
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
-    ) -> tuple[Candidates, Tensor | float]:
+    ) -> tuple[SparsePre, Tensor | float]:
         """The pre-activations that phi is taken of, which of them the gate keeps, and s.
 
         s is 0 or of a shape that broadcasts to theirs. A token with fewer than k + 1 positive
@@ -194,16 +194,15 @@ class Rational(Activation):
             if self.cfg.gate == "topk":
                 largest, _ = topk(pre.detach(), min(self.k + 1, d_sae))
                 threshold = middle(largest, self.k)
-            every = every_latent(len(x), d_sae, x.device)
-            return Candidates(pre, every, pre > threshold, d_sae), threshold
+            return SparsePre(pre, None, pre > threshold, d_sae), threshold
         at_zero = self.cfg.centre == "zero"
         if self.cfg.gate == "topk":
             count = self.k if at_zero else min(self.k + 1, d_sae)
             largest, indices = encode_topk(x, W_enc, b_enc, count)
             pre, indices = largest[:, : self.k], indices[:, : self.k]
             s = 0.0 if at_zero else middle(largest.detach(), self.k)
-            return Candidates(pre, indices, pre > 0, d_sae), s
-        found = Candidates.above(x, W_enc, b_enc, threshold)
+            return SparsePre(pre, indices, pre > 0, d_sae), s
+        found = SparsePre.above(x, W_enc, b_enc, threshold)
         if at_zero or not isinstance(threshold, Tensor):
             return found, 0.0
         return found, found.pick(threshold)
@@ -216,7 +215,7 @@ class Rational(Activation):
     ) -> Codes:
         return self.codes(*self.gated(x, W_enc, b_enc))
 
-    def codes(self, found: Candidates, s: Tensor | float) -> Codes:
+    def codes(self, found: SparsePre, s: Tensor | float) -> Codes:
         """phi of what the gate found, shifted by s."""
         values = rational(found.pre, *self.coefficients(), s)
         return Codes.every(values) if self.cfg.support == "none" else found.codes(values)

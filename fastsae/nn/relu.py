@@ -14,8 +14,8 @@ from torch import Tensor
 from fastsae.codes import Codes
 
 from .activation import Activation, Pass, Weights, warmed
-from .candidates import Candidates
 from .penalty import Coefficient, L1Config
+from .sparse_pre import SparsePre
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ReLU(Activation):
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
     ) -> Codes:
-        found = Candidates.above(x, W_enc, b_enc, 0.0)
+        found = SparsePre.above(x, W_enc, b_enc, 0.0)
         return found.codes(found.pre)
 
     def training_pass(

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
-from fastsae_kernels import encode_decode, encode_topk
-from fastsae_kernels.encode import Shadow
-from fastsae_kernels.topk import By
+from fastsae_kernels import By, Shadow, encode_decode, encode_topk
 
 from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
 

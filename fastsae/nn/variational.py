@@ -19,9 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
-from fastsae_kernels import encode_topk
-from fastsae_kernels._launch import rows_at_a_time
-from fastsae_kernels.topk import topk_indices
+from fastsae_kernels import encode_topk, rows_at_a_time, topk_indices
 
 from .activation import Activation, ActivationConfig, Pass, Weights, check_k, check_least_k, warmed
 from .penalty import check_warmup

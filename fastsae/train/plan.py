@@ -7,10 +7,7 @@ from typing import Literal, TypedDict
 from fastsae.device import choose_device
 from fastsae.losses import default_k_aux
 from fastsae.nn import TopKConfig
-from fastsae_kernels.adam import WIDEST
-from fastsae_kernels.float8 import float8_pays, why_not_float8
-from fastsae_kernels.int8 import why_not_int8
-from fastsae_kernels.product import has_bf16
+from fastsae_kernels import WIDEST, float8_pays, has_bf16, why_not_float8, why_not_int8
 
 from .config import TrainConfig
 from .optim import default_lr

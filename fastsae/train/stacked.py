@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsae.codes import Codes
 from fastsae.device import tf32_products
 from fastsae.nn import TopK
-from fastsae_kernels.encode import encode_topk_each
+from fastsae_kernels import encode_topk_each
 
 from .state import TrainState
 from .trainer import Trainer

@@ -27,10 +27,7 @@ from fastsae.losses import (
     training_loss,
 )
 from fastsae.nn import SAE
-from fastsae_kernels import squared_error
-from fastsae_kernels.adam import RowGradients
-from fastsae_kernels.center import center
-from fastsae_kernels.latent_major import latent_major
+from fastsae_kernels import RowGradients, center, latent_major, squared_error
 
 from .optim import Adam
 
@@ -78,7 +75,8 @@ def fused_step(
     if codes is None:
         proposals = {} if shadow is None else {"shadow": shadow}  # only TopK's encode takes one
         codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
-    sse, error, dots = squared_error(codes.values, codes.indices, W_dec, sae.b_dec, x)
+    indices = codes.latents()
+    sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
     unit = variance.reciprocal() if objective.error == "fvu" else variance.new_full((), 1 / len(x))
     total = sse.sum()
     loss, fvu = total * unit, total / variance
@@ -89,7 +87,7 @@ def fused_step(
         aux = auxk_gradients(seen, residual, dead, slices, objective, signed)
 
     scale = 2 * unit
-    runs = latent_major(codes.indices, codes.d_sae, codes.active)
+    runs = latent_major(indices, codes.d_sae, codes.active)
     entries = torch.stack((codes.values.to(x.dtype), dots)).flatten(1)
     weights, d_weights = entries.mul_(scale)[:, runs.entry]
     extra = None if aux is None else (aux.rows, aux.W_dec, aux.W_enc)

@@ -17,8 +17,7 @@ from fastsae.files import write_json
 from fastsae.interop import sae_lens
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
-from fastsae_kernels.adam import WIDEST
-from fastsae_kernels.int8 import balance
+from fastsae_kernels import WIDEST, balance
 
 from .config import TrainConfig
 from .curves import plot_curves

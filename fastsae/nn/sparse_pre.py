@@ -11,10 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastsae.codes import Codes, every_latent, lists_every_latent
-from fastsae_kernels import encode_above, gather_dot
-from fastsae_kernels.encode_above import inside
-from fastsae_kernels.topk import By
+from fastsae.codes import Codes, at_latents
+from fastsae_kernels import By, Ragged, encode_above
 
 DENSE = 1 / 16
 """Part of the latents that a token lists, from which on dense products are faster on a CPU."""
@@ -26,11 +24,11 @@ PROBE = 128
 """Tokens by which the choice between few and many is made."""
 
 
-class Candidates(NamedTuple):
-    """Pre-activations of some latents of each token, or of all in their order."""
+class SparsePre(NamedTuple):
+    """Pre-activations of some latents of each token, or of all in order (indices are None)."""
 
     pre: Float[Tensor, "N K"]
-    indices: Int[Tensor, "N K"]
+    indices: Int[Tensor, "N K"] | None
     active: Bool[Tensor, "N K"]
     """Whether an entry exceeds the threshold; else it is padding, or one of all latents."""
     d_sae: int
@@ -43,42 +41,34 @@ class Candidates(NamedTuple):
         b_enc: Float[Tensor, " d_sae"],
         threshold: Float[Tensor, " d_sae"] | float,
         by: By = "value",
-    ) -> "Candidates":
+    ) -> "SparsePre":
         """Those of centred inputs x whose pre-activation (or its magnitude) is above."""
         d_sae = W_enc.shape[0]
-        if crowded(x, W_enc, b_enc, threshold, by):
+        if is_dense(x, W_enc, b_enc, threshold, by):
             pre = linear(x, W_enc, b_enc)
-            active = exceeds(pre, threshold, by)
-            return cls(pre, every_latent(len(x), d_sae, x.device), active, d_sae)
-        listed = encode_above(x, W_enc, b_enc, threshold, by)
-        return cls.listed(*listed, x, W_enc, b_enc)
+            return cls(pre, None, exceeds(pre, threshold, by), d_sae)
+        return cls.listed(encode_above(x, W_enc, b_enc, threshold, by), x, W_enc, b_enc)
 
     @classmethod
     def listed(
         cls,
-        pre: Float[Tensor, "N K"],
-        indices: Int[Tensor, "N K"],
-        count: Int[Tensor, " N"],
+        found: Ragged,
         x: Float[Tensor, "N d_in"],
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
-    ) -> "Candidates":
-        """Those that an op listed, the first `count` of each token; all latents where one token's
-        list is so long that the padding of the others would cost more."""
-        N, d_sae = len(x), W_enc.shape[0]
-        active = inside(count, indices.shape[1])
-        if indices.shape[1] <= WIDEST * d_sae:
-            return cls(pre, indices, active, d_sae)
-        hits = torch.zeros(N, d_sae, dtype=torch.int8, device=x.device)
-        active = hits.scatter_add_(1, indices, active.to(torch.int8)).bool()
-        return cls(linear(x, W_enc, b_enc), every_latent(N, d_sae, x.device), active, d_sae)
+    ) -> "SparsePre":
+        """Those that an op listed; all latents where one token's list is so long that the padding
+        of the others would cost more."""
+        d_sae = W_enc.shape[0]
+        if found.indices.shape[1] <= WIDEST * d_sae:
+            return cls(found.values, found.indices, found.listed, d_sae)
+        hits = torch.zeros(len(x), d_sae, dtype=torch.int8, device=x.device)
+        active = hits.scatter_add_(1, found.indices, found.listed.to(torch.int8)).bool()
+        return cls(linear(x, W_enc, b_enc), None, active, d_sae)
 
     def pick(self, parameter: Float[Tensor, " d_sae"]) -> Float[Tensor, "... K"]:
         """A parameter of each latent, where the latent is listed."""
-        if lists_every_latent(self.indices, self.d_sae):
-            return parameter
-        ones = parameter.new_ones(len(self.indices), 1)
-        return gather_dot(ones, self.indices, parameter[:, None])
+        return at_latents(parameter, self.indices)
 
     def codes(self, values: Float[Tensor, "N K"]) -> Codes:
         """Codes of these values, 0 where not active."""
@@ -86,7 +76,7 @@ class Candidates(NamedTuple):
 
 
 @torch.no_grad()
-def crowded(
+def is_dense(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, by: By = "value"
 ) -> bool:
     """Whether so many latents exceed the threshold that dense products are faster.
