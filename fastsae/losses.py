@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from fastsae.codes import Codes
 from fastsae.config import check_choices
 from fastsae.nn import SAE, TopK
-from fastsae.nn.activation import Pass, Weights
+from fastsae.nn.activation import Weights
 from fastsae_kernels import buffer_bytes, topk_indices
 
 Error = Literal["fvu", "sse"]
@@ -88,7 +88,7 @@ class Objective:
         if self.prefixes and getattr(sae.activation.cfg, "rotation", None) == "dense":
             raise ValueError('rotation "dense" is of one reconstruction: prefixes need "support"')
         if self.multi_k:
-            top_k = isinstance(sae.activation, TopK) and sae.activation.fuses
+            top_k = isinstance(sae.activation, TopK) and sae.activation.supports_fused_step
             if not top_k or sae.activation.cfg.k * WIDER > sae.d_sae:
                 raise ValueError(
                     f"multi_k needs topk without rotation and {WIDER} k latents, "
@@ -134,25 +134,28 @@ def training_loss(
     x, y = both_ends(sae, x, target)
     N = max(len(y), 1)
     unit = 1 / total_variance(y) if objective.error == "fvu" else y.new_full((), 1 / N)
-    weights, centred, left = sae.weights(), sae.centre(x), y - sae.skip(x)
-    if objective.multi_k:
-        result, extra = wider_pass(sae, centred, left, weights)
+    weights, centred, left = sae.weights(), sae.center(x), y - sae.skip(x)
+    extra, penalty = 0.0, y.new_zeros(())
+    if sae.activation.decodes:
+        recon, codes = sae.activation.reconstruct(centred, weights)
     else:
-        result = sae.activation.training_pass(centred, left, weights, progress)
-        extra = 0.0
-    residual = left - result.recon
+        if objective.multi_k:
+            codes, extra = wider_codes(sae, centred, left, weights)
+        else:
+            codes, penalty = sae.activation.penalized(centred, left, weights, progress)
+        recon = weights.decode(codes)
+    residual = left - recon
     error = own = residual.square().sum()
     if objective.prefixes:
-        error = nested_error(result.codes, left, weights, objective.prefixes, own)
-    loss = unit * (error + extra + len(x) * result.penalty)
+        error = nested_error(codes, left, weights, objective.prefixes, own)
+    loss = unit * (error + extra + len(x) * penalty)
     auxk = torch.zeros_like(loss)
     if dead is not None and len(dead) and objective.auxk_coef:
         k_aux = objective.k_aux or default_k_aux(y.shape[1])
         auxk = auxk_loss(sae, centred, residual.detach(), weights, dead, objective, k_aux)
         loss = loss + auxk_weight(objective.auxk_coef, len(dead), k_aux) * auxk
     fvu = own.detach() / total_variance(y) if objective.error == "sse" else unit * own.detach()
-    codes = result.codes
-    parts = fvu, auxk.detach(), result.penalty.detach(), codes.l0()
+    parts = fvu, auxk.detach(), penalty.detach(), codes.l0()
     return TrainingLoss(loss, *parts, codes)
 
 
@@ -173,17 +176,15 @@ def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
     return (x - x.mean(0)).square().sum()
 
 
-def wider_pass(
+def wider_codes(
     sae: SAE, centred: Tensor, target: Tensor, weights: Weights
-) -> tuple[Pass, Float[Tensor, ""]]:
-    """The pass with k latents, and the weighted error with 4 k, from one selection."""
+) -> tuple[Codes, Float[Tensor, ""]]:
+    """The codes with k latents, and the weighted error with 4 k, from one selection."""
     assert isinstance(sae.activation, TopK)
     k = sae.activation.cfg.k
-    wide = sae.activation.encode(centred, weights.W_enc, weights.b_enc, k=WIDER * k)
-    codes = Codes(wide.values[:, :k], wide.indices[:, :k], wide.d_sae)
-    recon, wider = (c.decode(weights.W_dec) + weights.b_dec for c in (codes, wide))
-    extra = WIDER_COEF * (target - wider).square().sum()
-    return Pass(recon, codes, recon.new_zeros(())), extra
+    wide = sae.activation.encode(centred, weights, k=WIDER * k)
+    codes = Codes(wide.values[:, :k], wide.latents()[:, :k], wide.d_sae)
+    return codes, WIDER_COEF * (target - weights.decode(wide)).square().sum()
 
 
 def nested_error(
@@ -195,10 +196,7 @@ def nested_error(
 ) -> Float[Tensor, ""]:
     """Mean squared error over the prefixes and the whole dictionary, whose own error is known."""
     sizes = [size for size in prefixes if size < codes.d_sae]
-    errors = [
-        (target - codes.below(size).decode(weights.W_dec) - weights.b_dec).square().sum()
-        for size in sizes
-    ]
+    errors = [(target - weights.decode(codes.below(size))).square().sum() for size in sizes]
     return torch.stack([*errors, own]).mean()
 
 

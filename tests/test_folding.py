@@ -88,7 +88,7 @@ def test_a_folded_scale_leaves_the_noise_of_a_learned_variance():
     assert isinstance(activation, Variational)
 
     def log_variance(x: Tensor) -> Tensor:
-        return sae.centre(x) @ activation.W_variance.T + activation.b_variance
+        return sae.center(x) @ activation.W_variance.T + activation.b_variance
 
     expected = log_variance(SCALE * x.double())
     sae.fold_scale_(SCALE)

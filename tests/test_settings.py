@@ -13,7 +13,7 @@ from fastsae.cli.train import read_train
 from fastsae.config import from_dict, to_dict
 from fastsae.losses import Objective
 from fastsae.nn import Activation, ActivationConfig, Init, TopKConfig
-from fastsae.nn.activations import ACTIVATIONS, CHOICES, activation_of
+from fastsae.nn.activations import CHOICES
 from fastsae.nn.batchtopk import BatchTopK, BatchTopKConfig
 from fastsae.nn.gated import GatedConfig
 from fastsae.nn.jumprelu import JumpReLU, JumpReLUConfig
@@ -71,7 +71,7 @@ def test_an_activation(config, settings, message, no_types):
     """Also through the activation itself, where its arguments are checked the same."""
     with pytest.raises(ValueError, match=message):
         config(**settings)
-    activation, _ = ACTIVATIONS[config.name]
+    activation = config.activation
     with pytest.raises(ValueError, match=message):
         activation(**settings)
 
@@ -236,7 +236,7 @@ def test_a_setting_of_another_activation_is_named(name):
     with pytest.raises(ValueError, match=f"{cfg.name} has no setting 'gradient'; its settings are"):
         from_dict(ActivationConfig, {**to_dict(cfg), "gradient": "rotation"}, "activation")
     with pytest.raises(TypeError, match="gradient"):
-        activation_of(cfg).__class__(gradient="rotation")
+        cfg.activation(gradient="rotation")
 
 
 @pytest.mark.parametrize("settings", [{}, *(settings for settings, _ in UNFUSED)], ids=str)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastsae.codes import Codes
+
 from .activation import ActivationConfig
 
 FIRST, GAIN, REACH = 0.03, 0.02, 2.0
@@ -19,7 +21,7 @@ TARGET_L0 = 32.0
 class Coefficient(nn.Module):
     """The coefficient of a penalty: fixed, or steered towards an L0 from where it starts.
 
-    When steered, the price also rises and falls with (L0 / target)^2, at once; the coefficient,
+    When adapted, the price also rises and falls with (L0 / target)^2, at once; the coefficient,
     multiplied after each step by (L0 / target)^GAIN, makes up for what remains. L0 follows a price
     slowly: by a coefficient alone it would swing around its target.
     """
@@ -28,20 +30,31 @@ class Coefficient(nn.Module):
 
     def __init__(self, value: float | None, target_l0: float | None):
         super().__init__()
-        self.target_l0 = TARGET_L0 if value is None and target_l0 is None else target_l0
+        self.target_l0 = target_of(value, target_l0)
         start = value if self.target_l0 is None else value or FIRST
         self.register_buffer("value", torch.tensor(float(start or 0.0)))
 
     def forward(self, norm: Float[Tensor, ""], l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The price of a norm of a training batch's codes, of which L0 is taken note."""
+        """The penalty of a batch with this norm and this L0."""
         if self.target_l0 is None:
             return self.value * norm
-        with torch.no_grad():
-            excess = (l0.to(self.value) / self.target_l0).log().clamp(-REACH, REACH)
-            price = self.value * (2 * excess).exp()
-            if self.training:
-                self.value.mul_((GAIN * excess).exp())
-        return price * norm
+        return self.value * (2 * self.excess(l0, self.target_l0)).exp() * norm
+
+    @torch.no_grad()
+    def excess(self, l0: Float[Tensor, ""], target_l0: float) -> Float[Tensor, ""]:
+        """The logarithm of how many times the target the L0 is."""
+        return (l0.to(self.value) / target_l0).log().clamp(-REACH, REACH)
+
+    @torch.no_grad()
+    def after_step(self, codes: Codes) -> None:
+        """Adapt the coefficient to the L0 of a batch."""
+        if self.target_l0 is not None:
+            self.value.mul_((GAIN * self.excess(codes.l0(), self.target_l0)).exp())
+
+
+def target_of(value: float | None, target_l0: float | None) -> float | None:
+    """The L0 to reach: one is by default, where there is no coefficient either."""
+    return TARGET_L0 if value is None and target_l0 is None else target_l0
 
 
 def check_penalty(value: float | None, target_l0: float | None, name: str) -> None:

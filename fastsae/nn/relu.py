@@ -5,7 +5,6 @@ shift by lambda is folded into b_enc. Training minimises the squared error plus 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 
-from .activation import Activation, Pass, Weights, warmed
+from .activation import Activation, Weights, warmed
 from .penalty import Coefficient, L1Config
 from .sparse_pre import SparsePre
 
@@ -34,41 +33,37 @@ class ReLUConfig(L1Config):
             raise ValueError(f"p_end must be above 0 and at most 1, got {self.p_end}")
 
 
-class ReLU(Activation):
+class ReLU(Activation, config=ReLUConfig):
     """Keeps every positive pre-activation. The arguments are those of ReLUConfig."""
 
     cfg: ReLUConfig
 
-    def __init__(self, **settings: Any):
-        super().__init__()
-        self.cfg = ReLUConfig(**settings)
+    def build(self, d_in: int, d_sae: int) -> None:
         self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
         self.target_l0 = self.coefficient.target_l0
 
     @property
-    def opens_at(self) -> float:
+    def activation_threshold(self) -> float:
         return 0.0
 
-    def encode(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> Codes:
-        found = SparsePre.above(x, W_enc, b_enc, 0.0)
+    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+        found = SparsePre.above(x, weights.W_enc, weights.b_enc, 0.0)
         return found.codes(found.pre)
 
-    def training_pass(
+    def penalized(
         self,
         x: Float[Tensor, "N d_in"],
         target: Float[Tensor, "N d_out"],
         weights: Weights,
         progress: float,
-    ) -> Pass:
-        recon, codes = self.reconstruct(x, weights)
+    ) -> tuple[Codes, Float[Tensor, ""]]:
+        codes = self.encode(x, weights)
         p = 1 - (1 - self.cfg.p_end) * progress
         price = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
-        return Pass(recon, codes, warmed(progress, self.cfg.price_warmup) * price)
+        return codes, warmed(progress, self.cfg.price_warmup) * price
+
+    def after_step(self, codes: Codes) -> None:
+        self.coefficient.after_step(codes)
 
 
 def lp_norm(values: Float[Tensor, "N K"], p: float) -> Float[Tensor, ""]:

@@ -13,7 +13,6 @@ from fastsae.config import from_dict, to_dict
 from fastsae.files import read_json, read_tensors, write_json, write_tensors
 
 from .activation import Activation, ActivationConfig, Weights
-from .activations import activation_of
 
 FORMAT = "fastsae.sae.1"
 
@@ -73,8 +72,7 @@ class SAE(nn.Module):
 
         Raises ValueError if the last dimension is not d_in.
         """
-        weights = self.weights()
-        return self.activation.encode(self.centre(self.tokens(x)), weights.W_enc, weights.b_enc)
+        return self.activation.encode(self.center(self.tokens(x)), self.weights())
 
     def tokens(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
         """x flattened by `flat`, and with layer_norm each token normalised: what is to be coded."""
@@ -90,7 +88,7 @@ class SAE(nn.Module):
             raise ValueError(f"x must end in d_in = {self.d_in}, got shape {list(x.shape)}")
         return x.reshape(-1, self.d_in)
 
-    def centre(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
+    def center(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
         """What the encoder's weights see of tokens."""
         return x - self.b_dec if self.d_out is None else x
 
@@ -109,7 +107,7 @@ class SAE(nn.Module):
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Float[Tensor, "N d_out"]:
         """The reconstruction that codes stand for; with skip and layer_norm, together with x."""
-        recon = codes.decode(self.weights().W_dec) + self.b_dec
+        recon = self.weights().decode(codes)
         if self.W_skip is None and not self.layer_norm:
             return recon
         if x is None:
@@ -132,7 +130,7 @@ class SAE(nn.Module):
 
     def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "N d_out"], Codes]:
         """The output for x with the codes it was decoded from, in one differentiable op."""
-        seen = self.centre(self.tokens(x))
+        seen = self.center(self.tokens(x))
         recon, codes = self.activation.reconstruct(seen, self.weights())
         return self.output(recon, self.flat(x)), codes
 
@@ -152,7 +150,7 @@ class SAE(nn.Module):
             return self
         out = scale if out is None else out
         if out != scale:
-            self.settle_norms_()
+            self.fold_decoder_norms_()
         self.b_enc.div_(scale)
         self.b_dec.div_(out)
         if out != scale:
@@ -170,7 +168,7 @@ class SAE(nn.Module):
         """
         if self.layer_norm:
             raise ValueError("an SAE with layer_norm cannot take on factors of single columns")
-        self.settle_norms_()
+        self.fold_decoder_norms_()
         self.W_enc.mul_(factors)
         self.W_dec.div_(factors)
         self.b_dec.div_(factors)
@@ -178,7 +176,7 @@ class SAE(nn.Module):
         return self
 
     @torch.no_grad()
-    def settle_norms_(self) -> None:
+    def fold_decoder_norms_(self) -> None:
         """Move what by_norm multiplies by into the weights, for good: the codes stay the same, and
         so do they when the decoder's units change."""
         weights, self.by_norm = self.weights(), False
@@ -248,7 +246,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
         if type(config[name]) not in kinds.get(name, (int,)):
             raise ValueError(f"{directory / 'config.json'}: {name} cannot be {config[name]!r}")
     tensors = read_tensors(directory / "sae.safetensors")
-    activation = activation_of(from_dict(ActivationConfig, config.pop("activation"), "activation"))
+    activation = from_dict(ActivationConfig, config.pop("activation"), "activation").build()
     with torch.device("meta"):
         sae = SAE(activation=activation, **config)
     wanted = {name: list(p.shape) for name, p in sae.state_dict().items()}

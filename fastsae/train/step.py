@@ -27,6 +27,7 @@ from fastsae.losses import (
     training_loss,
 )
 from fastsae.nn import SAE
+from fastsae.nn.activation import Weights
 from fastsae_kernels import RowGradients, center, latent_major, squared_error
 
 from .optim import Adam
@@ -50,6 +51,7 @@ def autograd_step(
     with torch.no_grad():
         adam.update_all(dict(zip(names, gradients, strict=True)))
         adam.end_step()
+    sae.activation.after_step(result.codes)
     return result._replace(loss=result.loss.detach(), fired=result.codes.fired())
 
 
@@ -74,7 +76,8 @@ def fused_step(
     shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
     if codes is None:
         proposals = {} if shadow is None else {"shadow": shadow}  # only TopK's encode takes one
-        codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
+        weights = Weights(W_enc, b_enc, W_dec, sae.b_dec)
+        codes = sae.activation.encode(seen, weights, **proposals)
     indices = codes.latents()
     sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
     unit = variance.reciprocal() if objective.error == "fvu" else variance.new_full((), 1 / len(x))
@@ -100,6 +103,7 @@ def fused_step(
     adam.update("b_enc", d_b_enc)
     adam.update("b_dec", d_b_dec)
     adam.end_step()
+    sae.activation.after_step(codes)
     none = torch.zeros_like(fvu)
     l0 = runs.start[-1] / max(len(x), 1)  # what codes.l0() counts again
     fired = runs.start[1:] > runs.start[:-1]
