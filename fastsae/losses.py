@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
@@ -95,6 +95,12 @@ class Objective:
                     f"got {sae.activation} and d_sae = {sae.d_sae}"
                 )
 
+    def unit(self, variance: Float[Tensor, ""], N: int) -> Float[Tensor, ""]:
+        """What the summed error of N tokens of that total variance is multiplied by."""
+        if self.error == "fvu":
+            return variance.reciprocal()
+        return variance.new_full((), 1 / max(N, 1))
+
     @property
     def plain(self) -> bool:
         """Whether it is one error of one reconstruction."""
@@ -132,17 +138,17 @@ def training_loss(
     objective = objective or Objective()
     objective.check(sae)
     x, y = both_ends(sae, x, target)
-    N = max(len(y), 1)
-    unit = 1 / total_variance(y) if objective.error == "fvu" else y.new_full((), 1 / N)
-    weights, centred, left = sae.weights(), sae.center(x), y - sae.skip(x)
+    variance = total_variance(y)
+    unit = objective.unit(variance, len(y))
+    weights, centered, left = sae.weights(), sae.center(x), y - sae.skip(x)
     extra, penalty = 0.0, y.new_zeros(())
     if sae.activation.decodes:
-        recon, codes = sae.activation.reconstruct(centred, weights)
+        recon, codes = sae.activation.reconstruct(centered, weights)
     else:
         if objective.multi_k:
-            codes, extra = wider_codes(sae, centred, left, weights)
+            codes, extra = wider_codes(sae, centered, left, weights)
         else:
-            codes, penalty = sae.activation.penalized(centred, left, weights, progress)
+            codes, penalty = sae.activation.penalized(centered, left, weights, progress)
         recon = weights.decode(codes)
     residual = left - recon
     error = own = residual.square().sum()
@@ -151,11 +157,11 @@ def training_loss(
     loss = unit * (error + extra + len(x) * penalty)
     auxk = torch.zeros_like(loss)
     if dead is not None and len(dead) and objective.auxk_coef:
-        k_aux = objective.k_aux or default_k_aux(y.shape[1])
-        auxk = auxk_loss(sae, centred, residual.detach(), weights, dead, objective, k_aux)
-        loss = loss + auxk_weight(objective.auxk_coef, len(dead), k_aux) * auxk
-    fvu = own.detach() / total_variance(y) if objective.error == "sse" else unit * own.detach()
-    parts = fvu, auxk.detach(), penalty.detach(), codes.l0()
+        rows = *(weight[dead] for weight in weights[:3]), sae.b_dec if sae.d_out is None else None
+        seen = centered.detach(), residual.detach(), objective, sae.activation.signed
+        weighted, auxk = AuxK.apply(*rows, *seen)
+        loss = loss + weighted
+    parts = own.detach() / variance, auxk, penalty.detach(), codes.l0()
     return TrainingLoss(loss, *parts, codes)
 
 
@@ -177,12 +183,12 @@ def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
 
 
 def wider_codes(
-    sae: SAE, centred: Tensor, target: Tensor, weights: Weights
+    sae: SAE, centered: Tensor, target: Tensor, weights: Weights
 ) -> tuple[Codes, Float[Tensor, ""]]:
     """The codes with k latents, and the weighted error with 4 k, from one selection."""
     assert isinstance(sae.activation, TopK)
     k = sae.activation.cfg.k
-    wide = sae.activation.encode(centred, weights, k=WIDER * k)
+    wide = sae.activation.encode(centered, weights, k=WIDER * k)
     codes = Codes(wide.values[:, :k], wide.latents()[:, :k], wide.d_sae)
     return codes, WIDER_COEF * (target - weights.decode(wide)).square().sum()
 
@@ -205,46 +211,73 @@ def default_k_aux(d_out: int) -> int:
     return max(d_out // 2, 1)
 
 
-def auxk_weight(auxk_coef: float, n_dead: int, k_aux: int) -> float:
-    """The weight of the aux loss, smaller while there are fewer than k_aux dead latents."""
-    return auxk_coef * min(n_dead / k_aux, 1.0)
+class AuxKGradients(NamedTuple):
+    """The aux loss, its weight, and the weighted gradients of the dead latents' parameters."""
+
+    loss: Float[Tensor, ""]
+    weight: float
+    """Smaller while there are fewer than k_aux dead latents."""
+    W_enc: Float[Tensor, "n_dead d_in"]
+    b_enc: Float[Tensor, " n_dead"]
+    W_dec: Float[Tensor, "n_dead d_out"]
+    b_dec: Float[Tensor, " d_in"]
+    """Of what was subtracted from the tokens."""
 
 
-def auxk_tokens(x: Float[Tensor, "N d_in"], n_dead: int) -> int:
-    """How many tokens' pre-activations of dead latents exist at a time."""
-    budget = AUX_BYTES if x.device.type == "cpu" else buffer_bytes(x.device)
-    return max(1, budget // (n_dead * x.itemsize))
-
-
-def auxk_scale(residual: Float[Tensor, "N d_out"], objective: Objective) -> Float[Tensor, ""]:
-    """What the summed error of the aux codes is multiplied by."""
-    if objective.auxk_error == "absolute":
-        return residual.new_full((), 1 / max(len(residual), 1))
-    return 1 / total_variance(residual)
-
-
-def auxk_loss(
-    sae: SAE,
-    centred: Float[Tensor, "N d_in"],
+def auxk_gradients(
+    centered: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_out"],
-    weights: Weights,
-    dead: Int[Tensor, " n_dead"],
+    slices: tuple[Tensor, Tensor, Tensor],
     objective: Objective,
-    k_aux: int,
-) -> Float[Tensor, ""]:
-    """The error that dead latents leave of the residual."""
-    W_enc, b_enc, W_dec = (weight[dead] for weight in weights[:3])
-    signed, chunk = sae.activation.signed, auxk_tokens(centred, len(dead))
-    error = residual.new_zeros(())
-    for c, r in zip(centred.split(chunk), residual.split(chunk), strict=True):
-        arguments = c, r, W_enc, b_enc, W_dec, k_aux, signed
-        # Done again when it is differentiated, so that one chunk's pre-activations are kept.
-        error = error + checkpoint(auxk_error, *arguments, use_reentrant=False)
-    return error * auxk_scale(residual, objective)
+    signed: bool,
+) -> AuxKGradients:
+    """Differentiate the aux loss on the dead rows of W_enc, b_enc and W_dec, in chunks of tokens.
+
+    Matmuls are in the slices' dtype, sums in that of the residual.
+    """
+    W_enc, b_enc, W_dec = leaves = [t.detach().requires_grad_() for t in slices]
+    n_dead, k_aux = len(W_enc), objective.k_aux or default_k_aux(residual.shape[1])
+    sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
+    loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(centered.shape[1])
+    scale = residual.new_full((), 1 / max(len(residual), 1))
+    if objective.auxk_error == "relative":
+        scale = 1 / total_variance(residual)
+    weight = objective.auxk_coef * min(n_dead / k_aux, 1.0)
+    budget = AUX_BYTES if residual.device.type == "cpu" else buffer_bytes(residual.device)
+    chunk = max(1, budget // (n_dead * residual.itemsize))
+    for c, r in zip(centered.split(chunk), residual.split(chunk), strict=True):
+        with torch.enable_grad():
+            c = c.detach().requires_grad_()
+            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) * scale
+        *gradients, d_centered = torch.autograd.grad(part, [*leaves, c])
+        loss += part.detach()
+        d_b_dec.sub_(d_centered.sum(0, dtype=residual.dtype), alpha=weight)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.add_(gradient, alpha=weight)
+    d_W_enc, d_b_enc, d_W_dec = sums
+    return AuxKGradients(loss, weight, d_W_enc, d_b_enc, d_W_dec, d_b_dec)
+
+
+class AuxK(torch.autograd.Function):
+    """`auxk_gradients` for autograd: the weighted loss, and the loss. b_dec is what was subtracted
+    from the tokens, or None."""
+
+    @staticmethod
+    def forward(ctx, W_enc, b_enc, W_dec, b_dec, centered, residual, objective, signed):
+        found = auxk_gradients(centered, residual, (W_enc, b_enc, W_dec), objective, signed)
+        ctx.save_for_backward(*found[2:])
+        ctx.mark_non_differentiable(found.loss)
+        return found.weight * found.loss, found.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, _):
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(g * t if need else None for t, need in needed), None, None, None, None
 
 
 def auxk_error(
-    centred: Float[Tensor, "N d_in"],
+    centered: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_out"],
     W_enc: Float[Tensor, "n_dead d_in"],
     b_enc: Float[Tensor, " n_dead"],
@@ -256,7 +289,7 @@ def auxk_error(
 
     Dense products on the slice of dead rows: with k_aux near d_out / 2, gathers would cost more.
     """
-    pre = linear(centred, W_enc, b_enc)
+    pre = linear(centered, W_enc, b_enc)
     if k_aux < pre.shape[1]:
         best = topk_indices(pre, k_aux, "abs" if signed else "value")
         kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, best, True)

@@ -237,7 +237,7 @@ def own_objective(teacher: SAE, l0: float) -> ActivationConfig:
     match activation:
         case ReLU():
             price = activation.coefficient.value.item()
-            return replace(cfg, l1_coef=price, target_l0=l0, price_warmup=0.0)
+            return replace(cfg, l1_coef=price or None, target_l0=l0, price_warmup=0.0)
         case JumpReLU():
             return replace(cfg, l0_coef=10.0 * teacher.d_in, target_l0=l0, price_warmup=0.0)
     return cfg

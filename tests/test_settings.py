@@ -50,6 +50,7 @@ ACTIVATION = [
     (JumpReLUConfig, {"target_l0": 0.0}, "target_l0 must be above 0, got 0.0"),
     (JumpReLUConfig, {"price_warmup": 2.0}, "price_warmup must be between 0 and 1, got 2.0"),
     (ReLUConfig, {"l1_coef": -0.5}, "l1_coef must be at least 0, got -0.5"),
+    (ReLUConfig, {"l1_coef": 0.0, "target_l0": 8.0}, "target_l0 = 8.0 needs l1_coef above 0"),
     (ReLUConfig, {"l1_coef": NAN}, "l1_coef must be at least 0, got nan"),
     (ReLUConfig, {"target_l0": -3.0}, "target_l0 must be above 0, got -3.0"),
     (ReLUConfig, {"p_end": 0.0}, "p_end must be above 0 and at most 1, got 0.0"),
@@ -237,6 +238,11 @@ def test_a_setting_of_another_activation_is_named(name):
         from_dict(ActivationConfig, {**to_dict(cfg), "gradient": "rotation"}, "activation")
     with pytest.raises(TypeError, match="gradient"):
         cfg.activation(gradient="rotation")
+
+
+def test_older_files_say_0_where_no_coefficient_was_given():
+    saved = {**to_dict(ReLUConfig(target_l0=8.0)), "l1_coef": 0.0}
+    assert from_dict(ActivationConfig, saved) == ReLUConfig(target_l0=8.0)
 
 
 @pytest.mark.parametrize("settings", [{}, *(settings for settings, _ in UNFUSED)], ids=str)

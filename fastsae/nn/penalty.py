@@ -87,4 +87,8 @@ class L1Config(ActivationConfig):
 
     def __post_init__(self):
         check_penalty(self.l1_coef, self.target_l0, "l1_coef")
+        if self.l1_coef == 0 and self.target_l0 is not None:
+            raise ValueError(
+                f"target_l0 = {self.target_l0} needs l1_coef above 0, or none, to start from: got 0"
+            )
         check_warmup(self.price_warmup)

@@ -9,23 +9,12 @@ AbsTopK and BatchTopK, straight through) and one plain error; every other way of
 through autograd. With TopK, neither reads a value back from a GPU.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.codes import Codes
-from fastsae.losses import (
-    Objective,
-    TrainingLoss,
-    auxk_error,
-    auxk_scale,
-    auxk_tokens,
-    auxk_weight,
-    default_k_aux,
-    training_loss,
-)
+from fastsae.losses import Objective, TrainingLoss, auxk_gradients, training_loss
 from fastsae.nn import SAE
 from fastsae.nn.activation import Weights
 from fastsae_kernels import RowGradients, center, latent_major, squared_error
@@ -80,76 +69,28 @@ def fused_step(
         codes = sae.activation.encode(seen, weights, **proposals)
     indices = codes.latents()
     sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
-    unit = variance.reciprocal() if objective.error == "fvu" else variance.new_full((), 1 / len(x))
-    total = sse.sum()
-    loss, fvu = total * unit, total / variance
-    aux = None
+    unit, total = objective.unit(variance, len(x)), sse.sum()
+    loss, fvu, auxk = total * unit, total / variance, torch.zeros_like(total)
+    aux = extra = None
     if dead is not None and len(dead) and objective.auxk_coef:
         slices = W_enc[dead], b_enc[dead], W_dec[dead]
-        signed, residual = sae.activation.signed, -error.to(x.dtype)
-        aux = auxk_gradients(seen, residual, dead, slices, objective, signed)
+        aux = auxk_gradients(seen, -error.to(x.dtype), slices, objective, sae.activation.signed)
+        auxk, extra = aux.loss, (dead, aux.W_dec, aux.W_enc)
 
     scale = 2 * unit
     runs = latent_major(indices, codes.d_sae, codes.active)
     entries = torch.stack((codes.values.to(x.dtype), dots)).flatten(1)
     weights, d_weights = entries.mul_(scale)[:, runs.entry]
-    extra = None if aux is None else (aux.rows, aux.W_dec, aux.W_enc)
     d_b_enc, d_center = adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
     d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_center
     if aux is not None:
         loss = loss + aux.weight * aux.loss
-        d_b_enc[aux.rows] += aux.b_enc
+        d_b_enc[dead] += aux.b_enc
         d_b_dec += aux.b_dec
     adam.update("b_enc", d_b_enc)
     adam.update("b_dec", d_b_dec)
     adam.end_step()
     sae.activation.after_step(codes)
-    none = torch.zeros_like(fvu)
     l0 = runs.start[-1] / max(len(x), 1)  # what codes.l0() counts again
     fired = runs.start[1:] > runs.start[:-1]
-    auxk = none if aux is None else aux.loss
-    return TrainingLoss(loss, fvu, auxk, none, l0, codes, fired)
-
-
-class AuxKGradients(NamedTuple):
-    """The aux loss, its weight, and its weighted gradients on the dead rows."""
-
-    rows: Int[Tensor, " n_dead"]
-    weight: float
-    loss: Float[Tensor, ""]
-    W_enc: Float[Tensor, "n_dead d_in"]
-    b_enc: Float[Tensor, " n_dead"]
-    W_dec: Float[Tensor, "n_dead d_in"]
-    b_dec: Float[Tensor, " d_in"]
-
-
-def auxk_gradients(
-    centered: Float[Tensor, "N d_in"],
-    residual: Float[Tensor, "N d_in"],
-    rows: Int[Tensor, " n_dead"],
-    slices: tuple[Tensor, Tensor, Tensor],
-    objective: Objective,
-    signed: bool,
-) -> AuxKGradients:
-    """Differentiate the aux loss on the dead rows of W_enc, b_enc and W_dec, in chunks of tokens.
-
-    Products are in the slices' dtype, sums in that of the residual.
-    """
-    W_enc, b_enc, W_dec = leaves = [t.requires_grad_() for t in slices]
-    sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
-    loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(residual.shape[1])
-    k_aux = objective.k_aux or default_k_aux(residual.shape[1])
-    scale = auxk_scale(residual, objective)
-    weight = auxk_weight(objective.auxk_coef, len(rows), k_aux)
-    chunk = auxk_tokens(residual, len(rows))
-    for c, r in zip(centered.split(chunk), residual.split(chunk), strict=True):
-        with torch.enable_grad():
-            c = c.detach().requires_grad_()
-            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) * scale
-        *gradients, d_centered = torch.autograd.grad(part, [*leaves, c])
-        loss += part.detach()
-        d_b_dec.sub_(d_centered.sum(0, dtype=residual.dtype), alpha=weight)
-        for total, gradient in zip(sums, gradients, strict=True):
-            total.add_(gradient, alpha=weight)
-    d_W_enc, d_b_enc, d_W_dec = sums
-    return AuxKGradients(rows, weight, loss, d_W_enc, d_b_enc, d_W_dec, d_b_dec)
+    return TrainingLoss(loss, fvu, auxk, torch.zeros_like(fvu), l0, codes, fired)
