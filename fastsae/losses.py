@@ -1,4 +1,4 @@
-"""What training minimises: the unexplained variance, the activation's price, dead latents' task.
+"""The training loss: unexplained variance, the activation's penalty, and the aux loss (aux-k).
 
     error    = sum |y - recon|^2                                     y = x, or a transcoder's target
     FVU      = error / sum |y - mean(y)|^2                           over the batch of N tokens
@@ -6,8 +6,8 @@
     aux      = sum |aux codes W_dec - residual|^2 / sum |residual - mean(residual)|^2
     loss     = FVU + N penalty / sum |y - mean(y)|^2 + auxk_coef * min(n_dead / k_aux, 1) * aux
 
-With layer_norm, x stands for the normalised tokens. The penalty is the activation's own, per token,
-so that its coefficient weighs it against a token's squared error, as papers do. With nested
+With layer_norm, x stands for the normalized tokens. The penalty is per token, so that
+its coefficient is relative to a token's squared error, as in papers. With nested
 prefixes of the dictionary, the error is the mean of the prefixes' errors. With multi_k, a
 reconstruction from 4 k latents counts an eighth as much. The aux codes of a token are its k_aux
 best-ranked dead latents (Gao et al. 2024, arXiv:2406.04093, A.2). Their encoder rows are trained as
@@ -33,7 +33,7 @@ Error = Literal["fvu", "sse"]
 AuxError = Literal["relative", "absolute"]
 
 AUX_BYTES = 64 << 20
-"""Pre-activations of dead latents that exist at a time, on a CPU."""
+"""Budget in bytes for pre-activations of dead latents, on a CPU."""
 
 WIDER, WIDER_COEF = 4, 1 / 8  # arXiv:2406.04093, A.6
 
@@ -78,7 +78,7 @@ class Objective:
             raise ValueError(f'auxk_error "{self.auxk_error}" has no effect with auxk_coef = 0')
 
     def check(self, sae: SAE) -> None:
-        """ValueError unless the SAE can be trained so."""
+        """ValueError unless the objective fits the SAE."""
         if self.prefixes and self.prefixes[-1] > sae.d_sae:
             raise ValueError(f"prefixes must be at most d_sae = {sae.d_sae}, got {self.prefixes}")
         if self.prefixes == (sae.d_sae,):
@@ -86,7 +86,9 @@ class Objective:
                 f"prefixes {self.prefixes} have no effect: all latents count always, name fewer"
             )
         if self.prefixes and getattr(sae.activation.cfg, "rotation", None) == "dense":
-            raise ValueError('rotation "dense" is of one reconstruction: prefixes need "support"')
+            raise ValueError(
+                'rotation="dense" cannot be combined with prefixes; use rotation="support"'
+            )
         if self.multi_k:
             top_k = isinstance(sae.activation, TopK) and sae.activation.supports_fused_step
             if not top_k or sae.activation.cfg.k * WIDER > sae.d_sae:
@@ -96,19 +98,19 @@ class Objective:
                 )
 
     def unit(self, variance: Float[Tensor, ""], N: int) -> Float[Tensor, ""]:
-        """What the summed error of N tokens of that total variance is multiplied by."""
+        """Factor of the summed error of N tokens with this total variance."""
         if self.error == "fvu":
             return variance.reciprocal()
         return variance.new_full((), 1 / max(N, 1))
 
     @property
     def plain(self) -> bool:
-        """Whether it is one error of one reconstruction."""
+        """Whether the error is that of a single reconstruction."""
         return not (self.prefixes or self.multi_k)
 
 
 class TrainingLoss(NamedTuple):
-    """A loss, what it is made of (scalars on the data's device), and the codes it saw."""
+    """A loss, its parts (scalars on the data's device), and the codes."""
 
     loss: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
@@ -130,14 +132,19 @@ def training_loss(
 ) -> TrainingLoss:
     """The loss of one batch; `.loss` is differentiable in every parameter.
 
-    `dead` lists, in rising order, latents that have not fired for long. `target` is a transcoder's.
-    `progress` is the part of training that is done, for coefficients that rise or fall with it.
-    Leading dimensions are flattened. ValueError for an objective that does not fit the SAE, and
-    unless there is a target if, and only if, it is a transcoder.
+    Args:
+        sae: Nothing in it changes: `Activation.after_step` adapts what is not a parameter.
+        x: Activations; leading dimensions are flattened.
+        dead: Latents that count as dead, ascending.
+        objective: The terms and their weights.
+        target: Activations to reconstruct, for transcoders and only for them.
+        progress: Fraction of training that is done, for coefficients that change with it.
+
+    Raises ValueError if the objective or the target does not fit the SAE.
     """
     objective = objective or Objective()
     objective.check(sae)
-    x, y = both_ends(sae, x, target)
+    x, y = tokens_and_target(sae, x, target)
     variance = total_variance(y)
     unit = objective.unit(variance, len(y))
     weights, centered, left = sae.weights(), sae.center(x), y - sae.skip(x)
@@ -165,10 +172,10 @@ def training_loss(
     return TrainingLoss(loss, *parts, codes)
 
 
-def both_ends(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens [N, d_in] and what is to come out, [N, d_out]; ValueError if they do not fit."""
+def tokens_and_target(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens [N, d_in] and their targets [N, d_out]; ValueError if they do not fit."""
     if (target is None) != (sae.d_out is None):
-        raise ValueError("a transcoder needs a target, and an autoencoder takes none")
+        raise ValueError("transcoders require `target`; autoencoders must not be given one")
     tokens, shape = sae.tokens(x), [*x.shape[:-1], sae.d_out]
     if target is None:
         return tokens, tokens
@@ -178,7 +185,7 @@ def both_ends(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
-    """Summed squared distance of the rows from their mean: what FVU is a fraction of."""
+    """Summed squared distance of the rows from their mean: the denominator of FVU."""
     return (x - x.mean(0)).square().sum()
 
 
@@ -200,7 +207,7 @@ def nested_error(
     prefixes: tuple[int, ...],
     own: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Mean squared error over the prefixes and the whole dictionary, whose own error is known."""
+    """Mean error over the prefixes and the whole dictionary, whose error is `own`."""
     sizes = [size for size in prefixes if size < codes.d_sae]
     errors = [(target - weights.decode(codes.below(size))).square().sum() for size in sizes]
     return torch.stack([*errors, own]).mean()
@@ -287,7 +294,7 @@ def auxk_error(
 ) -> Float[Tensor, ""]:
     """Summed squared error of the k_aux best dead latents of each token on the residual.
 
-    Dense products on the slice of dead rows: with k_aux near d_out / 2, gathers would cost more.
+    Dense matmuls on the dead rows: with k_aux near d_out / 2, gathers would cost more.
     """
     pre = linear(centered, W_enc, b_enc)
     if k_aux < pre.shape[1]:

@@ -145,7 +145,7 @@ RUNS: list[tuple[dict[str, Any], str]] = [
             "activation": TopKConfig(gradient="rotation", rotation="dense"),
             "objective": Objective(prefixes=(8,)),
         },
-        'rotation "dense" is of one reconstruction',
+        'rotation="dense" cannot be combined with prefixes',
     ),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"batch_size": 1}, "batch_size must be at least 2, got 1"),

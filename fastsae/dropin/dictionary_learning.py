@@ -68,7 +68,7 @@ class FastAutoEncoderTopK(AutoEncoderTopK):
         indices = topk_indices(post, k)
         codes = Codes(entries(post, indices, *encoder).relu(), indices, self.dict_size)
         dense = remember(written_out(codes, shape), codes)  # the trainer decodes it as it is
-        top = (part.view(*shape[:-1], k) for part in codes[:2])
+        top = (part.view(*shape[:-1], k) for part in (codes.values, indices))
         return dense, *top, post.view(shape)
 
     def codes(self, x: Tensor) -> Codes:

@@ -24,7 +24,7 @@ UNSET = -1.0
 """The threshold before the first batch."""
 
 HINT = 0.8
-"""Part of the threshold above which the largest of the next batch are looked for first."""
+"""Fraction of the threshold that serves as the first guess for the next batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class BatchTopK(Activation, config=BatchTopKConfig):
 
     @torch.no_grad()
     def after_step(self, codes: Codes) -> None:
-        """Take the smallest value that the batch kept, or 0, into the running mean."""
+        """Update the running mean with the smallest value that the batch kept, or 0."""
         least = codes.values.abs().where(codes.active, torch.inf).amin()
         least = least.where(least.isfinite(), 0.0).to(self.threshold)
         mean = least.lerp(self.threshold, self.cfg.momentum)

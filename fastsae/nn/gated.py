@@ -1,10 +1,10 @@
-"""Gated SAE (arXiv:2404.16014): one set of weights says whether a latent is active and how much.
+"""Gated SAE (arXiv:2404.16014): one set of weights decides whether a latent is active and how much.
 
     gate       pi = h = x W_enc^T + b_enc              active where pi > 0
     magnitude  z = max(exp(r_mag) (x W_enc^T) + b_mag, 0)
-    price      l1_coef |max(pi, 0)|_1 + |y - (max(pi, 0) W_dec + b_dec)|^2
+    penalty    l1_coef |max(pi, 0)|_1 + |y - (max(pi, 0) W_dec + b_dec)|^2
 
-The price holds the decoder constant (but for its norms, where the SAE is by_norm). The gate is the
+The penalty holds the decoder constant (except its norms, if the SAE is by_norm). The gate is the
 proximal step of ReLU's regulariser; the magnitude is free of its shrinkage.
 """
 
@@ -49,7 +49,7 @@ class Gated(Activation, config=GatedConfig):
         return self.magnitudes(open_gates, weights.b_enc)
 
     def magnitudes(self, open_gates: SparsePre, b_enc: Float[Tensor, " d_sae"]) -> Codes:
-        """How much latents with an open gate are active."""
+        """Codes of the latents with an open gate."""
         r, b, bias = (open_gates.pick(p) for p in (self.r_mag, self.b_mag, b_enc))
         return open_gates.codes((r.exp() * (open_gates.pre - bias) + b).relu())
 

@@ -1,4 +1,4 @@
-"""Where training starts: decoder rows of one length, the encoder's along them, b_dec amid the data.
+"""Initialization: unit decoder rows, tied encoder, b_dec at the geometric median.
 
 `Init` holds the choices that recipes make differently.
 """
@@ -17,13 +17,13 @@ from fastsae.config import check_choices
 from .sae import SAE
 
 ACTIVE_VARIANCE = 0.99
-"""The active subspace holds this part of the data's variance."""
+"""Fraction of the data's variance in the active subspace."""
 
 FIT_TOKENS = 4096
-"""Of a sample, by which an encoder is fitted."""
+"""Tokens of the sample that scale a fitted encoder."""
 
 CHUNK = 1024
-"""Latents whose pre-activations of a sample exist at a time."""
+"""Latents whose pre-activations exist at a time."""
 
 Rows = Literal["random", "active_subspace"]
 Encoder = Literal["fitted", "tied", "linear"]
@@ -72,7 +72,7 @@ class Init:
             )
 
     def check(self, sae: SAE) -> None:
-        """ValueError unless the SAE can start so."""
+        """ValueError unless the SAE can be initialized so."""
         start_l0 = self.l0_of(sae)
         if start_l0 and sae.activation.activation_threshold is None:
             raise ValueError(
@@ -137,7 +137,7 @@ def init_from_data(
     target: Float[Tensor, "N d_out"] | None = None,
     init: Init | None = None,
 ) -> SAE:
-    """Initialise an SAE for a sample x of its data, by default much as in arXiv:2406.04093.
+    """Initialize an SAE for a sample x of its data, by default much as in arXiv:2406.04093.
 
     Decoder rows are random directions, encoder rows the same, of the lengths that `init` says, and
     b_dec is the geometric median of x; b_enc is 0, or such that as many latents are active as
@@ -167,15 +167,15 @@ def init_from_data(
 
 
 def can_fit(sae: SAE) -> bool:
-    """Whether one factor on the encoder is one on the codes, and they are to give x back."""
+    """Whether scaling the encoder scales the codes, and they reconstruct x itself."""
     return sae.d_out is None and sae.activation.scale_equivariant
 
 
 def fit_encoder_(sae: SAE, x: Float[Tensor, "N d_in"]) -> None:
     """Multiply the encoder by the factor by which x's reconstruction has the least squared error.
 
-    The latents that win a token resemble it and so each other: with rows of norm 1 they say it too
-    loudly together.
+    The latents active on a token resemble it, and so each other: with unit-norm rows, together they
+    overshoot the reconstruction.
     """
     training = sae.training
     recon, _ = sae.eval().activation.reconstruct(sae.center(x), sae.weights())
@@ -201,7 +201,7 @@ def start_from_l0_(sae: SAE, x: Float[Tensor, "N d_in"], l0: float) -> None:
 def directions(
     n: int, x: Float[Tensor, "N D"], init: Init, generator: torch.Generator | None
 ) -> Float[Tensor, "n D"]:
-    """Rows of one length: anywhere, or where the data are active."""
+    """Rows of norm `init.row_norm`: random, or inside the active subspace."""
     if init.rows == "random":
         rows = torch.randn(n, x.shape[1], generator=generator)
     else:

@@ -1,7 +1,7 @@
 """JumpReLU (arXiv:2407.14435): a threshold for each latent, trained with an L0 penalty.
 
 The proximal step of R(z) = sum_f lambda_f 1[z_f != 0] for z >= 0, infinite for z < 0, is h where
-h > sqrt(2 lambda_f) and else 0: a JumpReLU of threshold sqrt(2 lambda_f). Training minimises the
+h > sqrt(2 lambda_f) and else 0: a JumpReLU of threshold sqrt(2 lambda_f). Training minimizes the
 squared error plus l0_coef |z|_0, or plus l0_coef (L0 / target_l0 - 1)^2 with the batch's L0.
 """
 
@@ -74,9 +74,9 @@ class JumpReLU(Activation, config=JumpReLUConfig):
         return self.codes(found, pre, threshold)
 
     def found(self, x: Tensor, weights: Weights, trained: bool) -> tuple[SparsePre, Tensor, Tensor]:
-        """Latents above their threshold (or in its window, if thresholds are trained), and their
-        pre-activations and thresholds as [N, d_sae] and [d_sae], or as one row and as many."""
-        threshold = self.threshold.clamp(min=0)  # also after a step that took it below
+        """Latents above their threshold (or in its window, if thresholds are trained), and what
+        `with_thresholds` returns for them."""
+        threshold = self.threshold.clamp(min=0)  # a file can hold one below 0
         lowest = threshold.detach() - (self.cfg.bandwidth / 2 if trained else 0.0)
         found = SparsePre.above(x, weights.W_enc, weights.b_enc, lowest)
         return found, *with_thresholds(found, threshold)
@@ -100,7 +100,7 @@ class JumpReLU(Activation, config=JumpReLUConfig):
 
     @torch.no_grad()
     def after_step(self, codes: Codes) -> None:
-        self.threshold.clamp_(min=0)  # below 0 it would have no gradient
+        self.threshold.clamp_(min=0)  # below 0, it would get no gradient
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:
@@ -108,8 +108,8 @@ class JumpReLU(Activation, config=JumpReLUConfig):
 
 
 def with_thresholds(found: SparsePre, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Pre-activations and thresholds as the ops want them: [N, d_sae] and [d_sae], or one row of
-    the listed ones and as many thresholds."""
+    """Pre-activations and thresholds in the ops' shapes: [N, d_sae] and [d_sae] if dense, else one
+    row of all entries, [1, M] and [M]."""
     threshold = found.pick(threshold)
     pre = found.pre.masked_fill(~found.active, -torch.inf)
     return (pre, threshold) if threshold.dim() == 1 else (pre.view(1, -1), threshold.flatten())

@@ -1,7 +1,7 @@
 """ReLU with an L1 penalty (arXiv:2309.08600), and its annealing to an Lp penalty.
 
 The proximal step of R(z) = lambda |z|_1 for z >= 0, infinite for z < 0, is max(h - lambda, 0); the
-shift by lambda is folded into b_enc. Training minimises the squared error plus l1_coef |z|_1.
+shift by lambda is folded into b_enc. Training minimizes the squared error plus l1_coef |z|_1.
 """
 
 from dataclasses import dataclass
@@ -67,8 +67,8 @@ class ReLU(Activation, config=ReLUConfig):
 
 
 def lp_norm(values: Float[Tensor, "N K"], p: float) -> Float[Tensor, ""]:
-    """Sum of |value|^p over all entries, scaled to the sum of |value|, so that p shifts the price
-    from large values to small ones and leaves it the same in all."""
+    """Sum of |value|^p, scaled to the sum of |value|: p shifts the penalty from large to small
+    values without changing the total."""
     size = values.abs()
     if p == 1:
         return size.sum()

@@ -1,7 +1,8 @@
-"""Latents whose pre-activation exceeds a threshold: how many there are differs from token to token.
+"""Pre-activations above a threshold, sparse or dense.
 
-While they are few, only they are listed, and all that follows is sparse. An untrained ReLU's half
-of all latents are cheaper as a dense matrix. What activations do with candidates is the same.
+While few latents are above it, only those are listed, and everything after the encoder GEMM is
+sparse. If many are, as in an untrained ReLU SAE, a dense matrix is faster. Activations treat both
+alike.
 """
 
 from typing import NamedTuple
@@ -15,13 +16,13 @@ from fastsae.codes import Codes, at_latents
 from fastsae_kernels import By, Ragged, encode_above
 
 DENSE = 1 / 16
-"""Part of the latents that a token lists, from which on dense products are faster on a CPU."""
+"""Fraction of latents above the threshold from which dense matmuls are faster on a CPU."""
 
 WIDEST = 1 / 4
-"""Part of the latents that the longest list may hold: all lists are as long as that one."""
+"""Largest fraction of latents in one list: all are padded to the longest."""
 
 PROBE = 128
-"""Tokens by which the choice between few and many is made."""
+"""Tokens that decide between sparse and dense."""
 
 
 class SparsePre(NamedTuple):
@@ -42,7 +43,7 @@ class SparsePre(NamedTuple):
         threshold: Float[Tensor, " d_sae"] | float,
         by: By = "value",
     ) -> "SparsePre":
-        """Those of centred inputs x whose pre-activation (or its magnitude) is above."""
+        """Encode centered inputs x, keeping what exceeds the threshold (in magnitude, by="abs")."""
         d_sae = W_enc.shape[0]
         if is_dense(x, W_enc, b_enc, threshold, by):
             pre = linear(x, W_enc, b_enc)
@@ -57,8 +58,8 @@ class SparsePre(NamedTuple):
         W_enc: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
     ) -> "SparsePre":
-        """Those that an op listed; all latents where one token's list is so long that the padding
-        of the others would cost more."""
+        """From an op's ragged rows; dense if one row is so long that padding the others to it
+        would cost more."""
         d_sae = W_enc.shape[0]
         if found.indices.shape[1] <= WIDEST * d_sae:
             return cls(found.values, found.indices, found.listed, d_sae)
@@ -67,7 +68,7 @@ class SparsePre(NamedTuple):
         return cls(linear(x, W_enc, b_enc), None, active, d_sae)
 
     def pick(self, parameter: Float[Tensor, " d_sae"]) -> Float[Tensor, "... K"]:
-        """A parameter of each latent, where the latent is listed."""
+        """Gather one value per latent at each entry."""
         return at_latents(parameter, self.indices)
 
     def codes(self, values: Float[Tensor, "N K"]) -> Codes:
@@ -79,9 +80,9 @@ class SparsePre(NamedTuple):
 def is_dense(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, by: By = "value"
 ) -> bool:
-    """Whether so many latents exceed the threshold that dense products are faster.
+    """Whether so many latents exceed the threshold that dense matmuls are faster.
 
-    Judged by a few tokens, so that it depends on nothing but the batch; this waits for a GPU.
+    Judged by the first tokens, so that it depends on the batch alone. Synchronizes with a GPU.
     """
     some = exceeds(linear(x[:PROBE], W_enc, b_enc), threshold, by)
     return some.numel() > 0 and float(some.float().mean()) > DENSE

@@ -3,7 +3,7 @@
     mu = max(h, 0),  z = the k largest magnitudes of mu + sigma epsilon,  epsilon ~ N(0, 1)
     KL = sum_f (mu_f^2 + sigma_f^2 - 1 - log sigma_f^2) / 2         of all latents, to N(0, I)
 
-Training minimises the squared error plus beta KL; outside training, epsilon is 0, and the code is
+Training minimizes the squared error plus beta KL; outside training, epsilon is 0, and the code is
 TopK's, the proximal step of the same regulariser. With variance "none", what the published runs
 computed, training too is TopK's, plus beta |mu|^2 / 2. The KL is summed over chunks of tokens.
 """

@@ -1,12 +1,12 @@
-"""One training step, two ways: through autograd, and fused, with the same mathematics.
+"""One training step, through autograd or fused, with the same mathematics.
 
     fused:  encode -> decode, error, value gradients -> per latent: both weight gradients,
             constraint, Adam, constraint again
 
-The fused step builds no graph and no [d_sae, d_in] gradient: a row's gradient is summed, applied
-and forgotten. It serves activations whose gradient is the identity on active entries (TopK,
-AbsTopK and BatchTopK, straight through) and one plain error; every other way of training goes
-through autograd. With TopK, neither reads a value back from a GPU.
+The fused step builds no graph and no [d_sae, d_in] gradient: each row's gradient is summed and
+applied at once. It supports activations whose gradient is the identity on active entries (TopK,
+AbsTopK and BatchTopK, straight-through) and the error of a single reconstruction; everything else
+goes through autograd. With TopK, neither synchronizes with a GPU.
 """
 
 import torch
@@ -53,18 +53,18 @@ def fused_step(
     objective: Objective,
     codes: Codes | None = None,
 ) -> TrainingLoss:
-    """The same update without a graph, products from the shadows that adam keeps.
+    """The same update without a graph, with matmuls on the low-precision copies that adam keeps.
 
-    `codes` are those of x, where they are known already.
+    `codes` are those of x, if they are already known.
     """
     x = sae.tokens(x)
-    low = "W_dec" in adam.shadow  # then every product is of bfloat16
+    low = "W_dec" in adam.shadow  # then all matmuls are in bfloat16
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
     seen, variance = center(x, sae.b_dec, W_enc.dtype)
     b_enc = sae.b_enc.to(W_enc.dtype)
     shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
     if codes is None:
-        proposals = {} if shadow is None else {"shadow": shadow}  # only TopK's encode takes one
+        proposals = {} if shadow is None else {"shadow": shadow}  # only TopK.encode takes one
         weights = Weights(W_enc, b_enc, W_dec, sae.b_dec)
         codes = sae.activation.encode(seen, weights, **proposals)
     indices = codes.latents()
@@ -91,6 +91,6 @@ def fused_step(
     adam.update("b_dec", d_b_dec)
     adam.end_step()
     sae.activation.after_step(codes)
-    l0 = runs.start[-1] / max(len(x), 1)  # what codes.l0() counts again
+    l0 = runs.start[-1] / max(len(x), 1)  # codes.l0(), without counting again
     fired = runs.start[1:] > runs.start[:-1]
     return TrainingLoss(loss, fvu, auxk, torch.zeros_like(fvu), l0, codes, fired)

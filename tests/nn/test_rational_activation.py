@@ -163,7 +163,7 @@ def test_without_support_it_starts_close_to_its_gate(gate):
     sae, x = SAE(D_IN, D_SAE, activation), tokens()
     codes, h = sae.encode(x), linear(x, sae.W_enc)
     assert codes.values.shape == (N, D_SAE)
-    found, s = activation.gated(x, sae.W_enc, sae.b_enc)
+    found, s = activation.gated(x, sae.weights())
     size = math.sqrt(D_IN)
     far = ((h - s).abs() > 0.01 * size) & ((h - s).abs() < size)
     start = h - s + (0.0 if gate == "relu" else JUMP * size)
