@@ -252,3 +252,12 @@ def test_training_goes_on_from_a_folded_crosscoder(name):
     for one, other in zip(again.eval().reconstruct(x), sae.eval().reconstruct(x), strict=True):
         dense = [t.to_dense() if isinstance(t, Codes) else t for t in (one, other)]
         torch.testing.assert_close(*dense)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_evaluating_a_loss_changes_no_state(name):
+    sae, x, y, objective = problem_of(ARCHITECTURES[name])
+    before = copy.deepcopy(sae.state_dict())
+    training_loss(sae, x, DEAD, objective, None if sae.d_out is None else y)
+    for part, value in sae.state_dict().items():
+        assert torch.equal(value, before[part]), part
