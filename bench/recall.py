@@ -86,7 +86,7 @@ def main() -> None:
     about = {"data": args.name or args.run.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": k}
     about["steps"] = read_json(args.run / "config.json")["plan"]["steps"]
     about |= {"batch_size": config.batch_size, "tokens": len(x)}
-    result = recall(sae.centre(x), sae.W_enc.detach(), sae.b_enc.detach(), k)
+    result = recall(sae.center(x), sae.W_enc.detach(), sae.b_enc.detach(), k)
     print(about, *result.items(), sep="\n", flush=True)
     write("recall-cpu", {f"{about['data']}, {sae.d_sae} latents": {**about, **result}})
 

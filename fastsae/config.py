@@ -50,6 +50,8 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
         name = values.get("name")
         cls, values = find(name), {key: v for key, v in values.items() if key != "name"}
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    if values.get("l1_coef") == 0 and values.get("target_l0") and fields["l1_coef"].default is None:
+        values = {**values, "l1_coef": None}  # older files say so where none was given
     for key in values:
         if key not in fields:
             raise ValueError(f"{name} has no setting {key!r}; its settings are {', '.join(fields)}")

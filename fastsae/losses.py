@@ -1,4 +1,4 @@
-"""What training minimises: the unexplained variance, the activation's price, dead latents' task.
+"""The training loss: unexplained variance, the activation's penalty, and the aux loss (aux-k).
 
     error    = sum |y - recon|^2                                     y = x, or a transcoder's target
     FVU      = error / sum |y - mean(y)|^2                           over the batch of N tokens
@@ -6,8 +6,8 @@
     aux      = sum |aux codes W_dec - residual|^2 / sum |residual - mean(residual)|^2
     loss     = FVU + N penalty / sum |y - mean(y)|^2 + auxk_coef * min(n_dead / k_aux, 1) * aux
 
-With layer_norm, x stands for the normalised tokens. The penalty is the activation's own, per token,
-so that its coefficient weighs it against a token's squared error, as papers do. With nested
+With layer_norm, x stands for the normalized tokens. The penalty is per token, so that
+its coefficient is relative to a token's squared error, as in papers. With nested
 prefixes of the dictionary, the error is the mean of the prefixes' errors. With multi_k, a
 reconstruction from 4 k latents counts an eighth as much. The aux codes of a token are its k_aux
 best-ranked dead latents (Gao et al. 2024, arXiv:2406.04093, A.2). Their encoder rows are trained as
@@ -20,21 +20,20 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
 from fastsae.nn import SAE, TopK
-from fastsae.nn.activation import Pass, Weights
-from fastsae_kernels._launch import buffer_bytes
-from fastsae_kernels.topk import topk_indices
+from fastsae.nn.activation import Weights
+from fastsae_kernels import buffer_bytes, topk_indices
 
 Error = Literal["fvu", "sse"]
 AuxError = Literal["relative", "absolute"]
 
 AUX_BYTES = 64 << 20
-"""Pre-activations of dead latents that exist at a time, on a CPU."""
+"""Budget in bytes for pre-activations of dead latents, on a CPU."""
 
 WIDER, WIDER_COEF = 4, 1 / 8  # arXiv:2406.04093, A.6
 
@@ -79,7 +78,7 @@ class Objective:
             raise ValueError(f'auxk_error "{self.auxk_error}" has no effect with auxk_coef = 0')
 
     def check(self, sae: SAE) -> None:
-        """ValueError unless the SAE can be trained so."""
+        """ValueError unless the objective fits the SAE."""
         if self.prefixes and self.prefixes[-1] > sae.d_sae:
             raise ValueError(f"prefixes must be at most d_sae = {sae.d_sae}, got {self.prefixes}")
         if self.prefixes == (sae.d_sae,):
@@ -87,23 +86,31 @@ class Objective:
                 f"prefixes {self.prefixes} have no effect: all latents count always, name fewer"
             )
         if self.prefixes and getattr(sae.activation.cfg, "rotation", None) == "dense":
-            raise ValueError('rotation "dense" is of one reconstruction: prefixes need "support"')
+            raise ValueError(
+                'rotation="dense" cannot be combined with prefixes; use rotation="support"'
+            )
         if self.multi_k:
-            top_k = isinstance(sae.activation, TopK) and sae.activation.fuses
+            top_k = isinstance(sae.activation, TopK) and sae.activation.supports_fused_step
             if not top_k or sae.activation.cfg.k * WIDER > sae.d_sae:
                 raise ValueError(
                     f"multi_k needs topk without rotation and {WIDER} k latents, "
                     f"got {sae.activation} and d_sae = {sae.d_sae}"
                 )
 
+    def unit(self, variance: Float[Tensor, ""], N: int) -> Float[Tensor, ""]:
+        """Factor of the summed error of N tokens with this total variance."""
+        if self.error == "fvu":
+            return variance.reciprocal()
+        return variance.new_full((), 1 / max(N, 1))
+
     @property
     def plain(self) -> bool:
-        """Whether it is one error of one reconstruction."""
+        """Whether the error is that of a single reconstruction."""
         return not (self.prefixes or self.multi_k)
 
 
 class TrainingLoss(NamedTuple):
-    """A loss, what it is made of (scalars on the data's device), and the codes it saw."""
+    """A loss, its parts (scalars on the data's device), and the codes."""
 
     loss: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
@@ -125,42 +132,50 @@ def training_loss(
 ) -> TrainingLoss:
     """The loss of one batch; `.loss` is differentiable in every parameter.
 
-    `dead` lists, in rising order, latents that have not fired for long. `target` is a transcoder's.
-    `progress` is the part of training that is done, for coefficients that rise or fall with it.
-    Leading dimensions are flattened. ValueError for an objective that does not fit the SAE, and
-    unless there is a target if, and only if, it is a transcoder.
+    Args:
+        sae: Nothing in it changes: `Activation.after_step` adapts what is not a parameter.
+        x: Activations; leading dimensions are flattened.
+        dead: Latents that count as dead, ascending.
+        objective: The terms and their weights.
+        target: Activations to reconstruct, for transcoders and only for them.
+        progress: Fraction of training that is done, for coefficients that change with it.
+
+    Raises ValueError if the objective or the target does not fit the SAE.
     """
     objective = objective or Objective()
     objective.check(sae)
-    x, y = both_ends(sae, x, target)
-    N = max(len(y), 1)
-    unit = 1 / total_variance(y) if objective.error == "fvu" else y.new_full((), 1 / N)
-    weights, centred, left = sae.weights(), sae.centre(x), y - sae.skip(x)
-    if objective.multi_k:
-        result, extra = wider_pass(sae, centred, left, weights)
+    x, y = tokens_and_target(sae, x, target)
+    variance = total_variance(y)
+    unit = objective.unit(variance, len(y))
+    weights, centered, left = sae.weights(), sae.center(x), y - sae.skip(x)
+    extra, penalty = 0.0, y.new_zeros(())
+    if sae.activation.decodes:
+        recon, codes = sae.activation.reconstruct(centered, weights)
     else:
-        result = sae.activation.training_pass(centred, left, weights, progress)
-        extra = 0.0
-    residual = left - result.recon
+        if objective.multi_k:
+            codes, extra = wider_codes(sae, centered, left, weights)
+        else:
+            codes, penalty = sae.activation.penalized(centered, left, weights, progress)
+        recon = weights.decode(codes)
+    residual = left - recon
     error = own = residual.square().sum()
     if objective.prefixes:
-        error = nested_error(result.codes, left, weights, objective.prefixes, own)
-    loss = unit * (error + extra + len(x) * result.penalty)
+        error = nested_error(codes, left, weights, objective.prefixes, own)
+    loss = unit * (error + extra + len(x) * penalty)
     auxk = torch.zeros_like(loss)
     if dead is not None and len(dead) and objective.auxk_coef:
-        k_aux = objective.k_aux or default_k_aux(y.shape[1])
-        auxk = auxk_loss(sae, centred, residual.detach(), weights, dead, objective, k_aux)
-        loss = loss + auxk_weight(objective.auxk_coef, len(dead), k_aux) * auxk
-    fvu = own.detach() / total_variance(y) if objective.error == "sse" else unit * own.detach()
-    codes = result.codes
-    parts = fvu, auxk.detach(), result.penalty.detach(), codes.l0()
+        rows = *(weight[dead] for weight in weights[:3]), sae.b_dec if sae.d_out is None else None
+        seen = centered.detach(), residual.detach(), objective, sae.activation.signed
+        weighted, auxk = AuxK.apply(*rows, *seen)
+        loss = loss + weighted
+    parts = own.detach() / variance, auxk, penalty.detach(), codes.l0()
     return TrainingLoss(loss, *parts, codes)
 
 
-def both_ends(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens [N, d_in] and what is to come out, [N, d_out]; ValueError if they do not fit."""
+def tokens_and_target(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens [N, d_in] and their targets [N, d_out]; ValueError if they do not fit."""
     if (target is None) != (sae.d_out is None):
-        raise ValueError("a transcoder needs a target, and an autoencoder takes none")
+        raise ValueError("transcoders require `target`; autoencoders must not be given one")
     tokens, shape = sae.tokens(x), [*x.shape[:-1], sae.d_out]
     if target is None:
         return tokens, tokens
@@ -170,21 +185,19 @@ def both_ends(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
-    """Summed squared distance of the rows from their mean: what FVU is a fraction of."""
+    """Summed squared distance of the rows from their mean: the denominator of FVU."""
     return (x - x.mean(0)).square().sum()
 
 
-def wider_pass(
-    sae: SAE, centred: Tensor, target: Tensor, weights: Weights
-) -> tuple[Pass, Float[Tensor, ""]]:
-    """The pass with k latents, and the weighted error with 4 k, from one selection."""
+def wider_codes(
+    sae: SAE, centered: Tensor, target: Tensor, weights: Weights
+) -> tuple[Codes, Float[Tensor, ""]]:
+    """The codes with k latents, and the weighted error with 4 k, from one selection."""
     assert isinstance(sae.activation, TopK)
     k = sae.activation.cfg.k
-    wide = sae.activation.encode(centred, weights.W_enc, weights.b_enc, k=WIDER * k)
-    codes = Codes(wide.values[:, :k], wide.indices[:, :k], wide.d_sae)
-    recon, wider = (c.decode(weights.W_dec) + weights.b_dec for c in (codes, wide))
-    extra = WIDER_COEF * (target - wider).square().sum()
-    return Pass(recon, codes, recon.new_zeros(())), extra
+    wide = sae.activation.encode(centered, weights, k=WIDER * k)
+    codes = Codes(wide.values[:, :k], wide.latents()[:, :k], wide.d_sae)
+    return codes, WIDER_COEF * (target - weights.decode(wide)).square().sum()
 
 
 def nested_error(
@@ -194,12 +207,9 @@ def nested_error(
     prefixes: tuple[int, ...],
     own: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Mean squared error over the prefixes and the whole dictionary, whose own error is known."""
+    """Mean error over the prefixes and the whole dictionary, whose error is `own`."""
     sizes = [size for size in prefixes if size < codes.d_sae]
-    errors = [
-        (target - codes.below(size).decode(weights.W_dec) - weights.b_dec).square().sum()
-        for size in sizes
-    ]
+    errors = [(target - weights.decode(codes.below(size))).square().sum() for size in sizes]
     return torch.stack([*errors, own]).mean()
 
 
@@ -208,46 +218,73 @@ def default_k_aux(d_out: int) -> int:
     return max(d_out // 2, 1)
 
 
-def auxk_weight(auxk_coef: float, n_dead: int, k_aux: int) -> float:
-    """The weight of the aux loss, smaller while there are fewer than k_aux dead latents."""
-    return auxk_coef * min(n_dead / k_aux, 1.0)
+class AuxKGradients(NamedTuple):
+    """The aux loss, its weight, and the weighted gradients of the dead latents' parameters."""
+
+    loss: Float[Tensor, ""]
+    weight: float
+    """Smaller while there are fewer than k_aux dead latents."""
+    W_enc: Float[Tensor, "n_dead d_in"]
+    b_enc: Float[Tensor, " n_dead"]
+    W_dec: Float[Tensor, "n_dead d_out"]
+    b_dec: Float[Tensor, " d_in"]
+    """Of what was subtracted from the tokens."""
 
 
-def auxk_tokens(x: Float[Tensor, "N d_in"], n_dead: int) -> int:
-    """How many tokens' pre-activations of dead latents exist at a time."""
-    budget = AUX_BYTES if x.device.type == "cpu" else buffer_bytes(x.device)
-    return max(1, budget // (n_dead * x.itemsize))
-
-
-def auxk_scale(residual: Float[Tensor, "N d_out"], objective: Objective) -> Float[Tensor, ""]:
-    """What the summed error of the aux codes is multiplied by."""
-    if objective.auxk_error == "absolute":
-        return residual.new_full((), 1 / max(len(residual), 1))
-    return 1 / total_variance(residual)
-
-
-def auxk_loss(
-    sae: SAE,
-    centred: Float[Tensor, "N d_in"],
+def auxk_gradients(
+    centered: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_out"],
-    weights: Weights,
-    dead: Int[Tensor, " n_dead"],
+    slices: tuple[Tensor, Tensor, Tensor],
     objective: Objective,
-    k_aux: int,
-) -> Float[Tensor, ""]:
-    """The error that dead latents leave of the residual."""
-    W_enc, b_enc, W_dec = (weight[dead] for weight in weights[:3])
-    signed, chunk = sae.activation.signed, auxk_tokens(centred, len(dead))
-    error = residual.new_zeros(())
-    for c, r in zip(centred.split(chunk), residual.split(chunk), strict=True):
-        arguments = c, r, W_enc, b_enc, W_dec, k_aux, signed
-        # Done again when it is differentiated, so that one chunk's pre-activations are kept.
-        error = error + checkpoint(auxk_error, *arguments, use_reentrant=False)
-    return error * auxk_scale(residual, objective)
+    signed: bool,
+) -> AuxKGradients:
+    """Differentiate the aux loss on the dead rows of W_enc, b_enc and W_dec, in chunks of tokens.
+
+    Matmuls are in the slices' dtype, sums in that of the residual.
+    """
+    W_enc, b_enc, W_dec = leaves = [t.detach().requires_grad_() for t in slices]
+    n_dead, k_aux = len(W_enc), objective.k_aux or default_k_aux(residual.shape[1])
+    sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
+    loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(centered.shape[1])
+    scale = residual.new_full((), 1 / max(len(residual), 1))
+    if objective.auxk_error == "relative":
+        scale = 1 / total_variance(residual)
+    weight = objective.auxk_coef * min(n_dead / k_aux, 1.0)
+    budget = AUX_BYTES if residual.device.type == "cpu" else buffer_bytes(residual.device)
+    chunk = max(1, budget // (n_dead * residual.itemsize))
+    for c, r in zip(centered.split(chunk), residual.split(chunk), strict=True):
+        with torch.enable_grad():
+            c = c.detach().requires_grad_()
+            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) * scale
+        *gradients, d_centered = torch.autograd.grad(part, [*leaves, c])
+        loss += part.detach()
+        d_b_dec.sub_(d_centered.sum(0, dtype=residual.dtype), alpha=weight)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.add_(gradient, alpha=weight)
+    d_W_enc, d_b_enc, d_W_dec = sums
+    return AuxKGradients(loss, weight, d_W_enc, d_b_enc, d_W_dec, d_b_dec)
+
+
+class AuxK(torch.autograd.Function):
+    """`auxk_gradients` for autograd: the weighted loss, and the loss. b_dec is what was subtracted
+    from the tokens, or None."""
+
+    @staticmethod
+    def forward(ctx, W_enc, b_enc, W_dec, b_dec, centered, residual, objective, signed):
+        found = auxk_gradients(centered, residual, (W_enc, b_enc, W_dec), objective, signed)
+        ctx.save_for_backward(*found[2:])
+        ctx.mark_non_differentiable(found.loss)
+        return found.weight * found.loss, found.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, _):
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(g * t if need else None for t, need in needed), None, None, None, None
 
 
 def auxk_error(
-    centred: Float[Tensor, "N d_in"],
+    centered: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_out"],
     W_enc: Float[Tensor, "n_dead d_in"],
     b_enc: Float[Tensor, " n_dead"],
@@ -257,9 +294,9 @@ def auxk_error(
 ) -> Float[Tensor, ""]:
     """Summed squared error of the k_aux best dead latents of each token on the residual.
 
-    Dense products on the slice of dead rows: with k_aux near d_out / 2, gathers would cost more.
+    Dense matmuls on the dead rows: with k_aux near d_out / 2, gathers would cost more.
     """
-    pre = linear(centred, W_enc, b_enc)
+    pre = linear(centered, W_enc, b_enc)
     if k_aux < pre.shape[1]:
         best = topk_indices(pre, k_aux, "abs" if signed else "value")
         kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, best, True)

@@ -165,7 +165,7 @@ def initial(
     x = source.sample(CALIBRATION_TOKENS, config.seed) * scale
     l0 = float(scaled.encode(x).l0())
     settings, threshold = gate_of(scaled, l0)
-    activation = Rational(**vars(config.function(settings)))
+    activation = Rational(config.function(settings))
     sae = SAE(**teacher.shape(), activation=activation).eval()
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
@@ -211,8 +211,7 @@ def calibrated(
     They are drawn from those that the function is taken of: with the teacher's support the active
     ones, else all. ValueError if there are none.
     """
-    weights = sae.weights()
-    found, s = activation.gated(sae.centre(sae.tokens(x)), weights.W_enc, weights.b_enc)
+    found, s = activation.gated(sae.center(sae.tokens(x)), sae.weights())
     taken = found.active if activation.cfg.support == "teacher" else torch.ones_like(found.active)
     h, s, target = (
         values.expand(taken.shape)[taken]
@@ -238,7 +237,7 @@ def own_objective(teacher: SAE, l0: float) -> ActivationConfig:
     match activation:
         case ReLU():
             price = activation.coefficient.value.item()
-            return replace(cfg, l1_coef=price, target_l0=l0, price_warmup=0.0)
+            return replace(cfg, l1_coef=price or None, target_l0=l0, price_warmup=0.0)
         case JumpReLU():
             return replace(cfg, l0_coef=10.0 * teacher.d_in, target_l0=l0, price_warmup=0.0)
     return cfg

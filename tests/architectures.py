@@ -15,7 +15,6 @@ from torch import Tensor
 from fastsae import SAE
 from fastsae.losses import Objective
 from fastsae.nn import ActivationConfig, TopKConfig
-from fastsae.nn.activations import activation_of
 from fastsae.nn.batchtopk import BatchTopKConfig
 from fastsae.nn.gated import GatedConfig
 from fastsae.nn.jumprelu import JumpReLUConfig
@@ -35,7 +34,7 @@ class Architecture(NamedTuple):
     ends: dict[str, Any] = {}
 
     def build(self) -> SAE:
-        return SAE(D_IN, D_SAE, activation_of(self.activation), **self.ends)
+        return SAE(D_IN, D_SAE, self.activation.build(), **self.ends)
 
 
 TOPK, BATCHTOPK = TopKConfig(k=K), BatchTopKConfig(k=K)

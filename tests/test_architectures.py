@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsae import SAE, Codes
 from fastsae.losses import Objective, training_loss
-from fastsae.nn import candidates, variational
+from fastsae.nn import sparse_pre, variational
 from fastsae.nn.jumprelu import JumpReLU
 from fastsae.nn.variational import LOG_VARIANCE, Variational
 from fastsae.train.optim import Adam
@@ -101,7 +101,7 @@ def small_chunks(monkeypatch):
 def test_gradients_equal_dense_autograd(name, way, dtype, monkeypatch):
     """Errors are no larger than twice those of the formula in float32, scaled to the dtype, and
     one rounding of all gradients together: parts of them cancel, in some orders exactly."""
-    monkeypatch.setattr(candidates, "DENSE", WAYS[way])
+    monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
     problem, progress = problem_of(ARCHITECTURES[name]), 0.06
     noise = noise_of(problem.sae, dtype)
     exact = dense(problem, noise, progress)
@@ -163,7 +163,7 @@ def test_parts_of_the_loss(name):
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_tokens_of_few_active_latents_and_of_none(name, way, monkeypatch):
     """Where fewer than k pre-activations are positive; latents that no token activates."""
-    monkeypatch.setattr(candidates, "DENSE", WAYS[way])
+    monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
     problem = problem_of(ARCHITECTURES[name])
     sae, x, y, _ = problem
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_a_log_variance_beyond_its_limits_is_clamped():
     with torch.no_grad():
         activation.b_variance[::2] += 4.0
         activation.b_variance[1::2] -= 4.0
-    variance = problem.sae.centre(problem.x) @ activation.W_variance.T + activation.b_variance
+    variance = problem.sae.center(problem.x) @ activation.W_variance.T + activation.b_variance
     assert variance.amin() < LOG_VARIANCE[0] < LOG_VARIANCE[1] < variance.amax()
     noise = noise_of(problem.sae, torch.float64)
     exact, got = dense(problem, noise, 1.0), trained(problem, 1.0)
@@ -201,7 +201,7 @@ def test_a_log_variance_beyond_its_limits_is_clamped():
 @pytest.mark.parametrize("way", WAYS)
 def test_a_threshold_that_a_step_took_below_0_counts_as_0(way, monkeypatch):
     """In use as in training, where it is trained on from 0."""
-    monkeypatch.setattr(candidates, "DENSE", WAYS[way])
+    monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
     problem = problem_of(ARCHITECTURES["jumprelu"])
     sae, x = problem.sae, problem.x
     assert isinstance(sae.activation, JumpReLU)
@@ -212,8 +212,9 @@ def test_a_threshold_that_a_step_took_below_0_counts_as_0(way, monkeypatch):
         threshold[::2] = -0.2
         torch.testing.assert_close(sae.encode(x).to_dense(), expected)
     assert (expected[:, ::2] != 0).any() and (expected >= 0).all()
-    gradient = trained(problem, 1.0)["activation.threshold"]
+    sae.activation.after_step(sae.encode(x))
     assert (threshold >= 0).all()
+    gradient = trained(problem, 1.0)["activation.threshold"]
     assert gradient[::2].any(), "of its price; that of its value is 0 at 0"
 
 
@@ -251,3 +252,12 @@ def test_training_goes_on_from_a_folded_crosscoder(name):
     for one, other in zip(again.eval().reconstruct(x), sae.eval().reconstruct(x), strict=True):
         dense = [t.to_dense() if isinstance(t, Codes) else t for t in (one, other)]
         torch.testing.assert_close(*dense)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_evaluating_a_loss_changes_no_state(name):
+    sae, x, y, objective = problem_of(ARCHITECTURES[name])
+    before = copy.deepcopy(sae.state_dict())
+    training_loss(sae, x, DEAD, objective, None if sae.d_out is None else y)
+    for part, value in sae.state_dict().items():
+        assert torch.equal(value, before[part]), part

@@ -135,7 +135,7 @@ def test_leading_dimensions_are_flattened(problem):
 
 
 def test_only_a_transcoder_takes_a_target():
-    x, message = torch.ones(3, 4), "a transcoder needs a target, and an autoencoder takes none"
+    x, message = torch.ones(3, 4), "transcoders require `target`; autoencoders must not"
     with pytest.raises(ValueError, match=message):
         training_loss(SAE(4, 8, TopK(2), d_out=4), x)
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from fastsae.cli.train import read_train
 from fastsae.config import from_dict, to_dict
 from fastsae.losses import Objective
 from fastsae.nn import Activation, ActivationConfig, Init, TopKConfig
-from fastsae.nn.activations import ACTIVATIONS, CHOICES, activation_of
+from fastsae.nn.activations import CHOICES
 from fastsae.nn.batchtopk import BatchTopK, BatchTopKConfig
 from fastsae.nn.gated import GatedConfig
 from fastsae.nn.jumprelu import JumpReLU, JumpReLUConfig
@@ -50,6 +50,7 @@ ACTIVATION = [
     (JumpReLUConfig, {"target_l0": 0.0}, "target_l0 must be above 0, got 0.0"),
     (JumpReLUConfig, {"price_warmup": 2.0}, "price_warmup must be between 0 and 1, got 2.0"),
     (ReLUConfig, {"l1_coef": -0.5}, "l1_coef must be at least 0, got -0.5"),
+    (ReLUConfig, {"l1_coef": 0.0, "target_l0": 8.0}, "target_l0 = 8.0 needs l1_coef above 0"),
     (ReLUConfig, {"l1_coef": NAN}, "l1_coef must be at least 0, got nan"),
     (ReLUConfig, {"target_l0": -3.0}, "target_l0 must be above 0, got -3.0"),
     (ReLUConfig, {"p_end": 0.0}, "p_end must be above 0 and at most 1, got 0.0"),
@@ -71,7 +72,7 @@ def test_an_activation(config, settings, message, no_types):
     """Also through the activation itself, where its arguments are checked the same."""
     with pytest.raises(ValueError, match=message):
         config(**settings)
-    activation, _ = ACTIVATIONS[config.name]
+    activation = config.activation
     with pytest.raises(ValueError, match=message):
         activation(**settings)
 
@@ -144,7 +145,7 @@ RUNS: list[tuple[dict[str, Any], str]] = [
             "activation": TopKConfig(gradient="rotation", rotation="dense"),
             "objective": Objective(prefixes=(8,)),
         },
-        'rotation "dense" is of one reconstruction',
+        'rotation="dense" cannot be combined with prefixes',
     ),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
@@ -236,7 +237,12 @@ def test_a_setting_of_another_activation_is_named(name):
     with pytest.raises(ValueError, match=f"{cfg.name} has no setting 'gradient'; its settings are"):
         from_dict(ActivationConfig, {**to_dict(cfg), "gradient": "rotation"}, "activation")
     with pytest.raises(TypeError, match="gradient"):
-        activation_of(cfg).__class__(gradient="rotation")
+        cfg.activation(gradient="rotation")
+
+
+def test_older_files_say_0_where_no_coefficient_was_given():
+    saved = {**to_dict(ReLUConfig(target_l0=8.0)), "l1_coef": 0.0}
+    assert from_dict(ActivationConfig, saved) == ReLUConfig(target_l0=8.0)
 
 
 @pytest.mark.parametrize("settings", [{}, *(settings for settings, _ in UNFUSED)], ids=str)

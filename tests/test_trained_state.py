@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastsae import SAE
+from fastsae.codes import Codes
 from fastsae.losses import Objective, training_loss
 from fastsae.nn.batchtopk import BatchTopK
 from fastsae.nn.gated import Gated
@@ -34,7 +35,7 @@ def test_the_threshold_is_the_running_mean_of_the_smallest_kept(by):
         x = torch.randn(N, D_IN).double()
         least = smallest_kept(sae, x, by)
         expected = least if expected is None else 0.75 * expected + 0.25 * least
-        training_loss(sae, x)
+        activation.after_step(training_loss(sae, x).codes)
         torch.testing.assert_close(activation.threshold, expected)
     training_loss(sae, x[:0])
     sae.eval()(x)
@@ -48,7 +49,7 @@ def test_single_tokens_are_active_above_the_threshold(by):
     activation = BatchTopK(K, by=by, momentum=momentum)
     sae = SAE(D_IN, D_SAE, activation).double()
     for _ in range(batches):
-        training_loss(sae, torch.randn(N, D_IN).double())
+        activation.after_step(training_loss(sae, torch.randn(N, D_IN).double()).codes)
     sae.eval()
     counts = []
     for _ in range(batches):
@@ -74,6 +75,7 @@ def test_a_coefficient_follows_the_l0(l0, excess):
     before = coefficient.value.clone()
     price = coefficient(torch.tensor(2.0), torch.tensor(l0))
     torch.testing.assert_close(price, 2 * before * math.exp(2 * excess))
+    coefficient.after_step(Codes.every(torch.ones(1, int(l0))))
     torch.testing.assert_close(coefficient.value, before * math.exp(GAIN * excess))
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from fastsae.data import ActivationSource, Synthetic, demo_shards
 from fastsae.losses import Objective
-from fastsae.nn import Init
-from fastsae.nn.activations import ACTIVATIONS
+from fastsae.nn import ActivationConfig, Init
 from fastsae.train import TrainConfig
 from fastsae.upgrade import UpgradeConfig
 
@@ -64,7 +63,7 @@ class Method:
     def config(self, k: int, seed: int, scale: Scale) -> TrainConfig:
         """The run; "K" among the settings stands for the latents per token."""
         settings = {name: k if value == "K" else value for name, value in self.settings.items()}
-        _, cfg = ACTIVATIONS[self.activation]
+        cfg = ActivationConfig.named(self.activation)
         coef = Objective().auxk_coef if self.auxk else 0.0
         return TrainConfig(
             d_sae=D_SAE,

@@ -13,11 +13,9 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastsae.codes import Codes, every_latent
-from fastsae.nn.candidates import WIDEST, Candidates, crowded
-from fastsae_kernels import topk_batch
-from fastsae_kernels.encode import straight_through
-from fastsae_kernels.encode_above import in_rows, inside, list_above
+from fastsae.codes import Codes
+from fastsae.nn.sparse_pre import WIDEST, SparsePre, is_dense
+from fastsae_kernels import in_rows, list_above, straight_through, topk_batch
 
 FEW = 1 / 4
 """Part of the latents up to which only those that have a gradient are multiplied for it."""
@@ -96,25 +94,26 @@ def largest_of_batch(
     """
     (N, d_sae), (values, tokens, latents) = pre.shape, topk_batch(pre.detach(), total)
     kept = values > 0
-    _, indices, count = in_rows(values[kept], (tokens * d_sae + latents)[kept], N, d_sae)
-    values = entries(pre, indices, *encoder).where(inside(count, indices.shape[1]), 0.0)
-    return Codes(values, indices, d_sae)
+    found = in_rows(values[kept], (tokens * d_sae + latents)[kept], N, d_sae)
+    values = entries(pre, found.indices, *encoder).where(found.listed, 0.0)
+    return Codes(values, found.indices, d_sae)
 
 
 def above(
     pre: Float[Tensor, "N d_sae"],
     threshold: Float[Tensor, " d_sae"],
     encoder: tuple[Tensor, Tensor, Tensor],
-) -> Candidates:
+) -> SparsePre:
     """The pre-activations that exceed their latent's threshold, or all if those are many."""
     N, d_sae = pre.shape
-    if not crowded(*encoder, threshold):
+    if not is_dense(*encoder, threshold):
         wide = threshold.to(torch.promote_types(pre.dtype, torch.float32)).contiguous()
-        _, indices, count = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
-        if indices.shape[1] <= WIDEST * d_sae:
-            listed = entries(pre, indices, *encoder)
-            return Candidates(listed, indices, inside(count, indices.shape[1]), d_sae)
-    return Candidates(pre, every_latent(N, d_sae, pre.device), pre > threshold, d_sae)
+        found = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
+        if found.indices.shape[1] <= WIDEST * d_sae:
+            return SparsePre(
+                entries(pre, found.indices, *encoder), found.indices, found.listed, d_sae
+            )
+    return SparsePre(pre, None, pre > threshold, d_sae)
 
 
 def written_out(codes: Codes, shape: tuple[int, ...]) -> Tensor:

@@ -9,9 +9,8 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from torch import Tensor
 
 from fastsae.codes import Codes
-from fastsae.nn.candidates import Candidates
-from fastsae_kernels import encode_topk
-from fastsae_kernels.topk import topk_indices
+from fastsae.nn.sparse_pre import SparsePre
+from fastsae_kernels import encode_topk, topk_indices
 
 from . import own_class
 from .dense import (
@@ -69,7 +68,7 @@ class FastAutoEncoderTopK(AutoEncoderTopK):
         indices = topk_indices(post, k)
         codes = Codes(entries(post, indices, *encoder).relu(), indices, self.dict_size)
         dense = remember(written_out(codes, shape), codes)  # the trainer decodes it as it is
-        top = (part.view(*shape[:-1], k) for part in codes[:2])
+        top = (part.view(*shape[:-1], k) for part in (codes.values, indices))
         return dense, *top, post.view(shape)
 
     def codes(self, x: Tensor) -> Codes:
@@ -95,7 +94,7 @@ class FastBatchTopKSAE(BatchTopKSAE):
     def codes(self, x: Tensor) -> Codes:
         """Those above the threshold, which is below 0 before it is known."""
         threshold = self.threshold.clamp(min=0).expand(self.dict_size)
-        found = Candidates.above(*encoder_of(self, x), threshold)
+        found = SparsePre.above(*encoder_of(self, x), threshold)
         return found.codes(found.pre)
 
 
@@ -110,7 +109,7 @@ class FastJumpReluAutoEncoder(JumpReluAutoEncoder):
     def codes(self, x: Tensor) -> Codes:
         seen = x - self.b_dec if self.apply_b_dec_to_input else x
         seen, threshold = seen.reshape(-1, self.activation_dim), self.threshold.clamp(min=0)
-        found = Candidates.above(seen, self.W_enc.T, self.b_enc, threshold)
+        found = SparsePre.above(seen, self.W_enc.T, self.b_enc, threshold)
         return found.codes(found.pre)
 
     def decode(self, f: Tensor) -> Tensor:

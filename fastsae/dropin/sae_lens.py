@@ -8,11 +8,10 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUTrainingSAE
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from torch import Tensor
 
-from fastsae.codes import Codes
-from fastsae.nn.candidates import Candidates
+from fastsae.codes import Codes, at_latents
 from fastsae.nn.jumprelu import jumprelu_codes, with_thresholds
-from fastsae_kernels import encode_topk, gather_dot
-from fastsae_kernels.topk import topk_indices
+from fastsae.nn.sparse_pre import SparsePre
+from fastsae_kernels import encode_topk, topk_indices
 
 from .dense import (
     above,
@@ -101,8 +100,7 @@ class Fast:
     def decode_codes(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
         """Decode codes of activations of that shape."""
         if self.by_norm:
-            ones, norm = self.W_dec.new_ones(len(codes.values), 1), self.W_dec.norm(dim=-1)
-            scale = gather_dot(ones, codes.indices, 1 / norm[:, None])
+            scale = at_latents(1 / self.W_dec.norm(dim=-1), codes.indices)
             codes = codes._replace(values=codes.values * scale)
         recon = (codes.decode(self.W_dec) + self.b_dec).view(*shape[:-1], -1)
         recon = self.run_time_activation_norm_fn_out(self.hook_sae_recons(recon))
@@ -120,7 +118,7 @@ class FastJumpReLUSAE(Fast, JumpReLUSAE):
     activation = torch.nn.ReLU
 
     def codes(self, encoder: Encoder) -> Codes:
-        found = Candidates.above(*encoder, self.threshold.clamp(min=0))
+        found = SparsePre.above(*encoder, self.threshold.clamp(min=0))
         return found.codes(found.pre)
 
 
@@ -158,8 +156,8 @@ class FastTopKTrainingSAE(FastTraining, TopKTrainingSAE):
             return written_out(codes, shape)
         tokens = torch.arange(len(codes.values), device=codes.values.device)
         place = torch.unravel_index(tokens, shape[:-1])
-        place = [part.repeat_interleave(codes.indices.shape[1]) for part in place]
-        where = torch.stack([*place, codes.indices.flatten()])
+        place = [part.repeat_interleave(codes.values.shape[1]) for part in place]
+        where = torch.stack([*place, codes.latents().flatten()])
         return torch.sparse_coo_tensor(where, codes.values.flatten(), shape)
 
 

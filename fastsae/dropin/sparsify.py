@@ -6,8 +6,7 @@ from sparsify.sparse_coder import ForwardOutput, SparseCoder
 from torch import Tensor
 
 from fastsae.nn.linear import autocast
-from fastsae_kernels import decode, encode_topk
-from fastsae_kernels.topk import topk_indices
+from fastsae_kernels import decode, encode_topk, topk_indices
 
 from .dense import entries, pre_activations, replaced
 

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from fastsae.codes import Codes, lists_every_latent
+from fastsae.codes import Codes
 from fastsae.data.prefetch import checked
 from fastsae.data.source import ActivationSource
 from fastsae.nn.sae import SAE
@@ -177,7 +177,7 @@ class _Totals:
 
 def _fires(codes: Codes) -> Int64[Tensor, " d_sae"]:
     """For how many of the tokens each latent is active."""
-    if lists_every_latent(codes.indices, codes.d_sae):
+    if codes.indices is None:
         return codes.active.sum(0)
     return torch.bincount(codes.indices[codes.active], minlength=codes.d_sae)
 

@@ -132,5 +132,5 @@ def plain(sae: SAE, form: str, *, layer_norm: bool = False) -> SAE:
     if sae.layer_norm and not layer_norm:
         raise ValueError(f"{form} has no SAEs with layer_norm")
     sae = copy.deepcopy(sae).cpu().eval()
-    sae.settle_norms_()
+    sae.fold_decoder_norms_()
     return sae

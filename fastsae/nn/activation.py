@@ -1,4 +1,4 @@
-"""What an activation is: it turns pre-activations into codes, and may ask a price for them."""
+"""The activation interface: pre-activations in, sparse codes out, with an optional penalty."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,22 +12,15 @@ from fastsae.codes import Codes
 
 
 class Weights(NamedTuple):
-    """The parameters of an SAE as one pass over tokens sees them."""
+    """The parameters of an SAE as an activation sees them."""
 
     W_enc: Float[Tensor, "d_sae d_in"]
     b_enc: Float[Tensor, " d_sae"]
     W_dec: Float[Tensor, "d_sae d_out"]
     b_dec: Float[Tensor, " d_out"]
 
-
-class Pass(NamedTuple):
-    """What a batch became on its way through an SAE in training."""
-
-    recon: Float[Tensor, "N d_out"]
-    codes: Codes
-    penalty: Float[Tensor, ""]
-    """The activation's own term of the loss, on average over tokens, with its coefficient: in
-    units of a token's squared error, summed over coordinates."""
+    def decode(self, codes: Codes) -> Float[Tensor, "N d_out"]:
+        return codes.decode(self.W_dec) + self.b_dec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,81 +28,104 @@ class ActivationConfig:
     """The settings of an activation, as they are saved; `name` is what it is chosen by."""
 
     name: ClassVar[str]
+    activation: ClassVar["type[Activation]"]
 
     @staticmethod
     def named(name: Any) -> "type[ActivationConfig]":
         """The settings of the activation of that name; ValueError lists those there are."""
-        from .activations import ACTIVATIONS  # which imports every activation
+        if name not in CONFIGS:
+            raise ValueError(f"activation must be one of {', '.join(CONFIGS)}, got {name!r}")
+        return CONFIGS[name]
 
-        if name not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-        return ACTIVATIONS[name][1]
+    def build(self) -> "Activation":
+        """The activation with these settings."""
+        return self.activation(self)
+
+
+CONFIGS: dict[str, type[ActivationConfig]] = {}
+"""The settings of every activation by its name: to define the class registers it."""
 
 
 class Activation(nn.Module, ABC):
-    """One proximal-gradient step z = argmin_z |z - h|^2 / 2 + R(z), for a regulariser R.
+    """One proximal-gradient step z = argmin_z |z - h|^2 / 2 + R(z), for a regularizer R.
 
-    A subclass gives `cfg` and `encode`. It gives `training_pass` too if training costs more than
-    the error, `build` if it has parameters or checks, and `fold_scale_` if those have units
-    (`fold_columns_` if those of inputs); `opens_at` and `target_l0` if its L0 is trained.
+    `class Mine(Activation, config=MineConfig)` registers a subclass. It defines `encode`; also
+    `penalized` if training has a sparsity penalty, `after_step` if something adapts in training,
+    `build` if it has parameters, buffers or checks, `fold_scale_` if those have units
+    (`fold_columns_` if those of inputs), and `activation_threshold` and `target_l0` if its L0 is
+    trained.
     """
 
+    config: ClassVar[type[ActivationConfig]]
     cfg: Any
+
     signed: bool = False
     """Whether codes can be negative."""
 
-    proportional: bool = False
-    """Whether codes grow as pre-activations do, all of a token's by one factor."""
+    scale_equivariant: bool = False
+    """Whether scaling all pre-activations of a token scales its codes by the same factor."""
 
     target_l0: float | None = None
-    """Active latents per token that a price leads to, if there is one that does."""
+    """Active latents per token that the penalty is adapted to reach, if any."""
 
-    fuses: bool = False
-    """Whether its gradient is the identity on active entries and there is no penalty, so that
-    the fused training step applies."""
+    supports_fused_step: bool = False
+    """Whether its gradient is the identity on active entries and there is no penalty."""
+
+    decodes: bool = False
+    """Whether training decodes by `reconstruct`, one op with a gradient of its own."""
+
+    def __init_subclass__(cls, config: type[ActivationConfig], **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.config, config.activation = config, cls
+        CONFIGS[config.name] = config
+
+    def __init__(self, *values: Any, **settings: Any):
+        """Takes its config, `TopK(cfg)`, or the arguments of one, `TopK(k=32)`."""
+        super().__init__()
+        given = len(values) == 1 and isinstance(values[0], self.config) and not settings
+        self.cfg = values[0] if given else self.config(*values, **settings)
 
     @property
-    def opens_at(self) -> Float[Tensor, " d_sae"] | float | None:
-        """The pre-activation above which a latent is active, if that is what makes it so."""
+    def activation_threshold(self) -> Float[Tensor, " d_sae"] | float | None:
+        """The pre-activation above which a latent is active, if that is what decides it."""
         return None
 
     def build(self, d_in: int, d_sae: int) -> None:
         """Make parameters for a dictionary of d_sae latents; ValueError if it is too small."""
 
     @abstractmethod
-    def encode(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> Codes:
-        """The codes of centred inputs with pre-activations h = x W_enc^T + b_enc."""
+    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+        """The codes of centered inputs with pre-activations h = x W_enc^T + b_enc."""
 
     def reconstruct(
         self, x: Float[Tensor, "N d_in"], weights: Weights
     ) -> tuple[Float[Tensor, "N d_out"], Codes]:
-        """Encode centred inputs and decode the codes."""
-        codes = self.encode(x, weights.W_enc, weights.b_enc)
-        return codes.decode(weights.W_dec) + weights.b_dec, codes
+        """Encode centered inputs and decode the codes."""
+        codes = self.encode(x, weights)
+        return weights.decode(codes), codes
 
-    def training_pass(
+    def penalized(
         self,
         x: Float[Tensor, "N d_in"],
         target: Float[Tensor, "N d_out"],
         weights: Weights,
         progress: float,
-    ) -> Pass:
-        """The same in training, of which a part from 0 to 1 is done, with the penalty."""
-        recon, codes = self.reconstruct(x, weights)
-        return Pass(recon, codes, recon.new_zeros(()))
+    ) -> tuple[Codes, Float[Tensor, ""]]:
+        """Codes in training and the penalty, which is averaged over tokens and in units of a
+        token's squared error. `progress` is the fraction of training that is done."""
+        return self.encode(x, weights), x.new_zeros(())
+
+    @torch.no_grad()
+    def after_step(self, codes: Codes) -> None:
+        """Adapt what is not a parameter to the codes of the batch that a step has taken."""
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:
-        """Serve pre-activations and values 1 / scale as large as before."""
+        """Rescale parameters for inputs divided by `scale`."""
 
     @torch.no_grad()
     def fold_columns_(self, factors: Float[Tensor, " d_in"]) -> None:
-        """Serve inputs of 1 / factors what they were, with pre-activations as they were."""
+        """Rescale parameters for inputs divided by `factors`, with the same pre-activations."""
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.cfg).items())

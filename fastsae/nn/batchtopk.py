@@ -6,7 +6,7 @@ share with: outside training, latents above a threshold are active, the running 
 smallest value that a training batch kept.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,17 +15,16 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
-from fastsae_kernels import encode_topk_batch
-from fastsae_kernels.topk import By
+from fastsae_kernels import By, encode_topk_batch
 
-from .activation import Activation, ActivationConfig, check_k, check_least_k
-from .candidates import Candidates
+from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
+from .sparse_pre import SparsePre
 
 UNSET = -1.0
 """The threshold before the first batch."""
 
 HINT = 0.8
-"""Part of the threshold above which the largest of the next batch are looked for first."""
+"""Fraction of the threshold that serves as the first guess for the next batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class BatchTopKConfig(ActivationConfig):
 
     name = "batchtopk"
 
-    k: int = 32
+    k: int = field(default=32, kw_only=False)
     """Active latents per token, on average."""
 
     by: By = "value"
@@ -50,7 +49,7 @@ class BatchTopKConfig(ActivationConfig):
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
 
 
-class BatchTopK(Activation):
+class BatchTopK(Activation, config=BatchTopKConfig):
     """Keeps the k N largest pre-activations of a batch of N tokens in training mode, and those
     above the threshold in evaluation mode (`sae.eval()`, and after `load`).
 
@@ -59,39 +58,31 @@ class BatchTopK(Activation):
 
     cfg: BatchTopKConfig
     threshold: Float[Tensor, ""]
-    fuses = proportional = True
+    supports_fused_step = scale_equivariant = True
 
-    def __init__(self, k: int = 32, **settings: Any):
-        super().__init__()
-        self.cfg = BatchTopKConfig(k=k, **settings)
+    def __init__(self, *values: Any, **settings: Any):
+        super().__init__(*values, **settings)
         self.signed = self.cfg.by == "abs"
         self.register_buffer("threshold", torch.tensor(UNSET))
 
     def build(self, d_in: int, d_sae: int) -> None:
         check_k(self.cfg.k, d_sae)
 
-    def encode(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> Codes:
-        if not self.training and self.threshold >= 0:
-            threshold = float(self.threshold)
-            found = Candidates.above(x, W_enc, b_enc, threshold, self.cfg.by)
-            return found.codes(found.pre)
-        hint = HINT * max(float(self.threshold), 0.0)
-        total = self.cfg.k * len(x)
-        pre, indices, count, least = encode_topk_batch(x, W_enc, b_enc, total, self.cfg.by, hint)
-        if self.training and len(x):
-            self.follow(least)
-        found = Candidates.listed(pre, indices, count, x, W_enc, b_enc)
+    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+        encoder, threshold = weights[:2], float(self.threshold)
+        if not self.training and threshold >= 0:
+            found = SparsePre.above(x, *encoder, threshold, self.cfg.by)
+        else:
+            total, hint = self.cfg.k * len(x), HINT * max(threshold, 0.0)
+            listed = encode_topk_batch(x, *encoder, total, self.cfg.by, hint)
+            found = SparsePre.listed(listed, x, *encoder)
         return found.codes(found.pre)
 
     @torch.no_grad()
-    def follow(self, least: Float[Tensor, ""]) -> None:
-        """Take the smallest kept value of a batch into the running mean."""
-        least = least.detach().to(self.threshold)
+    def after_step(self, codes: Codes) -> None:
+        """Update the running mean with the smallest value that the batch kept, or 0."""
+        least = codes.values.abs().where(codes.active, torch.inf).amin()
+        least = least.where(least.isfinite(), 0.0).to(self.threshold)
         mean = least.lerp(self.threshold, self.cfg.momentum)
         self.threshold.copy_(torch.where(self.threshold < 0, least, mean))
 

@@ -1,4 +1,4 @@
-"""Where training starts: decoder rows of one length, the encoder's along them, b_dec amid the data.
+"""Initialization: unit decoder rows, tied encoder, b_dec at the geometric median.
 
 `Init` holds the choices that recipes make differently.
 """
@@ -17,17 +17,17 @@ from fastsae.config import check_choices
 from .sae import SAE
 
 ACTIVE_VARIANCE = 0.99
-"""The active subspace holds this part of the data's variance."""
+"""Fraction of the data's variance in the active subspace."""
 
 FIT_TOKENS = 4096
-"""Of a sample, by which an encoder is fitted."""
+"""Tokens of the sample that scale a fitted encoder."""
 
 CHUNK = 1024
-"""Latents whose pre-activations of a sample exist at a time."""
+"""Latents whose pre-activations exist at a time."""
 
 Rows = Literal["random", "active_subspace"]
 Encoder = Literal["fitted", "tied", "linear"]
-Middle = Literal["median", "mean", "zero"]
+BDecInit = Literal["median", "mean", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Init:
     (linear: uniform, within 1 / sqrt(d_in)). By default fitted in autoencoders with TopK, AbsTopK
     or BatchTopK, unless their rows are to stay aligned; else tied."""
 
-    b_dec: Middle = "median"
+    b_dec: BDecInit = "median"
     """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
 
     start_l0: float | None = None
@@ -58,7 +58,7 @@ class Init:
     target_l0 of the activation; without one, or with 0, b_enc starts at 0."""
 
     def __post_init__(self):
-        check_choices(self, rows=Rows, b_dec=Middle)
+        check_choices(self, rows=Rows, b_dec=BDecInit)
         if self.encoder not in (None, *get_args(Encoder)):
             raise ValueError(f"encoder must be one of {get_args(Encoder)}, got {self.encoder!r}")
         if not self.row_norm > 0:
@@ -72,9 +72,9 @@ class Init:
             )
 
     def check(self, sae: SAE) -> None:
-        """ValueError unless the SAE can start so."""
+        """ValueError unless the SAE can be initialized so."""
         start_l0 = self.l0_of(sae)
-        if start_l0 and sae.activation.opens_at is None:
+        if start_l0 and sae.activation.activation_threshold is None:
             raise ValueError(
                 f"start_l0 = {start_l0} has no effect on {sae.activation.cfg.name}: its latents "
                 "do not open at a threshold"
@@ -137,7 +137,7 @@ def init_from_data(
     target: Float[Tensor, "N d_out"] | None = None,
     init: Init | None = None,
 ) -> SAE:
-    """Initialise an SAE for a sample x of its data, by default much as in arXiv:2406.04093.
+    """Initialize an SAE for a sample x of its data, by default much as in arXiv:2406.04093.
 
     Decoder rows are random directions, encoder rows the same, of the lengths that `init` says, and
     b_dec is the geometric median of x; b_enc is 0, or such that as many latents are active as
@@ -167,18 +167,18 @@ def init_from_data(
 
 
 def can_fit(sae: SAE) -> bool:
-    """Whether one factor on the encoder is one on the codes, and they are to give x back."""
-    return sae.d_out is None and sae.activation.proportional
+    """Whether scaling the encoder scales the codes, and they reconstruct x itself."""
+    return sae.d_out is None and sae.activation.scale_equivariant
 
 
 def fit_encoder_(sae: SAE, x: Float[Tensor, "N d_in"]) -> None:
     """Multiply the encoder by the factor by which x's reconstruction has the least squared error.
 
-    The latents that win a token resemble it and so each other: with rows of norm 1 they say it too
-    loudly together.
+    The latents active on a token resemble it, and so each other: with unit-norm rows, together they
+    overshoot the reconstruction.
     """
     training = sae.training
-    recon, _ = sae.eval().activation.reconstruct(sae.centre(x), sae.weights())
+    recon, _ = sae.eval().activation.reconstruct(sae.center(x), sae.weights())
     sae.train(training)
     recon, wanted = recon - sae.b_dec, x - sae.b_dec
     factor = (recon * wanted).sum() / recon.square().sum()
@@ -188,20 +188,20 @@ def fit_encoder_(sae: SAE, x: Float[Tensor, "N d_in"]) -> None:
 
 def start_from_l0_(sae: SAE, x: Float[Tensor, "N d_in"], l0: float) -> None:
     """Set b_enc so that each latent is active for l0 / d_sae of the tokens x, rounded up."""
-    opens_at = sae.activation.opens_at
-    assert opens_at is not None
-    weights, x = sae.weights(), sae.centre(x)
+    activation_threshold = sae.activation.activation_threshold
+    assert activation_threshold is not None
+    weights, x = sae.weights(), sae.center(x)
     rank = min(math.ceil(len(x) * l0 / sae.d_sae), len(x) - 1)
     parts = (x @ rows.T for rows in weights.W_enc.split(CHUNK))
     cut = [pre.topk(rank + 1, dim=0).values[-2:].mean(0) for pre in parts]
     norm = sae.decoder_norms().sum(1) if sae.by_norm else 1.0
-    sae.b_enc.copy_((opens_at - torch.cat(cut)) / norm)
+    sae.b_enc.copy_((activation_threshold - torch.cat(cut)) / norm)
 
 
 def directions(
     n: int, x: Float[Tensor, "N D"], init: Init, generator: torch.Generator | None
 ) -> Float[Tensor, "n D"]:
-    """Rows of one length: anywhere, or where the data are active."""
+    """Rows of norm `init.row_norm`: random, or inside the active subspace."""
     if init.rows == "random":
         rows = torch.randn(n, x.shape[1], generator=generator)
     else:

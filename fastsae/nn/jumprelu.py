@@ -1,12 +1,11 @@
 """JumpReLU (arXiv:2407.14435): a threshold for each latent, trained with an L0 penalty.
 
 The proximal step of R(z) = sum_f lambda_f 1[z_f != 0] for z >= 0, infinite for z < 0, is h where
-h > sqrt(2 lambda_f) and else 0: a JumpReLU of threshold sqrt(2 lambda_f). Training minimises the
+h > sqrt(2 lambda_f) and else 0: a JumpReLU of threshold sqrt(2 lambda_f). Training minimizes the
 squared error plus l0_coef |z|_0, or plus l0_coef (L0 / target_l0 - 1)^2 with the batch's L0.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from fastsae.codes import Codes
 from fastsae_kernels import jumprelu, jumprelu_l0
 
-from .activation import Activation, ActivationConfig, Pass, Weights, warmed
-from .candidates import Candidates
-from .penalty import TARGET_L0, check_penalty, check_warmup
+from .activation import Activation, ActivationConfig, Weights, warmed
+from .penalty import check_penalty, check_warmup, target_of
+from .sparse_pre import SparsePre
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class JumpReLUConfig(ActivationConfig):
         check_warmup(self.price_warmup)
 
 
-class JumpReLU(Activation):
+class JumpReLU(Activation, config=JumpReLUConfig):
     """Keeps every pre-activation above its latent's threshold. The arguments are those of
     JumpReLUConfig.
 
@@ -62,73 +61,60 @@ class JumpReLU(Activation):
     cfg: JumpReLUConfig
     threshold: Float[nn.Parameter, " d_sae"]
 
-    def __init__(self, **settings: Any):
-        super().__init__()
-        self.cfg = JumpReLUConfig(**settings)
-        self.target_l0 = self.cfg.target_l0
-        if self.cfg.l0_coef is None and self.target_l0 is None:
-            self.target_l0 = TARGET_L0
-
     def build(self, d_in: int, d_sae: int) -> None:
         self.threshold = nn.Parameter(torch.full((d_sae,), self.cfg.threshold))
-        self.l0_coef = float(d_in) if self.cfg.l0_coef is None else self.cfg.l0_coef
+        self.target_l0 = target_of(self.cfg.l0_coef, self.cfg.target_l0)
 
     @property
-    def opens_at(self) -> Float[Tensor, " d_sae"]:
+    def activation_threshold(self) -> Float[Tensor, " d_sae"]:
         return self.threshold
 
-    def encode(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> Codes:
-        found, pre, threshold = self.found(x, W_enc, b_enc, torch.is_grad_enabled())
+    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+        found, pre, threshold = self.found(x, weights, torch.is_grad_enabled())
         return self.codes(found, pre, threshold)
 
-    def found(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, trained: bool
-    ) -> tuple[Candidates, Tensor, Tensor]:
-        """Latents above their threshold (or in its window, if thresholds are trained), and their
-        pre-activations and thresholds as [N, d_sae] and [d_sae], or as one row and as many."""
-        threshold = self.threshold.clamp(min=0)  # also after a step that took it below
+    def found(self, x: Tensor, weights: Weights, trained: bool) -> tuple[SparsePre, Tensor, Tensor]:
+        """Latents above their threshold (or in its window, if thresholds are trained), and what
+        `with_thresholds` returns for them."""
+        threshold = self.threshold.clamp(min=0)  # a file can hold one below 0
         lowest = threshold.detach() - (self.cfg.bandwidth / 2 if trained else 0.0)
-        found = Candidates.above(x, W_enc, b_enc, lowest)
+        found = SparsePre.above(x, weights.W_enc, weights.b_enc, lowest)
         return found, *with_thresholds(found, threshold)
 
-    def codes(self, found: Candidates, pre: Tensor, threshold: Tensor) -> Codes:
+    def codes(self, found: SparsePre, pre: Tensor, threshold: Tensor) -> Codes:
         return jumprelu_codes(found, pre, threshold, self.cfg.bandwidth)
 
-    def training_pass(
+    def penalized(
         self,
         x: Float[Tensor, "N d_in"],
         target: Float[Tensor, "N d_out"],
         weights: Weights,
         progress: float,
-    ) -> Pass:
-        with torch.no_grad():
-            self.threshold.clamp_(min=0)  # for below 0 it would have no gradient
-        found, pre, threshold = self.found(x, weights.W_enc, weights.b_enc, True)
+    ) -> tuple[Codes, Float[Tensor, ""]]:
+        found, pre, threshold = self.found(x, weights, True)
         codes = self.codes(found, pre, threshold)
         l0 = jumprelu_l0(pre, threshold, self.cfg.bandwidth).sum() / max(len(x), 1)
-        recon = codes.decode(weights.W_dec) + weights.b_dec
         missed = l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
-        price = warmed(progress, self.cfg.price_warmup) * self.l0_coef * missed
-        return Pass(recon, codes, price.to(recon))
+        coef = float(x.shape[1]) if self.cfg.l0_coef is None else self.cfg.l0_coef
+        return codes, (warmed(progress, self.cfg.price_warmup) * coef * missed).to(x)
+
+    @torch.no_grad()
+    def after_step(self, codes: Codes) -> None:
+        self.threshold.clamp_(min=0)  # below 0, it would get no gradient
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:
         self.threshold.clamp_(min=0).div_(scale)
 
 
-def with_thresholds(found: Candidates, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Pre-activations and thresholds as the ops want them: [N, d_sae] and [d_sae], or one row of
-    the listed ones and as many thresholds."""
+def with_thresholds(found: SparsePre, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations and thresholds in the ops' shapes: [N, d_sae] and [d_sae] if dense, else one
+    row of all entries, [1, M] and [M]."""
     threshold = found.pick(threshold)
     pre = found.pre.masked_fill(~found.active, -torch.inf)
     return (pre, threshold) if threshold.dim() == 1 else (pre.view(1, -1), threshold.flatten())
 
 
-def jumprelu_codes(found: Candidates, pre: Tensor, threshold: Tensor, bandwidth: float) -> Codes:
+def jumprelu_codes(found: SparsePre, pre: Tensor, threshold: Tensor, bandwidth: float) -> Codes:
     """Codes of what `with_thresholds` returned."""
     return found.codes(jumprelu(pre, threshold, bandwidth).view(found.pre.shape))

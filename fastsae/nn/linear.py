@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastsae.codes import Codes
-from fastsae_kernels import encode_topk
-from fastsae_kernels.topk import By, check_by
+from fastsae_kernels import By, check_by, encode_topk
 
 from .activation import check_k
 

@@ -1,4 +1,4 @@
-"""Penalties on how much a code says: their coefficient, fixed or steered towards an L0."""
+"""Sparsity penalties with a fixed coefficient, or one adapted to reach a target L0."""
 
 from dataclasses import dataclass
 
@@ -6,46 +6,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastsae.codes import Codes
+
 from .activation import ActivationConfig
 
 FIRST, GAIN, REACH = 0.03, 0.02, 2.0
-"""The coefficient that steering starts from, how fast it goes, and the logarithm of how many times
-too large or small an L0 counts as at most (our choice)."""
+"""Initial coefficient, gain per step, and bound on |log(L0 / target)| (our choice)."""
 
 TARGET_L0 = 32.0
-"""Where neither a coefficient nor a target is given."""
+"""The default target, if no coefficient is given either."""
 
 
 class Coefficient(nn.Module):
-    """The coefficient of a penalty: fixed, or steered towards an L0 from where it starts.
+    """The coefficient of a penalty: fixed, or adapted to reach a target L0.
 
-    When steered, the price also rises and falls with (L0 / target)^2, at once; the coefficient,
-    multiplied after each step by (L0 / target)^GAIN, makes up for what remains. L0 follows a price
-    slowly: by a coefficient alone it would swing around its target.
+    If adapted, it is multiplied by (L0 / target)^GAIN after each step. L0 responds to it slowly and
+    would oscillate around the target; so the penalty also has a factor (L0 / target)^2 of the
+    current batch, which acts at once.
     """
 
     value: Float[Tensor, ""]
 
     def __init__(self, value: float | None, target_l0: float | None):
         super().__init__()
-        self.target_l0 = TARGET_L0 if value is None and target_l0 is None else target_l0
+        self.target_l0 = target_of(value, target_l0)
         start = value if self.target_l0 is None else value or FIRST
         self.register_buffer("value", torch.tensor(float(start or 0.0)))
 
     def forward(self, norm: Float[Tensor, ""], l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The price of a norm of a training batch's codes, of which L0 is taken note."""
+        """The penalty of a batch with this norm and this L0."""
         if self.target_l0 is None:
             return self.value * norm
-        with torch.no_grad():
-            excess = (l0.to(self.value) / self.target_l0).log().clamp(-REACH, REACH)
-            price = self.value * (2 * excess).exp()
-            if self.training:
-                self.value.mul_((GAIN * excess).exp())
-        return price * norm
+        return self.value * (2 * self.excess(l0, self.target_l0)).exp() * norm
+
+    @torch.no_grad()
+    def excess(self, l0: Float[Tensor, ""], target_l0: float) -> Float[Tensor, ""]:
+        """log(L0 / target), bounded."""
+        return (l0.to(self.value) / target_l0).log().clamp(-REACH, REACH)
+
+    @torch.no_grad()
+    def after_step(self, codes: Codes) -> None:
+        """Adapt the coefficient to the L0 of a batch."""
+        if self.target_l0 is not None:
+            self.value.mul_((GAIN * self.excess(codes.l0(), self.target_l0)).exp())
+
+
+def target_of(value: float | None, target_l0: float | None) -> float | None:
+    """The target L0, which has a default if there is no coefficient either."""
+    return TARGET_L0 if value is None and target_l0 is None else target_l0
 
 
 def check_penalty(value: float | None, target_l0: float | None, name: str) -> None:
-    """ValueError for a coefficient or an L0 to reach that cannot be."""
+    """ValueError for a negative coefficient, or a target L0 that is not above 0."""
     if value is not None and not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
     if target_l0 is not None and not target_l0 > 0:
@@ -74,4 +86,8 @@ class L1Config(ActivationConfig):
 
     def __post_init__(self):
         check_penalty(self.l1_coef, self.target_l0, "l1_coef")
+        if self.l1_coef == 0 and self.target_l0 is not None:
+            raise ValueError(
+                f"target_l0 = {self.target_l0} needs l1_coef above 0, or none, to start from: got 0"
+            )
         check_warmup(self.price_warmup)

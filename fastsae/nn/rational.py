@@ -20,21 +20,21 @@ a change from where they started, in units that each alter r by its own size (ou
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from fastsae.codes import Codes, every_latent
+from fastsae.codes import Codes
 from fastsae.config import check_choices
 from fastsae_kernels import encode_topk, rational, topk
 
-from .activation import Activation, ActivationConfig, Pass, Weights, check_k, check_least_k
-from .candidates import Candidates
+from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
 from .penalty import Coefficient, check_penalty
 from .rational_fit import DEFAULT_DEGREE, JUMP, RationalFit, initial_coefficients
+from .sparse_pre import SparsePre
 
 Gate = Literal["relu", "jumprelu", "topk"]
 Support = Literal["teacher", "none"]
@@ -98,7 +98,7 @@ class RationalConfig(ActivationConfig):
             )
 
 
-class Rational(Activation):
+class Rational(Activation, config=RationalConfig):
     """A rational function of what a gate keeps. The arguments are those of RationalConfig.
 
     Without a teacher (`fastsae.upgrade`), it starts as its gate's activation for inputs of mean
@@ -119,16 +119,18 @@ class Rational(Activation):
     threshold: Float[Tensor, " d_sae"]
     """With the gate jumprelu only."""
 
-    def __init__(self, **settings: Any):
-        super().__init__()
-        self.cfg = RationalConfig(**settings)
+    @property
+    def degree(self) -> tuple[int, int]:
         like = "relu" if self.cfg.gate == "relu" else "jumprelu"
-        self.degree = self.cfg.degree or DEFAULT_DEGREE[like]
-        self.k = self.cfg.k or DEFAULT_K
-        self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
-        self.target_l0 = self.coefficient.target_l0
+        return self.cfg.degree or DEFAULT_DEGREE[like]
+
+    @property
+    def k(self) -> int:
+        return self.cfg.k or DEFAULT_K
 
     def build(self, d_in: int, d_sae: int) -> None:
+        self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
+        self.target_l0 = self.coefficient.target_l0
         if self.cfg.gate == "topk":
             check_k(self.k, d_sae)
         count = sum(self.degree) + 1
@@ -142,7 +144,7 @@ class Rational(Activation):
             self.register_buffer("threshold", torch.full((d_sae,), JUMP * size))
 
     @property
-    def opens_at(self) -> Float[Tensor, " d_sae"] | float | None:
+    def activation_threshold(self) -> Float[Tensor, " d_sae"] | float | None:
         if self.cfg.gate == "topk" or self.cfg.support == "none":
             return None
         return self.threshold if self.cfg.gate == "jumprelu" else 0.0
@@ -177,16 +179,14 @@ class Rational(Activation):
         return a, b, c_in, c_out
 
     def gated(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> tuple[Candidates, Tensor | float]:
+        self, x: Float[Tensor, "N d_in"], weights: Weights
+    ) -> tuple[SparsePre, Tensor | float]:
         """The pre-activations that phi is taken of, which of them the gate keeps, and s.
 
         s is 0 or of a shape that broadcasts to theirs. A token with fewer than k + 1 positive
         pre-activations has 0 in place of the missing ones, and so for the middle.
         """
+        W_enc, b_enc, *_ = weights
         d_sae = len(W_enc)
         threshold = self.threshold if self.cfg.gate == "jumprelu" else 0.0
         if self.cfg.support == "none":
@@ -194,50 +194,46 @@ class Rational(Activation):
             if self.cfg.gate == "topk":
                 largest, _ = topk(pre.detach(), min(self.k + 1, d_sae))
                 threshold = middle(largest, self.k)
-            every = every_latent(len(x), d_sae, x.device)
-            return Candidates(pre, every, pre > threshold, d_sae), threshold
+            return SparsePre(pre, None, pre > threshold, d_sae), threshold
         at_zero = self.cfg.centre == "zero"
         if self.cfg.gate == "topk":
             count = self.k if at_zero else min(self.k + 1, d_sae)
             largest, indices = encode_topk(x, W_enc, b_enc, count)
             pre, indices = largest[:, : self.k], indices[:, : self.k]
             s = 0.0 if at_zero else middle(largest.detach(), self.k)
-            return Candidates(pre, indices, pre > 0, d_sae), s
-        found = Candidates.above(x, W_enc, b_enc, threshold)
+            return SparsePre(pre, indices, pre > 0, d_sae), s
+        found = SparsePre.above(x, W_enc, b_enc, threshold)
         if at_zero or not isinstance(threshold, Tensor):
             return found, 0.0
         return found, found.pick(threshold)
 
-    def encode(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> Codes:
-        return self.codes(*self.gated(x, W_enc, b_enc))
+    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+        return self.codes(*self.gated(x, weights))
 
-    def codes(self, found: Candidates, s: Tensor | float) -> Codes:
+    def codes(self, found: SparsePre, s: Tensor | float) -> Codes:
         """phi of what the gate found, shifted by s."""
         values = rational(found.pre, *self.coefficients(), s)
         return Codes.every(values) if self.cfg.support == "none" else found.codes(values)
 
-    def training_pass(
+    def penalized(
         self,
         x: Float[Tensor, "N d_in"],
         target: Float[Tensor, "N d_out"],
         weights: Weights,
         progress: float,
-    ) -> Pass:
-        found, s = self.gated(x, weights.W_enc, weights.b_enc)
+    ) -> tuple[Codes, Float[Tensor, ""]]:
+        found, s = self.gated(x, weights)
         codes = self.codes(found, s)
-        recon = codes.decode(weights.W_dec) + weights.b_dec
         norm = codes.values.abs().sum()
         if self.cfg.target_l0 is not None:
-            opens_at = self.opens_at
-            opens_at = found.pick(opens_at) if isinstance(opens_at, Tensor) else 0.0
-            opening = found.codes(found.pre - opens_at).values.sum()
+            threshold = self.activation_threshold
+            threshold = found.pick(threshold) if isinstance(threshold, Tensor) else 0.0
+            opening = found.codes(found.pre - threshold).values.sum()
             norm = opening * (norm / opening.clamp_min(torch.finfo(opening.dtype).tiny)).detach()
-        return Pass(recon, codes, self.coefficient(norm / max(len(x), 1), codes.l0()))
+        return codes, self.coefficient(norm / max(len(x), 1), codes.l0())
+
+    def after_step(self, codes: Codes) -> None:
+        self.coefficient.after_step(codes)
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:

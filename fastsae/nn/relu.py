@@ -1,11 +1,10 @@
 """ReLU with an L1 penalty (arXiv:2309.08600), and its annealing to an Lp penalty.
 
 The proximal step of R(z) = lambda |z|_1 for z >= 0, infinite for z < 0, is max(h - lambda, 0); the
-shift by lambda is folded into b_enc. Training minimises the squared error plus l1_coef |z|_1.
+shift by lambda is folded into b_enc. Training minimizes the squared error plus l1_coef |z|_1.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 
-from .activation import Activation, Pass, Weights, warmed
-from .candidates import Candidates
+from .activation import Activation, Weights, warmed
 from .penalty import Coefficient, L1Config
+from .sparse_pre import SparsePre
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,46 +33,42 @@ class ReLUConfig(L1Config):
             raise ValueError(f"p_end must be above 0 and at most 1, got {self.p_end}")
 
 
-class ReLU(Activation):
+class ReLU(Activation, config=ReLUConfig):
     """Keeps every positive pre-activation. The arguments are those of ReLUConfig."""
 
     cfg: ReLUConfig
 
-    def __init__(self, **settings: Any):
-        super().__init__()
-        self.cfg = ReLUConfig(**settings)
+    def build(self, d_in: int, d_sae: int) -> None:
         self.coefficient = Coefficient(self.cfg.l1_coef, self.cfg.target_l0)
         self.target_l0 = self.coefficient.target_l0
 
     @property
-    def opens_at(self) -> float:
+    def activation_threshold(self) -> float:
         return 0.0
 
-    def encode(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> Codes:
-        found = Candidates.above(x, W_enc, b_enc, 0.0)
+    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+        found = SparsePre.above(x, weights.W_enc, weights.b_enc, 0.0)
         return found.codes(found.pre)
 
-    def training_pass(
+    def penalized(
         self,
         x: Float[Tensor, "N d_in"],
         target: Float[Tensor, "N d_out"],
         weights: Weights,
         progress: float,
-    ) -> Pass:
-        recon, codes = self.reconstruct(x, weights)
+    ) -> tuple[Codes, Float[Tensor, ""]]:
+        codes = self.encode(x, weights)
         p = 1 - (1 - self.cfg.p_end) * progress
         price = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
-        return Pass(recon, codes, warmed(progress, self.cfg.price_warmup) * price)
+        return codes, warmed(progress, self.cfg.price_warmup) * price
+
+    def after_step(self, codes: Codes) -> None:
+        self.coefficient.after_step(codes)
 
 
 def lp_norm(values: Float[Tensor, "N K"], p: float) -> Float[Tensor, ""]:
-    """Sum of |value|^p over all entries, scaled to the sum of |value|, so that p shifts the price
-    from large values to small ones and leaves it the same in all."""
+    """Sum of |value|^p, scaled to the sum of |value|: p shifts the penalty from large to small
+    values without changing the total."""
     size = values.abs()
     if p == 1:
         return size.sum()

@@ -13,7 +13,6 @@ from fastsae.config import from_dict, to_dict
 from fastsae.files import read_json, read_tensors, write_json, write_tensors
 
 from .activation import Activation, ActivationConfig, Weights
-from .activations import activation_of
 
 FORMAT = "fastsae.sae.1"
 
@@ -27,7 +26,7 @@ class SAE(nn.Module):
     h = (x - b_dec) W_enc^T + b_enc, codes = activation(h), recon = codes W_dec + b_dec. Both
     weights have one row per latent, so that a latent is one contiguous read.
 
-    d_out: the output is another activation than the input (a transcoder), and x is not centred.
+    d_out: the output is another activation than the input (a transcoder), and x is not centered.
     skip: a transcoder also passes x on through a linear map, x W_skip^T (arXiv:2501.18823).
     layers: x is so many activations of one width side by side (see `Crosscoder`).
     by_norm: what the activation selects, penalises and returns is h times the norm of the latent's
@@ -73,11 +72,10 @@ class SAE(nn.Module):
 
         Raises ValueError if the last dimension is not d_in.
         """
-        weights = self.weights()
-        return self.activation.encode(self.centre(self.tokens(x)), weights.W_enc, weights.b_enc)
+        return self.activation.encode(self.center(self.tokens(x)), self.weights())
 
     def tokens(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
-        """x flattened by `flat`, and with layer_norm each token normalised: what is to be coded."""
+        """x with its leading dimensions flattened, and each token normalized with layer_norm."""
         x = self.flat(x)
         if not self.layer_norm:
             return x
@@ -90,8 +88,8 @@ class SAE(nn.Module):
             raise ValueError(f"x must end in d_in = {self.d_in}, got shape {list(x.shape)}")
         return x.reshape(-1, self.d_in)
 
-    def centre(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
-        """What the encoder's weights see of tokens."""
+    def center(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
+        """Subtract b_dec in an autoencoder: the input of the encoder GEMM."""
         return x - self.b_dec if self.d_out is None else x
 
     def weights(self) -> Weights:
@@ -104,12 +102,12 @@ class SAE(nn.Module):
         return Weights(self.W_enc * scale, self.b_enc * norm, self.W_dec / scale, self.b_dec)
 
     def decoder_norms(self) -> Float[Tensor, "d_sae layers"]:
-        """How much each latent writes to each layer."""
+        """Norm of each decoder row in each layer."""
         return torch.linalg.vector_norm(self.W_dec.unflatten(1, (self.layers, -1)), dim=2)
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Float[Tensor, "N d_out"]:
         """The reconstruction that codes stand for; with skip and layer_norm, together with x."""
-        recon = codes.decode(self.weights().W_dec) + self.b_dec
+        recon = self.weights().decode(codes)
         if self.W_skip is None and not self.layer_norm:
             return recon
         if x is None:
@@ -120,19 +118,19 @@ class SAE(nn.Module):
     def output(
         self, recon: Float[Tensor, "N d_out"], x: Float[Tensor, "N d_in"]
     ) -> Float[Tensor, "N d_out"]:
-        """What becomes of the reconstruction that codes and b_dec make, for x as it came."""
+        """The output from a reconstruction: undo layer_norm, or add the skip connection."""
         if self.layer_norm:
             mean, deviation = moments(x)
             return recon * deviation + mean
         return recon + self.skip(x)
 
     def skip(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_out"] | float:
-        """What reaches the output beside the codes."""
+        """The skip connection's part of the output."""
         return 0.0 if self.W_skip is None else linear(x, self.W_skip)
 
     def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "N d_out"], Codes]:
         """The output for x with the codes it was decoded from, in one differentiable op."""
-        seen = self.centre(self.tokens(x))
+        seen = self.center(self.tokens(x))
         recon, codes = self.activation.reconstruct(seen, self.weights())
         return self.output(recon, self.flat(x)), codes
 
@@ -152,7 +150,7 @@ class SAE(nn.Module):
             return self
         out = scale if out is None else out
         if out != scale:
-            self.settle_norms_()
+            self.fold_decoder_norms_()
         self.b_enc.div_(scale)
         self.b_dec.div_(out)
         if out != scale:
@@ -170,7 +168,7 @@ class SAE(nn.Module):
         """
         if self.layer_norm:
             raise ValueError("an SAE with layer_norm cannot take on factors of single columns")
-        self.settle_norms_()
+        self.fold_decoder_norms_()
         self.W_enc.mul_(factors)
         self.W_dec.div_(factors)
         self.b_dec.div_(factors)
@@ -178,9 +176,9 @@ class SAE(nn.Module):
         return self
 
     @torch.no_grad()
-    def settle_norms_(self) -> None:
-        """Move what by_norm multiplies by into the weights, for good: the codes stay the same, and
-        so do they when the decoder's units change."""
+    def fold_decoder_norms_(self) -> None:
+        """Multiply the weights by the norms that by_norm uses, and end by_norm; codes stay the
+        same."""
         weights, self.by_norm = self.weights(), False
         for parameter, seen in zip(self.weights(), weights, strict=True):
             parameter.copy_(seen)
@@ -208,7 +206,7 @@ class SAE(nn.Module):
 
 
 def check_ends(d_in: int, d_out: int | None, skip: bool, layers: int, layer_norm: bool) -> None:
-    """ValueError for ends that do not go together."""
+    """ValueError for options that cannot be combined."""
     if skip and d_out is None:
         raise ValueError("skip needs d_out: an autoencoder with one would pass x on unseen")
     if d_in % layers or (layers > 1 and d_out is not None):
@@ -248,7 +246,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
         if type(config[name]) not in kinds.get(name, (int,)):
             raise ValueError(f"{directory / 'config.json'}: {name} cannot be {config[name]!r}")
     tensors = read_tensors(directory / "sae.safetensors")
-    activation = activation_of(from_dict(ActivationConfig, config.pop("activation"), "activation"))
+    activation = from_dict(ActivationConfig, config.pop("activation"), "activation").build()
     with torch.device("meta"):
         sae = SAE(activation=activation, **config)
     wanted = {name: list(p.shape) for name, p in sae.state_dict().items()}

@@ -5,7 +5,7 @@ entries of a token are not 0, and else 0. TopK's R forbids negative entries too;
 sign.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from jaxtyping import Float
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
-from fastsae_kernels import encode_decode, encode_topk
-from fastsae_kernels.encode import Shadow
-from fastsae_kernels.topk import By
+from fastsae_kernels import By, Shadow, encode_decode, encode_topk
 
 from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
 
@@ -29,7 +27,7 @@ class TopKConfig(ActivationConfig):
 
     name = "topk"
 
-    k: int = 32
+    k: int = field(default=32, kw_only=False)
     """Active latents per token."""
 
     by: By = "value"
@@ -55,7 +53,7 @@ class TopKConfig(ActivationConfig):
             )
 
 
-class TopK(Activation):
+class TopK(Activation, config=TopKConfig):
     """Keeps the k largest pre-activations of each token; ties go to the lowest latent.
 
     `TopK(k=32)` sets those below 0 to 0; `TopK(k=32, by="abs")` ranks magnitudes and keeps signs.
@@ -63,13 +61,13 @@ class TopK(Activation):
     """
 
     cfg: TopKConfig
-    proportional = True
+    scale_equivariant = True
 
-    def __init__(self, k: int = 32, **settings: Any):
-        super().__init__()
-        self.cfg = TopKConfig(k=k, **settings)
+    def __init__(self, *values: Any, **settings: Any):
+        super().__init__(*values, **settings)
         self.signed = self.cfg.by == "abs"
-        self.fuses = self.cfg.gradient == "straight_through"
+        self.decodes = self.cfg.gradient == "rotation"
+        self.supports_fused_step = not self.decodes
 
     def build(self, d_in: int, d_sae: int) -> None:
         check_k(self.cfg.k, d_sae)
@@ -77,27 +75,26 @@ class TopK(Activation):
     def encode(
         self,
         x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
+        weights: Weights,
         shadow: Shadow | None = None,
         k: int | None = None,
     ) -> Codes:
-        """The codes of centred inputs, largest first, without a tensor of all pre-activations.
+        """The codes of centered inputs, largest first, without a tensor of all pre-activations.
 
-        `shadow` is a copy of W_enc in less precision to look for candidates with; `k` replaces the
-        own.
+        `shadow` is a low-precision copy of W_enc that finds candidates; `k` replaces the config's.
         """
+        W_enc, b_enc, *_ = weights
         values, indices = encode_topk(x, W_enc, b_enc, k or self.cfg.k, self.cfg.by, shadow=shadow)
-        return Codes(values, indices, W_enc.shape[0])
+        return Codes(values, indices, len(W_enc))
 
     def reconstruct(
         self, x: Float[Tensor, "N d_in"], weights: Weights
     ) -> tuple[Float[Tensor, "N d_out"], Codes]:
-        """Encode centred inputs and decode the codes, with the gradient that was chosen."""
+        """Encode centered inputs and decode the codes, with the gradient of the config."""
         cfg = self.cfg
-        gradient = "straight_through"
-        if cfg.gradient == "rotation":
-            gradient = "rotation_dense" if cfg.rotation == "dense" else "rotation_support"
+        if not self.decodes:
+            return super().reconstruct(x, weights)
+        gradient = "rotation_dense" if cfg.rotation == "dense" else "rotation_support"
         recon, values, indices = encode_decode(x, *weights, cfg.k, cfg.by, gradient)
         return recon, Codes(values, indices, weights.W_enc.shape[0])
 

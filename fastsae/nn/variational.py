@@ -3,13 +3,13 @@
     mu = max(h, 0),  z = the k largest magnitudes of mu + sigma epsilon,  epsilon ~ N(0, 1)
     KL = sum_f (mu_f^2 + sigma_f^2 - 1 - log sigma_f^2) / 2         of all latents, to N(0, I)
 
-Training minimises the squared error plus beta KL; outside training, epsilon is 0, and the code is
+Training minimizes the squared error plus beta KL; outside training, epsilon is 0, and the code is
 TopK's, the proximal step of the same regulariser. With variance "none", what the published runs
 computed, training too is TopK's, plus beta |mu|^2 / 2. The KL is summed over chunks of tokens.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsae.codes import Codes
 from fastsae.config import check_choices
-from fastsae_kernels import encode_topk
-from fastsae_kernels._launch import rows_at_a_time
-from fastsae_kernels.topk import topk_indices
+from fastsae_kernels import encode_topk, rows_at_a_time, topk_indices
 
-from .activation import Activation, ActivationConfig, Pass, Weights, check_k, check_least_k, warmed
+from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k, warmed
 from .penalty import check_warmup
 
 Variance = Literal["none", "fixed", "learned"]
@@ -36,7 +34,7 @@ class VariationalConfig(ActivationConfig):
 
     name = "variational"
 
-    k: int = 32
+    k: int = field(default=32, kw_only=False)
     """Active latents per token."""
 
     variance: Variance = "none"
@@ -56,14 +54,10 @@ class VariationalConfig(ActivationConfig):
         check_warmup(self.price_warmup)
 
 
-class Variational(Activation):
+class Variational(Activation, config=VariationalConfig):
     """Keeps the k largest latents of a noisy code. The arguments are those of VariationalConfig."""
 
     cfg: VariationalConfig
-
-    def __init__(self, k: int = 32, **settings: Any):
-        super().__init__()
-        self.cfg = VariationalConfig(k=k, **settings)
 
     def build(self, d_in: int, d_sae: int) -> None:
         check_k(self.cfg.k, d_sae)
@@ -71,21 +65,16 @@ class Variational(Activation):
             self.W_variance = nn.Parameter(torch.zeros(d_sae, d_in))
             self.b_variance = nn.Parameter(torch.full((d_sae,), -2.0))
 
-    def encode(
-        self,
-        x: Float[Tensor, "N d_in"],
-        W_enc: Float[Tensor, "d_sae d_in"],
-        b_enc: Float[Tensor, " d_sae"],
-    ) -> Codes:
-        return Codes(*encode_topk(x, W_enc, b_enc, self.cfg.k), W_enc.shape[0])
+    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+        return Codes(*encode_topk(x, *weights[:2], self.cfg.k), len(weights.W_enc))
 
-    def training_pass(
+    def penalized(
         self,
         x: Float[Tensor, "N d_in"],
         target: Float[Tensor, "N d_out"],
         weights: Weights,
         progress: float,
-    ) -> Pass:
+    ) -> tuple[Codes, Float[Tensor, ""]]:
         kl, parts = x.new_zeros(()), []
         for rows in x.split(rows_at_a_time(x, weights.W_enc.shape[0])):
             seed = int(torch.randint(2**62, ()))  # of torch's CPU generator, on any device
@@ -95,10 +84,9 @@ class Variational(Activation):
             parts.append((values, indices))
             kl = kl + divergence
         values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
-        codes = Codes(values, indices, weights.W_enc.shape[0])
-        recon = codes.decode(weights.W_dec) + weights.b_dec
+        codes = Codes(values, indices, len(weights.W_enc))
         price = warmed(progress, self.cfg.price_warmup) * self.cfg.beta
-        return Pass(recon, codes, price * kl / max(len(x), 1))
+        return codes, price * kl / max(len(x), 1)
 
     def sample(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, seed: int

@@ -9,7 +9,6 @@ import torch
 from fastsae.device import Device
 from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
-from fastsae.nn.activations import activation_of
 
 from .optim import Optimizer
 
@@ -184,13 +183,13 @@ class TrainConfig:
     @property
     def unfused(self) -> str | None:
         """What keeps the fused step from applying; None where it does."""
-        activation = activation_of(self.activation)
+        activation = self.activation.build()
         reasons = {
             "a transcoder": self.target is not None,
             "a crosscoder": bool(self.layers),
             "by_norm": self.by_norm,
             'gradient "rotation"': getattr(self.activation, "gradient", None) == "rotation",
-            f'activation "{self.activation.name}"': not activation.fuses,
+            f'activation "{self.activation.name}"': not activation.supports_fused_step,
             "prefixes or multi_k": not self.objective.plain,
             f'constraint "{self.optimizer.constraint}"': self.optimizer.constraint != "unit",
             "clip": self.optimizer.clip is not None,
@@ -206,7 +205,7 @@ class TrainConfig:
         sae = SAE(
             layers * d_in,
             self.d_sae,
-            activation_of(self.activation),
+            self.activation.build(),
             d_out,
             skip=self.skip,
             layers=layers,

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from fastsae.config import check_choices
 from fastsae.nn import SAE
-from fastsae_kernels.adam import (
+from fastsae_kernels import (
     AdamStep,
     BiasGradients,
     RowGradients,
     Rows,
     Window,
     adam_,
+    fused_adam_,
+    normalise_rows_,
+    quantize_int8,
+    quantize_rows,
+    remove_parallel_,
+    scalars_of,
     settle_,
 )
-from fastsae_kernels.dense_adam import fused_adam_, normalise_rows_, remove_parallel_, scalars_of
-from fastsae_kernels.float8 import quantize_rows
-from fastsae_kernels.int8 import quantize_int8
 
 Constraint = Literal["unit", "aligned", "none"]
 Moments = Literal["fp32", "bf16"]

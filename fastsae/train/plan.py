@@ -1,4 +1,4 @@
-"""The choices that a config leaves open, made for the data and the machine at hand."""
+"""Resolves what a config leaves open, from the data and the machine."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,10 +7,7 @@ from typing import Literal, TypedDict
 from fastsae.device import choose_device
 from fastsae.losses import default_k_aux
 from fastsae.nn import TopKConfig
-from fastsae_kernels.adam import WIDEST
-from fastsae_kernels.float8 import float8_pays, why_not_float8
-from fastsae_kernels.int8 import why_not_int8
-from fastsae_kernels.product import has_bf16
+from fastsae_kernels import WIDEST, float8_pays, has_bf16, why_not_float8, why_not_int8
 
 from .config import TrainConfig
 from .optim import default_lr
@@ -23,7 +20,7 @@ BOTH = "W_enc", "W_dec"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will do where its config says None or auto; the fields mean what they do there."""
+    """The resolved settings of a run; fields have their meaning in TrainConfig."""
 
     steps: int
     device: Literal["cpu", "cuda"]
@@ -38,7 +35,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, d_out: int, n_tokens: int) -> "Plan":
-        """Raises ValueError for a choice that the SAE or the machine does not allow."""
+        """Raises ValueError for a setting that the SAE or the machine does not support."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae[log]'")
@@ -51,7 +48,7 @@ class Plan:
         if config.cuda_graph == "on" and device == "cpu":
             raise ValueError('cuda_graph "on" needs a GPU, got device cpu')
         if config.cuda_graph == "on" and d_out > WIDEST:
-            # Above it, Adam takes its torch path, which looks at values to choose rows.
+            # Above it, Adam takes its torch path, which synchronizes to choose rows.
             raise ValueError(f'cuda_graph "on" needs a width of at most {WIDEST}, got {d_out}')
         precision = encoder_precision(config, step, device, d_out)
         eighth = max(steps * config.batch_size // 8, 1)
@@ -70,7 +67,7 @@ class Plan:
 
 
 def encoder_precision(config: TrainConfig, step: str, device: str, d_in: int) -> Resolved:
-    """What the config says, or the fastest that this device has; ValueError for what it has not."""
+    """The config's precision, or the fastest on this device; ValueError if unsupported."""
     precision, activation = config.encoder_precision, config.activation
     k = activation.k if isinstance(activation, TopKConfig) else None
     no_float8, no_int8 = why_not_float8(config.d_sae, d_in, device), why_not_int8(device)
@@ -100,7 +97,7 @@ def encoder_precision(config: TrainConfig, step: str, device: str, d_in: int) ->
 
 
 class Copies(TypedDict):
-    """What Adam keeps besides the weights, for products in less precision."""
+    """Low-precision copies of the weights that Adam maintains."""
 
     shadows: tuple[str, ...]
     quantized: Literal["fp8", "int8"] | None

@@ -1,7 +1,7 @@
-"""One encoder product for several SAEs of one shape.
+"""One encoder GEMM for several SAEs of the same shape.
 
-Their encoders are slices of one matrix, and h = x W_enc^T + (b_enc - W_enc b_dec), so that all see
-the same x. It serves TopK in the fused step, whose codes need no gradient, in fp32 or tf32.
+Their encoders are slices of one matrix, and h = x W_enc^T + (b_enc - W_enc b_dec), so that all take
+the same x. For TopK in the fused step, whose codes need no gradient, in fp32 or tf32.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from torch import Tensor
 from fastsae.codes import Codes
 from fastsae.device import tf32_products
 from fastsae.nn import TopK
-from fastsae_kernels.encode import encode_topk_each
+from fastsae_kernels import encode_topk_each
 
 from .state import TrainState
 from .trainer import Trainer
 
 
 class Stack(NamedTuple):
-    """SAEs of one shape by name, and the matrix [S d_sae, d_in] that holds their encoders."""
+    """SAEs of one shape by name, and the matrix of their encoders."""
 
     states: dict[str, TrainState]
     W_enc: Float[Tensor, "S_d_sae d_in"]
@@ -42,7 +42,7 @@ class Stack(NamedTuple):
 
 
 def stacks(trainers: dict[str, Trainer], states: dict[str, TrainState]) -> list[Stack]:
-    """SAEs that can share a product, their encoders moved into one matrix where there are two."""
+    """Groups of SAEs that share an encoder GEMM, their encoders moved into one matrix."""
     groups: dict[tuple[int, bool, str], dict[str, TrainState]] = {}
     for name, trainer in trainers.items():
         state = states[name]
@@ -55,7 +55,7 @@ def stacks(trainers: dict[str, Trainer], states: dict[str, TrainState]) -> list[
 
 
 def stacked(states: dict[str, TrainState], precision: str) -> Stack:
-    """Move the encoders of these SAEs, and what Adam knows of them, into one matrix."""
+    """Move the encoders of these SAEs into one matrix, in which Adam then updates them."""
     W_enc = torch.cat([state.sae.W_enc.detach() for state in states.values()])
     for state, rows in zip(states.values(), W_enc.chunk(len(states)), strict=True):
         state.adam.move("W_enc", rows)

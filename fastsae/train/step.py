@@ -1,36 +1,23 @@
-"""One training step, two ways: through autograd, and fused, with the same mathematics.
+"""One training step, through autograd or fused, with the same mathematics.
 
     fused:  encode -> decode, error, value gradients -> per latent: both weight gradients,
             constraint, Adam, constraint again
 
-The fused step builds no graph and no [d_sae, d_in] gradient: a row's gradient is summed, applied
-and forgotten. It serves activations whose gradient is the identity on active entries (TopK,
-AbsTopK and BatchTopK, straight through) and one plain error; every other way of training goes
-through autograd. With TopK, neither reads a value back from a GPU.
+The fused step builds no graph and no [d_sae, d_in] gradient: each row's gradient is summed and
+applied at once. It supports activations whose gradient is the identity on active entries (TopK,
+AbsTopK and BatchTopK, straight-through) and the error of a single reconstruction; everything else
+goes through autograd. With TopK, neither synchronizes with a GPU.
 """
-
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.codes import Codes
-from fastsae.losses import (
-    Objective,
-    TrainingLoss,
-    auxk_error,
-    auxk_scale,
-    auxk_tokens,
-    auxk_weight,
-    default_k_aux,
-    training_loss,
-)
+from fastsae.losses import Objective, TrainingLoss, auxk_gradients, training_loss
 from fastsae.nn import SAE
-from fastsae_kernels import squared_error
-from fastsae_kernels.adam import RowGradients
-from fastsae_kernels.center import center
-from fastsae_kernels.latent_major import latent_major
+from fastsae.nn.activation import Weights
+from fastsae_kernels import RowGradients, center, latent_major, squared_error
 
 from .optim import Adam
 
@@ -53,6 +40,7 @@ def autograd_step(
     with torch.no_grad():
         adam.update_all(dict(zip(names, gradients, strict=True)))
         adam.end_step()
+    sae.activation.after_step(result.codes)
     return result._replace(loss=result.loss.detach(), fired=result.codes.fired())
 
 
@@ -65,89 +53,44 @@ def fused_step(
     objective: Objective,
     codes: Codes | None = None,
 ) -> TrainingLoss:
-    """The same update without a graph, products from the shadows that adam keeps.
+    """The same update without a graph, with matmuls on the low-precision copies that adam keeps.
 
-    `codes` are those of x, where they are known already.
+    `codes` are those of x, if they are already known.
     """
     x = sae.tokens(x)
-    low = "W_dec" in adam.shadow  # then every product is of bfloat16
+    low = "W_dec" in adam.shadow  # then all matmuls are in bfloat16
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
     seen, variance = center(x, sae.b_dec, W_enc.dtype)
     b_enc = sae.b_enc.to(W_enc.dtype)
     shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
     if codes is None:
-        proposals = {} if shadow is None else {"shadow": shadow}  # only TopK's encode takes one
-        codes = sae.activation.encode(seen, W_enc, b_enc, **proposals)
-    sse, error, dots = squared_error(codes.values, codes.indices, W_dec, sae.b_dec, x)
-    unit = variance.reciprocal() if objective.error == "fvu" else variance.new_full((), 1 / len(x))
-    total = sse.sum()
-    loss, fvu = total * unit, total / variance
-    aux = None
+        proposals = {} if shadow is None else {"shadow": shadow}  # only TopK.encode takes one
+        weights = Weights(W_enc, b_enc, W_dec, sae.b_dec)
+        codes = sae.activation.encode(seen, weights, **proposals)
+    indices = codes.latents()
+    sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
+    unit, total = objective.unit(variance, len(x)), sse.sum()
+    loss, fvu, auxk = total * unit, total / variance, torch.zeros_like(total)
+    aux = extra = None
     if dead is not None and len(dead) and objective.auxk_coef:
         slices = W_enc[dead], b_enc[dead], W_dec[dead]
-        signed, residual = sae.activation.signed, -error.to(x.dtype)
-        aux = auxk_gradients(seen, residual, dead, slices, objective, signed)
+        aux = auxk_gradients(seen, -error.to(x.dtype), slices, objective, sae.activation.signed)
+        auxk, extra = aux.loss, (dead, aux.W_dec, aux.W_enc)
 
     scale = 2 * unit
-    runs = latent_major(codes.indices, codes.d_sae, codes.active)
+    runs = latent_major(indices, codes.d_sae, codes.active)
     entries = torch.stack((codes.values.to(x.dtype), dots)).flatten(1)
     weights, d_weights = entries.mul_(scale)[:, runs.entry]
-    extra = None if aux is None else (aux.rows, aux.W_dec, aux.W_enc)
     d_b_enc, d_center = adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
     d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_center
     if aux is not None:
         loss = loss + aux.weight * aux.loss
-        d_b_enc[aux.rows] += aux.b_enc
+        d_b_enc[dead] += aux.b_enc
         d_b_dec += aux.b_dec
     adam.update("b_enc", d_b_enc)
     adam.update("b_dec", d_b_dec)
     adam.end_step()
-    none = torch.zeros_like(fvu)
-    l0 = runs.start[-1] / max(len(x), 1)  # what codes.l0() counts again
+    sae.activation.after_step(codes)
+    l0 = runs.start[-1] / max(len(x), 1)  # codes.l0(), without counting again
     fired = runs.start[1:] > runs.start[:-1]
-    auxk = none if aux is None else aux.loss
-    return TrainingLoss(loss, fvu, auxk, none, l0, codes, fired)
-
-
-class AuxKGradients(NamedTuple):
-    """The aux loss, its weight, and its weighted gradients on the dead rows."""
-
-    rows: Int[Tensor, " n_dead"]
-    weight: float
-    loss: Float[Tensor, ""]
-    W_enc: Float[Tensor, "n_dead d_in"]
-    b_enc: Float[Tensor, " n_dead"]
-    W_dec: Float[Tensor, "n_dead d_in"]
-    b_dec: Float[Tensor, " d_in"]
-
-
-def auxk_gradients(
-    centered: Float[Tensor, "N d_in"],
-    residual: Float[Tensor, "N d_in"],
-    rows: Int[Tensor, " n_dead"],
-    slices: tuple[Tensor, Tensor, Tensor],
-    objective: Objective,
-    signed: bool,
-) -> AuxKGradients:
-    """Differentiate the aux loss on the dead rows of W_enc, b_enc and W_dec, in chunks of tokens.
-
-    Products are in the slices' dtype, sums in that of the residual.
-    """
-    W_enc, b_enc, W_dec = leaves = [t.requires_grad_() for t in slices]
-    sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
-    loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(residual.shape[1])
-    k_aux = objective.k_aux or default_k_aux(residual.shape[1])
-    scale = auxk_scale(residual, objective)
-    weight = auxk_weight(objective.auxk_coef, len(rows), k_aux)
-    chunk = auxk_tokens(residual, len(rows))
-    for c, r in zip(centered.split(chunk), residual.split(chunk), strict=True):
-        with torch.enable_grad():
-            c = c.detach().requires_grad_()
-            part = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed) * scale
-        *gradients, d_centered = torch.autograd.grad(part, [*leaves, c])
-        loss += part.detach()
-        d_b_dec.sub_(d_centered.sum(0, dtype=residual.dtype), alpha=weight)
-        for total, gradient in zip(sums, gradients, strict=True):
-            total.add_(gradient, alpha=weight)
-    d_W_enc, d_b_enc, d_W_dec = sums
-    return AuxKGradients(rows, weight, loss, d_W_enc, d_b_enc, d_W_dec, d_b_dec)
+    return TrainingLoss(loss, fvu, auxk, torch.zeros_like(fvu), l0, codes, fired)

@@ -2,7 +2,7 @@
 
 Each is a run like any other, with a folder of its own under the sweep's, and takes the same batches
 in the same order: they are read, shuffled and moved to the device once for all. TopK SAEs of one
-shape share the encoder's product, unless they keep bfloat16 copies.
+shape share the encoder GEMM, unless they keep bfloat16 copies.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Sweep:
         return saes
 
     def start(self, resume: bool) -> dict[str, TrainState]:
-        """The states to go on from: all at the newest step that all have a checkpoint of."""
+        """All states at the newest step for which every SAE has a checkpoint."""
         folders = [trainer.config.out / "checkpoints" for trainer in self.trainers.values()]
         kept = [{path.name for path in list_checkpoints(folder)} for folder in folders]
         newest = max(set.intersection(*kept), default=None)
@@ -130,18 +130,18 @@ class Sweep:
                     raise Interrupted(
                         interrupts.signum,
                         f"stopped at step {state.step} of {steps}, saved; "
-                        f"go on with --resume --out {self.out}",
+                        f"continue with --resume --out {self.out}",
                     )
 
 
 def begin(out: Path, configs: dict[str, TrainConfig]) -> None:
     """Write sweep.json to a folder that holds nothing yet; ValueError if it does, and for several
-    SAEs with one checkpoint each: killed amid saving them, no step would be left that all have."""
+    SAEs with one checkpoint each: killed while saving, no step would remain that all have."""
     if len(configs) > 1 and (kept := next(iter(configs.values())).keep_checkpoints) < 2:
         raise ValueError(f"a sweep must keep 2 checkpoints or more, got keep_checkpoints = {kept}")
     if (out / "sweep.json").exists():
         raise ValueError(
-            f"{out} already holds a sweep: add --resume to go on with it, or choose another --out"
+            f"{out} already holds a sweep: add --resume to continue it, or choose another --out"
         )
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no sweep: choose another --out")

@@ -17,8 +17,7 @@ from fastsae.files import write_json
 from fastsae.interop import sae_lens
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
-from fastsae_kernels.adam import WIDEST
-from fastsae_kernels.int8 import balance
+from fastsae_kernels import WIDEST, balance
 
 from .config import TrainConfig
 from .curves import plot_curves
@@ -42,11 +41,11 @@ class Trainer:
     """Trains an SAE on a source of activations and leaves the results in config.out.
 
     The folder then holds config.json, metrics.jsonl, checkpoints/, sae/ (for `fastsae.load`),
-    sae_lens/ where SAELens has such SAEs, summary.json and, with matplotlib, curves.png. The same
+    sae_lens/ if SAELens supports them, summary.json and, with matplotlib, curves.png. The same
     config, data and backend give the same bits, whether or not the run was interrupted and resumed.
     For a transcoder, source is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
-    `start_from`, an SAE of config's shape and activation for activations as they are, training goes
-    on from its weights.
+    `start_from`, an SAE of config's shape and activation for activations as they are, training
+    continues from its weights.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class Trainer:
                         raise Interrupted(
                             interrupts.signum,
                             f"stopped at step {state.step} of {self.plan.steps}, saved; "
-                            f"go on with --resume --out {config.out}",
+                            f"continue with --resume --out {config.out}",
                         )
             return self.finish(state)
 
     def start(self, resume: bool, checkpoint: Path | None) -> TrainState:
-        """The state to go on from: initialised from a sample of the data, or a checkpoint's."""
+        """The initial state, from a sample of the data, or a checkpoint's."""
         config, ends = self.config, self.ends
         if resume:
             check_same(config, self.plan, self.source.fingerprint, self.start_from)
@@ -100,9 +99,9 @@ class Trainer:
         x, target = ends.split(sample)
         for name, rows in {"activations": x, "targets": target}.items():
             if rows is not None and not (rows != rows[0]).any():
-                raise ValueError(f"{name} must differ from each other: all that were drawn are one")
+                raise ValueError(f"all sampled {name} are identical")
         generator = torch.Generator().manual_seed(config.seed)
-        torch.manual_seed(config.seed)  # for activations that draw numbers
+        torch.manual_seed(config.seed)  # for activations with noise
         sae = ends.build(config)
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.start)
@@ -111,10 +110,10 @@ class Trainer:
             sae.load_state_dict(given.state_dict())
         sae.to(self.device)
         state = TrainState.fresh(sae, self.optimizer(sae, x), scales)
-        if not resume:  # last, so that a start that fails leaves nothing behind
+        if not resume:  # last, so that a failed start leaves no files
             begin(config, self.plan, self.source.fingerprint, self.start_from)
             if self.start_from is not None:
-                self.save(state)  # from here on, the folder is all that a resumed run needs
+                self.save(state)  # a resumed run then needs only the folder
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
         if self.captures:
@@ -159,7 +158,7 @@ class Trainer:
     ) -> None:
         """One step, timed from start, with the log's line and the checkpoint that are then due.
 
-        `codes` are the batch's, for a fused step that need not find them.
+        `codes` are the batch's, if a stack of SAEs has already encoded it.
         """
         config = self.config
         result = self.step(state, batch, codes)
@@ -201,7 +200,7 @@ class Trainer:
             raise ValueError(
                 f"the loss is NaN or Inf at step {state.step}: no checkpoint was written since; "
                 f"the batch's largest activation is in {self.source.where(largest)}; "
-                f"if that is sound, try a lower --lr (it is {self.plan.lr:.3g})"
+                f"if that row looks valid, lower --lr (it is {self.plan.lr:.3g})"
             )
 
     def save(self, state: TrainState) -> None:
@@ -213,7 +212,7 @@ class Trainer:
         )
 
     def describe(self, sae: SAE) -> str:
-        """What the run does, in a line."""
+        """A one-line description of the run."""
         config, plan = self.config, self.plan
         own = ", ".join(
             f"{field.name} = {value}"
@@ -231,7 +230,7 @@ class Trainer:
     def finish(self, state: TrainState) -> SAE:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
-        self.captured = None  # with the memory that the graph holds
+        self.captured = None  # frees the graph's memory
         state.adam.settle()
         sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")
@@ -256,7 +255,7 @@ class Trainer:
         return sae.cpu()
 
     def export(self, sae: SAE) -> str:
-        """Leave the SAE in sae_lens/ as well, as SAELens reads it; where it cannot, why not."""
+        """Also save the SAE for SAELens in sae_lens/: the folder, or why it is not supported."""
         folder, first = self.config.out / "sae_lens", self.ends.sources[0]
         about = {}
         if isinstance(first, ActivationShards):
@@ -269,7 +268,7 @@ class Trainer:
 
 
 def check_same_form(sae: SAE, start_from: SAE) -> None:
-    """ValueError unless an SAE to start from is built as the one to be trained."""
+    """ValueError unless the SAE to start from has the shape and activation of the run."""
     wanted, given = (s.shape() | {"activation": s.activation.cfg.name} for s in (sae, start_from))
     if wanted != given:
         raise ValueError(f"the SAE to start from must be {wanted}, got {given}")

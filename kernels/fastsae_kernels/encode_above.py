@@ -13,6 +13,7 @@ Shapes: N tokens, F latents, D model width, K the largest count, M entries in al
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,21 +25,36 @@ from .encode import check_encoder, straight_through
 from .product import product, tokens_at_a_time
 from .topk import By, _rank
 
+
+class Ragged(NamedTuple):
+    """Rows of different lengths, padded with zeros to the longest one."""
+
+    values: Tensor  # [N, K]
+    indices: Tensor  # [N, K] int64
+    count: Tensor  # [N] int64
+
+    @property
+    def listed(self) -> Tensor:
+        """Which places hold an entry, not padding: [N, K]"""
+        K = self.indices.shape[1]
+        return torch.arange(K, device=self.count.device) < self.count[:, None]
+
+
 # --- reference: the specification -----------------------------------------------------------
 
 
-def listed_reference(h: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def listed_reference(h: Tensor, chosen: Tensor) -> Ragged:
     """The chosen entries of each row, in latent order: [N, F] twice -> [N, K], [N, K], [N]"""
     count = chosen.sum(1)
     K = max([1, *count.tolist()])
     listed = torch.arange(K, device=h.device) < count[:, None]
     indices = (~chosen).sort(dim=1, stable=True).indices[:, :K].where(listed, 0)
-    return h.gather(1, indices).where(listed, 0.0), indices, count
+    return Ragged(h.gather(1, indices).where(listed, 0.0), indices, count)
 
 
 def encode_above_reference(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, by: By = "value"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Ragged:
     """[N, D], [F, D], [F], [F] -> [N, K], [N, K], [N]"""
     h = linear(x, W_enc, b_enc)
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -88,22 +104,15 @@ def list_above(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
     return launch_list(pre, threshold, by, end - count, int(end[-1]))
 
 
-def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> tuple[Tensor, Tensor, Tensor]:
+def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> Ragged:
     """Flat lists padded to the largest count, which is read from a GPU: -> [N, K], [N, K], [N]."""
     ends = torch.arange(N + 1, device=position.device) * F
     count = torch.searchsorted(position, ends).diff()
     K = max(int(count.max()), 1) if N else 1
-    listed = inside(count, K)
-    return (
-        values.new_zeros(N, K).masked_scatter_(listed, values),
-        position.new_zeros(N, K).masked_scatter_(listed, position % F),
-        count,
-    )
-
-
-def inside(count: Tensor, K: int) -> Tensor:
-    """Which places of a padded code hold an entry: [N] -> [N, K]"""
-    return torch.arange(K, device=count.device) < count[:, None]
+    rows = Ragged(values.new_zeros(N, K), position.new_zeros(N, K), count)
+    rows.values.masked_scatter_(rows.listed, values)
+    rows.indices.masked_scatter_(rows.listed, position % F)
+    return rows
 
 
 # --- autograd -------------------------------------------------------------------------------
@@ -139,15 +148,15 @@ def listed_gradients(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
     An entry of value 0 passes it on as well; the padding does not.
     """
     x, W_enc, indices, count = ctx.saved_tensors
-    listed = inside(count, indices.shape[1])
-    return straight_through(g.where(listed, 0.0), x, W_enc, indices, ctx.needs_input_grad[:3])
+    g = g.where(Ragged(g, indices, count).listed, 0.0)
+    return straight_through(g, x, W_enc, indices, ctx.needs_input_grad[:3])
 
 
-def fake_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fake_rows(x: Tensor) -> Ragged:
     """What in_rows returns, of as many columns as the data decide."""
     N, K = x.shape[0], torch.library.get_ctx().new_dynamic_size()
     whole = torch.int64
-    return x.new_empty(N, K), x.new_empty(N, K, dtype=whole), x.new_empty(N, dtype=whole)
+    return Ragged(x.new_empty(N, K), x.new_empty(N, K, dtype=whole), x.new_empty(N, dtype=whole))
 
 
 _encode_above = register(_EncodeAbove, lambda x, W_enc, b_enc, threshold, by: fake_rows(x))
@@ -157,7 +166,7 @@ _encode_above = register(_EncodeAbove, lambda x, W_enc, b_enc, threshold, by: fa
 
 def encode_above(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, by: By = "value"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Ragged:
     """Encode tokens and keep the pre-activations that exceed their latent's threshold.
 
     x [N, D] (already centred), W_enc [F, D], b_enc [F], one floating dtype; threshold a number or
@@ -182,4 +191,4 @@ def encode_above(
         )
     check_devices(x=x, threshold=threshold)
     threshold = threshold.detach().to(wide).expand(F).contiguous()
-    return _encode_above(x, W_enc, b_enc, threshold, by)
+    return Ragged(*_encode_above(x, W_enc, b_enc, threshold, by))

@@ -23,6 +23,7 @@ from ._launch import check_matrix, rows_at_a_time
 from ._op import register, register_constant
 from .encode import check_encoder
 from .encode_above import (
+    Ragged,
     fake_rows,
     in_rows,
     list_above,
@@ -56,14 +57,12 @@ def topk_batch_reference(
 
 def encode_topk_batch_reference(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k_total: int, by: By = "value"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N, D], [F, D], [F] -> [N, K], [N, K], [N], []"""
+) -> Ragged:
+    """[N, D], [F, D], [F] -> [N, K], [N, K], [N]"""
     h = linear(x, W_enc, b_enc)
     position = _positions_reference(h, k_total, by)
     chosen = torch.zeros_like(h, dtype=torch.bool).flatten().index_fill(0, position, True)
-    kept = _rank(h.flatten()[position], by).detach()
-    least = kept.amin() if len(kept) else h.new_zeros(())
-    return *listed_reference(h, chosen.view(h.shape)), least
+    return listed_reference(h, chosen.view(h.shape))
 
 
 # --- the choice -----------------------------------------------------------------------------
@@ -165,7 +164,7 @@ class _EncodeTopkBatch(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, W_enc: Tensor, b_enc: Tensor, k_total: int, by: str, hint: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         N, F = len(x), len(W_enc)
 
         def guesses() -> Iterator[float]:
@@ -180,15 +179,13 @@ class _EncodeTopkBatch(torch.autograd.Function):
 
         like = x.new_empty(0, F)
         chosen = _choose(lambda: products(x, W_enc, b_enc), guesses(), like, k_total, by)
-        kept = _rank(chosen[0], by)
-        least = kept.amin() if len(kept) else x.new_zeros(())
-        return *in_rows(*chosen, N, F), least
+        return in_rows(*chosen, N, F)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, indices, count, least = output
+        _, indices, count = output
         ctx.save_for_backward(*inputs[:2], indices, count)
-        ctx.mark_non_differentiable(indices, count, least)
+        ctx.mark_non_differentiable(indices, count)
 
     @staticmethod
     def backward(ctx, g, *_):  # g: [N, K]
@@ -197,7 +194,7 @@ class _EncodeTopkBatch(torch.autograd.Function):
 
 _encode_topk_batch = register(
     _EncodeTopkBatch,
-    lambda x, W_enc, b_enc, k_total, by, hint: (*fake_rows(x), x.new_empty(())),
+    lambda x, W_enc, b_enc, k_total, by, hint: fake_rows(x),
 )
 
 # --- public ---------------------------------------------------------------------------------
@@ -239,14 +236,13 @@ def encode_topk_batch(
     k_total: int,
     by: By = "value",
     hint: Tensor | float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Ragged:
     """Encode tokens and keep the k_total largest pre-activations of the whole batch, exactly.
 
     x [N, D] (already centred), W_enc [F, D], b_enc [F], one floating dtype -> pre [N, K] in that
-    dtype, indices [N, K] int64 and count [N] int64 as encode_above returns them, and least [] in
-    that dtype, the smallest magnitude kept (0 where none is). Ranks, ties and what is never
-    active are those of topk_batch. Differentiable in x, W_enc and b_enc, twice and more, through
-    every entry that is listed.
+    dtype, indices [N, K] int64 and count [N] int64 as encode_above returns them. Ranks, ties and
+    what is never active are those of topk_batch. Differentiable in x, W_enc and b_enc, twice and
+    more, through every entry that is listed.
 
     hint, a number or a tensor of one, changes the cost only: somewhat below the least of the last
     batch, it saves looking at a few rows first. 0 is no hint; too high a one costs a second
@@ -262,4 +258,4 @@ def encode_topk_batch(
         hint = torch.tensor(hint)
     if hint.numel() != 1:
         raise ValueError(f"hint must be one number, got shape {list(hint.shape)}")
-    return _encode_topk_batch(x, W_enc, b_enc, k_total, by, hint.detach())
+    return Ragged(*_encode_topk_batch(x, W_enc, b_enc, k_total, by, hint.detach()))

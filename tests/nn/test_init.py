@@ -5,7 +5,6 @@ import torch
 
 from fastsae import SAE, TopK
 from fastsae.nn import Init, geometric_median, init_from_data
-from fastsae.nn.activations import activation_of
 from fastsae.nn.batchtopk import BatchTopK
 from fastsae.nn.gated import Gated, GatedConfig
 from fastsae.nn.jumprelu import JumpReLU, JumpReLUConfig
@@ -63,12 +62,12 @@ def test_rows_of_a_transcoder_have_the_length_too():
 )
 def test_each_latent_starts_as_often_active_as_the_others(ends, activation, start_l0, active):
     x = torch.randn(500, 8, dtype=torch.float64) + 1
-    sae = SAE(8, 32, activation_of(activation), **ends).double()
+    sae = SAE(8, 32, activation.build(), **ends).double()
     target = x[:, :5] if "d_out" in ends else None
     init_from_data(sae, x, target=target, init=Init(start_l0=start_l0, row_norm=0.5))
-    weights, opens_at = sae.weights(), sae.activation.opens_at
-    assert opens_at is not None
-    fired = (sae.centre(x) @ weights.W_enc.T + weights.b_enc > opens_at).sum(0)
+    weights, activation_threshold = sae.weights(), sae.activation.activation_threshold
+    assert activation_threshold is not None
+    fired = (sae.center(x) @ weights.W_enc.T + weights.b_enc > activation_threshold).sum(0)
     assert (fired == math.ceil(500 * active / 32)).all()
     if not isinstance(sae.activation, Gated):  # whose magnitude can be 0 where the gate is open
         assert torch.equal((sae.encode(x).to_dense() != 0).sum(0), fired)
@@ -114,7 +113,7 @@ def test_no_other_length_of_a_fitted_encoder_reconstructs_better(activation, end
     def error(factor: float) -> float:
         tokens, weights = sae.tokens(x), sae.weights()
         weights = weights._replace(W_enc=factor * weights.W_enc)
-        recon, _ = sae.activation.reconstruct(sae.centre(tokens), weights)
+        recon, _ = sae.activation.reconstruct(sae.center(tokens), weights)
         return float((recon - tokens).square().sum())
 
     assert error(1.0) < min(error(0.99), error(1.01))

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastsae import AbsTopK, TopK
-from fastsae.nn import Activation, candidates
+from fastsae.codes import Codes
+from fastsae.nn import Activation, sparse_pre
+from fastsae.nn.activation import Weights
 from fastsae.nn.batchtopk import BatchTopK
 from fastsae.nn.gated import Gated
 from fastsae.nn.jumprelu import JumpReLU
@@ -54,7 +56,8 @@ def encoded(activation: Activation, h: Tensor, b_enc: Tensor | float = 0.0) -> T
     d_sae = h.shape[1]
     activation.double().train()
     bias = torch.zeros(d_sae).double() + b_enc
-    return activation.encode(h, torch.eye(d_sae).double(), bias).to_dense().detach()
+    eye = torch.eye(d_sae).double()
+    return activation.encode(h, Weights(eye, bias, eye, bias)).to_dense().detach()
 
 
 @pytest.mark.parametrize("k", [1, 3, F])
@@ -74,6 +77,7 @@ def test_batchtopk_is_one_step_for_all_tokens_together(by, seed):
     activation = BatchTopK(k, by=by)
     H = on_grid(seed, N, d_sae)
     z = encoded(activation, H)
+    activation.after_step(Codes.every(z))
     problem = H.flatten(), 0, 0, k * N, by == "abs"
     assert objective(z.flatten(), *problem) == least_objective(*problem)
     assert activation.threshold == z[z != 0].abs().amin()
@@ -81,7 +85,7 @@ def test_batchtopk_is_one_step_for_all_tokens_together(by, seed):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_relu(way, monkeypatch):
-    monkeypatch.setattr(candidates, "DENSE", WAYS[way])
+    monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
     H, price = on_grid(1, len(SEEDS), F), on_grid(2, F, least=0.0)
     for z, h in zip(encoded(ReLU(), H, b_enc=-price), H, strict=True):
         problem = h, 0, price, F, False
@@ -92,7 +96,7 @@ def test_relu(way, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_jumprelu(way, trained, monkeypatch):
     """Whether or not entries just below their threshold are listed for its gradient."""
-    monkeypatch.setattr(candidates, "DENSE", WAYS[way])
+    monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
     H, threshold = on_grid(3, len(SEEDS), F), on_grid(4, F, least=0.0)
     H[:9] = threshold  # where it makes no difference whether an entry is kept
     price = threshold.square() / 2
@@ -108,7 +112,7 @@ def test_jumprelu(way, trained, monkeypatch):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_gate_is_that_of_relu_and_magnitudes_do_not_shrink(way, monkeypatch):
-    monkeypatch.setattr(candidates, "DENSE", WAYS[way])
+    monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
     H, price = on_grid(5, len(SEEDS), F), on_grid(6, F, least=0.0)
     activation = Gated()
     activation.build(F, F)
