@@ -20,13 +20,13 @@ from .penalty import Coefficient, L1Config
 
 @dataclass(frozen=True, kw_only=True)
 class ReLUConfig(L1Config):
-    """Keep every positive pre-activation, at a price."""
+    """ReLU with an L1 sparsity penalty."""
 
     name = "relu"
 
     p_end: float = 1.0
-    """Exponent of the codes in the price at the end of training, from 1 at its beginning; below 1
-    it spares large codes (p-annealing, arXiv:2408.00113)."""
+    """Exponent of the penalty's norm at the end of training, annealed from 1; below 1 it shrinks
+    large activations less (p-annealing, arXiv:2408.00113)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,7 +68,7 @@ class ReLU(Activation):
         recon, codes = self.reconstruct(x, weights)
         p = 1 - (1 - self.cfg.p_end) * progress
         price = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
-        return Pass(recon, codes, warmed(progress, self.cfg.price_warmup) * price)
+        return Pass(recon, codes, warmed(progress, self.cfg.sparsity_warmup) * price)
 
 
 def lp_norm(values: Float[Tensor, "N K"], p: float) -> Float[Tensor, ""]:
