@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastsae.config import to_dict
 from fastsae.data import ActivationSource
-from fastsae.device import Device, choose_device
+from fastsae.device import choose_device
 from fastsae.evals import reconstruction
 from fastsae.evals.reconstruction import check_fits
 from fastsae.files import write_json
@@ -79,7 +79,7 @@ class UpgradeConfig:
     seed: int = 0
     """Seed of the calibration sample and of data shuffling."""
 
-    device: Device = "auto"
+    device: str = "auto"
     """Device for fine-tuning: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     checkpoint_every: int = 200

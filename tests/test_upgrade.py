@@ -9,7 +9,7 @@ import torch
 
 import fastsae
 from fastsae import SAE, AbsTopK, TopK
-from fastsae.cli.upgrade import read_upgrade, upgrade_sae
+from fastsae.cli.upgrade import main
 from fastsae.data import ActivationShards, Synthetic
 from fastsae.nn import Init, Rational, TopKConfig
 from fastsae.nn.batchtopk import BatchTopK, BatchTopKConfig
@@ -280,7 +280,7 @@ def test_nonsense_settings_are_refused(settings, message):
 
 
 def command(*words) -> None:
-    upgrade_sae(read_upgrade([str(word) for word in words]))
+    main([str(word) for word in words])
 
 
 FEW = "--steps", 10, "--batch-size", 256, "--device", "cpu"

@@ -24,8 +24,9 @@ from fastsae.data.model import (
 from fastsae.data.shards import ActivationShards
 from fastsae.data.text import dataset_documents, file_documents, text_files
 from fastsae.data.writer import ShardWriter
-from fastsae.device import Device, choose_device
+from fastsae.device import check_device, choose_device
 from fastsae.files import claimed
+from fastsae.progress import progress_bar
 
 GROUP_BATCHES = 4  # batches whose windows are sorted by length together, and held at one time
 HELDOUT_WINDOWS = 256  # a document is held out as a whole, or in runs of so many windows
@@ -80,13 +81,14 @@ class HarvestConfig:
     model_dtype: Dtype = "float32"
     """Precision of the model."""
 
-    device: Device = "auto"
+    device: str = "auto"
     """Device for the model: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     batch_tokens: int = 8192
     """Tokens per forward pass, including padding."""
 
     def __post_init__(self):
+        check_device(self.device)
         names = self.hookpoints
         if not names or len({*names}) < len(names) or any(Path(n).name != n for n in names):
             raise ValueError(f"hookpoint must be one or several different modules, got {names}")
@@ -173,9 +175,7 @@ def _harvest(
     hookpoints = [hookpoint_at(model, name) for name in requests]
     windows = TextWindows(load_tokenizer(config.model), config.context_length, model)
     writers: dict[tuple[bool, str], ShardWriter] = {}
-    from tqdm import tqdm
-
-    with tqdm(total=config.max_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("harvest", "token", config.max_tokens, shown=progress) as bar:
         for group in _groups(config, windows, _documents(config, files)):
             rows = _run(model, hookpoints, windows, group, config)
             for heldout in {window.heldout for window in group}:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastsae.data.joined import Joined
 from fastsae.data.shards import ActivationShards
-from fastsae.device import Device, choose_device
+from fastsae.device import check_device, choose_device
 from fastsae.nn.sae import SAE
 
 from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
@@ -39,10 +39,11 @@ class EvalConfig:
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model."""
 
-    device: Device = "auto"
+    device: str = "auto"
     """Device: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     def __post_init__(self):
+        check_device(self.device)
         least = {"max_tokens": 1, "batch_size": 1, "windows": 0, "batch_windows": 1}
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fastsae.device import Device
+from fastsae.device import check_device
 from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
 from fastsae.nn.activations import activation_of
@@ -72,7 +72,7 @@ class TrainConfig:
     data_seed: int | None = None
     """Seed for data shuffling (default: `seed`)."""
 
-    device: Device = "auto"
+    device: str = "auto"
     """Training device: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     encoder_precision: Precision = "auto"
@@ -116,6 +116,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_device(self.device)
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
         if self.target is not None and self.layers:

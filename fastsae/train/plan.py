@@ -26,7 +26,7 @@ class Plan:
     """What a run will do where its config says None or auto; the fields mean what they do there."""
 
     steps: int
-    device: Literal["cpu", "cuda"]
+    device: str
     step: Literal["fused", "autograd"]
     encoder_precision: Resolved
     lr: float
@@ -41,7 +41,7 @@ class Plan:
         """Raises ValueError for a choice that the SAE or the machine does not allow."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
-                raise ValueError(f"{name} is not installed: pip install 'fastsae[log]'")
+                raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
         optimizer = config.optimizer
         steps = config.steps or max(600, n_tokens // config.batch_size)
         step = config.step
