@@ -5,6 +5,7 @@ would also import torch, which takes seconds.
 """
 
 import ast
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -41,13 +42,6 @@ class Option(NamedTuple):
     text: str
 
 
-class Defined(NamedTuple):
-    """What a name stands for, and the module that defines it."""
-
-    module: str
-    node: ast.AST
-
-
 def overview() -> str:
     """The help of fastsae: its commands."""
     lines = ["usage: fastsae COMMAND [options]", "", "Train sparse autoencoders, fast.", ""]
@@ -59,37 +53,26 @@ def overview() -> str:
 
 def command_help(name: str, words: Sequence[str]) -> str:
     """The help of a command: its main options, or with --help-all all of them."""
-    arguments, activation = COMMANDS[name][1:], named_activation(words)
+    arguments, named = COMMANDS[name][1:], re.search(r"--activation[= ](\S+)", " ".join(words))
+    activation = named[1] if named else "topk"
     brief = name in ("train", "sweep") and "--help-all" not in words
-    usage = " ".join(["usage: fastsae", name, *map(str.upper, arguments), "[options]"])
-    lines, seen = [usage], set()
+    seen: set[str] = set()
+    lines = [" ".join(["usage: fastsae", name, *map(str.upper, arguments), "[options]"])]
     for paragraph in paragraphs(name):
         lines += ["", *textwrap.wrap(paragraph, width())]
-    for title, options in groups(options_class(name), "Options", activation or "topk"):
-        whole = not brief or (activation is not None and activation in title)
+    for title, options in groups(options_class(name), "Options", activation):
+        whole = not brief or (named is not None and activation in title)
         shown = [o for o in options if o.name not in seen and (whole or o.name in MAIN)]
         seen |= {option.name for option in shown}
         lines += ["", f"{title}:"] if shown else []
         for option, value, text in shown:
             flag = f"--{option.replace('_', '-')} {value}".rstrip()
             lines += entry(f"  {option.upper() if option in arguments else flag}", text, COLUMN)
-    lines += [
-        "",
-        *entry("  --config FILE", "Read options from a TOML file; flags override it.", COLUMN),
-    ]
+    about_config = "Read options from a TOML file; flags override it."
+    lines += ["", *entry("  --config FILE", about_config, COLUMN)]
     if brief:
         lines += entry("  --help-all", "List all options.", COLUMN)
     return "\n".join(lines)
-
-
-def named_activation(words: Sequence[str]) -> str | None:
-    """The value of --activation, if it is given."""
-    flag, equals, value = next(
-        (w.partition("=") for w in words if w.startswith("--activation")), ("", "", "")
-    )
-    if flag and not equals:
-        value = next(iter(words[words.index(flag) + 1 :]), "")
-    return value or None
 
 
 def paragraphs(name: str) -> list[str]:
@@ -113,7 +96,9 @@ def entry(head: str, text: str, column: int) -> list[str]:
 
 
 def options_class(name: str) -> tuple[str, ast.ClassDef]:
-    return class_of(f"fastsae.cli.{name}", COMMANDS[name][0])
+    module, found = find(f"fastsae.cli.{name}", COMMANDS[name][0]) or ("", None)
+    assert isinstance(found, ast.ClassDef), name
+    return module, found
 
 
 def groups(
@@ -122,16 +107,14 @@ def groups(
     """The options of a class, and those of its fields that are such classes, with a title each."""
     options, parts = [], []
     for module, field, text in fields(*owner):
-        kind = field.annotation
-        found = find(module, kind.id) if isinstance(kind, ast.Name) else None
-        if isinstance(kind, ast.Name) and kind.id == "ActivationConfig":
+        name, kind = ast.unparse(field.target), field.annotation
+        home, part = (isinstance(kind, ast.Name) and find(module, kind.id)) or (module, None)
+        if ast.unparse(kind) == "ActivationConfig":
             parts.append((settings_of(activation), f"Activation {activation}"))
-        elif found is not None and isinstance(found.node, ast.ClassDef):
-            parts.append(((found.module, found.node), text.rstrip(".")))
+        elif isinstance(part, ast.ClassDef):
+            parts.append(((home, part), text.rstrip(".")))
         else:
-            assert isinstance(field.target, ast.Name)
-            meaning = with_default(text, field.value)
-            options.append(Option(field.target.id, value(module, kind), meaning))
+            options.append(Option(name, value(module, kind), with_default(text, field.value)))
     yield title, options
     for part, heading in parts:
         yield from groups(part, heading, activation)
@@ -141,10 +124,11 @@ def settings_of(activation: str) -> tuple[str, ast.ClassDef]:
     """The settings of an activation, or of the one that it is a variant of."""
     name = activation.replace("abs", "")
     module = f"fastsae.nn.{name}"
-    if not name.isidentifier() or not path_of(module).exists():
-        raise ValueError(f"there is no activation {activation!r}: see `fastsae train --help`")
-    classes = [node.name for node in tree_of(module).body if isinstance(node, ast.ClassDef)]
-    return class_of(module, next(n for n in classes if n.lower() == f"{name}config"))
+    known = name.isidentifier() and path_of(module).exists()
+    for node in tree_of(module).body if known else ():
+        if isinstance(node, ast.ClassDef) and node.name.lower() == f"{name}config":
+            return module, node
+    raise ValueError(f"there is no activation {activation!r}: see `fastsae train --help`")
 
 
 def fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.AnnAssign, str]]:
@@ -154,8 +138,9 @@ def fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.AnnAssign
             case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(about))):
                 yield module, field, " ".join(about.split())
     for base in node.bases:
-        if isinstance(base, ast.Name):
-            yield from fields(*class_of(module, base.id))
+        home, found = find(module, ast.unparse(base)) or (module, None)
+        if isinstance(found, ast.ClassDef):
+            yield from fields(home, found)
 
 
 def value(module: str, kind: ast.AST) -> str:
@@ -172,12 +157,10 @@ def value(module: str, kind: ast.AST) -> str:
             return value(module, right)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Tuple(elts=choices)):
             return "{" + ",".join(ast.literal_eval(choice) for choice in choices) + "}"
-        case ast.Subscript(slice=ast.Tuple(elts=[one, ast.Constant(value=ellipsis)])) if (
-            ellipsis is ...
-        ):
-            return f"{value(module, one)} ..."
         case ast.Subscript(slice=ast.Tuple(elts=several)):
             return " ".join(value(module, one) for one in several)
+        case ast.Constant():  # the dots of tuple[int, ...]
+            return "..."
     raise AssertionError(ast.unparse(kind))
 
 
@@ -197,25 +180,18 @@ def with_default(text: str, node: ast.AST | None) -> str:
     return f"{text.rstrip('.')} (default: {shown})."
 
 
-def class_of(module: str, name: str) -> tuple[str, ast.ClassDef]:
-    found = find(module, name)
-    assert found is not None and isinstance(found.node, ast.ClassDef), (module, name)
-    return found.module, found.node
-
-
-def find(module: str, name: str) -> Defined | None:
+def find(module: str, name: str) -> tuple[str, ast.AST] | None:
     """The class, or the value, that a name stands for in a module; None for what Python has."""
     for node in tree_of(module).body:
         match node:
             case ast.ClassDef(name=found) if found == name:
-                return Defined(module, node)
+                return module, node
             case ast.Assign(targets=[ast.Name(id=found)]) if found == name:
-                return Defined(module, node.value)
+                return module, node.value
             case ast.ImportFrom(names=names) if name in {n.name for n in names}:
-                package = (
-                    module if path_of(module).stem == "__init__" else module.rpartition(".")[0]
-                )
-                origin = f"{package}.{node.module}" if node.level else str(node.module)
+                own = path_of(module).stem == "__init__"
+                package = f"{module if own else module.rpartition('.')[0]}." if node.level else ""
+                origin = f"{package}{node.module}"
                 return find(origin, name) if origin.startswith("fastsae") else None
     return None
 

@@ -5,7 +5,6 @@ from importlib.util import find_spec
 from typing import Literal, TypedDict
 
 from fastsae.device import choose_device
-from fastsae.losses import default_k_aux
 from fastsae.nn import TopKConfig
 from fastsae_kernels.adam import WIDEST
 from fastsae_kernels.float8 import float8_pays, why_not_float8
@@ -34,7 +33,6 @@ class Plan:
     dead_after: int
     dead_every: int
     """Steps between updates of the set of dead latents: a hundredth of dead_after."""
-    k_aux: int
 
     @classmethod
     def of(cls, config: TrainConfig, d_out: int, n_tokens: int) -> "Plan":
@@ -65,7 +63,6 @@ class Plan:
             warmup=min(1000, steps // 20) if optimizer.warmup is None else optimizer.warmup,
             dead_after=dead_after,
             dead_every=max(1, dead_after // (100 * config.batch_size)),
-            k_aux=config.objective.k_aux or default_k_aux(d_out),
         )
 
 
