@@ -137,7 +137,7 @@ def upgrade(
     try:
         baseline = own_tuner.fit(begun)
     except Interrupted as stop:
-        left = f"stopped amid the baseline, saved; go on with --resume --out {config.out}"
+        left = f"stopped during the baseline, saved; continue with --resume --out {config.out}"
         raise Interrupted(stop.signum, left) from stop
     saes = {
         "baseline": teacher,
@@ -184,12 +184,12 @@ def initial(
 
 
 def gate_of(sae: SAE, l0: float) -> tuple[dict[str, Any], Tensor | None]:
-    """A rational activation's settings for the gate and the price that an SAE of this L0 has, and
-    the gate's thresholds; ValueError for other SAEs."""
+    """A rational activation's settings for the gate and the sparsity penalty of an SAE with this
+    L0, and the gate's thresholds; ValueError for other SAEs."""
     match activation := sae.activation:
         case ReLU():
-            price = activation.coefficient.value.item()
-            return {"gate": "relu", "l1_coef": price, "target_l0": l0}, None
+            l1_coef = activation.coefficient.value.item()
+            return {"gate": "relu", "l1_coef": l1_coef, "target_l0": l0}, None
         case JumpReLU():
             return {"gate": "jumprelu"}, activation.threshold.clamp(min=0)
         case TopK() if not activation.signed:
@@ -227,17 +227,17 @@ def calibrated(
 
 
 def own_objective(teacher: SAE, l0: float) -> ActivationConfig:
-    """The teacher's activation with a price that leaves its L0 where it is, from the first step.
+    """The teacher's activation with a sparsity penalty that keeps its L0, from the first step.
 
-    A ReLU's price is steered on from what it was last trained with; a JumpReLU, whose thresholds
-    go on training, pays for missing the L0 it has, ten times what it does by default.
+    A ReLU's coefficient is adapted from the one it was last trained with. A JumpReLU, whose
+    thresholds keep training, gets ten times the default coefficient for missing its L0.
     """
     activation = teacher.activation
     cfg = activation.cfg
     match activation:
         case ReLU():
-            price = activation.coefficient.value.item()
-            return replace(cfg, l1_coef=price, target_l0=l0, sparsity_warmup=0.0)
+            l1_coef = activation.coefficient.value.item()
+            return replace(cfg, l1_coef=l1_coef, target_l0=l0, sparsity_warmup=0.0)
         case JumpReLU():
             return replace(cfg, l0_coef=10.0 * teacher.d_in, target_l0=l0, sparsity_warmup=0.0)
     return cfg

@@ -2,17 +2,22 @@
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastsae import __version__
 from fastsae.cli import run
+from fastsae.cli.convert import Convert
 from fastsae.cli.help import COMMANDS, command_help
 from fastsae.cli.parse import Given, filled, read_words, types_in
 from fastsae.cli.sweep import read_sweep
 from fastsae.cli.train import read_train
 from fastsae.data import HarvestConfig
+from fastsae.device import choose_device
+from fastsae.interop import WRITTEN
 from fastsae.nn import JumpReLUConfig
 from fastsae.nn.activations import CHOICES
 from fastsae.train import RECIPES, TrainConfig
@@ -140,3 +145,22 @@ def test_what_is_required():
 
 def test_paths_are_paths():
     assert read_train(["--layers", "a", "b"]).config.layers == (Path("a"), Path("b"))
+
+
+def test_every_library_that_is_written():
+    assert typing.get_args(typing.get_type_hints(Convert)["to"]) == WRITTEN
+
+
+def test_one_of_several_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [
+        "cuda",
+        "cuda",
+        "cuda:1",
+    ]
+    assert chosen == ["cuda:1"]
+    with pytest.raises(ValueError, match="device must be below cuda:2"):
+        choose_device("cuda:2")
