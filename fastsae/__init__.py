@@ -17,3 +17,7 @@ def __getattr__(name: str) -> Any:
     if name in globals():  # a package that `public` imports
         return globals()[name]
     raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *import_module("fastsae.public").__all__]
