@@ -1,39 +1,23 @@
 """Train sparse autoencoders fast."""
 
-from .codes import Codes
-from .data import ActivationShards
-from .dropin import accelerate, restore
-from .interop import load
-from .nn import (
-    SAE,
-    AbsTopK,
-    BatchTopK,
-    Crosscoder,
-    Gated,
-    JumpReLU,
-    Rational,
-    ReLU,
-    TopK,
-    Variational,
-)
-from .train import TrainConfig, Trainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SAE",
-    "AbsTopK",
-    "ActivationShards",
-    "BatchTopK",
-    "Codes",
-    "Crosscoder",
-    "Gated",
-    "JumpReLU",
-    "Rational",
-    "ReLU",
-    "TopK",
-    "TrainConfig",
-    "Trainer",
-    "Variational",
-    "accelerate",
-    "load",
-    "restore",
-]
+from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """What is public is imported at its first use: the command line's help needs no torch."""
+    public = import_module("fastsae.public")
+    if name in public.__all__:
+        return getattr(public, name)
+    if name in globals():  # a package that `public` imports
+        return globals()[name]
+    raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *import_module("fastsae.public").__all__]

@@ -8,6 +8,9 @@ from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
 
+RENAMED = {"price_warmup": "sparsity_warmup", "centre": "center"}
+"""Settings in files of older versions, by their names there."""
+
 
 def check_choices(config: Any, **choices: Any) -> None:
     """ValueError unless each named setting is one of the Literal's values given for it."""
@@ -24,17 +27,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     """
     name = {"name": config.name} if hasattr(config, "named") else {}
     return name | {
-        field.name: _to_json(getattr(config, field.name)) for field in dataclasses.fields(config)
+        field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)
     }
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     return value
 
 
@@ -50,6 +53,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
         name = values.get("name")
         cls, values = find(name), {key: v for key, v in values.items() if key != "name"}
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    values = {RENAMED.get(key, key): value for key, value in values.items()}
     if values.get("l1_coef") == 0 and values.get("target_l0") and fields["l1_coef"].default is None:
         values = {**values, "l1_coef": None}  # older files say so where none was given
     for key in values:
@@ -60,10 +64,11 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
         required = field.default is dataclasses.MISSING
         if key not in values and required and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{name} lacks the setting {key!r}")
-    return cls(**{key: _from_json(hints[key], v, f"{name}.{key}") for key, v in values.items()})
+    return cls(**{key: from_json(hints[key], v, f"{name}.{key}") for key, v in values.items()})
 
 
-def _from_json(hint: Any, value: Any, where: str) -> Any:
+def from_json(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as the setting of that type; ValueError if it is of another one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
@@ -71,11 +76,11 @@ def _from_json(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         (hint,) = [a for a in arguments if a is not type(None)]
-        return _from_json(hint, value, where)
+        return from_json(hint, value, where)
     if origin is typing.Literal:
         right = value in arguments
     elif origin is tuple and isinstance(value, list):
-        return tuple(_from_json(arguments[0], item, where) for item in value)
+        return tuple(from_json(arguments[0], item, where) for item in value)
     elif hint is float:
         right = isinstance(value, int | float) and not isinstance(value, bool)
     elif hint is Path:

@@ -1,21 +1,36 @@
 """Where to compute."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
-Device = Literal["auto", "cpu", "cuda"]
+
+def check_device(device: str) -> None:
+    """ValueError unless it is auto, cpu, cuda, or a GPU's number as cuda:1."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
 
 
-def choose_device(device: Device) -> Literal["cpu", "cuda"]:
-    """What was asked for, auto being a GPU if there is one; ValueError if there is none to ask."""
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise ValueError("device is cuda, but there is no CUDA GPU here: use cpu or auto")
+def choose_device(device: str) -> str:
+    """The device asked for; auto is a GPU if there is one. ValueError if there is none to ask.
+
+    A GPU that is named by its number becomes torch's current one: CUDA graphs are captured there.
+    """
+    check_device(device)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda" if gpu else "cpu"
+        return "cuda" if gpus else "cpu"
+    if device != "cpu" and not gpus:
+        raise ValueError(f"device is {device}, but there is no CUDA GPU here: use cpu or auto")
+    _, _, number = device.partition(":")
+    if number and int(number) >= gpus:
+        raise ValueError(
+            f"device must be below cuda:{gpus}, as there are {gpus} GPUs, got {device}"
+        )
+    if number:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -40,28 +40,28 @@ WIDER, WIDER_COEF = 4, 1 / 8  # arXiv:2406.04093, A.6
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What training minimises."""
+    """Loss."""
 
     error: Error = "fvu"
-    """The error as a fraction of the batch's variance, or summed over coordinates and averaged
-    over tokens."""
+    """Reconstruction error: fraction of the batch's variance (fvu), or squared error summed over
+    coordinates and averaged over tokens (sse)."""
 
     prefixes: tuple[int, ...] = ()
-    """Sizes of nested dictionaries, rising: the first so many latents must reconstruct alone, and
-    so must all (Matryoshka, arXiv:2503.17547)."""
+    """Increasing sizes of nested dictionaries: the first N latents must also reconstruct on their
+    own (Matryoshka SAE, arXiv:2503.17547)."""
 
     multi_k: bool = False
-    """Also reconstruct from 4 k latents, at an eighth of the weight."""
+    """Multi-TopK: also reconstruct from 4 k latents, weighted by 1/8."""
 
     auxk_coef: float = 1 / 32
-    """Weight of the loss that revives dead latents; 0 turns it off."""
+    """Coefficient of the auxiliary loss that revives dead latents; 0 disables it."""
 
     k_aux: int | None = None
-    """Dead latents per token that take part in it; by default d_out / 2."""
+    """Dead latents per token in the auxiliary loss (default: d_out / 2)."""
 
     auxk_error: AuxError = "relative"
-    """Its error as a fraction of the residual's variance, or summed over coordinates and averaged
-    over tokens."""
+    """Auxiliary error relative to the residual's variance, or absolute: summed over coordinates and
+    averaged over tokens."""
 
     def __post_init__(self):
         check_choices(self, error=Error, auxk_error=AuxError)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastsae.config import to_dict
 from fastsae.data import ActivationSource
-from fastsae.device import Device, choose_device
+from fastsae.device import choose_device
 from fastsae.evals import reconstruction
 from fastsae.evals.reconstruction import check_fits
 from fastsae.files import write_json
@@ -28,7 +28,7 @@ from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig
 from fastsae.nn.batchtopk import BatchTopK
 from fastsae.nn.jumprelu import JumpReLU
-from fastsae.nn.rational import Centre, Rational, RationalConfig, Support
+from fastsae.nn.rational import Center, Rational, RationalConfig, Support
 from fastsae.nn.rational_fit import GAP, RationalFit, calibrate
 from fastsae.nn.relu import ReLU
 from fastsae.nn.topk import TopK
@@ -43,33 +43,32 @@ UNIT = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class UpgradeConfig:
-    """How a trained SAE gets a rational activation."""
+    """Settings of an upgrade to a rational activation."""
 
     data: Path | None = None
-    """Activations to calibrate and fine-tune on, as for training; by default those the SAE was
-    trained on."""
+    """Activations to calibrate and fine-tune on, as for training (default: those the SAE was
+    trained on)."""
 
     out: Path = Path("runs/upgrade")
-    """Folder for the run's results; it must not hold another run."""
+    """Run directory for results; it must not hold another run."""
 
     support: Support = "teacher"
-    """Only latents that the SAE's rule keeps are active, or all (none): then L0 is d_sae, and
-    every product is dense."""
+    """teacher: only the latents that the SAE's own rule selects are active. none: all are, so L0 is
+    d_sae and decoding is dense."""
 
-    centre: Centre | None = None
-    """Where the function is centred: where the gate opens, as in the paper, or at 0, where it can
-    start as the SAE's own activation exactly; by default that, but for support none."""
+    center: Center | None = None
+    """Center of the function: the gate's threshold, as in the paper, or zero, where it can start as
+    an exact copy of the SAE's activation (default: zero where possible, with support teacher)."""
 
     degree: tuple[int, int] | None = None
-    """Degrees (p, q) of numerator and denominator; by default (3, 2) for ReLU and (9, 8) for the
-    others."""
+    """Degrees (p, q) of numerator and denominator (default: 3 2 for ReLU, 9 8 for the others)."""
 
     l1_coef: float | None = None
-    """Price of a token's codes, per unit of their summed magnitudes, against its squared error; by
-    default none, but for a ReLU the one it was last trained with, steered towards its L0."""
+    """L1 coefficient, relative to the squared error per token (default: none; for ReLU, the one it
+    was last trained with, adapted to keep its L0)."""
 
     steps: int = 500
-    """Steps of fine-tuning."""
+    """Fine-tuning steps."""
 
     lr: float = 1e-4
     """Peak learning rate."""
@@ -78,16 +77,16 @@ class UpgradeConfig:
     """Tokens per step."""
 
     seed: int = 0
-    """Seed of the sample to calibrate on and of the data's order."""
+    """Seed of the calibration sample and of data shuffling."""
 
-    device: Device = "auto"
-    """Where to fine-tune; auto takes a GPU if there is one."""
+    device: str = "auto"
+    """Device for fine-tuning: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     checkpoint_every: int = 200
     """Steps between checkpoints."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between log lines (metrics.jsonl)."""
 
     def __post_init__(self):
         self.function({"gate": "topk"})
@@ -100,11 +99,11 @@ class UpgradeConfig:
             settings["l1_coef"] = self.l1_coef
         if self.l1_coef is not None or self.support == "none":
             settings["target_l0"] = None
-        centre = self.centre
-        if centre is None:
+        center = self.center
+        if center is None:
             free = gate["gate"] != "relu" and self.support == "teacher"
-            centre = "zero" if free else "gate"
-        return RationalConfig(centre=centre, **settings)
+            center = "zero" if free else "gate"
+        return RationalConfig(center=center, **settings)
 
     def run(self, constraint: Constraint = "unit", **settings: Any) -> TrainConfig:
         """The run that fine-tunes; it leaves dead latents alone. ValueError for nonsense."""
@@ -138,7 +137,7 @@ def upgrade(
     try:
         baseline = own_tuner.fit(begun)
     except Interrupted as stop:
-        left = f"stopped amid the baseline, saved; go on with --resume --out {config.out}"
+        left = f"stopped during the baseline, saved; continue with --resume --out {config.out}"
         raise Interrupted(stop.signum, left) from stop
     saes = {
         "baseline": teacher,
@@ -185,12 +184,12 @@ def initial(
 
 
 def gate_of(sae: SAE, l0: float) -> tuple[dict[str, Any], Tensor | None]:
-    """A rational activation's settings for the gate and the price that an SAE of this L0 has, and
-    the gate's thresholds; ValueError for other SAEs."""
+    """A rational activation's settings for the gate and the sparsity penalty of an SAE with this
+    L0, and the gate's thresholds; ValueError for other SAEs."""
     match activation := sae.activation:
         case ReLU():
-            price = activation.coefficient.value.item()
-            return {"gate": "relu", "l1_coef": price, "target_l0": l0}, None
+            l1_coef = activation.coefficient.value.item()
+            return {"gate": "relu", "l1_coef": l1_coef, "target_l0": l0}, None
         case JumpReLU():
             return {"gate": "jumprelu"}, activation.threshold.clamp(min=0)
         case TopK() if not activation.signed:
@@ -227,19 +226,19 @@ def calibrated(
 
 
 def own_objective(teacher: SAE, l0: float) -> ActivationConfig:
-    """The teacher's activation with a price that leaves its L0 where it is, from the first step.
+    """The teacher's activation with a sparsity penalty that keeps its L0, from the first step.
 
-    A ReLU's price is steered on from what it was last trained with; a JumpReLU, whose thresholds
-    go on training, pays for missing the L0 it has, ten times what it does by default.
+    A ReLU's coefficient is adapted from the one it was last trained with. A JumpReLU, whose
+    thresholds keep training, gets ten times the default coefficient for missing its L0.
     """
     activation = teacher.activation
     cfg = activation.cfg
     match activation:
         case ReLU():
             price = activation.coefficient.value.item()
-            return replace(cfg, l1_coef=price or None, target_l0=l0, price_warmup=0.0)
+            return replace(cfg, l1_coef=price or None, target_l0=l0, sparsity_warmup=0.0)
         case JumpReLU():
-            return replace(cfg, l0_coef=10.0 * teacher.d_in, target_l0=l0, price_warmup=0.0)
+            return replace(cfg, l0_coef=10.0 * teacher.d_in, target_l0=l0, sparsity_warmup=0.0)
     return cfg
 
 

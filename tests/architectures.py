@@ -71,7 +71,7 @@ ARCHITECTURES = {
     "vsae": Architecture(VariationalConfig(k=K, variance="fixed", beta=0.01)),
     "vsae of learned variance": Architecture(LEARNED),
     "rational": Architecture(RATIONAL),
-    "rational at 0": Architecture(replace(RATIONAL, centre="zero")),
+    "rational at 0": Architecture(replace(RATIONAL, center="zero")),
     "rational of every latent": Architecture(
         RationalConfig(gate="relu", support="none", l1_coef=0.1)
     ),
@@ -84,7 +84,7 @@ ARCHITECTURES = {
         RationalConfig(gate="jumprelu", l1_coef=0.1, target_l0=float(K))
     ),
     "rational jumprelu at 0 to an L0": Architecture(
-        RationalConfig(gate="jumprelu", centre="zero", l1_coef=0.1, target_l0=float(K))
+        RationalConfig(gate="jumprelu", center="zero", l1_coef=0.1, target_l0=float(K))
     ),
     "matryoshka": Architecture(BATCHTOPK, Objective(prefixes=PREFIXES)),
     "matryoshka, topk": Architecture(TOPK, Objective(prefixes=PREFIXES[:2])),
@@ -173,7 +173,7 @@ class Count(torch.autograd.Function):
 
 
 def rise(cfg: Any, progress: float) -> float:
-    return min(progress / cfg.price_warmup, 1.0)
+    return min(progress / cfg.sparsity_warmup, 1.0)
 
 
 def topk(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
@@ -251,7 +251,7 @@ def gate(activation: Rational, h: Tensor) -> tuple[Tensor, Tensor | float]:
 def phi(activation: Rational, h: Tensor) -> Tensor:
     """The rational function of every pre-activation."""
     p, _ = activation.degree
-    s = 0.0 if activation.cfg.centre == "zero" else gate(activation, h)[1]
+    s = 0.0 if activation.cfg.center == "zero" else gate(activation, h)[1]
     coefficients = activation.start + activation.unit * activation.change
     a, b = coefficients[: p + 1], coefficients[p + 1 :]
     c_in, c_out = activation.scale * activation.scale_change.exp()

@@ -5,6 +5,8 @@ from typing import Literal
 import pytest
 
 from fastsae.config import from_dict, to_dict
+from fastsae.nn import ActivationConfig, GatedConfig, RationalConfig
+from fastsae.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +44,10 @@ def test_round_trip():
 def test_what_does_not_fit_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_dict(Outer, values)
+
+
+def test_old_names_in_saved_settings():
+    stored = {"name": "rational", "gate": "jumprelu", "centre": "zero"}
+    assert from_dict(ActivationConfig, stored) == RationalConfig(gate="jumprelu", center="zero")
+    stored = {"activation": {"name": "gated", "price_warmup": 0.3}}
+    assert from_dict(TrainConfig, stored).activation == GatedConfig(sparsity_warmup=0.3)

@@ -8,7 +8,14 @@ import pytest
 
 FLOORS = [
     {"fastsae_kernels"},
-    {"fastsae.config", "fastsae.codes", "fastsae.device", "fastsae.files"},
+    {
+        "fastsae.version",
+        "fastsae.config",
+        "fastsae.codes",
+        "fastsae.device",
+        "fastsae.files",
+        "fastsae.progress",
+    },
     {"fastsae.nn"},
     {"fastsae.losses"},
     {"fastsae.data", "fastsae.checkpoint", "fastsae.interop", "fastsae.dropin"},

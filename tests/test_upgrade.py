@@ -9,7 +9,7 @@ import torch
 
 import fastsae
 from fastsae import SAE, AbsTopK, TopK
-from fastsae.cli.upgrade import read_upgrade, upgrade_sae
+from fastsae.cli.upgrade import main
 from fastsae.data import ActivationShards, Synthetic
 from fastsae.nn import Init, Rational, TopKConfig
 from fastsae.nn.batchtopk import BatchTopK, BatchTopKConfig
@@ -126,7 +126,7 @@ def test_an_upgrade(data, teacher, tmp_path):
 @pytest.mark.parametrize("teacher", ["topk"], indirect=True)
 def test_centred_where_the_gate_opens(data, teacher, tmp_path):
     """As in the paper: where the gate is says nothing of the value any more."""
-    config = small(data, tmp_path / "up", centre="gate")
+    config = small(data, tmp_path / "up", center="gate")
     upgrade(fastsae.load(teacher / "sae"), ActivationShards(data), config)
     found = rows(config.out)
     assert found["rational"]["fvu"] == pytest.approx(found["baseline"]["fvu"], rel=0.25)
@@ -271,7 +271,7 @@ def test_other_saes_are_refused(data, tmp_path):
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
         ({"degree": (3, 0)}, "degree must be two numbers"),
         ({"l1_coef": -1.0}, "l1_coef must be at least 0, got -1.0"),
-        ({"support": "none", "centre": "zero"}, 'centre "zero" is for'),
+        ({"support": "none", "center": "zero"}, 'center "zero" is for'),
     ],
 )
 def test_nonsense_settings_are_refused(settings, message):
@@ -280,7 +280,7 @@ def test_nonsense_settings_are_refused(settings, message):
 
 
 def command(*words) -> None:
-    upgrade_sae(read_upgrade([str(word) for word in words]))
+    main([str(word) for word in words])
 
 
 FEW = "--steps", 10, "--batch-size", 256, "--device", "cpu"

@@ -3,6 +3,7 @@
 import torch
 
 from bench.dense import DenseTopK, dense_adam, dense_step
+from fastsae.losses import default_k_aux
 from fastsae.nn import init_from_data
 from fastsae.train.optim import schedule
 from fastsae.train.plan import Plan
@@ -18,11 +19,12 @@ def train(task: Task, stream: Stream) -> Trained:
     sae = init_from_data(config.build(task.d_in), stream.sample, generator).to(task.device)
     model = DenseTopK(sae)
     adam = dense_adam(model, plan.lr)
+    k_aux = default_k_aux(task.d_in)
     unfired = torch.zeros(task.d_sae, dtype=torch.int64, device=task.device)
     for step in range(plan.steps):
         factor = schedule(step, plan.steps, plan.warmup, config.optimizer.decay)
         adam.param_groups[0]["lr"] = plan.lr * factor
-        _, fired = dense_step(model, adam, next(stream), unfired >= plan.dead_after, plan.k_aux)
+        _, fired = dense_step(model, adam, next(stream), unfired >= plan.dead_after, k_aux)
         unfired = (unfired + task.tokens).masked_fill(fired, 0)
     sae.load_state_dict(model.state_dict())
     return Trained(code_of(sae), plan.lr, plan.warmup)

@@ -1,46 +1,43 @@
 """The command line: fastsae train | sweep | harvest | upgrade | eval | convert."""
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from fastsae.train import Interrupted
+from fastsae.version import __version__
 
-from .commands import COMMANDS
+from .help import COMMANDS, command_help, overview
 
 
 def main() -> None:
-    """Run a command; an error that its user can mend is one line, with exit code 2."""
+    """Run a command; an error that its user can fix is one line, with exit code 2."""
     try:
         run(sys.argv[1:])
-    except Interrupted as stop:
-        print(f"fastsae: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a reader that has enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            print(f"fastsae: {stop}", file=sys.stderr)
+        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     except (ValueError, OSError) as error:
         print(f"fastsae: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def run(arguments: Sequence[str]) -> None:
-    name, rest = (arguments[0], arguments[1:]) if arguments else (None, [])
-    if name in ("-h", "--help"):
-        print(usage())
+def run(words: Sequence[str]) -> None:
+    """Run the command that the words of a command line ask for. Help imports no torch."""
+    name, *rest = words or ["--help"]
+    if name in ("-h", "--help", "--help-all"):
+        print(overview())
+    elif name == "--version":
+        print(f"fastsae {__version__}")
     elif name not in COMMANDS:
-        given = "nothing" if name is None else repr(name)
-        raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {given}")
+        raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
+    elif {"-h", "--help", "--help-all"} & {*rest}:
+        print(command_help(name, rest))
     else:
-        command = COMMANDS[name]
-        command.act(command.read(rest))
-
-
-def usage() -> str:
-    lines = [
-        "usage: fastsae COMMAND [--help] [options]",
-        "",
-        "Train sparse autoencoders, fast.",
-        "",
-    ]
-    for name, command in COMMANDS.items():
-        lines.append(f"  {name:<9}{(command.options.__doc__ or '').splitlines()[0]}")
-    return "\n".join(lines)
+        import_module(f"fastsae.cli.{name}").main(rest)

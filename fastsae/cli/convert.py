@@ -1,41 +1,38 @@
 """fastsae convert: an SAE from one library's files to another's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal
 
-import tyro
+from fastsae.interop import load, save
 
-from fastsae.interop import WRITTEN, load, save
-
-if TYPE_CHECKING:
-    Form: TypeAlias = str
-else:
-    Form = Literal[WRITTEN]
+from .parse import filled, read_words
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a trained SAE as another library's files.
+    """Convert a trained SAE to another library's files.
 
-    It is recognised by its files: of fastsae, SAELens, sparsify or dictionary_learning, Gemma
-    Scope's params.npz, OpenAI's state dict; or an id on the Hugging Face hub.
+    The source is recognized by its files: fastsae, SAELens, sparsify, dictionary_learning, Gemma
+    Scope's params.npz, or OpenAI's state dict; or it is an id on the Hugging Face hub.
     """
 
-    source: tyro.conf.Positional[str]
-    """A folder, a file, or organisation/repository/folder on the hub."""
+    source: str
+    """A directory, a file, or organization/repository/directory on the hub."""
 
-    out: tyro.conf.Positional[Path]
-    """Folder for the files; it must be new or empty."""
+    out: Path
+    """Output directory; it must be new or empty."""
 
-    to: Form
-    """Whose files to write."""
+    to: Literal["fastsae", "sae_lens", "sparsify", "dictionary_learning"]
+    """Library whose files to write."""
 
 
-def convert(command: Convert) -> None:
+def main(words: Sequence[str]) -> None:
+    command = filled(Convert, read_words(words), ["source", "out"])
     out = command.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder: choose another one")
+        raise ValueError(f"{out} is not an empty directory: choose another one")
     sae = load(command.source)
     save(sae, out, command.to)
     files = ", ".join(sorted(path.name for path in out.iterdir()))

@@ -1,83 +1,204 @@
-"""From the words of a command line to the library's configs, through tyro.
+"""From the words of a command line, and a TOML file, to settings.
 
-tyro frames the errors of the classes it fills; so it fills copies without checks, and the checks
-run after it, where an error becomes one line.
+Settings are given by their names, which no two parts of a config share.
 """
 
-import argparse
 import dataclasses
-import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-import tyro
-
+from fastsae.config import RENAMED
 from fastsae.nn.activations import CHOICES
-from fastsae.train import RECIPES, TrainConfig, recipe
+from fastsae.train import TrainConfig, recipe
 
 T = TypeVar("T")
-if TYPE_CHECKING:
-    Activation: TypeAlias = str
-    Recipe: TypeAlias = str
-else:
-    Activation, Recipe = Literal[tuple(CHOICES)], Literal[RECIPES]
+Given = dict[str, list[str]]
+"""The words given for each setting; those of no setting under the empty name."""
+
+FIELD_NAMES = RENAMED | {
+    "dict_size": "d_sae",
+    "epochs": "steps",
+    "expansion_factor": "d_sae",
+    "l0": "target_l0",
+    "l1": "l1_coef",
+    "l1_coefficient": "l1_coef",
+    "learning_rate": "lr",
+    "num_latents": "d_sae",
+    "output": "out",
+    "top_k": "k",
+}
+"""What users of other libraries look for."""
 
 
-class Unchecked:
-    """Leaves the checks of a config to `checked`."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-def unchecked(config: Any) -> Any:
-    """A config, and those inside it, as values of classes that check nothing."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    nested = {n: unchecked(v) for n, v in values.items() if dataclasses.is_dataclass(v)}
-    cls = dataclasses.make_dataclass(
-        type(config).__name__,
-        [(name, type(value), dataclasses.field(default=value)) for name, value in nested.items()],
-        bases=(Unchecked, type(config)),
-        namespace={"checked": type(config), "__doc__": type(config).__doc__},
-        frozen=True,
-        kw_only=True,
-    )
-    return cls(**values | nested)
+def read_words(words: Sequence[str]) -> Given:
+    """The settings that words give, on top of those in the file of --config."""
+    name, given = "", {"": []}
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.removeprefix("--").partition("=")
+            name = option.replace("-", "_")
+            given[name] = [value] if equals else []
+        else:
+            given[name].append(word)
+    if "config" not in given:
+        return given
+    path, *loose = given.pop("config") or [""]
+    given[""] += loose
+    return dict(read_toml(Path(path))) | given
 
 
-def checked(command: Any) -> Any:
-    """The config that `unchecked` was given, with its parser's values."""
-    names = [field.name for field in dataclasses.fields(command.checked)]
-    values = {name: getattr(command, name) for name in names}
-    return command.checked(
-        **{n: checked(v) if isinstance(v, Unchecked) else v for n, v in values.items()}
-    )
-
-
-def parse(command: type[T], name: str, words: Sequence[str], default: T | None = None) -> T:
-    """A command with the values that words give, and else those of default."""
-    given: dict[str, Any] = {} if default is None else {"default": default}
-    flat, about = tyro.conf.OmitArgPrefixes[command], inspect.getdoc(command)
-    return tyro.cli(flat, prog=f"fastsae {name}", args=words, description=about, **given)
-
-
-def named(words: Sequence[str], **types: Any) -> argparse.Namespace:
-    """The options of these names among words, None where not given; the rest is not looked at."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, kind in types.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=kind)
+def read_toml(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The settings in a TOML file as words, by their names, whatever table they are in."""
     try:
-        return parser.parse_known_args(list(words))[0]
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    yield from settings_in(table)
 
 
-def training_default(words: Sequence[str]) -> TrainConfig:
-    """The config that the recipe and the activation named by words start from."""
-    given = named(words, activation=str, recipe=str, d_sae=int, batch_size=int)
-    sizes = given.d_sae, given.batch_size
-    config = TrainConfig() if given.recipe is None else recipe(given.recipe, *sizes)
-    return config if given.activation is None else with_activation(config, given.activation)
+def settings_in(table: dict[str, Any], title: str = "") -> Iterator[tuple[str, list[str]]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from settings_in(value, key)
+        else:
+            values = value if isinstance(value, list) else [value]
+            name = title if key == "name" else key  # of an activation, in the table of that title
+            yield (
+                name.replace("-", "_"),
+                [str(v).lower() if isinstance(v, bool) else str(v) for v in values],
+            )
+
+
+def filled(cls: type[T], given: Given, positional: Sequence[str] = (), **parts: Any) -> T:
+    """A command's options, and the configs that are parts of it, with what is given."""
+    fields = [field for field in dataclasses.fields(cls) if field.name not in parts]  # pyright: ignore[reportArgumentType]
+    hints = typing.get_type_hints(cls)
+    own = {field.name: hints[field.name] for field in fields}
+    known = own | {name: hint for part in parts.values() for name, hint in types_in(part).items()}
+    values = typed(given, known, positional)
+    for field in fields:
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
+            name = field.name.upper() if field.name in positional else option(field.name)
+            raise ValueError(f"{name} is required")
+    mine = {name: value for name, value in values.items() if name in own}
+    return cls(**mine, **{name: updated(part, values) for name, part in parts.items()})
+
+
+def types_in(config: Any) -> dict[str, Any]:
+    """The types of a config's settings, and of those of its parts, by name."""
+    hints, found = typing.get_type_hints(type(config)), {}
+    for name, value in vars(config).items():
+        found |= types_in(value) if dataclasses.is_dataclass(value) else {name: hints[name]}
+    return found
+
+
+def updated(config: T, values: dict[str, Any]) -> T:
+    """A config with these values for its settings and those of its parts."""
+    changes: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            changes[name] = updated(value, values)
+        elif name in values:
+            changes[name] = values[name]
+    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def typed(given: Given, hints: dict[str, Any], positional: Sequence[str] = ()) -> dict[str, Any]:
+    """The values that words stand for; ValueError for an unknown name, or words too many."""
+    values, loose = {}, []
+    for name, words in given.items():
+        if not name:
+            loose += words
+            continue
+        if name.startswith("no_") and hints.get(name[3:]) is bool:
+            name, words = name[3:], ["false", *words]
+        if name not in hints:
+            raise ValueError(unknown(name, hints))
+        count = arity(hints[name], words)
+        values[name] = converted(option(name), hints[name], words[:count])
+        loose += words[count:]
+    for name in positional:
+        count = arity(hints[name], loose)
+        if loose:
+            values[name] = converted(name.upper(), hints[name], loose[:count])
+        loose = loose[count:]
+    if loose:
+        raise ValueError(f"unexpected argument {loose[0]!r}")
+    return values
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def unknown(name: str, hints: dict[str, Any]) -> str:
+    """What to say of an option that there is not, with those that may have been meant."""
+    elsewhere = {n for cfg in CHOICES.values() for n in vars(cfg)} - {*hints}
+    meant = FIELD_NAMES.get(name, name)
+    close = [meant] if meant in {*hints, *elsewhere} else difflib.get_close_matches(name, hints)
+    owners = [n for n, cfg in CHOICES.items() if meant in vars(cfg) and meant in elsewhere]
+    text = f"unknown option {option(name)}"
+    if close and (meant != name or not owners):
+        text += f"; did you mean {' or '.join(map(option, close))}?"
+    return text + (f" (for --activation {', '.join(owners)})" if owners else "")
+
+
+def kinds_of(hint: Any) -> list[Any]:
+    """The types that a union is of, or the one type there is."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return list(typing.get_args(hint)) if union else [hint]
+
+
+def arity(hint: Any, words: Sequence[str]) -> int:
+    """How many of the words after an option are its own."""
+    if hint is bool:
+        return int(words[:1] in (["true"], ["false"]))
+    (sizes,) = [typing.get_args(k) for k in kinds_of(hint) if typing.get_origin(k) is tuple] or [()]
+    return len(words) if ... in sizes else len(sizes) or 1
+
+
+def converted(name: str, hint: Any, words: list[str]) -> Any:
+    """The value of a type that words stand for; ValueError that begins with the name."""
+    kinds = kinds_of(hint)
+    if type(None) in kinds and words in (["none"], ["None"]):
+        return None
+    many = [kind for kind in kinds if typing.get_origin(kind) is tuple]
+    if many and (len(words) > 1 or str not in kinds):
+        sizes = typing.get_args(many[0])
+        if ... not in sizes and len(words) != len(sizes):
+            raise ValueError(f"{name} takes {len(sizes)} values, got {len(words)}")
+        return tuple(converted(name, sizes[0], [word]) for word in words)
+    if hint is bool:
+        return words != ["false"]
+    if not words:
+        raise ValueError(f"{name} needs a value")
+    (kind,) = [k for k in kinds if k is not type(None) and k not in many]
+    if typing.get_origin(kind) is Literal:
+        allowed = typing.get_args(kind)
+        if words[0] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {words[0]!r}")
+        return words[0]
+    try:
+        return kind(words[0])
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{name} must be {wanted}, got {words[0]!r}") from None
+
+
+def training_start(given: Given) -> TrainConfig:
+    """The config that the recipe and the activation asked for start from."""
+    kinds = {"activation": str, "recipe": str, "d_sae": int, "batch_size": int}
+    values = {n: converted(option(n), k, given[n]) for n, k in kinds.items() if n in given}
+    config = TrainConfig()
+    if "recipe" in values:
+        config = recipe(values["recipe"], values.get("d_sae"), values.get("batch_size"))
+    return with_activation(config, values["activation"]) if "activation" in values else config
 
 
 def with_activation(config: TrainConfig, name: str) -> TrainConfig:

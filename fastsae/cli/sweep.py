@@ -1,4 +1,4 @@
-"""fastsae sweep: several SAEs, each given by a few words, trained together."""
+"""fastsae sweep: several SAEs trained together."""
 
 import dataclasses
 import re
@@ -7,67 +7,74 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from fastsae.files import read_json
 from fastsae.train import Sweep, TrainConfig
 from fastsae.train.comparison import comparison_table
 from fastsae.train.sweep import stored_sweep
 
-from .parse import checked, parse, training_default, unchecked, with_activation
-from .train import Train, source_of
+from .parse import filled, read_words, training_start, typed, types_in, updated, with_activation
+from .train import source_of
 
 NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCommand:
-    """Train several SAEs on one pass over the same activations, and compare them.
+    """Train several SAEs in one pass over the same activations, and compare them.
 
-    An SAE is given as an activation with settings of its own, by the names of the options below:
+    Each SAE is an activation with its own settings, named like the options below:
     fastsae sweep topk:k=16 topk:k=32,lr=0.001 jumprelu:target_l0=32 --seeds 0 1 --steps 1000
     """
 
-    saes: tyro.conf.Positional[tuple[str, ...]] = ()
-    """The SAEs: ACTIVATION or ACTIVATION:setting=value,setting=value. A switch is set by =true."""
+    saes: tuple[str, ...] = ()
+    """The SAEs: ACTIVATION or ACTIVATION:setting=value,setting=value (true or false for
+    switches)."""
 
     seeds: tuple[int, ...] = ()
-    """Each SAE is trained from each of these, by default from --seed alone; the data come in the
-    order of the first for all."""
+    """Seeds to train each SAE with (default: --seed); all see the data in the order of the
+    first."""
+
+    activation: str = "topk"
+    """Activation whose settings the options below set for all SAEs."""
+
+    recipe: str | None = None
+    """Start from the settings of another trainer: openai, dictionary_learning, sparsify, or
+    sae_lens. Other options override them."""
+
+    out: Path = Path("runs/sweep")
+    """Directory for the runs and their comparison; it must not hold another sweep."""
 
     resume: bool = False
-    """Go on with the sweep in --out, from the last checkpoint that all its SAEs have."""
+    """Resume the sweep in --out from the last checkpoint that all its SAEs have."""
 
-    config: TrainConfig = field(
-        default_factory=lambda: unchecked(TrainConfig(out=Path("runs/sweep")))
-    )
-    """What all SAEs have in common, unless they say otherwise."""
+    config: TrainConfig = field(default_factory=TrainConfig)
+    """Settings of all SAEs."""
 
 
 def read_sweep(words: Sequence[str]) -> SweepCommand:
-    start = dataclasses.replace(training_default(words), out=Path("runs/sweep"))
-    command = parse(SweepCommand, "sweep", words, SweepCommand(config=unchecked(start)))
-    out = str(command.config.out)
-    if command.resume and set(words) - {"--resume", "--out", out, f"--out={out}"}:
-        raise ValueError(f"--resume takes the SAEs and settings of {out}: give nothing but --out")
+    given = read_words(words)
+    command = filled(SweepCommand, given, ["saes"], config=training_start(given))
+    if command.resume and (command.saes or given.keys() - {"", "resume", "out"}):
+        raise ValueError(
+            f"--resume takes the SAEs and settings of {command.out}: give nothing but --out"
+        )
     return command
 
 
-def sweep(command: SweepCommand) -> None:
-    out = command.config.out
+def main(words: Sequence[str]) -> None:
+    command = read_sweep(words)
+    out = command.out
     configs = stored_sweep(out) if command.resume else swept(command)
     Sweep(configs, source_of(next(iter(configs.values()))), out).fit(command.resume)
     print(comparison_table(read_json(out / "comparison.json")))
-    print(
-        f"written to {out / 'comparison.json'}; each SAE has a folder there: fastsae eval {out}/..."
-    )
+    print(f"written to {out / 'comparison.json'}; evaluate an SAE with: fastsae eval {out}/...")
 
 
 def swept(command: SweepCommand) -> dict[str, TrainConfig]:
     """The config of each SAE and seed, by the name of its folder."""
     if not command.saes:
         raise ValueError("name the SAEs to train, such as: fastsae sweep topk:k=16 topk:k=32")
-    shared, configs = checked(command.config), {}
+    shared, configs = command.config, {}
     for text in command.saes:
         for seed in command.seeds or (shared.seed,):
             name = re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")
@@ -82,20 +89,20 @@ def swept(command: SweepCommand) -> dict[str, TrainConfig]:
 
 
 def described(text: str, shared: TrainConfig) -> TrainConfig:
-    """The config that words such as topk:k=16,lr=0.001 make of a shared one."""
+    """The config of an SAE such as topk:k=16,lr=0.001, on top of the shared one."""
     activation, _, settings = text.partition(":")
-    words = []
+    given = {}
     for setting in filter(None, settings.split(",")):
         name, equals, value = setting.partition("=")
+        name = name.replace("-", "_")
         if not equals:
             raise ValueError(f"{text}: {setting!r} must be setting=value")
-        if name.replace("-", "_") in NOT_OWN:
-            raise ValueError(f"{text}: an SAE of a sweep has no {name} of its own")
-        words += [f"--{name.replace('_', '-')}", *([] if value == "true" else [value])]
+        if name in NOT_OWN:
+            raise ValueError(f"{text}: {name} cannot be set per SAE in a sweep")
+        given[name] = value.split()
     start = with_activation(shared, activation)
     theirs = {n: v for n, v in given_to_all(shared).items() if hasattr(start.activation, n)}
-    start = dataclasses.replace(start, activation=dataclasses.replace(start.activation, **theirs))
-    return checked(parse(Train, f"sweep {text}", words, Train(config=unchecked(start))).config)
+    return updated(start, theirs | typed(given, types_in(start)))
 
 
 def given_to_all(shared: TrainConfig) -> dict[str, Any]:

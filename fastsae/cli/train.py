@@ -9,57 +9,52 @@ from fastsae.device import choose_device
 from fastsae.files import read_json
 from fastsae.train import TrainConfig, Trainer, resumed_config, stored_config
 
-from .parse import (
-    Activation,
-    Recipe,
-    checked,
-    named,
-    parse,
-    training_default,
-    unchecked,
-    with_activation,
-)
+from .parse import filled, read_words, training_start, with_activation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a sparse autoencoder.
 
-    Without --data, activations of a small transformer (MiniLM) over the sources of Python's
-    standard library are harvested once, cached, and trained on: a complete run in a few minutes
-    on two CPU cores. With --activation NAME, --help lists the settings of that activation.
+    Without --data, it trains on demo activations, harvested once and cached: a complete run in a
+    few minutes on two CPU cores. With --activation NAME, --help-all lists the options of that
+    activation.
     """
 
-    activation: Activation = "topk"
-    """Which activation; its settings are listed below."""
+    activation: str = "topk"
+    """topk, batchtopk, jumprelu, relu, gated, rational, variational, abstopk, or batchabstopk."""
 
-    recipe: Recipe | None = None
-    """Start from the settings of another trainer; options given beside it replace them."""
+    recipe: str | None = None
+    """Start from the settings of another trainer: openai, dictionary_learning, sparsify, or
+    sae_lens. Other options override them."""
 
     resume: bool = False
-    """Go on with the run in --out, from its last checkpoint, with its settings."""
+    """Resume the run in --out from its last checkpoint, with its settings."""
 
-    config: TrainConfig = field(default_factory=lambda: unchecked(TrainConfig()))
-    """The run."""
+    config: TrainConfig = field(default_factory=TrainConfig)
+    """Run."""
 
 
 def read_train(words: Sequence[str]) -> Train:
-    """The command, its run as it was stored where that is to be resumed."""
-    default = Train(config=unchecked(training_default(words)))
-    command = parse(Train, "train", words, default)
-    if command.resume:
-        stored = stored_config(command.config.out)
-        given = named(words, activation=str, recipe=str)
-        if given.recipe is not None:
-            raise ValueError(f"--resume takes the settings of {command.config.out}: no --recipe")
-        start = stored if given.activation is None else with_activation(stored, given.activation)
-        command = parse(Train, "train", words, Train(config=unchecked(start)))
-        resumed_config(checked(command.config))
+    """The command; the settings of the stored run where that is to be resumed."""
+    given = read_words(words)
+    command = filled(Train, given, config=training_start(given))
+    if not command.resume:
+        return command
+    out = command.config.out
+    if command.recipe is not None:
+        raise ValueError(f"--resume takes the settings of {out}: no --recipe")
+    start = stored_config(out)
+    if "activation" in given:
+        start = with_activation(start, command.activation)
+    command = filled(Train, given, config=start)
+    resumed_config(command.config)
     return command
 
 
-def train(command: Train) -> None:
-    config = checked(command.config)
+def main(words: Sequence[str]) -> None:
+    command = read_train(words)
+    config = command.config
     Trainer(config, source_of(config)).fit(command.resume)
     print(run_table(config.out))
 
@@ -74,20 +69,20 @@ def source_of(config: TrainConfig) -> ActivationShards | Joined:
 
 
 def run_table(out: Path) -> str:
-    """A finished run in a few lines: its numbers, and where its files are."""
+    """A finished run in a few lines: its metrics and where its files are."""
     found = read_json(out / "summary.json")
     curves = out / "curves.png"
     rows = {
-        "FVU": f"{found['fvu']:.4f}  (variance unexplained, on {found['evaluated_on']})",
+        "FVU": f"{found['fvu']:.4f}  (of the variance unexplained, on {found['evaluated_on']})",
         "L0": f"{found['l0']:.1f}  (active latents per token)",
-        "dead": f"{found['dead_fraction']:.2%}  (of the latents, silent on these "
+        "dead": f"{found['dead_fraction']:.2%}  (latents never active on these "
         f"{found['evaluated_tokens']:,} tokens)",
         "tokens": f"{found['tokens']:,}, {found['tokens_per_second']:,.0f} per second",
         "time": f"{found['seconds']:.0f} s  ({found['step_path']} step)",
         "SAE": f"{out / 'sae'}  (fastsae.load({str(out / 'sae')!r}))",
         "SAELens": found["sae_lens"],
-        "numbers": f"{out / 'summary.json'}, {out / 'metrics.jsonl'}",
-        "curves": str(curves) if curves.exists() else "none: pip install 'fastsae[report]'",
+        "metrics": f"{out / 'summary.json'}, {out / 'metrics.jsonl'}",
+        "curves": str(curves) if curves.exists() else "none: pip install 'fastsae-triton[report]'",
         "next": f"fastsae eval {out}",
     }
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())

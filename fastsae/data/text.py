@@ -57,7 +57,7 @@ def dataset_documents(
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("data sets need datasets: pip install 'fastsae[hf]'") from error
+        raise ValueError("data sets need datasets: pip install 'fastsae-triton[hf]'") from error
     try:
         rows: Any
         if (Path(name) / "dataset_dict.json").is_file():

@@ -20,6 +20,7 @@ from fastsae.data.model import (
 )
 from fastsae.data.shards import ActivationShards
 from fastsae.nn.sae import SAE
+from fastsae.progress import progress_bar
 
 from .reconstruction import check_fits, evaluation_mode
 from .windows import stored_batches
@@ -125,9 +126,7 @@ def downstream(
     model = load_model(data.model, str(sae.b_dec.device), model_dtype)
     hookpoint = hookpoint_at(model, data.hookpoint)
     batches = list(stored_batches(data, load_tokenizer(data.model), max_windows, batch_size))
-    from tqdm import tqdm
-
-    shown = tqdm(batches, desc="downstream", unit="batch", disable=not progress)
+    shown = progress_bar("downstream", "batch", len(batches), shown=progress, over=batches)
     compare = partial(_compare, model, hookpoint, shown, _ways(sae, data.mean))
     with evaluation_mode(sae):
         if model.can_generate():

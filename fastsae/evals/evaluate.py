@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastsae.data.joined import Joined
 from fastsae.data.shards import ActivationShards
-from fastsae.device import Device, choose_device
+from fastsae.device import check_device, choose_device
 from fastsae.nn.sae import SAE
 
 from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
@@ -20,28 +20,30 @@ class EvalConfig:
     """What to measure."""
 
     data: Path | None = None
-    """Activations to evaluate on, as for training; their held-out part, where there is one. By
-    default those the SAE was trained on."""
+    """Activations to evaluate on, as for training; uses their held-out part if there is one
+    (default: those the SAE was trained on)."""
 
     max_tokens: int | None = None
-    """Reconstructs so many tokens, from the beginning of the data; by default all."""
+    """Evaluate the reconstruction on the first N tokens (default: all)."""
 
     batch_size: int = 4096
-    """Tokens reconstructed at a time."""
+    """Tokens per batch."""
 
     windows: int = 128
-    """Windows of the data's text to run its model on, with the SAE in place; 0 leaves it out."""
+    """Text windows to run the model on with the SAE spliced in; 0 skips the downstream
+    evaluation."""
 
     batch_windows: int = 8
-    """Windows the model reads at a time."""
+    """Windows per forward pass of the model."""
 
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model's weights and arithmetic."""
+    """Precision of the model."""
 
-    device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    device: str = "auto"
+    """Device: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     def __post_init__(self):
+        check_device(self.device)
         least = {"max_tokens": 1, "batch_size": 1, "windows": 0, "batch_windows": 1}
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -13,6 +13,7 @@ from fastsae.codes import Codes
 from fastsae.data.prefetch import checked
 from fastsae.data.source import ActivationSource
 from fastsae.nn.sae import SAE
+from fastsae.progress import progress_bar
 
 DENSE = 0.1  # a latent active on more than this fraction of the tokens is dense
 
@@ -87,9 +88,7 @@ def reconstruction(
         )
     sae = sae.to(device or sae.b_dec.device)
     totals = _Totals(width, sae.d_sae, sae.b_dec.device)
-    from tqdm import tqdm
-
-    bar = tqdm(total=tokens, desc="reconstruction", unit="tok", disable=not progress)
+    bar = progress_bar("reconstruction", "token", tokens, shown=progress)
     with evaluation_mode(sae), bar:
         for x in _in_order(data, tokens, batch_size):
             x = x.to(sae.b_dec)

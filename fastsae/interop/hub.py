@@ -16,7 +16,7 @@ def downloaded(source: str, files: tuple[str, ...]) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise ValueError(
-            f"{source} does not exist; for the hub's, pip install 'fastsae[hf]'"
+            f"{source} does not exist; for the hub's, pip install 'fastsae-triton[hf]'"
         ) from None
     wanted = [f"{inside}/{name}" if inside else name for name in files]
     if Path(inside).suffix in (".pt", ".npz"):

@@ -29,7 +29,7 @@ HINT = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTopKConfig(ActivationConfig):
-    """Keep the k N largest pre-activations of a batch of N tokens."""
+    """BatchTopK: the k * N largest pre-activations of a batch of N tokens."""
 
     name = "batchtopk"
 
@@ -37,10 +37,10 @@ class BatchTopKConfig(ActivationConfig):
     """Active latents per token, on average."""
 
     by: By = "value"
-    """What is ranked: the pre-activation, or its magnitude (BatchAbsTopK, which keeps the sign)."""
+    """Rank pre-activations by value, or by magnitude keeping their signs (BatchAbsTopK)."""
 
     momentum: float = 0.95
-    """Weight of the past in the running mean that the threshold for single tokens is."""
+    """Momentum of the running estimate of the inference threshold."""
 
     def __post_init__(self):
         check_least_k(self.k)

@@ -23,7 +23,7 @@ from .sparse_pre import SparsePre
 
 @dataclass(frozen=True, kw_only=True)
 class GatedConfig(L1Config):
-    """Keep latents whose gate is open, at a price on gates."""
+    """Gated SAE: an L1-penalized gate selects latents; a separate head sets their magnitude."""
 
     name = "gated"
 
@@ -66,7 +66,7 @@ class Gated(Activation, config=GatedConfig):
         gates = open_gates.codes(open_gates.pre)
         by_gates = gates.decode(W_dec.detach()) + b_dec.detach()
         price = self.coefficient(gates.values.sum(), codes.l0())
-        price = warmed(progress, self.cfg.price_warmup) * price
+        price = warmed(progress, self.cfg.sparsity_warmup) * price
         cost = (price + (target.detach() - by_gates).square().sum()) / max(len(x), 1)
         return codes, cost
 

@@ -32,30 +32,29 @@ BDecInit = Literal["median", "mean", "zero"]
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """How weights start."""
+    """Initialization."""
 
     rows: Rows = "random"
-    """Directions of the latents: uniform, or inside the span of the principal components that hold
-    99 % of the variance of a sample of the data, so that none is born dead (arXiv:2508.16929)."""
+    """Directions of the latents: random, or in the principal subspace that holds 99% of the data's
+    variance, which leaves no latent dead at the start (arXiv:2508.16929)."""
 
     row_norm: float = 1.0
-    """Length of the decoder's rows, and of tied encoder rows."""
+    """Norm of the decoder rows, and of tied encoder rows."""
 
     encoder: Encoder | None = None
-    """Encoder rows: a copy of the decoder's (tied); such a copy times the factor by which the first
-    reconstruction of a sample has the least error (fitted; much as in arXiv:2406.04093, A.1, which
-    matches lengths); or the decoder's a normalised copy of rows drawn as torch.nn.Linear draws them
-    (linear: uniform, within 1 / sqrt(d_in)). By default fitted in autoencoders with TopK, AbsTopK
-    or BatchTopK, unless their rows are to stay aligned; else tied."""
+    """Encoder rows: tied (a copy of the decoder's), fitted (tied, scaled to minimize the error of
+    the first reconstruction; much as in arXiv:2406.04093, A.1), or linear (drawn like
+    torch.nn.Linear's, the decoder being a normalized copy). Default: fitted in autoencoders with
+    TopK, AbsTopK or BatchTopK, unless the constraint is aligned; else tied."""
 
     b_dec: BDecInit = "median"
-    """Where b_dec starts: the geometric median or the mean of a sample of the data, or 0."""
+    """Initial b_dec: geometric median or mean of a sample of the data, or zero."""
 
     start_l0: float | None = None
-    """Active latents per token before the first step: b_enc starts where each latent is active for
-    this part of d_sae of 8192 tokens, and for one at least (as Anthropic does, January 2025 update
-    of transformer-circuits.pub, but to the L0 of the end, which is our choice). By default the
-    target_l0 of the activation; without one, or with 0, b_enc starts at 0."""
+    """L0 before the first step: b_enc is set so that each latent is active on this fraction of
+    d_sae of a sample of 8192 tokens, and on at least one (cf. Anthropic, January 2025 update of
+    transformer-circuits.pub). Default: the activation's target_l0; without one, or with 0, b_enc is
+    0."""
 
     def __post_init__(self):
         check_choices(self, rows=Rows, b_dec=BDecInit)

@@ -21,26 +21,25 @@ from .sparse_pre import SparsePre
 
 @dataclass(frozen=True, kw_only=True)
 class JumpReLUConfig(ActivationConfig):
-    """Keep every pre-activation above a trained threshold of its latent, at a price."""
+    """JumpReLU: a learned threshold per latent, with an L0 penalty."""
 
     name = "jumprelu"
 
     threshold: float = 0.001
-    """Where thresholds start, for activations with a mean square of 1."""
+    """Initial threshold, for activations with mean square 1."""
 
     bandwidth: float = 0.001
-    """Width of the window around a threshold whose tokens train it; short runs need more."""
+    """Bandwidth of the threshold's straight-through estimator; short runs need a wider one."""
 
     l0_coef: float | None = None
-    """Price of an active latent against a token's squared error; with a target, that of missing it
-    by its own size, by default d_in."""
+    """L0 coefficient, relative to the squared error per token. With a target L0, the coefficient of
+    (L0 / target - 1)^2 (default: d_in)."""
 
     target_l0: float | None = None
-    """Active latents per token that the price is to lead to; by default 32, if there is no
-    coefficient."""
+    """Target L0 of the penalty (default: 32 when no coefficient is given)."""
 
-    price_warmup: float = 0.1
-    """First part of training over which the price rises from 0."""
+    sparsity_warmup: float = 0.1
+    """Fraction of training over which the sparsity coefficient warms up."""
 
     def __post_init__(self):
         if not self.threshold >= 0:
@@ -48,7 +47,7 @@ class JumpReLUConfig(ActivationConfig):
         if not self.bandwidth > 0:
             raise ValueError(f"bandwidth must be above 0, got {self.bandwidth}")
         check_penalty(self.l0_coef, self.target_l0, "l0_coef")
-        check_warmup(self.price_warmup)
+        check_warmup(self.sparsity_warmup)
 
 
 class JumpReLU(Activation, config=JumpReLUConfig):
@@ -96,7 +95,7 @@ class JumpReLU(Activation, config=JumpReLUConfig):
         l0 = jumprelu_l0(pre, threshold, self.cfg.bandwidth).sum() / max(len(x), 1)
         missed = l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
         coef = float(x.shape[1]) if self.cfg.l0_coef is None else self.cfg.l0_coef
-        return codes, (warmed(progress, self.cfg.price_warmup) * coef * missed).to(x)
+        return codes, (warmed(progress, self.cfg.sparsity_warmup) * coef * missed).to(x)
 
     @torch.no_grad()
     def after_step(self, codes: Codes) -> None:

@@ -66,23 +66,22 @@ def check_penalty(value: float | None, target_l0: float | None, name: str) -> No
 
 def check_warmup(warmup: float) -> None:
     if not 0 <= warmup <= 1:
-        raise ValueError(f"price_warmup must be between 0 and 1, got {warmup}")
+        raise ValueError(f"sparsity_warmup must be between 0 and 1, got {warmup}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class L1Config(ActivationConfig):
-    """The settings of an activation with a price on the sum of its codes."""
+    """Settings of activations with an L1 penalty."""
 
     l1_coef: float | None = None
-    """Price of a token's codes (or of its gates), per unit of their sum, against its squared
-    error."""
+    """L1 coefficient, relative to the squared error per token."""
 
     target_l0: float | None = None
-    """Active latents per token that the price is steered to, from l1_coef if that is given; by
-    default 32, if it is not."""
+    """Target L0. If set, the coefficient is adapted to reach it (default: 32 when no coefficient is
+    given)."""
 
-    price_warmup: float = 0.1
-    """First part of training over which the price rises from 0."""
+    sparsity_warmup: float = 0.1
+    """Fraction of training over which the sparsity coefficient warms up."""
 
     def __post_init__(self):
         check_penalty(self.l1_coef, self.target_l0, "l1_coef")
@@ -90,4 +89,4 @@ class L1Config(ActivationConfig):
             raise ValueError(
                 f"target_l0 = {self.target_l0} needs l1_coef above 0, or none, to start from: got 0"
             )
-        check_warmup(self.price_warmup)
+        check_warmup(self.sparsity_warmup)

@@ -38,49 +38,48 @@ from .sparse_pre import SparsePre
 
 Gate = Literal["relu", "jumprelu", "topk"]
 Support = Literal["teacher", "none"]
-Centre = Literal["gate", "zero"]
+Center = Literal["gate", "zero"]
 
 DEFAULT_K = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class RationalConfig(ActivationConfig):
-    """Pass what a gate keeps through a rational function that is trained."""
+    """Rational SAE: a learned rational function of the latents that a gate selects."""
 
     name = "rational"
 
     gate: Gate = "topk"
-    """Which latents are active: as in that activation."""
+    """Activation whose rule selects the active latents."""
 
     support: Support = "teacher"
-    """Only latents that the gate keeps are active, or all (none): then L0 is d_sae, and every
-    product is dense."""
+    """teacher: only the latents that the gate selects are active. none: all are, so L0 is d_sae and
+    decoding is dense."""
 
-    centre: Centre = "gate"
-    """Where the function is centred: where the gate opens, as in the paper, or at 0. At 0 it can
-    start as the gate's activation exactly, whose values do not depend on where the gate is."""
+    center: Center = "gate"
+    """Center of the function: the gate's threshold, as in the paper, or zero, where it can start as
+    an exact copy of the gate's activation."""
 
     k: int | None = None
-    """Active latents per token, with the gate topk; by default 32."""
+    """Active latents per token, for the gate topk (default: 32)."""
 
     degree: tuple[int, int] | None = None
-    """Degrees (p, q) of numerator and denominator; by default (3, 2) for the gate relu and (9, 8)
-    for the others."""
+    """Degrees (p, q) of numerator and denominator (default: 3 2 for the gate relu, 9 8 for the
+    others)."""
 
     l1_coef: float = 0.0
-    """Price of a token's codes, per unit of their summed magnitudes, against its squared error."""
+    """L1 coefficient, relative to the squared error per token."""
 
     target_l0: float | None = None
-    """Active latents per token that the price is steered to, from l1_coef. The price is then shared
-    among latents by how far their gates are open, and as much in all as for the codes (our choice:
-    phi can make codes small and leave the gates as they are). Not for the gate topk, whose L0 is
-    k, nor with support none."""
+    """Target L0. If set, the coefficient is adapted to reach it, and the penalty's gradient is
+    shared among latents by how far their gates are open. Not for the gate topk, whose L0 is k, nor
+    with support none."""
 
     def __post_init__(self):
-        check_choices(self, gate=Gate, support=Support, centre=Centre)
-        if self.centre == "zero" and (self.gate == "relu" or self.support == "none"):
+        check_choices(self, gate=Gate, support=Support, center=Center)
+        if self.center == "zero" and (self.gate == "relu" or self.support == "none"):
             raise ValueError(
-                f'centre "zero" is for the gates jumprelu and topk with the support of a teacher, '
+                f'center "zero" is for the gates jumprelu and topk with the support of a teacher, '
                 f'got the gate "{self.gate}" with support "{self.support}"'
             )
         if self.k is not None and self.gate != "topk":
@@ -152,9 +151,9 @@ class Rational(Activation, config=RationalConfig):
     def fit(self, jump: float) -> RationalFit:
         """The best fit to the gate's activation where phi is taken of it, at c_in = c_out = 1.
 
-        The jump is from 0 at t = 0; there is none, whatever is given, for ReLU and the centre 0.
+        The jump is from 0 at t = 0; there is none, whatever is given, for ReLU and the center 0.
         """
-        jump = 0.0 if self.cfg.gate == "relu" or self.cfg.centre == "zero" else jump
+        jump = 0.0 if self.cfg.gate == "relu" or self.cfg.center == "zero" else jump
         if self.cfg.support == "teacher":
             return linear_fit(self.degree, jump)
         return gate_fit(self.degree, jump)
@@ -195,7 +194,7 @@ class Rational(Activation, config=RationalConfig):
                 largest, _ = topk(pre.detach(), min(self.k + 1, d_sae))
                 threshold = middle(largest, self.k)
             return SparsePre(pre, None, pre > threshold, d_sae), threshold
-        at_zero = self.cfg.centre == "zero"
+        at_zero = self.cfg.center == "zero"
         if self.cfg.gate == "topk":
             count = self.k if at_zero else min(self.k + 1, d_sae)
             largest, indices = encode_topk(x, W_enc, b_enc, count)

@@ -19,13 +19,13 @@ from .sparse_pre import SparsePre
 
 @dataclass(frozen=True, kw_only=True)
 class ReLUConfig(L1Config):
-    """Keep every positive pre-activation, at a price."""
+    """ReLU with an L1 sparsity penalty."""
 
     name = "relu"
 
     p_end: float = 1.0
-    """Exponent of the codes in the price at the end of training, from 1 at its beginning; below 1
-    it spares large codes (p-annealing, arXiv:2408.00113)."""
+    """Exponent of the penalty's norm at the end of training, annealed from 1; below 1 it shrinks
+    large activations less (p-annealing, arXiv:2408.00113)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +60,7 @@ class ReLU(Activation, config=ReLUConfig):
         codes = self.encode(x, weights)
         p = 1 - (1 - self.cfg.p_end) * progress
         price = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
-        return codes, warmed(progress, self.cfg.price_warmup) * price
+        return codes, warmed(progress, self.cfg.sparsity_warmup) * price
 
     def after_step(self, codes: Codes) -> None:
         self.coefficient.after_step(codes)

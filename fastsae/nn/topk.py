@@ -23,7 +23,7 @@ Rotation = Literal["support", "dense"]
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(ActivationConfig):
-    """Keep the k largest pre-activations of each token."""
+    """TopK: the k largest pre-activations of each token."""
 
     name = "topk"
 
@@ -31,16 +31,17 @@ class TopKConfig(ActivationConfig):
     """Active latents per token."""
 
     by: By = "value"
-    """What is ranked: the pre-activation, or its magnitude (AbsTopK, which keeps the sign)."""
+    """Rank pre-activations by value, or by magnitude keeping their signs (AbsTopK)."""
 
     gradient: Gradient = "straight_through"
-    """What reaches the pre-activations: the gradient of the kept ones, or that gradient rotated
-    and scaled as the choice rotated and scaled them (arXiv:2410.06424). The rotation applies where
-    encoding and decoding are one, in `sae(x)`, `sae.reconstruct` and training; not in `encode`."""
+    """Gradient with respect to the pre-activations: straight-through, or the rotation trick
+    (arXiv:2410.06424), which rotates and scales it as the selection rotated and scaled them. The
+    rotation applies in `sae(x)`, `sae.reconstruct` and training, where encoding and decoding are
+    one operation; not in `encode`."""
 
     rotation: Rotation | None = None
-    """Whose gradient a rotation takes: that of the kept latents (support, the default) or of all
-    latents, also those not kept (dense)."""
+    """Which latents the rotation's gradient covers: the active ones (support, the default) or all
+    of them (dense)."""
 
     def __post_init__(self):
         check_least_k(self.k)

@@ -30,7 +30,7 @@ LOG_VARIANCE = -6.0, 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class VariationalConfig(ActivationConfig):
-    """Keep the k largest latents of each token, noisy in training, close to a Gaussian prior."""
+    """Variational SAE: TopK of a noisy code with a Gaussian prior."""
 
     name = "variational"
 
@@ -38,20 +38,21 @@ class VariationalConfig(ActivationConfig):
     """Active latents per token."""
 
     variance: Variance = "none"
-    """Of the noise: no noise, 1, or what a second encoder says of each token and latent."""
+    """Variance of the noise: none, fixed at 1, or learned by a second encoder per token and
+    latent."""
 
     beta: float = 0.001
-    """Price of a token's divergence from the prior, in nats, against its squared error."""
+    """KL coefficient (in nats), relative to the squared error per token."""
 
-    price_warmup: float = 0.1
-    """First part of training over which the price rises from 0."""
+    sparsity_warmup: float = 0.1
+    """Fraction of training over which the sparsity coefficient warms up."""
 
     def __post_init__(self):
         check_least_k(self.k)
         check_choices(self, variance=Variance)
         if not self.beta >= 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
-        check_warmup(self.price_warmup)
+        check_warmup(self.sparsity_warmup)
 
 
 class Variational(Activation, config=VariationalConfig):
@@ -85,7 +86,7 @@ class Variational(Activation, config=VariationalConfig):
             kl = kl + divergence
         values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         codes = Codes(values, indices, len(weights.W_enc))
-        price = warmed(progress, self.cfg.price_warmup) * self.cfg.beta
+        price = warmed(progress, self.cfg.sparsity_warmup) * self.cfg.beta
         return codes, price * kl / max(len(x), 1)
 
     def sample(

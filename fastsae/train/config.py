@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fastsae.device import Device
+from fastsae.device import check_device
 from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
 
@@ -17,98 +17,97 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8", "int8"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a run; the defaults train on the demo's activations in a few minutes."""
+    """Settings of a run; the defaults train on the demo activations in a few minutes."""
 
     data: Path | None = None
-    """Activations to train on: a folder from `fastsae harvest`, or .npy or .safetensors files.
-    Without it, activations of a small transformer over Python's own library are made and used."""
+    """Activations to train on: a directory from `fastsae harvest`, or .npy or .safetensors files.
+    Default: harvest demo activations (MiniLM over the Python standard library)."""
 
     target: Path | None = None
-    """Activations of the same tokens that the output is to be, in place of the input's own: makes
-    it a transcoder."""
+    """Target activations for the same tokens (trains a transcoder)."""
 
     skip: bool = False
-    """The transcoder also passes its input on through a linear map."""
+    """Add a linear skip connection to the transcoder."""
 
     layers: tuple[Path, ...] = ()
-    """Activations of the same tokens in other layers, coded together with those in data by one
-    dictionary: makes it a crosscoder."""
+    """Activations of the same tokens at further layers, encoded jointly with `data` (trains a
+    crosscoder)."""
 
     out: Path = Path("runs/sae")
-    """Folder for the run's results; it must not hold another run."""
+    """Run directory for results; it must not hold another run."""
 
     d_sae: int = 4096
-    """Latents in the dictionary."""
+    """Number of latents."""
 
     by_norm: bool = False
-    """Choose and penalise latents by their value times the norm of their decoder row, which another
-    constraint than unit must leave free. A crosscoder always does, by the norms in its layers."""
+    """Select and penalize latents by activation times decoder-row norm; needs a constraint other
+    than unit. Crosscoders always do, with the norms over all layers."""
 
     layer_norm: bool = False
-    """An autoencoder sees each token less its mean, divided by its standard deviation, and is
-    trained to reconstruct that; the saved SAE takes and returns activations as they are."""
+    """Apply layer norm to each token and train to reconstruct the normalized activations. The saved
+    SAE takes and returns raw activations."""
 
     activation: ActivationConfig = field(default_factory=TopKConfig)
-    """How pre-activations become codes, with its own settings."""
+    """Activation."""
 
     objective: Objective = field(default_factory=Objective)
-    """What is minimised."""
+    """Loss."""
 
     optimizer: Optimizer = field(default_factory=Optimizer)
-    """How weights move."""
+    """Optimizer."""
 
     init: Init = field(default_factory=Init)
-    """How weights start."""
+    """Initialization."""
 
     steps: int | None = None
-    """Optimisation steps; by default one pass over the data, but at least 600."""
+    """Training steps (default: one pass over the data, at least 600)."""
 
     batch_size: int = 4096
     """Tokens per step."""
 
     seed: int = 0
-    """Seed of initialisation and shuffling: the same seed gives the same bits."""
+    """Random seed of initialization and shuffling; runs with the same seed are bit-identical."""
 
     data_seed: int | None = None
-    """Seed of the data's order, if it is not to be the other one."""
+    """Seed for data shuffling (default: `seed`)."""
 
-    device: Device = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    device: str = "auto"
+    """Training device: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
     encoder_precision: Precision = "auto"
-    """Precision of the encoder GEMM. On a GPU, the fused step computes from bf16 copies of the fp32
-    weights with bf16 and fp8: bf16 ranks latents by pre-activations rounded to bf16; fp8 (TopK,
-    capability 8.9 or above, sizes divisible by 16) looks for candidates in fp8 and ranks them by
-    fp32 sums. auto is fp8 where that is supported, d_sae is at least 1500 k and k at most 512, else
-    bf16; without a GPU or the fused step it is fp32. tf32 lets a GPU round the inputs of all dense
-    products. On a CPU, bf16 and int8 find candidates and rank them in fp32: almost always the same
-    choice, and faster; the processor must have bf16 or, for int8, VNNI instructions."""
+    """Precision of the encoder GEMM. On a GPU, the fused step works on bf16 copies of the fp32
+    weights with bf16 and fp8: bf16 ranks latents by bf16 pre-activations; fp8 (TopK, compute
+    capability 8.9 or higher, sizes divisible by 16) finds candidates in fp8 and ranks them in fp32.
+    auto is fp8 where supported if d_sae >= 1500 k and k <= 512, else bf16; on a CPU or without the
+    fused step it is fp32. tf32 uses TF32 for all dense matmuls. On a CPU, bf16 and int8 find
+    candidates and rank them in fp32: almost always the same selection, and faster; the CPU must
+    support bf16 or, for int8, VNNI instructions."""
 
     dead_after: int | None = None
-    """Tokens without firing after which a latent counts as dead; by default 10 million, or an
-    eighth of the run if that is less."""
+    """Tokens without activation after which a latent counts as dead (default: 10 million, or an
+    eighth of the run if that is less)."""
 
     step: Literal["auto", "fused", "autograd"] = "auto"
-    """How a step is computed; auto takes the fused step wherever it applies."""
+    """Implementation of the training step; auto uses the fused step where supported."""
 
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Whether a GPU replays the fused step as one CUDA graph while no latent is dead; auto does so
-    where each token has equally many active latents (TopK and AbsTopK)."""
+    """Replay the fused step as a CUDA graph while no latent is dead; auto does so for TopK and
+    AbsTopK, whose L0 is fixed."""
 
     checkpoint_every: int = 200
     """Steps between checkpoints."""
 
     keep_checkpoints: int = 2
-    """Checkpoints that are kept: the last ones."""
+    """Number of checkpoints to keep."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between log lines (metrics.jsonl)."""
 
     tensorboard: bool = False
     """Also log to TensorBoard, in OUT/tensorboard."""
 
     wandb: str | None = None
-    """Also log to this project of Weights & Biases."""
+    """Also log to this Weights & Biases project."""
 
     def __post_init__(self):
         at_least_one = ("d_sae", "steps", "batch_size", "checkpoint_every", "keep_checkpoints")
@@ -116,6 +115,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_device(self.device)
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
         if self.target is not None and self.layers:

@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A run was asked to stop; what it had done is saved."""
 
     def __init__(self, signum: int, message: str):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.files import write_atomically
+from fastsae.progress import progress_bar, shows_bars
 
 from .config import TrainConfig
 
@@ -22,11 +23,9 @@ class Log:
         keep_lines(self.path, first_step)
         self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
         self._wandb = _wandb(config) if config.wandb else None
-        self._alone, self._live = alone, alone and sys.stderr.isatty()
+        self._alone, self._live = alone, alone and shows_bars()
         self.last: dict[str, Any] = {}
-        from tqdm import tqdm  # here, so that kernels and steps can be used without it
-
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self._live)
+        self._bar = progress_bar("train", "step", steps, first_step, shown=alone)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def advance(self) -> None:

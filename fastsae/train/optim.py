@@ -33,43 +33,42 @@ Moments = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """How weights move."""
+    """Optimizer."""
 
     lr: float | None = None
-    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 16384), and up to 5 times that in runs
-    of under 15000 steps."""
+    """Peak learning rate (default: 2e-4 / sqrt(d_sae / 16384), up to 5 times that in runs shorter
+    than 15000 steps)."""
 
     warmup: int | None = None
-    """Steps over which the learning rate rises; by default a twentieth of all, at most 1000."""
+    """Learning-rate warmup steps (default: 5% of the run, at most 1000)."""
 
     decay: float = 0.2
-    """Last part of the run over which the learning rate falls to 0."""
+    """Fraction of the run, at its end, over which the learning rate decays to 0."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's rates of forgetting."""
+    """Adam betas (beta1, beta2)."""
 
     eps: float = 6.25e-10
-    """Adam's epsilon."""
+    """Adam epsilon."""
 
     clip: float | None = None
-    """The norm that all gradients together are scaled down to, if they exceed it."""
+    """Clip the global gradient norm to this value."""
 
     ema: float | None = None
-    """The SAE that a run saves is an average over its steps, each weighing so much as the next."""
+    """Decay of the EMA of the weights; if set, the EMA weights are saved."""
 
     constraint: Constraint = "unit"
-    """On weights after each step: decoder rows of norm 1, with the part of their gradient along
-    them removed before; encoder rows whose product with their decoder row is 1 (aligned,
-    arXiv:2605.18629); or none."""
+    """Constraint after each step. unit: decoder rows of norm 1, with gradients projected orthogonal
+    to them. aligned: each encoder row's dot product with its decoder row is 1
+    (arXiv:2605.18629)."""
 
     adam_moments: Moments = "fp32"
-    """How Adam's moments of the weights are kept; bf16, rounded stochastically, saves a third of
-    the memory and of what each step moves."""
+    """Precision of Adam's moments of the weights; bf16, rounded stochastically, saves a third of
+    the optimizer's memory and traffic."""
 
     adam_window: int = 1
-    """Latents without a gradient are updated at least every so many steps, at most 8; then they
-    make up for the steps they missed, and until then the encoder sees them as they were. 1 is
-    Adam."""
+    """Lazy updates: latents without gradient are updated at least every N steps (max 8), applying
+    the missed momentum. 1 is standard Adam."""
 
     def __post_init__(self):
         check_choices(self, constraint=Constraint, adam_moments=Moments)

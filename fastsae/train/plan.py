@@ -5,7 +5,6 @@ from importlib.util import find_spec
 from typing import Literal, TypedDict
 
 from fastsae.device import choose_device
-from fastsae.losses import default_k_aux
 from fastsae.nn import TopKConfig
 from fastsae_kernels import WIDEST, float8_pays, has_bf16, why_not_float8, why_not_int8
 
@@ -23,7 +22,7 @@ class Plan:
     """The resolved settings of a run; fields have their meaning in TrainConfig."""
 
     steps: int
-    device: Literal["cpu", "cuda"]
+    device: str
     step: Literal["fused", "autograd"]
     encoder_precision: Resolved
     lr: float
@@ -31,14 +30,13 @@ class Plan:
     dead_after: int
     dead_every: int
     """Steps between updates of the set of dead latents: a hundredth of dead_after."""
-    k_aux: int
 
     @classmethod
     def of(cls, config: TrainConfig, d_out: int, n_tokens: int) -> "Plan":
         """Raises ValueError for a setting that the SAE or the machine does not support."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
-                raise ValueError(f"{name} is not installed: pip install 'fastsae[log]'")
+                raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
         optimizer = config.optimizer
         steps = config.steps or max(600, n_tokens // config.batch_size)
         step = config.step
@@ -62,7 +60,6 @@ class Plan:
             warmup=min(1000, steps // 20) if optimizer.warmup is None else optimizer.warmup,
             dead_after=dead_after,
             dead_every=max(1, dead_after // (100 * config.batch_size)),
-            k_aux=config.objective.k_aux or default_k_aux(d_out),
         )
 
 

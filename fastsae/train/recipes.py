@@ -1,4 +1,4 @@
-"""The settings of other trainers that people compare against."""
+"""Recipes: the default settings of other trainers, as baselines."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
     """The settings that a trainer has by default for TopK SAEs with d_sae latents.
 
     openai: arXiv:2406.04093; the other ones are the libraries of these names. What is kept: their
-    initialisation, loss, optimizer and treatment of dead latents. Where theirs is a choice (Adam or
+    initialization, loss, optimizer and treatment of dead latents. Where theirs is a choice (Adam or
     signum in sparsify), it is Adam. ValueError for an unknown name.
     """
     usual = TrainConfig()

@@ -16,6 +16,7 @@ from fastsae.config import from_dict, to_dict
 from fastsae.data import ActivationSource
 from fastsae.files import read_json, write_json
 from fastsae.nn import SAE
+from fastsae.progress import progress_bar, shows_bars
 
 from .comparison import compare
 from .config import TrainConfig
@@ -100,10 +101,7 @@ class Sweep:
         trainer, state = self.trainers[self.first], states[self.first]
         steps, every = trainer.plan.steps, trainer.config.log_every
         shared = stacks(self.trainers, states)
-        live = sys.stderr.isatty()
-        from tqdm import tqdm  # here, so that kernels and steps can be used without it
-
-        bar = tqdm(total=steps, initial=state.step, unit="step", disable=not live)
+        bar = progress_bar("sweep", "step", steps, state.step)
         with trainer.batches(state) as batches, bar:
             while state.step < steps:
                 batch, codes, start = trainer.load(batches, state), {}, time.perf_counter()
@@ -122,7 +120,7 @@ class Sweep:
                     best = min(lines, key=lambda name: lines[name])
                     text = f"best FVU {lines[best]:.4f} ({best})"
                     bar.set_postfix_str(text)
-                    if not live:
+                    if not shows_bars():
                         print(f"step {state.step}/{steps}  {text}", file=sys.stderr)
                 if interrupts.signum and state.step < steps:
                     for name, one in self.trainers.items():

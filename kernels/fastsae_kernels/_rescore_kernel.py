@@ -13,7 +13,8 @@ from torch import Tensor
 from ._latent_major_kernel import constants_for, load_rows
 from ._launch import launch
 from ._sparse_kernel import load_latents
-from ._topk_kernel import By, sort_key
+from ._topk_kernel import sort_key
+from .topk import By
 
 TILE = 32
 """Candidates that are compared with as many others at a time; more take registers from loads."""

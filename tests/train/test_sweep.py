@@ -142,8 +142,8 @@ def test_what_the_words_of_a_sweep_mean():
     ("words", "message"),
     [
         (["relu", "gated", "--k", "3"], "none of relu, gated has the setting k"),
-        (["topk:seed=5", "--seeds", "0", "1"], "an SAE of a sweep has no seed of its own"),
-        (["topk:recipe=openai"], "an SAE of a sweep has no recipe of its own"),
+        (["topk:seed=5", "--seeds", "0", "1"], "seed cannot be set per SAE in a sweep"),
+        (["topk:recipe=openai"], "recipe cannot be set per SAE in a sweep"),
     ],
 )
 def test_words_without_effect_are_refused(words, message):

@@ -1,0 +1,46 @@
+"""fastsae eval: the metrics of a trained SAE."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastsae.config import to_dict
+from fastsae.data import ActivationShards, Joined
+from fastsae.evals import EvalConfig, evaluate, evaluation_table
+from fastsae.files import read_json, write_json
+from fastsae.interop import load
+from fastsae.train import stored_config
+
+from .parse import filled, read_words
+from .train import source_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(EvalConfig):
+    """Evaluate a trained SAE on held-out activations, and spliced into its model."""
+
+    run: Path
+    """Directory of a run or of a saved SAE, from fastsae or another library."""
+
+
+def main(words: Sequence[str]) -> None:
+    command = filled(Eval, read_words(words), ["run"])
+    run = command.run
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a directory, where the results could go")
+    result = evaluate(load(run), eval_data(run, command.data), command)
+    write_json(run / "eval.json", to_dict(result))
+    print(f"{run} on {result.data}:")
+    print(evaluation_table(result))
+    print(f"written to {run / 'eval.json'}")
+
+
+def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
+    """The data asked for, or what the run was trained on; the held-out part of either."""
+    if data is not None:
+        source = ActivationShards(data)
+    elif read_json(run / "config.json").get("config") is None:
+        raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
+    else:
+        source = source_of(stored_config(run))
+    return source.heldout or source

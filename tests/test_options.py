@@ -1,0 +1,166 @@
+"""What words and files on the command line mean, and what help says of them."""
+
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsae import __version__
+from fastsae.cli import run
+from fastsae.cli.convert import Convert
+from fastsae.cli.help import COMMANDS, command_help
+from fastsae.cli.parse import Given, filled, read_words, types_in
+from fastsae.cli.sweep import read_sweep
+from fastsae.cli.train import read_train
+from fastsae.data import HarvestConfig
+from fastsae.device import choose_device
+from fastsae.interop import WRITTEN
+from fastsae.nn import JumpReLUConfig
+from fastsae.nn.activations import CHOICES
+from fastsae.train import RECIPES, TrainConfig
+
+HARVEST = ["--model", "m", "--out", "o", "--text", "a", "b"]
+TOML = """
+steps = 50
+layer-norm = true
+betas = [0.5, 0.75]
+
+[activation]
+name = "jumprelu"
+target_l0 = 16
+"""
+
+
+def shown(*words: str) -> str:
+    """What a process prints that may not import torch."""
+    code = "import sys; sys.modules['torch'] = None; from fastsae.cli import main; main()"
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_needs_no_torch():
+    assert shown() == shown("--help")
+    assert shown("--version") == f"fastsae {__version__}\n"
+    assert "--help-all" in shown("train", "--help")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_every_option_and_fits(command, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run([command, "--help"])
+    brief = capsys.readouterr().out
+    run([command, "--help-all"])
+    whole = capsys.readouterr().out
+    assert max(map(len, (brief + whole).splitlines())) <= columns
+    assert len(brief.splitlines()) < 70
+    if command in ("train", "sweep"):
+        assert all(
+            f"  --{name.replace('_', '-')} " in f"{whole} " for name in types_in(TrainConfig())
+        )
+        assert all(name in brief for name in RECIPES)
+    if command == "train":
+        assert all(name in brief for name in CHOICES)
+
+
+def test_python_m():
+    command = [sys.executable, "-m", "fastsae", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == command_help("train", []) + "\n"
+
+
+def test_a_reader_that_has_enough():
+    words = ["-m", "fastsae", "train", "--help-all"]
+    process = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_flags_override_a_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(TOML)
+    config = read_train(["--config", str(path), "--steps", "60"]).config
+    assert config.activation == JumpReLUConfig(target_l0=16.0)
+    assert (config.steps, config.layer_norm, config.optimizer.betas) == (60, True, (0.5, 0.75))
+    assert read_sweep(["--config", str(path), "relu"]).saes == ("relu",)
+    path.write_text("stepz = 3")
+    with pytest.raises(ValueError, match="unknown option --stepz; did you mean --step or --steps"):
+        read_train(["--config", str(path)])
+    path.write_text("steps 3")
+    with pytest.raises(ValueError, match=r"run.toml is not a TOML file"):
+        read_train([f"--config={path}"])
+
+
+def test_words_after_an_option_that_takes_fewer():
+    assert read_sweep(["--layer-norm", "relu", "--steps", "3", "topk"]).saes == ("relu", "topk")
+    config = read_train(["--no-layer-norm", "--wandb", "none", "--dead-after=9"]).config
+    assert (config.layer_norm, config.wandb, config.dead_after) == (False, None, 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "hookpoint"), [(["layers.1"], "layers.1"), (["a", "b"], ("a", "b"))]
+)
+def test_one_or_several_hookpoints(words, hookpoint):
+    given = read_words([*HARVEST, "--hookpoint", *words])
+    assert filled(HarvestConfig, given).hookpoint == hookpoint
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kk 3", "unknown option --kk; did you mean --k?"),
+        ("--d_sea 64", "unknown option --d-sea; did you mean --d-sae"),
+        ("--learning-rate 1", "unknown option --learning-rate; did you mean --lr?"),
+        ("--expansion-factor 4", "unknown option --expansion-factor; did you mean --d-sae?"),
+        ("--l1 4", r"did you mean --l1-coef\? \(for --activation relu, gated, rational\)"),
+        ("--target-l0 4", r"unknown option --target-l0 \(for --activation jumprelu, relu"),
+        ("--activation relu --centre zero", "did you mean --center"),
+        ("--k", "--k needs a value"),
+        ("--k 1.5", "--k must be a whole number, got '1.5'"),
+        ("--lr fast", "--lr must be a number, got 'fast'"),
+        ("--betas 0.9", "--betas takes 2 values, got 1"),
+        ("--step quick", "--step must be one of auto, fused, autograd, got 'quick'"),
+        ("--device gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("runs/sae", "unexpected argument 'runs/sae'"),
+    ],
+)
+def test_mistakes(words, message):
+    with pytest.raises(ValueError, match=message):
+        read_train(words.split())
+
+
+def test_what_is_required():
+    given: Given = read_words(HARVEST)
+    with pytest.raises(ValueError, match="--hookpoint is required"):
+        filled(HarvestConfig, given)
+
+
+def test_paths_are_paths():
+    assert read_train(["--layers", "a", "b"]).config.layers == (Path("a"), Path("b"))
+
+
+def test_every_library_that_is_written():
+    assert typing.get_args(typing.get_type_hints(Convert)["to"]) == WRITTEN
+
+
+def test_one_of_several_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [
+        "cuda",
+        "cuda",
+        "cuda:1",
+    ]
+    assert chosen == ["cuda:1"]
+    with pytest.raises(ValueError, match="device must be below cuda:2"):
+        choose_device("cuda:2")
