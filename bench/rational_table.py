@@ -22,6 +22,7 @@ from torch import Tensor
 from fastsae.nn.rational_fit import (
     TABLE,
     Degree,
+    Function,
     Objective,
     RationalFit,
     Vector,
@@ -35,7 +36,12 @@ from fastsae.nn.rational_fit import (
     targets,
 )
 
-ROWS = ("relu", 3, 2), ("relu", 5, 4), ("relu", 7, 6), ("jumprelu", 9, 8)
+ROWS: tuple[tuple[Function, int, int], ...] = (
+    ("relu", 3, 2),
+    ("relu", 5, 4),
+    ("relu", 7, 6),
+    ("jumprelu", 9, 8),
+)
 SHARPNESS = 1e6
 """In the end the soft maximum exceeds the maximum by at most log(2 G) / SHARPNESS of it."""
 
