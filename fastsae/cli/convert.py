@@ -1,4 +1,4 @@
-"""fastsae convert: an SAE from one library's files to another's."""
+"""fastsae convert: converts an SAE from one library's format to another's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,36 +6,36 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import tyro
 
-from fastsae.interop import WRITTEN, load, save
+from fastsae.interop import WRITABLE, load, save
 
 if TYPE_CHECKING:
     Form: TypeAlias = str
 else:
-    Form = Literal[WRITTEN]
+    Form = Literal[WRITABLE]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a trained SAE as another library's files.
+    """Convert a trained SAE to another library's format.
 
-    It is recognised by its files: of fastsae, SAELens, sparsify or dictionary_learning, Gemma
-    Scope's params.npz, OpenAI's state dict; or an id on the Hugging Face hub.
+    The input format is detected: fastsae, SAELens, sparsify or dictionary_learning files, a Gemma
+    Scope params.npz, an OpenAI .pt file, or the id of one of these on the Hugging Face Hub.
     """
 
     source: tyro.conf.Positional[str]
-    """A folder, a file, or organisation/repository/folder on the hub."""
+    """A directory, a file, or owner/repository/directory on the Hub."""
 
     out: tyro.conf.Positional[Path]
-    """Folder for the files; it must be new or empty."""
+    """Output directory; must be new or empty."""
 
     to: Form
-    """Whose files to write."""
+    """Format to write."""
 
 
 def convert(command: Convert) -> None:
     out = command.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder: choose another one")
+        raise ValueError(f"{out} is not an empty directory: choose another one")
     sae = load(command.source)
     save(sae, out, command.to)
     files = ", ".join(sorted(path.name for path in out.iterdir()))

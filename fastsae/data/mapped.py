@@ -41,7 +41,7 @@ def map_safetensors(path: Path) -> dict[str, Mapped]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes)")
+            raise ValueError(f"{path}: not a complete safetensors file ({size} bytes)")
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -77,7 +77,7 @@ def map_npy(path: Path) -> Mapped:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a whole npy file of numbers: {error}") from error
+        raise ValueError(f"{path}: not a valid .npy file of numbers: {error}") from error
     if not isinstance(array, np.memmap):
         raise ValueError(f"{path}: not an npy file")
     if str(array.dtype) not in _NUMPY or array.dtype.kind != "f":
