@@ -7,16 +7,16 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from fastsae.data.prefetch import Batches, Window, checked
+from fastsae.data.prefetch import Load, Window
 from fastsae.data.shards import WINDOW_BYTES, ActivationShards, Contexts
-from fastsae.data.shuffle import Cursor, Shuffle
-from fastsae.data.source import ActivationSource
+from fastsae.data.shuffle import Shuffle
+from fastsae.data.source import ActivationSource, Shuffled
 
 COMPARED = 1024  # rows whose tokens are compared
 READ_ROWS = 4096  # rows read from a source at one time, to fill a window
 
 
-class Joined:
+class Joined(Shuffled):
     """Rows of several sources next to each other: row n is the sources' rows n, one after another.
 
     For a transcoder the sources are a module's input and its output, for a crosscoder the layers
@@ -82,9 +82,9 @@ class Joined:
             raise ValueError("none of the joined sources holds token ids")
         return self._told[0][1].contexts(indices)
 
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows at `indices`, in that order; a ValueError if one is out of range."""
-        return torch.cat([source.rows(indices) for source in self.sources], 1)
+    def gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+        wanted = torch.from_numpy(rows)
+        return torch.cat([source.rows(wanted) for source in self.sources], 1).numpy()
 
     def where(self, row: int) -> str:
         """The name of a row in the source that holds its largest entry, or one that is NaN."""
@@ -93,45 +93,18 @@ class Joined:
         place = peaks.index(max(peaks))
         return f"source {place + 1} of {len(parts)}, {self.sources[place].where(row)}"
 
-    def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
-        """`n` rows, or all if there are fewer, drawn without replacement: same seed, same rows."""
-        generator = np.random.Generator(np.random.PCG64(seed))
-        wanted = generator.choice(self.n_tokens, min(n, self.n_tokens), replace=False)
-        x = self.rows(torch.from_numpy(wanted))
-        checked(x.numpy(), wanted, self.where)
-        return x
-
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
-    ) -> Batches:
-        """Endless shuffled batches, loaded ahead by a thread; from `cursor` they go on exactly.
-
-        The order is one of its own, not that of any source, and depends on `seed`, the epoch and
-        the total width only.
-        """
+    def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
+        """An order of its own, which depends on `seed`, the epoch and the total width only."""
         order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // (4 * self.d_in))
         buffer = np.empty((min(order.window_rows, self.n_tokens), self.d_in), np.float32)
 
         def load(rows: Int64[np.ndarray, " window"]) -> Window:
             for start in range(0, len(rows), READ_ROWS):
-                part = torch.from_numpy(rows[start : start + READ_ROWS])
-                buffer[start : start + len(part)] = self.rows(part).numpy()
-            return lambda picks: buffer[picks]
+                part = rows[start : start + READ_ROWS]
+                buffer[start : start + len(part)] = self.gather(part)
+            return buffer.__getitem__
 
-        return Batches(
-            order,
-            load,
-            self.where,
-            batch_size=batch_size,
-            cursor=cursor,
-            pin_memory=pin_memory,
-            depth=depth,
-        )
+        return order, load
 
 
 def _heldout(sources: tuple[ActivationSource, ...]) -> Joined | None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from fastsae.data.index import INDEX, Index, Norm, Shard, read_index, sha256
 from fastsae.data.mapped import FLOATS, Mapped, map_npy, map_safetensors, to_float32
 from fastsae.data.moments import Moments, Summary
-from fastsae.data.prefetch import Batches, Window, checked
-from fastsae.data.shuffle import Cursor, Shuffle
+from fastsae.data.prefetch import Load, Window, checked
+from fastsae.data.shuffle import Shuffle
+from fastsae.data.source import Shuffled
 
 WINDOW_BYTES = 128_000_000  # data being drawn from, and resident, at one time
 LABELS = ("token_ids", "positions", "documents")
@@ -37,7 +38,7 @@ class _File(NamedTuple):
     sha256: str | None
 
 
-class ActivationShards:
+class ActivationShards(Shuffled):
     """Activations in a folder that `harvest` or `ShardWriter` wrote, or in plain files.
 
     Plain data is an .npy file, a .safetensors file with a single tensor, or a folder of either;
@@ -85,7 +86,7 @@ class ActivationShards:
         moments = Moments(self.d_in)
         for start in range(0, self.n_tokens, 4096):
             rows = np.arange(start, min(start + 4096, self.n_tokens))
-            moments.add(checked(self._gather(rows), rows, self.where))
+            moments.add(checked(self.gather(rows), rows, self.where))
         return moments.summary()
 
     @property
@@ -103,20 +104,6 @@ class ActivationShards:
         """Statistics of the row norms. Plain data is read through once for them."""
         return self._summary.norm
 
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows at `indices`, in that order; a ValueError if one is out of range."""
-        wanted = indices.numpy().astype(np.int64, copy=False)
-        self._check_range(wanted)
-        self._verify_touched(wanted)
-        return torch.from_numpy(self._gather(wanted))
-
-    def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
-        """`n` rows, or all if there are fewer, drawn without replacement: same seed, same rows."""
-        generator = np.random.Generator(np.random.PCG64(seed))
-        wanted = generator.choice(self.n_tokens, min(n, self.n_tokens), replace=False)
-        self._verify_touched(wanted)
-        return torch.from_numpy(checked(self._gather(wanted), wanted, self.where))
-
     @property
     def has_contexts(self) -> bool:
         """Whether it is known where rows come from: not in plain data."""
@@ -126,8 +113,7 @@ class ActivationShards:
         """Tokens, positions and documents of the rows at `indices`. Plain data has none."""
         if not self._index:
             raise ValueError(f"{self.path} is plain data and holds no token ids")
-        wanted = indices.numpy().astype(np.int64, copy=False)
-        self._check_range(wanted)
+        wanted = self.in_range(indices)
         out = {name: torch.empty(len(wanted), dtype=torch.int64) for name in LABELS}
         for number, places, local in self._split(wanted):
             for name in LABELS:
@@ -139,37 +125,17 @@ class ActivationShards:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{self._files[number].path.name} row {row - int(self._starts[number])}"
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
-    ) -> Batches:
-        """Endless shuffled batches, loaded ahead by a thread; from `cursor` they go on exactly.
-
-        The order depends on `seed` and the epoch only. Each shard's SHA-256 is compared with the
-        index when the shard is first touched; as blocks come from everywhere, that is soon.
-        """
+    def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
+        """The order depends on `seed` and the epoch only."""
         order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // self._row_bytes)
         size = min(order.window_rows, self.n_tokens)
         buffer = np.empty((size, self.d_in), self._files[0].activations.array.dtype)
 
         def load(rows: Int64[np.ndarray, " window"]) -> Window:
-            self._verify_touched(rows)
             window = self._copy(rows, buffer[: len(rows)])
             return lambda picks: to_float32(window[picks], self.dtype)
 
-        return Batches(
-            order,
-            load,
-            self.where,
-            batch_size=batch_size,
-            cursor=cursor,
-            pin_memory=pin_memory,
-            depth=depth,
-        )
+        return order, load
 
     def verify(self) -> None:
         """Compares every shard's SHA-256 with the index; a ValueError names one that differs."""
@@ -194,11 +160,12 @@ class ActivationShards:
             touched = {number for number, _, _ in self._split(rows)}
             self._verify(sorted(touched - self._verified))
 
-    def _gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+    def gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
         out = np.empty((len(rows), self.d_in), self._files[0].activations.array.dtype)
         return to_float32(self._copy(rows, out), self.dtype)
 
     def _copy(self, rows: Int64[np.ndarray, " N"], out: np.ndarray) -> np.ndarray:
+        self._verify_touched(rows)
         for number, places, local in self._split(rows):
             self._files[number].activations.copy(local, out, places)
         return out
@@ -213,12 +180,6 @@ class ActivationShards:
         touched, firsts = np.unique(numbers, return_index=True)
         for number, places in zip(touched.tolist(), np.split(order, firsts[1:]), strict=True):
             yield number, places, rows[places] - self._starts[number]
-
-    def _check_range(self, rows: Int64[np.ndarray, " N"]) -> None:
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_tokens:
-            raise ValueError(
-                f"rows must be from 0 to {self.n_tokens - 1}, got {rows.min()} to {rows.max()}"
-            )
 
 
 def _fingerprint(path: Path, files: list[_File]) -> str:

@@ -7,19 +7,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastsae.data.prefetch import Batches, Window
-from fastsae.data.shuffle import Cursor, Shuffle
+from fastsae.data.prefetch import Load, Window
+from fastsae.data.shuffle import Shuffle
+from fastsae.data.source import Shuffled
 
 BLOCK_ROWS = 1024  # rows that are made together, from one key
 WINDOW_ROWS = 8 * BLOCK_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic:
+class Synthetic(Shuffled):
     """Rows x = Σ v_i dictionary[i] + noise, with `active` latents i per row and v_i ≥ ½.
 
     A source like `ActivationShards`, without files: row n is a function of the settings and n.
@@ -89,15 +90,6 @@ class Synthetic:
         """A short hash of the settings."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows at `indices`, in that order; a ValueError if one is out of range."""
-        wanted = indices.numpy().astype(np.int64, copy=False)
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.n_tokens:
-            raise ValueError(
-                f"rows must be from 0 to {self.n_tokens - 1}, got {wanted.min()} to {wanted.max()}"
-            )
-        return torch.from_numpy(self._rows(wanted))
-
     def where(self, row: int) -> str:
         """A row's name for people."""
         return f"synthetic row {row}"
@@ -109,31 +101,13 @@ class Synthetic:
         wanted = (
             start // BLOCK_ROWS * BLOCK_ROWS + np.arange(min(n, self.n_tokens))
         ) % self.n_tokens
-        return torch.from_numpy(self._rows(wanted))
+        return torch.from_numpy(self.gather(wanted))
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
-    ) -> Batches:
-        """Endless shuffled batches, made ahead by a thread; from `cursor` they go on exactly."""
-
+    def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
         def load(rows: Int64[np.ndarray, " window"]) -> Window:
-            made = self._rows(rows)
-            return lambda picks: made[picks]
+            return self.gather(rows).__getitem__
 
-        return Batches(
-            Shuffle(self.n_tokens, seed, WINDOW_ROWS, BLOCK_ROWS),
-            load,
-            self.where,
-            batch_size=batch_size,
-            cursor=cursor,
-            pin_memory=pin_memory,
-            depth=depth,
-        )
+        return Shuffle(self.n_tokens, seed, WINDOW_ROWS, BLOCK_ROWS), load
 
     def recovery(self, W_dec: Float[Tensor, "d_sae d_in"]) -> float:
         """How well decoder rows match the dictionary: over its rows, the mean of the largest
@@ -144,7 +118,7 @@ class Synthetic:
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, *key])))
 
-    def _rows(self, wanted: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+    def gather(self, wanted: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
         out = np.empty((len(wanted), self.d_in), np.float32)
         blocks = wanted // BLOCK_ROWS
         for block in np.unique(blocks).tolist():

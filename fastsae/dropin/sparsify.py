@@ -70,6 +70,6 @@ class FastSparseCoder(SparseCoder):
 
 
 def active_only(values: Tensor, indices: Tensor) -> Tensor:
-    """Indices with inactive entries replaced by the token's largest latent: sparsify's trainer counts
+    """Indices whose inactive entries repeat the token's largest latent: sparsify's trainer counts
     every listed latent as fired."""
     return indices.where(values > 0, indices[:, :1])
