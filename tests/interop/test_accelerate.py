@@ -96,7 +96,9 @@ def test_it_is_the_same_object(name):
         assert_close(recon_and_codes(twin, x), recon_and_codes(module, x), rtol=0, atol=0)
     assert fastsae.restore(module) is module
     assert type(module) is kind and "exact_compat" not in vars(module)
-    with pytest.raises(ValueError, match="restore\(\) expects a module returned by accelerate\(\)"):
+    with pytest.raises(
+        ValueError, match=r"restore\(\) expects a module returned by accelerate\(\)"
+    ):
         fastsae.restore(module)
 
 
