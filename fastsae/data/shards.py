@@ -1,4 +1,4 @@
-"""Activations on disk, mapped into memory: folders of shards, and plain arrays."""
+"""Memory-mapped activations on disk: folders of shards, and plain arrays."""
 
 import hashlib
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from fastsae.data.prefetch import Load, Window, checked
 from fastsae.data.shuffle import Shuffle
 from fastsae.data.source import Shuffled
 
-WINDOW_BYTES = 128_000_000  # data being drawn from, and resident, at one time
+WINDOW_BYTES = 128_000_000  # data resident at a time
 LABELS = ("token_ids", "positions", "documents")
 
 
 class Contexts(NamedTuple):
-    """Where rows come from: their token, its place in its window of text, and the document."""
+    """Where rows come from: token, position in the window of text, and document."""
 
     token_ids: Int[Tensor, " N"]
     positions: Int[Tensor, " N"]
@@ -42,9 +42,9 @@ class ActivationShards(Shuffled):
     """Activations in a folder that `harvest` or `ShardWriter` wrote, or in plain files.
 
     Plain data is an .npy file, a .safetensors file with a single tensor, or a folder of either;
-    each holds a two-dimensional float array [tokens, d_in]. Nothing is read before it is asked
-    for, and about `WINDOW_BYTES` stay resident. A file that is missing, cut short or at odds with
-    the index is a ValueError that names it.
+    each holds a float array [tokens, d_in]. Data is read on demand, and about `WINDOW_BYTES` stay
+    resident. A shard's SHA-256 is compared with the index when it is first read. A file that is
+    missing, truncated or inconsistent with the index is a ValueError that names it.
     """
 
     def __init__(self, path: str | Path):
@@ -72,11 +72,11 @@ class ActivationShards(Shuffled):
         self.model = self._index.model if self._index else None
         self.hookpoint = self._index.hookpoint if self._index else None
         self.fingerprint = _fingerprint(self.path, self._files)
-        """A short hash that tells other data apart: of the index, or of plain files' names, sizes
-        and shapes (not of their values)."""
+        """A short hash of the index, or of the names, sizes and shapes of plain files (not of their
+        values)."""
         heldout = self.path / "heldout"
         self.heldout = ActivationShards(heldout) if (heldout / INDEX).is_file() else None
-        """Activations set aside for evaluation: the sub-folder `heldout`, if there is one."""
+        """Held-out activations, from the subfolder `heldout` if there is one."""
         self._verified: set[int] = set()
 
     @cached_property
@@ -91,28 +91,28 @@ class ActivationShards(Shuffled):
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
-        """The mean row. Plain data is read through once for it."""
+        """The mean row. Plain data is read once to compute it."""
         return torch.tensor(self._summary.mean, dtype=torch.float32)
 
     @property
     def mean_square(self) -> float:
-        """The mean over all entries of their square. Plain data is read through once for it."""
+        """Mean square over all entries. Plain data is read once to compute it."""
         return self._summary.mean_square
 
     @property
     def norm(self) -> Norm:
-        """Statistics of the row norms. Plain data is read through once for them."""
+        """Statistics of the row norms. Plain data is read once to compute them."""
         return self._summary.norm
 
     @property
     def has_contexts(self) -> bool:
-        """Whether it is known where rows come from: not in plain data."""
+        """Whether it is known where rows come from; plain data has no contexts."""
         return self._index is not None
 
     def contexts(self, indices: Int[Tensor, " N"]) -> Contexts:
-        """Tokens, positions and documents of the rows at `indices`. Plain data has none."""
+        """Tokens, positions and documents of the rows at `indices`; ValueError for plain data."""
         if not self._index:
-            raise ValueError(f"{self.path} is plain data and holds no token ids")
+            raise ValueError(f"{self.path} is plain data and has no token ids")
         wanted = self.in_range(indices)
         out = {name: torch.empty(len(wanted), dtype=torch.int64) for name in LABELS}
         for number, places, local in self._split(wanted):
@@ -121,7 +121,7 @@ class ActivationShards(Shuffled):
         return Contexts(**out)
 
     def where(self, row: int) -> str:
-        """The file that holds a row, and the row's number in that file, for messages."""
+        """The row's file and its number in that file."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{self._files[number].path.name} row {row - int(self._starts[number])}"
 
@@ -138,7 +138,7 @@ class ActivationShards(Shuffled):
         return order, load
 
     def verify(self) -> None:
-        """Compares every shard's SHA-256 with the index; a ValueError names one that differs."""
+        """Compare every shard's SHA-256 with the index; a ValueError names one that differs."""
         if not self._index:
             raise ValueError(f"{self.path} is plain data: it has no SHA-256 to compare with")
         self._verify(range(len(self._files)))
@@ -150,8 +150,8 @@ class ActivationShards(Shuffled):
                 file = self._files[number]
                 if file.sha256 != digest:
                     raise ValueError(
-                        f"{file.path} was edited: SHA-256 {file.sha256} expected from the "
-                        f"index, {digest} found"
+                        f"{file.path} was modified: its SHA-256 is {digest}, "
+                        f"the index has {file.sha256}"
                     )
                 self._verified.add(number)
 
@@ -173,8 +173,8 @@ class ActivationShards(Shuffled):
     def _split(
         self, rows: Int64[np.ndarray, " N"]
     ) -> Iterator[tuple[int, Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]]:
-        """For each file touched: its number, the places in `rows` of those it holds, and their
-        numbers in it, rising."""
+        """For each file that has some of the rows: its number, their places in `rows`, and their
+        row numbers in the file, increasing."""
         order = np.argsort(rows, kind="stable")
         numbers = np.searchsorted(self._starts, rows[order], side="right") - 1
         touched, firsts = np.unique(numbers, return_index=True)

@@ -1,4 +1,4 @@
-"""Activations made from a sparse dictionary that is known, to see whether training finds it."""
+"""Synthetic activations from a known sparse dictionary, to test whether training recovers it."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from fastsae.data.prefetch import Load, Window
 from fastsae.data.shuffle import Shuffle
 from fastsae.data.source import Shuffled
 
-BLOCK_ROWS = 1024  # rows that are made together, from one key
+BLOCK_ROWS = 1024  # rows generated together, from one key
 WINDOW_ROWS = 8 * BLOCK_ROWS
 
 
@@ -23,7 +23,7 @@ WINDOW_ROWS = 8 * BLOCK_ROWS
 class Synthetic(Shuffled):
     """Rows x = Σ v_i dictionary[i] + noise, with `active` latents i per row and v_i ≥ ½.
 
-    A source like `ActivationShards`, without files: row n is a function of the settings and n.
+    A source like `ActivationShards`, without files: row n depends only on the settings and n.
     """
 
     d_in: int
@@ -33,7 +33,7 @@ class Synthetic(Shuffled):
     """Rows of the dictionary."""
 
     active: int
-    """Different latents in each row."""
+    """Distinct latents in each row."""
 
     n_tokens: int = 1_000_000
     """Rows in one epoch."""
@@ -42,11 +42,10 @@ class Synthetic(Shuffled):
     """Standard deviation of the Gaussian noise on every entry."""
 
     frequency_exponent: float = 0.0
-    """How much more some latents fire: latent i is drawn with weight (i + 1)^-frequency_exponent.
-    0 makes all alike, 1 is Zipf's law."""
+    """Latent i is drawn with weight (i + 1)^-frequency_exponent: 0 is uniform, 1 is Zipf's law."""
 
     seed: int = 0
-    """Of the dictionary and the rows."""
+    """Seed of the dictionary and the rows."""
 
     part: Literal["train", "heldout"] = "train"
     """Which of two independent sets of rows from the same dictionary."""
@@ -65,13 +64,13 @@ class Synthetic(Shuffled):
 
     @cached_property
     def dictionary(self) -> Float32[Tensor, "n_latents d_in"]:
-        """The directions that rows are made of, each of length 1."""
+        """The unit-norm directions that rows are sums of."""
         drawn = self._generator(0).standard_normal((self.n_latents, self.d_in))
         return normalize(torch.from_numpy(drawn), dim=1).float()
 
     @property
     def mean_square(self) -> float:
-        """Mean over all entries of their square, estimated from up to 16 384 rows."""
+        """Mean square over all entries, estimated from up to 16,384 rows."""
         return self._mean_square
 
     @cached_property
@@ -80,7 +79,7 @@ class Synthetic(Shuffled):
 
     @property
     def heldout(self) -> "Synthetic | None":
-        """Up to 65 536 other rows from the same dictionary; None if these are those."""
+        """Up to 65,536 other rows from the same dictionary; None for the held-out part itself."""
         if self.part == "heldout":
             return None
         return replace(self, part="heldout", n_tokens=min(self.n_tokens, 65_536))
@@ -91,12 +90,12 @@ class Synthetic(Shuffled):
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def where(self, row: int) -> str:
-        """A row's name for people."""
+        """A readable name of a row."""
         return f"synthetic row {row}"
 
     def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
-        """`n` different rows, or all if there are fewer; the same for the same seed. Rows are
-        independent of each other, so neighbours are as good a sample as any."""
+        """`n` distinct rows, or all if there are fewer; the same for the same seed. Rows are
+        independent, so consecutive ones are a random sample."""
         start = np.random.Generator(np.random.PCG64(seed)).integers(self.n_tokens)
         wanted = (
             start // BLOCK_ROWS * BLOCK_ROWS + np.arange(min(n, self.n_tokens))
@@ -110,8 +109,8 @@ class Synthetic(Shuffled):
         return Shuffle(self.n_tokens, seed, WINDOW_ROWS, BLOCK_ROWS), load
 
     def recovery(self, W_dec: Float[Tensor, "d_sae d_in"]) -> float:
-        """How well decoder rows match the dictionary: over its rows, the mean of the largest
-        cosine with any decoder row. 1 means that every direction was found."""
+        """Mean over dictionary rows of the largest cosine similarity with a decoder row; 1 if every
+        direction was found."""
         found = normalize(W_dec.detach().to("cpu", torch.float32), dim=1)
         return float((self.dictionary @ found.T).max(1).values.mean())
 
@@ -128,7 +127,7 @@ class Synthetic(Shuffled):
 
     def _block(self, number: int) -> Float32[np.ndarray, "rows d_in"]:
         draw = self._generator(1 if self.part == "train" else 2, number)
-        # The first to ring of independent clocks: draws without replacement, by weight.
+        # Exponential race: the smallest arrival times are a weighted draw without replacement.
         weights = np.arange(1, self.n_latents + 1, dtype=np.float32) ** -self.frequency_exponent
         clocks = draw.standard_exponential((BLOCK_ROWS, self.n_latents), np.float32) / weights
         chosen = np.argpartition(clocks, self.active - 1, axis=1)[:, : self.active]

@@ -78,7 +78,7 @@ def test_plain_files_are_data_too(tmp_path: Path, x: torch.Tensor):
         assert torch.equal(shards.rows(wanted), x[wanted])
         assert shards.mean_square == pytest.approx(x.double().square().mean().item(), rel=1e-12)
         assert (shards.model, shards.heldout) == (None, None)
-    with pytest.raises(ValueError, match="plain data and holds no token ids"):
+    with pytest.raises(ValueError, match="plain data and has no token ids"):
         shards.contexts(wanted)
     with pytest.raises(ValueError, match="no SHA-256"):
         shards.verify()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import fastsae
-from fastsae.dropin import KNOWN, dense
+from fastsae.dropin import SUPPORTED, dense
 
 from .accelerated import KINDS, dead_latents, recon_and_codes, with_true_gradients
 from .peers import D_IN
@@ -257,7 +257,7 @@ def test_what_is_not_known_is_named():
     with pytest.raises(ValueError) as error:
         fastsae.accelerate(nn.Linear(2, 3))
     assert "got torch's Linear" in str(error.value)
-    assert all(name in str(error.value) for names in KNOWN.values() for name in names)
+    assert all(name in str(error.value) for names in SUPPORTED.values() for name in names)
 
 
 def test_a_groupmax_is_refused():
