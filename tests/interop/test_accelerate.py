@@ -21,7 +21,7 @@ TOKENS = [0, 1, 33, 257]
 
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
-    monkeypatch.setattr(dense, "FEWEST", 0)
+    monkeypatch.setattr(dense, "MIN_TOKENS", 0)
 
 
 def tokens(N: int) -> torch.Tensor:
@@ -219,7 +219,7 @@ def test_a_method_that_someone_replaced_is_heard(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_few_tokens_go_the_old_way(name, monkeypatch):
-    monkeypatch.setattr(dense, "FEWEST", 64)
+    monkeypatch.setattr(dense, "MIN_TOKENS", 64)
     theirs, x = KINDS[name].make(), tokens(33)
     ours = fastsae.accelerate(copy.deepcopy(theirs))
     assert_close(recon_and_codes(ours, x), recon_and_codes(theirs, x))
