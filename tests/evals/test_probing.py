@@ -194,8 +194,8 @@ RARE = torch.arange(N) < 40
         ({"ks": [0]}, r"ks from 1 to 16, .* got 20000 and \[0\]"),
         ({"ks": [1, 17]}, r"ks from 1 to 16, .* got 20000 and \[1, 17\]"),
         ({"max_tokens": 0}, "max_tokens must be at least 1 .* got 0 and"),
-        ({"labels": None}, "does not say what text it is of: give labels"),
-        ({"labels": {}}, "no label was given"),
+        ({"labels": None}, "text of the data is unknown: pass labels"),
+        ({"labels": {}}, "no labels were given"),
         (
             {"labels": {"a": RARE[1:]}},
             r"'a' must have an entry for each of the 3000 rows.*\[2999\]",
