@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fastsae.config import to_dict
-from fastsae.data.index import DTYPES, INDEX, Dtype, read_index
+from fastsae.config import check_choices, to_dict
+from fastsae.data.index import INDEX, Dtype, read_index
 from fastsae.data.model import (
     Hookpoint,
     TextWindows,
@@ -93,10 +93,7 @@ class HarvestConfig:
             raise ValueError(
                 f"give either text or dataset, got text {self.text} and dataset {self.dataset!r}"
             )
-        for name in ("dtype", "model_dtype"):
-            if getattr(self, name) not in DTYPES:
-                allowed = ", ".join(DTYPES)
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_choices(self, dtype=Dtype, model_dtype=Dtype)
         for name in ("context_length", "max_tokens", "max_document_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
