@@ -35,7 +35,7 @@ class Convert:
 def convert(command: Convert) -> None:
     out = command.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty directory: choose another one")
+        raise ValueError(f"{out} is not an empty folder: choose another one")
     sae = load(command.source)
     save(sae, out, command.to)
     files = ", ".join(sorted(path.name for path in out.iterdir()))

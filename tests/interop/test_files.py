@@ -1,4 +1,4 @@
-"""Formats that need no other library; the hub; what is recognised; and what a run leaves."""
+"""Formats that need no other library; the hub; what is recognized; and what a run leaves."""
 
 import json
 from collections import OrderedDict
@@ -64,7 +64,7 @@ def test_openai_relu(tmp_path):
 
 
 def test_openai_topk(tmp_path):
-    """Which normalises each token: that is kept in files of ours and of SAELens."""
+    """Which normalizes each token: that is kept in files of ours and of SAELens."""
     W, x = weights(), 3 * torch.randn(50, D_IN) + torch.randn(50, 1)
     path = tmp_path / "layer-6.pt"
     own = OrderedDict(k=K, postact_fn="ReLU")
@@ -127,7 +127,7 @@ def test_an_openai_activation_that_is_not_here(changes, message, tmp_path):
     ],
     ids=str,
 )
-def test_a_sae_lens_config_that_is_not_honoured(changes, message, tmp_path):
+def test_a_sae_lens_config_that_is_not_honored(changes, message, tmp_path):
     interop.save(SAE(D_IN, D_SAE, ReLU(l1_coef=0.0)), tmp_path, "sae_lens")
     path = tmp_path / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -215,7 +215,7 @@ def test_a_form_that_is_not_one(tmp_path):
         interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "onnx")
 
 
-def test_nothing_to_recognise(tmp_path):
+def test_nothing_to_recognize(tmp_path):
     with pytest.raises(ValueError, match=r"holds no SAE: it must have config.json and sae.safe"):
         fastsae.load(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
