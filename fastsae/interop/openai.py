@@ -24,7 +24,7 @@ def read(tensors: Tensors) -> SAE:
 
 
 def activation_of(tensors: Tensors) -> Activation:
-    """The activation that a state dict names beside its tensors."""
+    """The activation that a state dict names."""
     path, name = tensors.path, tensors.values.get("activation", "ReLU")
     if name == "ReLU":
         return ReLU(l1_coef=0.0)
