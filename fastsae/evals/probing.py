@@ -92,11 +92,10 @@ def sparse_probing(
     if data.d_in != sae.d_in:
         raise ValueError(f"the SAE has d_in = {sae.d_in}, the data has rows of {data.d_in}")
     most = min(sae.d_in, sae.d_sae)
-    if max_tokens < 1 or not ks or not 1 <= min(ks) <= max(ks) <= most:
-        raise ValueError(
-            f"max_tokens must be at least 1 and ks from 1 to {most}, the smaller of d_in and "
-            f"d_sae, got {max_tokens} and {ks}"
-        )
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if not ks or not 1 <= min(ks) <= max(ks) <= most:
+        raise ValueError(f"ks must be from 1 to {most}, the smaller of d_in and d_sae, got {ks}")
     rows = _spread(data.n_tokens, max_tokens)
     splits = _splits(data, rows, labels, seed)
     sae = sae.to(device or sae.b_dec.device)
@@ -282,8 +281,7 @@ def _accuracy(values: Float64[Tensor, "N k"], split: _Split) -> float:
 
 
 def _logistic(x: Float64[Tensor, "M W"], sign: Float[Tensor, " M"]) -> Float64[Tensor, " W"]:
-    """argmin_w mean(softplus(-sign (x w))) + RIDGE |w|^2 / 2, by Newton's method with step
-    halving."""
+    """argmin_w mean(softplus(-sign (x w))) + RIDGE |w|^2 / 2, by Newton's method, halving steps."""
 
     def loss(w: Tensor) -> Tensor:
         return softplus(-sign * (x @ w)).mean() + RIDGE / 2 * w.square().sum()
