@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae.cli.commands import eval_data
+from fastsae.cli.eval import eval_data
 from fastsae.files import read_json
 from fastsae.nn import TopK
 from fastsae.train import stored_config

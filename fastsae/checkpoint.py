@@ -1,4 +1,4 @@
-"""Checkpoints: a folder each, whole or absent, of safetensors and JSON; the last few are kept."""
+"""Checkpoints: one directory each, written atomically; only the newest are kept."""
 
 import os
 import re
@@ -18,10 +18,10 @@ _NAME = re.compile(r"step-(\d{8})")
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write folder/step-XXXXXXXX and remove all but the last `keep` checkpoints.
+    """Write folder/step-XXXXXXXX, then remove all but the newest `keep` checkpoints.
 
-    The checkpoint is written under another name, synced, then renamed, so that one that can be
-    seen is whole; older ones go only after that.
+    A checkpoint is written under a temporary name, synced, then renamed, so every one that is
+    listed is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -38,21 +38,21 @@ def save_checkpoint(
         raise
     sync_directory(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.rename(temporary))  # a name that is no checkpoint's, in case of a crash
+        shutil.rmtree(old.rename(temporary))  # renamed first: a crash must not leave half of one
     return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON part of a checkpoint.
+    """The tensors and the metadata of a checkpoint.
 
-    Raises ValueError, naming the file, for one that is missing, damaged or of another version.
+    Raises ValueError, naming the file, if one is missing, damaged or of another version.
     """
     meta = read_json(path / "state.json")
     found = meta.get("format") if isinstance(meta, dict) else meta

@@ -1,4 +1,4 @@
-"""JSON and safetensors files that are either whole or absent; nothing is ever pickled."""
+"""JSON and safetensors files, written atomically; nothing is ever pickled."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Run write(temporary path), flush it to disk, then rename it to path.
+    """Call write(temporary path), fsync that file, then rename it to path.
 
-    A reader, or a run resumed after a crash at any instant, sees the old file or the new one.
+    A reader, or a run resumed after a crash at any moment, sees either the old file or the new one.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -32,7 +32,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the renames in a directory durable, on a system where a directory can be opened."""
+    """Make renames in a directory durable, where the system can open directories."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -44,12 +44,12 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder, made if need be, for one process; False if another one has it.
+    """Lock a folder for this process, creating it if needed; yields False if another one holds it.
 
-    With wait, it waits for the other one to end. A killed process holds nothing.
+    With wait, block until the other process releases it. A killed process holds no lock.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, it is a file")
+        raise ValueError(f"{folder} must be a folder, but is a file")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)
     try:
@@ -64,17 +64,17 @@ def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value; NaN and Inf, which JSON has not, are a ValueError."""
+    """Write a JSON value; ValueError for NaN and Inf, which JSON cannot represent."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path, most: int | None = None) -> Any:
-    """The value in a JSON file, of so many bytes at most; a ValueError names the file if it is
-    missing, damaged or longer."""
+def read_json(path: Path, max_bytes: int | None = None) -> Any:
+    """The value in a JSON file; a ValueError names the file if it is missing, damaged or too
+    large."""
     try:
-        if most is not None and path.stat().st_size > most:
-            raise ValueError(f"it has more than {most} bytes")
+        if max_bytes is not None and path.stat().st_size > max_bytes:
+            raise ValueError(f"it exceeds {max_bytes} bytes")
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist") from None
@@ -83,7 +83,7 @@ def read_json(path: Path, most: int | None = None) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, in the order of their names, to a safetensors file; OSError if it fails."""
+    """Write tensors, sorted by name, to a safetensors file; OSError if it fails."""
     whole = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     try:
         write_atomically(path, lambda temporary: save_file(whole, temporary))
@@ -92,11 +92,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file; a ValueError names the file if missing or damaged."""
+    """All tensors of a safetensors file; a ValueError names the file if missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None

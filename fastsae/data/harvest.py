@@ -1,4 +1,4 @@
-"""Runs a model over text and keeps what some of its modules put out, or take in."""
+"""Runs a model over text and stores the outputs, or inputs, of some of its modules."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fastsae.config import to_dict
-from fastsae.data.index import DTYPES, INDEX, Dtype, read_index
+from fastsae.config import check_choices, to_dict
+from fastsae.data.index import INDEX, Dtype, read_index
 from fastsae.data.model import (
     Hookpoint,
     TextWindows,
@@ -28,8 +28,8 @@ from fastsae.device import check_device, choose_device
 from fastsae.files import claimed
 from fastsae.progress import progress_bar
 
-GROUP_BATCHES = 4  # batches whose windows are sorted by length together, and held at one time
-HELDOUT_WINDOWS = 256  # a document is held out as a whole, or in runs of so many windows
+GROUP_BATCHES = 4  # batches whose windows are held and sorted by length together
+HELDOUT_WINDOWS = 256  # longer documents are held out in runs of this many windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +91,12 @@ class HarvestConfig:
         check_device(self.device)
         names = self.hookpoints
         if not names or len({*names}) < len(names) or any(Path(n).name != n for n in names):
-            raise ValueError(f"hookpoint must be one or several different modules, got {names}")
+            raise ValueError(f"hookpoint must be one or more distinct module paths, got {names}")
         if bool(self.text) == bool(self.dataset):
             raise ValueError(
                 f"give either text or dataset, got text {self.text} and dataset {self.dataset!r}"
             )
-        for name in ("dtype", "model_dtype"):
-            if getattr(self, name) not in DTYPES:
-                allowed = ", ".join(DTYPES)
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_choices(self, dtype=Dtype, model_dtype=Dtype)
         for name in ("context_length", "max_tokens", "max_document_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -118,12 +115,12 @@ class HarvestConfig:
 
     @property
     def hookpoints(self) -> tuple[str, ...]:
-        """All of them, in order."""
+        """All hookpoints, in order."""
         return (self.hookpoint,) if isinstance(self.hookpoint, str) else self.hookpoint
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Where the shards of each hookpoint go."""
+        """The folder for each hookpoint's shards."""
         several = len(self.hookpoints) > 1
         return {name: self.out / name if several else self.out for name in self.hookpoints}
 
@@ -135,26 +132,25 @@ class _Window(NamedTuple):
 
 
 def harvest(config: HarvestConfig, progress: bool = True) -> ActivationShards:
-    """Runs the model over the text, and writes the hookpoint's activations for every token of it.
+    """Run the model over the text and store the hookpoint's activations for every text token.
 
-    Padding and special tokens are left out. A folder that already holds this very harvest is
-    opened and returned; one that holds another is a ValueError. A harvest that is killed leaves
-    no index, and starts over. Of several hookpoints the first one's shards are returned.
+    Padding and special tokens are left out. If the folder already holds this harvest, it is opened
+    and returned; another harvest there is a ValueError. A killed harvest leaves no index and starts
+    over. With several hookpoints, the first one's shards are returned.
     """
     return next(iter(harvest_each(config, progress).values()))
 
 
 def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, ActivationShards]:
-    """Like `harvest`, but returns the shards of every hookpoint, by its name.
+    """Like `harvest`, but returns the shards of every hookpoint by name.
 
-    All have the same rows, and are what each hookpoint harvested alone would give; those that are
-    there already are not harvested again.
+    All have the same rows, as if each hookpoint were harvested alone. Existing shards are reused.
     """
     files = text_files(config.text)
     requests = {name: _request(config, files, name) for name in config.hookpoints}
     with ExitStack() as claims:
-        for folder in sorted(config.folders.values()):  # one order, or two harvests may lock up
-            claims.enter_context(claimed(folder, wait=True))  # the same may be under way: reused
+        for folder in sorted(config.folders.values()):  # sorted, or two harvests could deadlock
+            claims.enter_context(claimed(folder, wait=True))  # its result may be reused
         missing: dict[str, dict[str, Any]] = {}
         for name, folder in config.folders.items():
             if (folder / INDEX).exists():
@@ -169,7 +165,7 @@ def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, Acti
 def _harvest(
     config: HarvestConfig, files: list[Path], requests: dict[str, dict[str, Any]], progress: bool
 ) -> None:
-    for name in requests:  # of a harvest killed near its end
+    for name in requests:  # left by a harvest that was killed near its end
         (config.folders[name] / "heldout" / INDEX).unlink(missing_ok=True)
     model = load_model(config.model, choose_device(config.device), config.model_dtype)
     hookpoints = [hookpoint_at(model, name) for name in requests]
@@ -189,14 +185,14 @@ def _harvest(
                     writers[heldout, name].append(x, *labels)
                 bar.update(0 if heldout else labels.shape[1])
     if all(heldout for heldout, _ in writers):
-        raise ValueError(f"the text holds no tokens: {config.text or config.dataset}")
-    for key in sorted(writers, reverse=True):  # the index of the whole is the last file
+        raise ValueError(f"the text has no tokens: {config.text or config.dataset}")
+    for key in sorted(writers, reverse=True):  # held out first: the main index is written last
         if writers[key].n_tokens:
             writers[key].finish()
 
 
 def _request(config: HarvestConfig, files: list[Path], hookpoint: str) -> dict[str, Any]:
-    """What determines the rows: a harvest asked for with the same needs no second run."""
+    """The settings that determine the rows: a harvest with the same ones is reused."""
     request = to_dict(replace(config, hookpoint=hookpoint))
     for name in ("out", "device", "batch_tokens"):
         del request[name]
@@ -209,8 +205,8 @@ def _existing(out: Path, request: dict[str, Any]) -> ActivationShards:
     other = [name for name in request if found.get(name) != request[name]]
     if other:
         raise ValueError(
-            f"{out} already holds other activations: {other[0]} is {found.get(other[0])!r} there, "
-            f"{request[other[0]]!r} asked for; give a new folder"
+            f"{out} already holds other activations, with {other[0]} = {found.get(other[0])!r} "
+            f"instead of {request[other[0]]!r}; choose a new folder"
         )
     return ActivationShards(out)
 
@@ -229,7 +225,7 @@ def _documents(config: HarvestConfig, files: list[Path]) -> Iterator[str]:
 def _groups(
     config: HarvestConfig, windows: TextWindows, documents: Iterator[str]
 ) -> Iterator[list[_Window]]:
-    """Windows of consecutive documents, up to the budget, as many at a time as are held."""
+    """Groups of windows of consecutive documents, until there are `max_tokens`."""
     group: list[_Window] = []
     size, taken = 0, 0
     for number, text in enumerate(documents):
@@ -251,7 +247,7 @@ def _groups(
 
 
 def _draw(digest: bytes, part: int) -> float:
-    """A number in [0, 1) that depends on the text only, so that copies of it stay together."""
+    """A number in [0, 1) that depends only on the text, so duplicates are held out together."""
     drawn = hashlib.sha256(digest + part.to_bytes(8, "little")).digest()
     return int.from_bytes(drawn[:6], "little") / 2**48
 
@@ -263,8 +259,7 @@ def _run(
     group: list[_Window],
     config: HarvestConfig,
 ) -> list[list[Float[Tensor, "_ _"]]]:
-    """Each window's kept rows at each hookpoint. Windows of one length share a batch, to run
-    without padding."""
+    """Each window's text rows at each hookpoint. Sorting windows by length saves padding."""
     rows: dict[int, list[Tensor]] = {}
     longest_first = sorted(range(len(group)), key=lambda i: -len(group[i].ids))
     while longest_first:
@@ -284,7 +279,7 @@ def _writer(folder: Path, d_in: int, request: dict[str, Any]) -> ShardWriter:
 
 
 def _labels(windows: TextWindows, group: list[_Window]) -> Int[Tensor, "3 _"]:
-    """Token ids, positions and documents of the rows that are kept of these windows."""
+    """Token ids, positions and documents of the text rows of these windows."""
     labels: list[Int[Tensor, "3 _"]] = []
     for window in group:
         places = [p for p, token in enumerate(window.ids) if token not in windows.special]

@@ -1,4 +1,4 @@
-"""The index of a folder of activation shards: `index.json`, written last, checked when read."""
+"""`index.json`, which describes a folder of activation shards; written last, checked on read."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     file: str
-    """Name of a safetensors file in the index's folder."""
+    """Name of a safetensors file in the same folder."""
 
     tokens: int
-    """Rows it holds."""
+    """Rows in it."""
 
     sha256: str
-    """Of the whole file, in hex."""
+    """SHA-256 of the file, in hex."""
 
     def __post_init__(self):
         if self.file in ("", "..") or Path(self.file).name != self.file or "\\" in self.file:
             raise ValueError(f"shard file {self.file!r} is not the name of a file in the folder")
         if self.tokens < 1:
-            raise ValueError(f"shard {self.file} says it holds {self.tokens} tokens")
+            raise ValueError(f"shard {self.file} has {self.tokens} tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """How long the rows are."""
+    """Statistics of the row norms."""
 
     mean: float
     std: float
@@ -44,13 +44,13 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What a folder of shards holds."""
+    """Contents of a folder of shards."""
 
     shape: tuple[int, ...]
-    """Rows of all shards, and their width d_in."""
+    """Total number of rows, and their width d_in."""
 
     dtype: Dtype
-    """Of the activations."""
+    """dtype of the activations."""
 
     shards: tuple[Shard, ...]
     """In row order."""
@@ -59,7 +59,7 @@ class Index:
     """Mean row."""
 
     mean_square: float
-    """Mean of the squared entries."""
+    """Mean square over all entries."""
 
     norm: Norm
     """Statistics of the row norms."""
@@ -68,10 +68,10 @@ class Index:
     """Model the activations come from."""
 
     hookpoint: str | None = None
-    """Path of the module whose output they are."""
+    """Hookpoint they were harvested at."""
 
     harvest: dict | None = None
-    """Everything that determined the rows, to recognise the same harvest asked for again."""
+    """All settings that determined the rows, to recognize an identical harvest."""
 
     version: int = VERSION
     """Version of the format."""
@@ -92,7 +92,7 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """Reads and checks `index.json`; a ValueError names the file and what is wrong with it."""
+    """Read and check `index.json`; a ValueError names the file and what is wrong with it."""
     path = folder / INDEX
     raw = read_json(path)
     version = raw.get("version") if isinstance(raw, dict) else None

@@ -1,4 +1,4 @@
-"""Several activations of the same tokens, side by side."""
+"""Activations of the same tokens from several sources, concatenated."""
 
 import hashlib
 
@@ -7,22 +7,22 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from fastsae.data.prefetch import Batches, Window, checked
+from fastsae.data.prefetch import Load, Window
 from fastsae.data.shards import WINDOW_BYTES, ActivationShards, Contexts
-from fastsae.data.shuffle import Cursor, Shuffle
-from fastsae.data.source import ActivationSource
+from fastsae.data.shuffle import Shuffle
+from fastsae.data.source import ActivationSource, Shuffled
 
-COMPARED = 1024  # rows whose tokens are compared
-READ_ROWS = 4096  # rows read from a source at one time, to fill a window
+COMPARED = 1024  # rows whose tokens are compared between sources
+READ_ROWS = 4096  # rows read from a source at a time
 
 
-class Joined:
-    """Rows of several sources next to each other: row n is the sources' rows n, one after another.
+class Joined(Shuffled):
+    """A source whose row n is the concatenation of the rows n of several sources.
 
-    For a transcoder the sources are a module's input and its output, for a crosscoder the layers
-    of a model. They hold the same tokens in the same order, as hookpoints harvested together do:
-    a ValueError otherwise, if the number of rows tells, or the tokens of some rows, in sources
-    that say what tokens their rows are. A source like the others in every way: shuffled once.
+    For a transcoder the sources are a module's input and output, for a crosscoder the layers of a
+    model. They must have the same tokens in the same order, as hookpoints that were harvested
+    together do. ValueError if their numbers of rows differ, or the tokens of some rows, where the
+    sources know their tokens.
     """
 
     def __init__(self, *sources: ActivationSource):
@@ -30,28 +30,28 @@ class Joined:
             raise ValueError("Joined needs at least one source, got none")
         counts = [source.n_tokens for source in sources]
         if len(set(counts)) > 1:
-            raise ValueError(f"joined sources must have equally many rows, they have {counts}")
+            raise ValueError(f"joined sources must have the same number of rows, got {counts}")
         self.sources = sources
         self.widths = tuple(source.d_in for source in sources)
         """Width of each source's rows, in order."""
         self.d_in = sum(self.widths)
         self.n_tokens = counts[0]
-        self._told = [
+        self._with_contexts = [
             (place, source)
             for place, source in enumerate(sources, 1)
             if isinstance(source, ActivationShards | Joined) and source.has_contexts
         ]
         self._check_tokens()
-        theirs = ",".join(source.fingerprint for source in sources)
-        self.fingerprint = hashlib.sha256(theirs.encode()).hexdigest()[:16]
+        fingerprints = ",".join(source.fingerprint for source in sources)
+        self.fingerprint = hashlib.sha256(fingerprints.encode()).hexdigest()[:16]
         self.heldout = _heldout(sources)
         """The held-out rows of all sources; None if one of them has none."""
 
     def _check_tokens(self) -> None:
-        if len(self._told) < 2:
+        if len(self._with_contexts) < 2:
             return
         rows = torch.linspace(0, self.n_tokens - 1, min(self.n_tokens, COMPARED)).round().long()
-        first, *others = [(place, source.contexts(rows)) for place, source in self._told]
+        first, *others = [(place, source.contexts(rows)) for place, source in self._with_contexts]
         for place, found in others:
             same = (found.token_ids == first[1].token_ids) & (found.positions == first[1].positions)
             if not same.all():
@@ -62,76 +62,49 @@ class Joined:
 
     @property
     def mean_square(self) -> float:
-        """Mean over all entries of their square."""
+        """Mean square over all entries."""
         sums = [s.mean_square * width for s, width in zip(self.sources, self.widths, strict=True)]
         return sum(sums) / self.d_in
 
     @property
     def model(self) -> str | None:
-        """The model that a source says its rows come from."""
-        return self._told[0][1].model if self._told else None
+        """The model that the rows come from, if a source knows it."""
+        return self._with_contexts[0][1].model if self._with_contexts else None
 
     @property
     def has_contexts(self) -> bool:
-        """Whether one of the sources says what tokens the rows are."""
-        return bool(self._told)
+        """Whether one of the sources knows the tokens of its rows."""
+        return bool(self._with_contexts)
 
     def contexts(self, indices: Int[Tensor, " N"]) -> Contexts:
-        """Tokens, positions and documents of the rows at `indices`; ValueError if none is known."""
-        if not self._told:
-            raise ValueError("none of the joined sources holds token ids")
-        return self._told[0][1].contexts(indices)
+        """Tokens, positions and documents of the rows at `indices`; ValueError if unknown."""
+        if not self._with_contexts:
+            raise ValueError("none of the joined sources has token ids")
+        return self._with_contexts[0][1].contexts(indices)
 
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows at `indices`, in that order; a ValueError if one is out of range."""
-        return torch.cat([source.rows(indices) for source in self.sources], 1)
+    def gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+        wanted = torch.from_numpy(rows)
+        return torch.cat([source.rows(wanted) for source in self.sources], 1).numpy()
 
     def where(self, row: int) -> str:
-        """The name of a row in the source that holds its largest entry, or one that is NaN."""
+        """The row's name in the source that has its largest entry, or a NaN."""
         parts = [source.rows(torch.tensor([row])) for source in self.sources]
         peaks = [float(part.abs().nan_to_num(torch.inf).max()) for part in parts]
         place = peaks.index(max(peaks))
         return f"source {place + 1} of {len(parts)}, {self.sources[place].where(row)}"
 
-    def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
-        """`n` rows, or all if there are fewer, drawn without replacement: same seed, same rows."""
-        generator = np.random.Generator(np.random.PCG64(seed))
-        wanted = generator.choice(self.n_tokens, min(n, self.n_tokens), replace=False)
-        x = self.rows(torch.from_numpy(wanted))
-        checked(x.numpy(), wanted, self.where)
-        return x
-
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
-    ) -> Batches:
-        """Endless shuffled batches, loaded ahead by a thread; from `cursor` they go on exactly.
-
-        The order is one of its own, not that of any source, and depends on `seed`, the epoch and
-        the total width only.
-        """
+    def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
+        """An order of its own, which depends on `seed`, the epoch and the total width only."""
         order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // (4 * self.d_in))
         buffer = np.empty((min(order.window_rows, self.n_tokens), self.d_in), np.float32)
 
         def load(rows: Int64[np.ndarray, " window"]) -> Window:
             for start in range(0, len(rows), READ_ROWS):
-                part = torch.from_numpy(rows[start : start + READ_ROWS])
-                buffer[start : start + len(part)] = self.rows(part).numpy()
-            return lambda picks: buffer[picks]
+                part = rows[start : start + READ_ROWS]
+                buffer[start : start + len(part)] = self.gather(part)
+            return buffer.__getitem__
 
-        return Batches(
-            order,
-            load,
-            self.where,
-            batch_size=batch_size,
-            cursor=cursor,
-            pin_memory=pin_memory,
-            depth=depth,
-        )
+        return order, load
 
 
 def _heldout(sources: tuple[ActivationSource, ...]) -> Joined | None:

@@ -1,4 +1,4 @@
-"""Arrays in files, mapped into memory rather than read: safetensors (by its header) and npy."""
+"""Memory-mapped arrays from safetensors and .npy files."""
 
 import json
 import mmap
@@ -12,15 +12,15 @@ _NUMPY = {name: name for name in FLOATS.values()} | {"bfloat16": "uint16", "int3
 
 
 class Mapped(NamedTuple):
-    """A mapped array. numpy has no bfloat16, so such an array holds the bits as uint16."""
+    """A mapped array. numpy has no bfloat16: such an array holds the bits as uint16."""
 
     array: np.ndarray
     dtype: str
     memory: mmap.mmap
 
     def copy(self, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-        """`out[places] = array[rows]`, giving pages back on the way: reading scattered rows would
-        otherwise make most of the file resident, as each fault maps its whole neighbourhood."""
+        """`out[places] = array[rows]`, releasing pages on the way: each page fault maps a whole
+        neighborhood, so scattered reads would otherwise make most of the file resident."""
         for start in range(0, len(rows), 1024):
             part = slice(start, start + 1024)
             out[places[part]] = self.array[rows[part]]
@@ -29,27 +29,24 @@ class Mapped(NamedTuple):
 
 
 def to_float32(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Values as float32, from an array that holds `dtype` the way `Mapped` does."""
+    """The values of a mapped array as float32."""
     if dtype == "bfloat16":  # the upper half of a float32
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 
 def map_safetensors(path: Path) -> dict[str, Mapped]:
-    """Maps every tensor of a safetensors file, after checking its header against its length."""
+    """Map all tensors of a safetensors file, after checking its header against its length."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes)")
+            raise ValueError(f"{path}: not a complete safetensors file ({size} bytes)")
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = (
-                8
-                + length
-                + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            )
+            stops = [entry["data_offsets"][1] for entry in entries.values()]
+            end = 8 + length + max(stops, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: the safetensors header cannot be read") from error
         if size != end:
@@ -73,13 +70,13 @@ def _tensor(path: Path, memory: mmap.mmap, base: int, name: str, entry: dict) ->
 
 
 def map_npy(path: Path) -> Mapped:
-    """Maps the array of an npy file."""
+    """Map the array of an .npy file."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a whole npy file of numbers: {error}") from error
+        raise ValueError(f"{path}: not a valid .npy file of numbers: {error}") from error
     if not isinstance(array, np.memmap):
-        raise ValueError(f"{path}: not an npy file")
+        raise ValueError(f"{path}: not an .npy file")
     if str(array.dtype) not in _NUMPY or array.dtype.kind != "f":
         allowed = "float16, float32, float64"
         raise ValueError(f"{path}: holds dtype {array.dtype}, allowed are {allowed}")

@@ -1,4 +1,4 @@
-"""Hugging Face models: loading, finding a module, reading or replacing what passes there."""
+"""Hugging Face models: load one, find a hookpoint, read or replace its hidden states."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-INPUT = ":in"  # at the end of a hookpoint's path: what the module takes in, not what it puts out
+INPUT = ":in"  # suffix of a hookpoint's path: the module's input instead of its output
 
 
 class TokenBatch(NamedTuple):
@@ -29,8 +29,8 @@ class TokenBatch(NamedTuple):
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> "PreTrainedModel":
-    """Loads a model folder or hub id for inference: a causal language model with its head, any
-    other as `AutoModel` does. What cannot be loaded is a ValueError."""
+    """Load a model from a folder or hub id for inference: a causal language model with its head,
+    any other with `AutoModel`. ValueError if it cannot be loaded."""
     with _transformers() as transformers:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -47,7 +47,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> "PreTr
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a model folder or hub id. A missing one is a ValueError."""
+    """Load the tokenizer of a model folder or hub id; ValueError if it has none."""
     with _transformers() as transformers, _loading(name):
         return transformers.AutoTokenizer.from_pretrained(name)
 
@@ -79,7 +79,7 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path such as `encoder.layer.3`; a ValueError names the nearest."""
+    """The module at a dotted path such as `encoder.layer.3`; a ValueError lists close matches."""
     names = [name for name, _ in model.named_modules() if name]
     if path in names:
         return model.get_submodule(path)
@@ -94,18 +94,17 @@ class Hookpoint(NamedTuple):
 
     module: nn.Module
     at_input: bool = False
-    """Whether they are what the module takes in, not what it puts out."""
+    """Whether they are the module's input instead of its output."""
 
 
 def hookpoint_at(model: nn.Module, path: str) -> Hookpoint:
-    """The output of the module at a dotted path, or with `:in` after the path its input. A
-    ValueError names the nearest module if there is none."""
+    """The output of the module at a dotted path, or with the suffix `:in` its input; a ValueError
+    lists close matches."""
     return Hookpoint(module_at(model, path.removesuffix(INPUT)), path.endswith(INPUT))
 
 
 def hidden_of(passed: Any) -> Float[Tensor, "B T d_in"]:
-    """The hidden states in what a module returned or takes: the tensor itself, or a tuple's first
-    entry."""
+    """The hidden states in a module's inputs or outputs: a tensor, or the first of a tuple."""
     hidden = passed[0] if isinstance(passed, tuple) else passed
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
         found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -119,8 +118,8 @@ def splice(
     replace: Callable[[Float[Tensor, "B T d_in"]], Float[Tensor, "B T d_in"]],
     at_input: bool = False,
 ) -> Iterator[None]:
-    """While active, the module puts out `replace(hidden)` where it would put out `hidden`; with
-    at_input, it takes in `replace(hidden)` where it is given `hidden`."""
+    """While active, replace the module's output `hidden`, or with at_input its input, by
+    `replace(hidden)`."""
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         replaced = replace(hidden_of(output))
@@ -143,13 +142,13 @@ def splice(
 
 
 class _Reached(Exception):
-    """Ends a forward pass once its hidden states are known."""
+    """Ends a forward pass once all hidden states are captured."""
 
 
 def hidden_at(
     model: nn.Module, hookpoints: Sequence[Hookpoint], batch: TokenBatch
 ) -> list[Float[Tensor, "B T _"]]:
-    """The hidden states at each hookpoint, from one pass. The layers after the last do not run."""
+    """The hidden states at each hookpoint, from one forward pass that stops after the last one."""
     captured: dict[int, Tensor] = {}
 
     def capture(place: int, hidden: Tensor) -> Tensor:
@@ -170,14 +169,14 @@ def hidden_at(
         except _Reached:
             return [captured[place] for place in range(len(hookpoints))]
     missed = next(hook.module for place, hook in enumerate(hookpoints) if place not in captured)
-    raise ValueError(f"the model ran without ever calling its {type(missed).__name__}")
+    raise ValueError(f"the model's forward pass never called its {type(missed).__name__}")
 
 
 class TextWindows:
-    """Cuts text into windows of tokens the way the model expects them: special tokens around each.
+    """Splits text into windows of tokens, each with the special tokens that the model expects.
 
-    `context_length` counts the special tokens; one that the model or tokenizer cannot take is a
-    ValueError.
+    `context_length` includes the special tokens; ValueError if it is too long for the model or the
+    tokenizer.
     """
 
     def __init__(
@@ -191,7 +190,7 @@ class TextWindows:
             getattr(model and model.config, "max_position_embeddings", None) or context_length,
         )
         if context_length > longest:
-            raise ValueError(f"context_length is {context_length}, the model takes up to {longest}")
+            raise ValueError(f"context_length must be at most {longest}, got {context_length}")
         self._tokenizer = tokenizer
         self.special = frozenset(tokenizer.all_special_ids)
         self._pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -206,17 +205,17 @@ class TextWindows:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def cut(self, text: str, max_tokens: int | None = None) -> list[list[int]]:
-        """The windows of a text, in order, without overlap; of its first `max_tokens` if given."""
+        """The consecutive windows of a text, or of its first `max_tokens`."""
         ids, size = self._ids(text)[:max_tokens], self.text_tokens
         starts = range(0, len(ids), size)
         return [[*self._prefix, *ids[i : i + size], *self._suffix] for i in starts]
 
     def kept(self, window: list[int]) -> int:
-        """How many tokens of a window are text, not special."""
+        """The number of text tokens in a window."""
         return sum(token not in self.special for token in window)
 
     def batch(self, windows: list[list[int]]) -> TokenBatch:
-        """Windows padded on the right to the longest."""
+        """Windows padded on the right to the longest one."""
         lengths = torch.tensor([len(window) for window in windows])
         width = int(lengths.max())
         rows = [window + [self._pad] * (width - len(window)) for window in windows]

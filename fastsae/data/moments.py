@@ -16,7 +16,7 @@ class Summary(NamedTuple):
 
 
 class Moments:
-    """Mean, mean square and row norms of all rows added so far."""
+    """Mean, mean square and row norms of the rows added so far."""
 
     def __init__(self, d_in: int):
         self.n_tokens = 0

@@ -1,9 +1,10 @@
-"""Batches loaded ahead of their use by one background thread."""
+"""Batches loaded ahead by a background thread."""
 
 import queue
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,50 +19,64 @@ Load = Callable[[Int64[np.ndarray, " window"]], Window]
 
 
 class Batch(NamedTuple):
-    """Rows to train on, and the cursor from which the stream goes on after them."""
+    """Rows to train on, and the cursor from which the stream continues after them."""
 
     x: Float32[Tensor, "N d_in"]
     cursor: Cursor
     rows: Int64[np.ndarray, " N"]
-    """Which rows of the data they are."""
+    """Row numbers in the data."""
+
+
+@dataclass
+class Loader:
+    """Builds the batch at a cursor, keeping the current window loaded."""
+
+    order: Shuffle
+    load: Load
+    """Loads a window of rows and returns a function that picks float32 rows by their position in
+    it; it may reuse the memory of the previous window."""
+
+    where: Callable[[int], str]
+    """A row's name for messages."""
+
+    batch_size: int
+    pin_memory: bool = False
+    window: tuple[int, int] | None = field(default=None, init=False)
+    pick: Window = field(init=False)
+
+    def batch(self, cursor: Cursor) -> Batch:
+        pieces, cursor = self.order.take(cursor, self.batch_size)
+        parts: list[np.ndarray] = []
+        for piece in pieces:
+            if self.window != piece.window:
+                self.window, self.pick = piece.window, self.load(piece.rows)
+            parts.append(checked(self.pick(piece.picks), piece.rows[piece.picks], self.where))
+        x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        rows = np.concatenate([piece.rows[piece.picks] for piece in pieces])
+        return Batch(x.pin_memory() if self.pin_memory else x, cursor, rows)
 
 
 class Batches:
-    """An endless iterator over shuffled batches that loads `depth` of them ahead.
+    """An endless iterator over shuffled batches that loads `depth` of them ahead in a thread.
 
-    Every batch is a tensor of its own, never written to again, so it may be kept or changed.
-    Epochs run into each other: all batches have `batch_size` rows and no row is left out. Close
-    it, or use it in a `with` statement, to stop its thread.
-
-    `load(rows)` fetches a window of rows, and returns a function that picks float32 rows out of it
-    by their place in the window; it may reuse the memory of the window before. `where` names a row
-    for people. Both run in the thread; what they raise is raised by `next`. A row with NaN or Inf
-    is a ValueError that names the row.
+    Every batch is a new tensor that is never written to again, so it may be kept or changed.
+    Epochs follow each other without a gap: all batches have `batch_size` rows, and no row is left
+    out. Close it, or use it in a `with` statement, to stop its thread. An exception in the thread
+    is raised by `next`; a row with NaN or Inf is a ValueError that names the row.
     """
 
-    def __init__(
-        self,
-        order: Shuffle,
-        load: Load,
-        where: Callable[[int], str],
-        *,
-        batch_size: int,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
-    ):
-        if batch_size < 1 or depth < 1:
+    def __init__(self, loader: Loader, cursor: Cursor | None = None, depth: int = 2):
+        if loader.batch_size < 1 or depth < 1:
             raise ValueError(
-                f"batch_size and depth must be at least 1, got {batch_size} and {depth}"
+                f"batch_size and depth must be at least 1, got {loader.batch_size} and {depth}"
             )
-        if pin_memory and not torch.cuda.is_available():
+        if loader.pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory=True needs a CUDA device, and there is none")
         start = cursor or Cursor()
-        order.take(start, 1)  # a cursor that does not fit is the caller's error, raised here
+        loader.order.take(start, 1)  # raises here if the cursor does not fit
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
         self._error: Exception | None = None
         stop = threading.Event()
-        loader = _Loader(order, load, where, batch_size, pin_memory)
         thread = threading.Thread(
             target=_run, args=(loader, start, self._queue, stop), name="batches", daemon=True
         )
@@ -83,7 +98,7 @@ class Batches:
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for it to end. Closing twice is fine."""
+        """Stops the thread and waits for it to end. May be called twice."""
         self._finalizer()
 
     def __enter__(self) -> "Batches":
@@ -93,36 +108,8 @@ class Batches:
         self.close()
 
 
-class _Loader:
-    """Makes the batch that follows a cursor, keeping the window that it draws from."""
-
-    def __init__(
-        self,
-        order: Shuffle,
-        load: Load,
-        where: Callable[[int], str],
-        batch_size: int,
-        pin_memory: bool,
-    ):
-        self.order, self.load, self.where = order, load, where
-        self.batch_size, self.pin_memory = batch_size, pin_memory
-        self._loaded: tuple[tuple[int, int], Window] | None = None
-
-    def batch(self, cursor: Cursor) -> Batch:
-        pieces, cursor = self.order.take(cursor, self.batch_size)
-        parts: list[np.ndarray] = []
-        for piece in pieces:
-            if self._loaded is None or self._loaded[0] != piece.window:
-                self._loaded = (piece.window, self.load(piece.rows))
-            x = self._loaded[1](piece.picks)
-            parts.append(checked(x, piece.rows[piece.picks], self.where))
-        x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
-        rows = np.concatenate([piece.rows[piece.picks] for piece in pieces])
-        return Batch(x.pin_memory() if self.pin_memory else x, cursor, rows)
-
-
 def _run(
-    loader: _Loader,
+    loader: Loader,
     cursor: Cursor,
     ready: "queue.Queue[Batch | Exception]",
     stop: threading.Event,
@@ -130,7 +117,7 @@ def _run(
     while not stop.is_set():
         try:
             batch = loader.batch(cursor)
-        except Exception as error:  # crosses to the consumer, which raises it
+        except Exception as error:  # the consumer raises it
             ready.put(error)
             return
         cursor = batch.cursor
@@ -139,19 +126,19 @@ def _run(
 
 def _shut(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
     stop.set()
-    while True:  # frees the place that the thread may be waiting for in `put`
+    while True:  # unblocks a thread that is waiting in `put`
         try:
             ready.get_nowait()
         except queue.Empty:
             break
-    if thread is not threading.current_thread():  # the garbage collector may run in the thread
+    if thread is not threading.current_thread():  # garbage collection may run in it
         thread.join()
 
 
 def checked(
     x: Float32[np.ndarray, "N d_in"], rows: Int64[np.ndarray, " N"], where: Callable[[int], str]
 ) -> Float32[np.ndarray, "N d_in"]:
-    """`x`, the values of `rows`, if they are finite; a ValueError names the first that is not."""
+    """`x`, the values of `rows`, if all are finite; ValueError naming the first row that is not."""
     finite = np.isfinite(x)
     if not finite.all():
         bad = int(rows[~finite.all(axis=1)].min())

@@ -1,4 +1,4 @@
-"""Activations on disk, mapped into memory: folders of shards, and plain arrays."""
+"""Memory-mapped activations on disk: folders of shards, and plain arrays."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,15 +15,16 @@ from torch import Tensor
 from fastsae.data.index import INDEX, Index, Norm, Shard, read_index, sha256
 from fastsae.data.mapped import FLOATS, Mapped, map_npy, map_safetensors, to_float32
 from fastsae.data.moments import Moments, Summary
-from fastsae.data.prefetch import Batches, Window, checked
-from fastsae.data.shuffle import Cursor, Shuffle
+from fastsae.data.prefetch import Load, Window, checked
+from fastsae.data.shuffle import Shuffle
+from fastsae.data.source import Shuffled
 
-WINDOW_BYTES = 128_000_000  # data being drawn from, and resident, at one time
+WINDOW_BYTES = 128_000_000  # data resident at a time
 LABELS = ("token_ids", "positions", "documents")
 
 
 class Contexts(NamedTuple):
-    """Where rows come from: their token, its place in its window of text, and the document."""
+    """Where rows come from: token, position in the window of text, and document."""
 
     token_ids: Int[Tensor, " N"]
     positions: Int[Tensor, " N"]
@@ -37,13 +38,13 @@ class _File(NamedTuple):
     sha256: str | None
 
 
-class ActivationShards:
+class ActivationShards(Shuffled):
     """Activations in a folder that `harvest` or `ShardWriter` wrote, or in plain files.
 
     Plain data is an .npy file, a .safetensors file with a single tensor, or a folder of either;
-    each holds a two-dimensional float array [tokens, d_in]. Nothing is read before it is asked
-    for, and about `WINDOW_BYTES` stay resident. A file that is missing, cut short or at odds with
-    the index is a ValueError that names it.
+    each holds a float array [tokens, d_in]. Data is read on demand, and about `WINDOW_BYTES` stay
+    resident. A shard's SHA-256 is compared with the index when it is first read. A file that is
+    missing, truncated or inconsistent with the index is a ValueError that names it.
     """
 
     def __init__(self, path: str | Path):
@@ -71,11 +72,11 @@ class ActivationShards:
         self.model = self._index.model if self._index else None
         self.hookpoint = self._index.hookpoint if self._index else None
         self.fingerprint = _fingerprint(self.path, self._files)
-        """A short hash that tells other data apart: of the index, or of plain files' names, sizes
-        and shapes (not of their values)."""
+        """A short hash of the index, or of the names, sizes and shapes of plain files (not of their
+        values)."""
         heldout = self.path / "heldout"
         self.heldout = ActivationShards(heldout) if (heldout / INDEX).is_file() else None
-        """Activations set aside for evaluation: the sub-folder `heldout`, if there is one."""
+        """Held-out activations, from the subfolder `heldout` if there is one."""
         self._verified: set[int] = set()
 
     @cached_property
@@ -85,49 +86,34 @@ class ActivationShards:
         moments = Moments(self.d_in)
         for start in range(0, self.n_tokens, 4096):
             rows = np.arange(start, min(start + 4096, self.n_tokens))
-            moments.add(checked(self._gather(rows), rows, self.where))
+            moments.add(checked(self.gather(rows), rows, self.where))
         return moments.summary()
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
-        """The mean row. Plain data is read through once for it."""
+        """The mean row. Plain data is read once to compute it."""
         return torch.tensor(self._summary.mean, dtype=torch.float32)
 
     @property
     def mean_square(self) -> float:
-        """The mean over all entries of their square. Plain data is read through once for it."""
+        """Mean square over all entries. Plain data is read once to compute it."""
         return self._summary.mean_square
 
     @property
     def norm(self) -> Norm:
-        """Statistics of the row norms. Plain data is read through once for them."""
+        """Statistics of the row norms. Plain data is read once to compute them."""
         return self._summary.norm
-
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows at `indices`, in that order; a ValueError if one is out of range."""
-        wanted = indices.numpy().astype(np.int64, copy=False)
-        self._check_range(wanted)
-        self._verify_touched(wanted)
-        return torch.from_numpy(self._gather(wanted))
-
-    def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
-        """`n` rows, or all if there are fewer, drawn without replacement: same seed, same rows."""
-        generator = np.random.Generator(np.random.PCG64(seed))
-        wanted = generator.choice(self.n_tokens, min(n, self.n_tokens), replace=False)
-        self._verify_touched(wanted)
-        return torch.from_numpy(checked(self._gather(wanted), wanted, self.where))
 
     @property
     def has_contexts(self) -> bool:
-        """Whether it is known where rows come from: not in plain data."""
+        """Whether it is known where rows come from; plain data has no contexts."""
         return self._index is not None
 
     def contexts(self, indices: Int[Tensor, " N"]) -> Contexts:
-        """Tokens, positions and documents of the rows at `indices`. Plain data has none."""
+        """Tokens, positions and documents of the rows at `indices`; ValueError for plain data."""
         if not self._index:
-            raise ValueError(f"{self.path} is plain data and holds no token ids")
-        wanted = indices.numpy().astype(np.int64, copy=False)
-        self._check_range(wanted)
+            raise ValueError(f"{self.path} is plain data and has no token ids")
+        wanted = self.in_range(indices)
         out = {name: torch.empty(len(wanted), dtype=torch.int64) for name in LABELS}
         for number, places, local in self._split(wanted):
             for name in LABELS:
@@ -135,44 +121,24 @@ class ActivationShards:
         return Contexts(**out)
 
     def where(self, row: int) -> str:
-        """The file that holds a row, and the row's number in that file, for messages."""
+        """The row's file and its number in that file."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{self._files[number].path.name} row {row - int(self._starts[number])}"
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
-    ) -> Batches:
-        """Endless shuffled batches, loaded ahead by a thread; from `cursor` they go on exactly.
-
-        The order depends on `seed` and the epoch only. Each shard's SHA-256 is compared with the
-        index when the shard is first touched; as blocks come from everywhere, that is soon.
-        """
+    def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
+        """The order depends on `seed` and the epoch only."""
         order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // self._row_bytes)
         size = min(order.window_rows, self.n_tokens)
         buffer = np.empty((size, self.d_in), self._files[0].activations.array.dtype)
 
         def load(rows: Int64[np.ndarray, " window"]) -> Window:
-            self._verify_touched(rows)
             window = self._copy(rows, buffer[: len(rows)])
             return lambda picks: to_float32(window[picks], self.dtype)
 
-        return Batches(
-            order,
-            load,
-            self.where,
-            batch_size=batch_size,
-            cursor=cursor,
-            pin_memory=pin_memory,
-            depth=depth,
-        )
+        return order, load
 
     def verify(self) -> None:
-        """Compares every shard's SHA-256 with the index; a ValueError names one that differs."""
+        """Compare every shard's SHA-256 with the index; a ValueError names one that differs."""
         if not self._index:
             raise ValueError(f"{self.path} is plain data: it has no SHA-256 to compare with")
         self._verify(range(len(self._files)))
@@ -184,8 +150,8 @@ class ActivationShards:
                 file = self._files[number]
                 if file.sha256 != digest:
                     raise ValueError(
-                        f"{file.path} was edited: SHA-256 {file.sha256} expected from the "
-                        f"index, {digest} found"
+                        f"{file.path} was modified: its SHA-256 is {digest}, "
+                        f"the index has {file.sha256}"
                     )
                 self._verified.add(number)
 
@@ -194,11 +160,12 @@ class ActivationShards:
             touched = {number for number, _, _ in self._split(rows)}
             self._verify(sorted(touched - self._verified))
 
-    def _gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+    def gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
         out = np.empty((len(rows), self.d_in), self._files[0].activations.array.dtype)
         return to_float32(self._copy(rows, out), self.dtype)
 
     def _copy(self, rows: Int64[np.ndarray, " N"], out: np.ndarray) -> np.ndarray:
+        self._verify_touched(rows)
         for number, places, local in self._split(rows):
             self._files[number].activations.copy(local, out, places)
         return out
@@ -206,19 +173,13 @@ class ActivationShards:
     def _split(
         self, rows: Int64[np.ndarray, " N"]
     ) -> Iterator[tuple[int, Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]]:
-        """For each file touched: its number, the places in `rows` of those it holds, and their
-        numbers in it, rising."""
+        """For each file that has some of the rows: its number, their places in `rows`, and their
+        row numbers in the file, increasing."""
         order = np.argsort(rows, kind="stable")
         numbers = np.searchsorted(self._starts, rows[order], side="right") - 1
         touched, firsts = np.unique(numbers, return_index=True)
         for number, places in zip(touched.tolist(), np.split(order, firsts[1:]), strict=True):
             yield number, places, rows[places] - self._starts[number]
-
-    def _check_range(self, rows: Int64[np.ndarray, " N"]) -> None:
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_tokens:
-            raise ValueError(
-                f"rows must be from 0 to {self.n_tokens - 1}, got {rows.min()} to {rows.max()}"
-            )
 
 
 def _fingerprint(path: Path, files: list[_File]) -> str:

@@ -1,9 +1,9 @@
-"""A shuffle that can be entered anywhere: the row at any position follows from the seed alone.
+"""A shuffle with random access: the row at any position follows from the seed alone.
 
-An epoch visits every row once. The rows are cut into blocks of neighbours, which keeps reads from
-disk long; the blocks are permuted; then the rows are permuted inside windows of many blocks, which
-bounds how much data is being drawn from at one time. Permutations sort the raw output of Philox
-keyed by (seed, epoch, window), so they do not depend on platform, thread count or global state.
+An epoch visits every row once. Rows are grouped into blocks of neighbors, which makes for long
+reads from disk; the blocks are permuted; then the rows are permuted within windows of many blocks,
+which bounds the data in use at a time. Permutations sort the raw output of Philox keyed by (seed,
+epoch, window), so they do not depend on platform, thread count or global state.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from jaxtyping import Int64
 
 
 class Cursor(NamedTuple):
-    """Where a stream of rows stands: `position` rows of `epoch` have been handed out."""
+    """A position in the stream of rows: `position` rows of `epoch` have been drawn."""
 
     epoch: int = 0
     position: int = 0
 
 
 class Piece(NamedTuple):
-    """Some rows of one window: `rows[picks]`, in this order. `rows` is the whole window, sorted."""
+    """Some rows of a window: `rows[picks]`, in this order. `rows` is the whole window, sorted."""
 
     window: tuple[int, int]
     rows: Int64[np.ndarray, " window"]
@@ -43,7 +43,7 @@ class Shuffle:
         self._window: Piece | None = None
 
     def take(self, cursor: Cursor, n: int) -> tuple[list[Piece], Cursor]:
-        """The next `n` rows after `cursor`, running on into the next epoch, and the new cursor."""
+        """The next `n` rows after `cursor`, across epochs if needed, and the new cursor."""
         epoch, position = cursor
         if epoch < 0 or not 0 <= position < self.n_rows:
             raise ValueError(
@@ -68,14 +68,14 @@ class Shuffle:
             per_window = self.window_rows // self.block_rows
             blocks = blocks[number * per_window :][:per_window]
             rows = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).ravel()
-            rows = rows[rows < self.n_rows]  # the block at the end of the data may be short
+            rows = rows[rows < self.n_rows]  # the last block may be short
             picks = _permutation(len(rows), self.seed, epoch, number + 1)
             self._window = Piece((epoch, number), np.sort((rows + offset) % self.n_rows), picks)
         return self._window
 
     def _epoch_blocks(self, epoch: int) -> tuple[int, Int64[np.ndarray, " blocks"]]:
-        """Each epoch cuts its blocks at another offset. Only full blocks move: a short one stays
-        last, so that windows start at fixed positions; the offset changes which rows it holds."""
+        """Each epoch starts its blocks at another offset. Only full blocks are permuted: a short
+        one stays last, so that windows start at fixed positions; the offset changes its rows."""
         if self._epoch is None or self._epoch[0] != epoch:
             full, rest = divmod(self.n_rows, self.block_rows)
             blocks = _permutation(full, self.seed, epoch, 0)

@@ -1,17 +1,20 @@
-"""What the trainer asks of data, whether it lies on disk or is made up as it is needed."""
+"""What the trainer requires of its data, on disk or generated on the fly."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float32, Int
+import numpy as np
+import torch
+from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from fastsae.data.prefetch import Batches
-from fastsae.data.shuffle import Cursor
+from fastsae.data.prefetch import Batches, Load, Loader, checked
+from fastsae.data.shuffle import Cursor, Shuffle
 
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """Activations to train on: `ActivationShards`, `Synthetic`, or anything shaped like them."""
+    """Activations to train on: `ActivationShards`, `Synthetic`, or anything with these members."""
 
     @property
     def d_in(self) -> int:
@@ -25,12 +28,12 @@ class ActivationSource(Protocol):
 
     @property
     def mean_square(self) -> float:
-        """Mean over all entries of their square."""
+        """Mean square over all entries."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """A short hash: another one means other data, where a cursor has no meaning."""
+        """A short hash of the data; a cursor is only valid for data with the same hash."""
         ...
 
     @property
@@ -39,15 +42,15 @@ class ActivationSource(Protocol):
         ...
 
     def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows of these numbers, in this order."""
+        """The rows at `indices`, in that order; ValueError if one is out of range."""
         ...
 
     def where(self, row: int) -> str:
-        """A row's name for people: its file, and its number there."""
+        """A readable name of a row for messages: its file, and its number in that file."""
         ...
 
     def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
-        """`n` different rows, or all there are; the same for the same seed."""
+        """`n` distinct rows, or all if there are fewer; the same for the same seed."""
         ...
 
     def batches(
@@ -58,6 +61,56 @@ class ActivationSource(Protocol):
         pin_memory: bool = False,
         depth: int = 2,
     ) -> Batches:
-        """Endless shuffled batches. From the cursor of an earlier batch they go on exactly. A row
-        with NaN or Inf is a ValueError that names its shard and row there."""
+        """Endless shuffled batches, loaded ahead by a thread. With the cursor of an earlier batch
+        they continue exactly after it. A row with NaN or Inf is a ValueError that names it."""
         ...
+
+
+class Shuffled(ABC):
+    """Base of the sources here: rows, samples and batches from `gather` and `shuffled`."""
+
+    n_tokens: int
+
+    @abstractmethod
+    def gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+        """The rows of these numbers, which are in range."""
+
+    @abstractmethod
+    def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
+        """The order of the rows, and the function that loads a window of them (see `Batches`)."""
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """See `ActivationSource`."""
+
+    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
+        """See `ActivationSource`."""
+        return torch.from_numpy(self.gather(self.in_range(indices)))
+
+    def in_range(self, indices: Int[Tensor, " N"]) -> Int64[np.ndarray, " N"]:
+        """The row numbers in numpy; ValueError if one is out of range."""
+        rows = indices.numpy().astype(np.int64, copy=False)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_tokens:
+            raise ValueError(
+                f"rows must be from 0 to {self.n_tokens - 1}, got {rows.min()} to {rows.max()}"
+            )
+        return rows
+
+    def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
+        """See `ActivationSource`."""
+        generator = np.random.Generator(np.random.PCG64(seed))
+        rows = generator.choice(self.n_tokens, min(n, self.n_tokens), replace=False)
+        return torch.from_numpy(checked(self.gather(rows), rows, self.where))
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        cursor: Cursor | None = None,
+        pin_memory: bool = False,
+        depth: int = 2,
+    ) -> Batches:
+        """See `ActivationSource`."""
+        order, load = self.shuffled(seed)
+        loader = Loader(order, load, self.where, batch_size, pin_memory)
+        return Batches(loader, cursor, depth)

@@ -1,4 +1,4 @@
-"""Activations made from a sparse dictionary that is known, to see whether training finds it."""
+"""Synthetic activations from a known sparse dictionary, to test whether training recovers it."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -7,22 +7,23 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastsae.data.prefetch import Batches, Window
-from fastsae.data.shuffle import Cursor, Shuffle
+from fastsae.data.prefetch import Load, Window
+from fastsae.data.shuffle import Shuffle
+from fastsae.data.source import Shuffled
 
-BLOCK_ROWS = 1024  # rows that are made together, from one key
+BLOCK_ROWS = 1024  # rows generated together, from one key
 WINDOW_ROWS = 8 * BLOCK_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic:
+class Synthetic(Shuffled):
     """Rows x = Σ v_i dictionary[i] + noise, with `active` latents i per row and v_i ≥ ½.
 
-    A source like `ActivationShards`, without files: row n is a function of the settings and n.
+    A source like `ActivationShards`, without files: row n depends only on the settings and n.
     """
 
     d_in: int
@@ -32,7 +33,7 @@ class Synthetic:
     """Rows of the dictionary."""
 
     active: int
-    """Different latents in each row."""
+    """Distinct latents in each row."""
 
     n_tokens: int = 1_000_000
     """Rows in one epoch."""
@@ -41,11 +42,10 @@ class Synthetic:
     """Standard deviation of the Gaussian noise on every entry."""
 
     frequency_exponent: float = 0.0
-    """How much more some latents fire: latent i is drawn with weight (i + 1)^-frequency_exponent.
-    0 makes all alike, 1 is Zipf's law."""
+    """Latent i is drawn with weight (i + 1)^-frequency_exponent: 0 is uniform, 1 is Zipf's law."""
 
     seed: int = 0
-    """Of the dictionary and the rows."""
+    """Seed of the dictionary and the rows."""
 
     part: Literal["train", "heldout"] = "train"
     """Which of two independent sets of rows from the same dictionary."""
@@ -64,13 +64,13 @@ class Synthetic:
 
     @cached_property
     def dictionary(self) -> Float32[Tensor, "n_latents d_in"]:
-        """The directions that rows are made of, each of length 1."""
+        """The unit-norm directions that rows are sums of."""
         drawn = self._generator(0).standard_normal((self.n_latents, self.d_in))
         return normalize(torch.from_numpy(drawn), dim=1).float()
 
     @property
     def mean_square(self) -> float:
-        """Mean over all entries of their square, estimated from up to 16 384 rows."""
+        """Mean square over all entries, estimated from up to 16,384 rows."""
         return self._mean_square
 
     @cached_property
@@ -79,7 +79,7 @@ class Synthetic:
 
     @property
     def heldout(self) -> "Synthetic | None":
-        """Up to 65 536 other rows from the same dictionary; None if these are those."""
+        """Up to 65,536 other rows from the same dictionary; None for the held-out part itself."""
         if self.part == "heldout":
             return None
         return replace(self, part="heldout", n_tokens=min(self.n_tokens, 65_536))
@@ -89,62 +89,35 @@ class Synthetic:
         """A short hash of the settings."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows at `indices`, in that order; a ValueError if one is out of range."""
-        wanted = indices.numpy().astype(np.int64, copy=False)
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.n_tokens:
-            raise ValueError(
-                f"rows must be from 0 to {self.n_tokens - 1}, got {wanted.min()} to {wanted.max()}"
-            )
-        return torch.from_numpy(self._rows(wanted))
-
     def where(self, row: int) -> str:
-        """A row's name for people."""
+        """A readable name of a row."""
         return f"synthetic row {row}"
 
     def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
-        """`n` different rows, or all if there are fewer; the same for the same seed. Rows are
-        independent of each other, so neighbours are as good a sample as any."""
+        """`n` distinct rows, or all if there are fewer; the same for the same seed. Rows are
+        independent, so consecutive ones are a random sample."""
         start = np.random.Generator(np.random.PCG64(seed)).integers(self.n_tokens)
         wanted = (
             start // BLOCK_ROWS * BLOCK_ROWS + np.arange(min(n, self.n_tokens))
         ) % self.n_tokens
-        return torch.from_numpy(self._rows(wanted))
+        return torch.from_numpy(self.gather(wanted))
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
-    ) -> Batches:
-        """Endless shuffled batches, made ahead by a thread; from `cursor` they go on exactly."""
-
+    def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
         def load(rows: Int64[np.ndarray, " window"]) -> Window:
-            made = self._rows(rows)
-            return lambda picks: made[picks]
+            return self.gather(rows).__getitem__
 
-        return Batches(
-            Shuffle(self.n_tokens, seed, WINDOW_ROWS, BLOCK_ROWS),
-            load,
-            self.where,
-            batch_size=batch_size,
-            cursor=cursor,
-            pin_memory=pin_memory,
-            depth=depth,
-        )
+        return Shuffle(self.n_tokens, seed, WINDOW_ROWS, BLOCK_ROWS), load
 
     def recovery(self, W_dec: Float[Tensor, "d_sae d_in"]) -> float:
-        """How well decoder rows match the dictionary: over its rows, the mean of the largest
-        cosine with any decoder row. 1 means that every direction was found."""
+        """Mean over dictionary rows of the largest cosine similarity with a decoder row; 1 if every
+        direction was found."""
         found = normalize(W_dec.detach().to("cpu", torch.float32), dim=1)
         return float((self.dictionary @ found.T).max(1).values.mean())
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, *key])))
 
-    def _rows(self, wanted: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+    def gather(self, wanted: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
         out = np.empty((len(wanted), self.d_in), np.float32)
         blocks = wanted // BLOCK_ROWS
         for block in np.unique(blocks).tolist():
@@ -154,7 +127,7 @@ class Synthetic:
 
     def _block(self, number: int) -> Float32[np.ndarray, "rows d_in"]:
         draw = self._generator(1 if self.part == "train" else 2, number)
-        # The first to ring of independent clocks: draws without replacement, by weight.
+        # Exponential race: the smallest arrival times are a weighted draw without replacement.
         weights = np.arange(1, self.n_latents + 1, dtype=np.float32) ** -self.frequency_exponent
         clocks = draw.standard_exponential((BLOCK_ROWS, self.n_latents), np.float32) / weights
         chosen = np.argpartition(clocks, self.active - 1, axis=1)[:, : self.active]

@@ -1,4 +1,4 @@
-"""Text to run a model on: files, folders, globs, and data sets from `datasets`."""
+"""Text to run a model on: files, folders, globs, and datasets."""
 
 import glob
 import json
@@ -10,9 +10,9 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 
 def text_files(patterns: tuple[str, ...]) -> list[Path]:
-    """The files that paths, folders and globs stand for, in that order, each one's sorted.
+    """The files that the patterns (paths, folders or globs) match, sorted for each pattern.
 
-    A folder stands for the text files at any depth in it. What stands for none is a ValueError.
+    A folder matches the text files at any depth in it. ValueError if a pattern matches none.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -32,7 +32,7 @@ def text_files(patterns: tuple[str, ...]) -> list[Path]:
 
 
 def file_documents(files: list[Path]) -> Iterator[str]:
-    """The documents in files: the lines' "text" of a .jsonl file, all of any other."""
+    """The documents in files: one per line of a .jsonl file, or the whole file."""
     for file in files:
         if file.suffix == ".jsonl":
             yield from _json_lines(file)
@@ -53,11 +53,11 @@ def _json_lines(file: Path) -> Iterator[str]:
 def dataset_documents(
     name: str, *, config: str | None, split: str, text_column: str
 ) -> Iterator[str]:
-    """The text column of a data set: a hub id, a folder it was saved to, or a folder of files."""
+    """The text column of a dataset: a hub id, a folder it was saved to, or a folder of files."""
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("data sets need datasets: pip install 'fastsae-triton[hf]'") from error
+        raise ValueError("--dataset needs a package: pip install 'fastsae-triton[hf]'") from error
     try:
         rows: Any
         if (Path(name) / "dataset_dict.json").is_file():
@@ -68,9 +68,9 @@ def dataset_documents(
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load split {split!r} of data set {name!r}: {reason}") from error
+        raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {reason}") from error
     for row in rows:
         if text_column not in row:
             allowed = ", ".join(row)
-            raise ValueError(f"data set {name!r} has no column {text_column!r}, only {allowed}")
+            raise ValueError(f"dataset {name!r} has no column {text_column!r}, only {allowed}")
         yield str(row[text_column])

@@ -1,4 +1,4 @@
-"""Writes activation shards as they arrive."""
+"""Writes activations to shards as they arrive."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,10 @@ SHARD_BYTES = 128_000_000
 
 
 class ShardWriter:
-    """Appends rows to a folder of shards, whose index is written last, by `finish`.
+    """Appends rows to a folder of shards; `finish` writes its index.
 
-    A folder without an index holds nothing yet: what a killed writer left in it is overwritten.
-    A folder with one is a ValueError.
+    Shards that a killed writer left, without an index, are overwritten. ValueError for a folder
+    with an index.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ShardWriter:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.folder, self.d_in, self.dtype = Path(folder), d_in, dtype
         if (self.folder / INDEX).exists():
-            raise ValueError(f"{self.folder} already holds activations; give a new folder")
+            raise ValueError(f"{self.folder} already holds activations; choose a new folder")
         self.n_tokens = 0
         self._about: dict[str, Any] = {"model": model, "hookpoint": hookpoint, "harvest": harvest}
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -49,7 +49,7 @@ class ShardWriter:
         self._unfinished = self.folder / ".unfinished"
         leftovers = list(self.folder.glob("shard-*.safetensors"))
         if leftovers and not self._unfinished.exists():
-            raise ValueError(f"{self.folder} holds shards that are not ours; give a new folder")
+            raise ValueError(f"{self.folder} holds shards from elsewhere; choose a new folder")
         self._unfinished.touch()
         for leftover in leftovers:
             leftover.unlink()
@@ -61,7 +61,7 @@ class ShardWriter:
         positions: Int[Tensor, " N"],
         documents: Int[Tensor, " N"],
     ) -> None:
-        """Adds rows. NaN or Inf in them (after conversion to `dtype`) is a ValueError."""
+        """Append rows; ValueError if they contain NaN or Inf after conversion to `dtype`."""
         if activations.shape[1] != self.d_in:
             raise ValueError(f"rows have {activations.shape[1]} entries, expected {self.d_in}")
         stored = activations.detach().to("cpu", self._torch_dtype)
@@ -84,7 +84,7 @@ class ShardWriter:
                 self._flush()
 
     def finish(self) -> None:
-        """Writes the last shard and the index. At least one row must have been appended."""
+        """Write the last shard and the index; ValueError if no row was appended."""
         if not self.n_tokens:
             raise ValueError(f"no rows to write to {self.folder}")
         if self._pending:

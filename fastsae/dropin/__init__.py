@@ -1,7 +1,7 @@
-"""Other libraries' SAEs with our ops in them: the same objects, faster.
+"""Accelerates SAEs of other libraries in place.
 
-A module is given a subclass of its own class, in which encode and decode are ours. Nothing else
-changes: parameters, state_dict, hooks, device, dtype, what isinstance says, copies and pickles.
+A module's class becomes a subclass of its own, with fastsae's encode and decode. Everything else
+stays: parameters, state_dict, hooks, device, dtype, isinstance, copies and pickles.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
-KNOWN = {
+SUPPORTED = {
     "sparsify": ("SparseCoder",),
     "sae_lens": (
         "TopKSAE",
@@ -22,42 +22,45 @@ KNOWN = {
     ),
     "dictionary_learning": ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder"),
 }
-"""Classes that can be accelerated, by the library they are from. SAELens has no BatchTopK of its
-own outside training: it is a JumpReLU there."""
+"""Classes that can be accelerated, by library. SAELens turns a BatchTopK into a JumpReLU for
+inference."""
 
-WRONG_GRADIENTS = ("SparseCoder",)
-"""Those whose own gradients are not those of what they compute."""
+INEXACT_GRADIENTS = ("SparseCoder",)
+"""Classes whose gradients in their own library are not those of what they compute."""
 
 
 def accelerate(module: Module, *, exact_compat: bool = False) -> Module:
-    """Give a known SAE of another library fastsae's encode and decode, in place.
+    """Replace encode and decode of another library's SAE with fastsae's, in place.
 
-    module: a SparseCoder of sparsify; a TopK, BatchTopK or JumpReLU SAE of SAELens, for training
-    or not; an AutoEncoderTopK, BatchTopKSAE or JumpReluAutoEncoder of dictionary_learning. Returns
-    the same object, which computes the same outputs, up to rounding and the order of equals, and
-    works with its library's trainer. `restore` undoes it. It goes on as its library does where a
-    hook, or a method or part of its own that someone replaced, has to be heard; and, but for
-    sparsify's, under autocast and for few tokens, for which that is faster. A NaN exceeds no
-    threshold.
+    Args:
+        module: a SparseCoder of sparsify; a TopK, BatchTopK or JumpReLU SAE of SAELens, for
+            training or inference; or an AutoEncoderTopK, BatchTopKSAE or JumpReluAutoEncoder of
+            dictionary_learning.
+        exact_compat: for a SparseCoder: keep sparsify's gradients (see below).
 
-    Gradients of parameters and inputs are those of what is computed; the dense activations that a
-    training pass returns are no longer on their way. sparsify's own differ: its aux-k and multi-k
-    losses give the encoder none, and a latent that was chosen with a pre-activation below 0, and
-    so is 0, still gets one. With `exact_compat` these stay as they are in sparsify.
+    Returns the same object. Its outputs stay the same, up to rounding and the order of ties, and it
+    works with its library's trainer; `restore` undoes the change. The library's own code still runs
+    where it has to: with hooks, or methods or submodules that were replaced. Except for sparsify it
+    also runs under autocast and for few tokens, where it is faster. NaN exceeds no threshold.
 
-    ValueError for another module, with a list of those that are known, and for exact_compat where
-    the library's gradients are right.
+    Gradients of parameters and inputs are exact. No gradient flows through the dense activations
+    that a training forward pass returns. sparsify's own gradients differ: its aux-k and multi-k
+    losses give the encoder none, and a selected latent with a negative pre-activation, whose value
+    is 0, still gets one.
+
+    Raises ValueError for an unsupported module, listing the supported ones, and for exact_compat
+    where it has no effect.
     """
-    kind = own_class(module)
+    kind = library_class(module)
     library, name = kind.__module__.split(".")[0], kind.__qualname__
-    if name not in KNOWN.get(library, ()):
-        known = "; ".join(f"{', '.join(names)} of {key}" for key, names in KNOWN.items())
-        raise ValueError(f"accelerate knows {known}; got {library}'s {name}")
+    if name not in SUPPORTED.get(library, ()):
+        known = "; ".join(f"{', '.join(names)} of {key}" for key, names in SUPPORTED.items())
+        raise ValueError(f"accelerate() supports {known}; got {library}'s {name}")
     activation = getattr(getattr(module, "cfg", None), "activation", "topk")
     if activation != "topk":
-        raise ValueError(f"accelerate knows a {name} with topk, got one with {activation}")
-    if exact_compat and name not in WRONG_GRADIENTS:
-        raise ValueError(f"exact_compat has no effect: {name} has true gradients as it is")
+        raise ValueError(f"accelerate() supports a {name} with topk, got one with {activation}")
+    if exact_compat and name not in INEXACT_GRADIENTS:
+        raise ValueError(f"exact_compat has no effect: the gradients of {name} are exact anyway")
     module.__class__ = getattr(import_module(f"fastsae.dropin.{library}"), f"Fast{name}")
     vars(module).pop("exact_compat", None)
     if exact_compat:
@@ -66,19 +69,18 @@ def accelerate(module: Module, *, exact_compat: bool = False) -> Module:
 
 
 def restore(module: Module) -> Module:
-    """Give a module that was accelerated its library's encode and decode back, in place.
-
-    Returns the same object. ValueError if it was not accelerated.
-    """
-    kind = own_class(module)
+    """Undo `accelerate` in place and return the object; ValueError if it was not accelerated."""
+    kind = library_class(module)
     if kind is type(module):
-        raise ValueError(f"restore wants a module that was accelerated, got {kind.__name__}")
+        raise ValueError(
+            f"restore() expects a module returned by accelerate(), got {kind.__name__}"
+        )
     module.__class__ = kind
     vars(module).pop("exact_compat", None)
     return module
 
 
-def own_class(module: nn.Module) -> Any:
-    """Its library's class: the last base of one of ours, which stands in for it."""
+def library_class(module: nn.Module) -> Any:
+    """The class that its library gave it: the last base of a class from this package."""
     kind = type(module)
     return kind.__bases__[-1] if kind.__module__.startswith(f"{__name__}.") else kind

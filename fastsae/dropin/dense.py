@@ -1,7 +1,7 @@
-"""Dense tensors that other libraries pass around, with the sparse codes behind them.
+"""Dense activations as other libraries expect them, with the sparse codes attached.
 
-Their encoders return pre-activations and codes of all latents, [N, d_sae]. Whoever looks at these
-sees them; gradients and decoders go by the few entries that count.
+Their encoders return pre-activations and codes of all latents, [N, d_sae]. Callers get these dense
+tensors; gradients and decoders only touch the active entries.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from fastsae.codes import Codes
 from fastsae.nn.sparse_pre import WIDEST, SparsePre, is_dense
 from fastsae_kernels import in_rows, list_above, straight_through, topk_batch
 
-FEW = 1 / 4
-"""Part of the latents up to which only those that have a gradient are multiplied for it."""
+MAX_SPARSE = 1 / 4
+"""Fraction of latents with a gradient up to which the backward pass multiplies only those."""
 
-FEWEST = 128
-"""Tokens up to which a dense product costs less than what our ops do first."""
+MIN_TOKENS = 128
+"""Up to this many tokens, a dense matmul costs less than the overhead of the sparse ops."""
 
 
 class _PreActivations(Function):
@@ -38,9 +38,9 @@ class _PreActivations(Function):
         (g,), (x, W_enc) = gradients, ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad
         latents = torch.arange(W_enc.shape[0], device=g.device)
-        if not torch.is_grad_enabled():  # a gradient of 0 can have a derivative of its own
+        if not torch.is_grad_enabled():  # a zero gradient can have a nonzero derivative
             some = g.any(0).nonzero()[:, 0]
-            latents = some if len(some) <= FEW * len(W_enc) else latents
+            latents = some if len(some) <= MAX_SPARSE * len(W_enc) else latents
         g = g[:, latents].to(W_enc.dtype)
         d_W_enc = torch.zeros_like(W_enc).index_copy_(0, latents, g.T @ x) if need_W else None
         d_b_enc = g.new_zeros(len(W_enc)).index_copy_(0, latents, g.sum(0)) if need_b else None
@@ -67,35 +67,32 @@ class _Entries(Function):
 def pre_activations(
     x: Float[Tensor, "N d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "N d_sae"]:
-    """x W_enc^T + b_enc, whose gradient is computed for those latents only that have one.
-
-    A loss on dead latents then costs what they cost.
-    """
+    """x W_enc^T + b_enc, whose backward pass skips latents without gradient, as in aux-k losses."""
     return _PreActivations.apply(x, W_enc, b_enc)
 
 
-def entries(
+def gather_pre(
     pre: Float[Tensor, "N d_sae"],
     indices: Int[Tensor, "N K"],
     x: Float[Tensor, "N d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
 ) -> Float[Tensor, "N K"]:
-    """Some entries of the pre-activations of x, with a sparse gradient of their own."""
+    """pre[n, indices[n, k]], where pre is the pre-activations of x, with a sparse gradient."""
     return _Entries.apply(x, W_enc, b_enc, pre.detach(), indices)
 
 
-def largest_of_batch(
+def batch_topk_codes(
     pre: Float[Tensor, "N d_sae"], total: int, encoder: tuple[Tensor, Tensor, Tensor]
 ) -> Codes:
-    """Codes of the largest pre-activations of a whole batch, of those that are above 0.
+    """Codes of the `total` largest positive pre-activations of a whole batch.
 
-    encoder: the tokens, weight and bias that pre is of.
+    encoder: the tokens, weight and bias from which pre was computed.
     """
     (N, d_sae), (values, tokens, latents) = pre.shape, topk_batch(pre.detach(), total)
     kept = values > 0
     found = in_rows(values[kept], (tokens * d_sae + latents)[kept], N, d_sae)
-    values = entries(pre, found.indices, *encoder).where(found.listed, 0.0)
+    values = gather_pre(pre, found.indices, *encoder).where(found.listed, 0.0)
     return Codes(values, found.indices, d_sae)
 
 
@@ -111,58 +108,59 @@ def above(
         found = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
         if found.indices.shape[1] <= WIDEST * d_sae:
             return SparsePre(
-                entries(pre, found.indices, *encoder), found.indices, found.listed, d_sae
+                gather_pre(pre, found.indices, *encoder), found.indices, found.listed, d_sae
             )
     return SparsePre(pre, None, pre > threshold, d_sae)
 
 
-def written_out(codes: Codes, shape: tuple[int, ...]) -> Tensor:
-    """The codes as a dense tensor of that shape, for people: it remembers them only if it has no
-    gradient, for they may ask for that of all latents."""
+def to_dense(codes: Codes, shape: tuple[int, ...]) -> Tensor:
+    """The codes as a dense tensor of that shape. They stay attached only if it has no gradient:
+    a caller may ask for the gradient of all its entries."""
     dense = codes.to_dense().view(shape)
-    return dense if dense.requires_grad else remember(dense, codes)
+    return dense if dense.requires_grad else attach_codes(dense, codes)
 
 
-class Memory(NamedTuple):
-    """Codes, and what their tensor was like when they were all of it."""
+class Attached(NamedTuple):
+    """Codes, and the state of their dense tensor at the time."""
 
     codes: Codes
     version: int
     requires_grad: bool
 
 
-_memories = WeakTensorKeyDictionary()
+_attached = WeakTensorKeyDictionary()
 
 
-def remember(dense: Tensor, codes: Codes) -> Tensor:
-    """Let `codes_behind` find the codes, until someone writes into the tensor in a way that torch
-    counts, or asks for its gradient."""
-    if not torch.compiler.is_compiling() and not dense.is_inference():  # whose writes nobody counts
-        _memories[dense] = Memory(codes, dense._version, dense.requires_grad)
+def attach_codes(dense: Tensor, codes: Codes) -> Tensor:
+    """Let `lookup_codes` find the codes until the tensor is modified in place or its gradient is
+    requested."""
+    if not torch.compiler.is_compiling() and not dense.is_inference():  # those have no version
+        _attached[dense] = Attached(codes, dense._version, dense.requires_grad)
     return dense
 
 
-def codes_behind(dense: Tensor) -> Codes | None:
-    """The codes that a tensor was made from, or None where they are unknown or no longer it."""
-    if torch.compiler.is_compiling() or dense not in _memories:
+def lookup_codes(dense: Tensor) -> Codes | None:
+    """The codes that a dense tensor was made from; None if unknown or no longer equal to it."""
+    if torch.compiler.is_compiling() or dense not in _attached:
         return None
-    memory = _memories[dense]
-    same = (memory.version, memory.requires_grad) == (dense._version, dense.requires_grad)
-    return memory.codes if same else None
+    codes, *then = _attached[dense]
+    return codes if then == [dense._version, dense.requires_grad] else None
 
 
-def hooked(*modules: nn.Module) -> bool:
-    """Whether someone looks at what goes through one of the modules, or changes it."""
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether a hook sees, or may change, what passes through one of the modules."""
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(module, name) for module in modules for name in names)
 
 
-def gains(module: object, x: Tensor) -> bool:
-    """Whether our ops serve x: enough tokens, no autocast, and no method that someone replaced."""
-    enough = x.shape[:-1].numel() > FEWEST
-    return enough and not replaced(module) and not torch.is_autocast_enabled(x.device.type)
+def worth_accelerating(module: object, x: Tensor) -> bool:
+    """Whether fastsae's ops are faster for x and nothing prevents them: enough tokens, no autocast,
+    no overridden method."""
+    enough = x.shape[:-1].numel() > MIN_TOKENS
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return enough and not has_overridden_methods(module) and not autocast
 
 
-def replaced(module: object) -> bool:
-    """Whether someone put methods of their own into the object."""
+def has_overridden_methods(module: object) -> bool:
+    """Whether methods were assigned to the object itself."""
     return bool({"encode", "decode", "encode_with_hidden_pre"} & vars(module).keys())

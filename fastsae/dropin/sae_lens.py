@@ -1,4 +1,4 @@
-"""SAELens with our ops."""
+"""Accelerated classes of SAELens."""
 
 from typing import Any
 
@@ -15,22 +15,22 @@ from fastsae_kernels import encode_topk, topk_indices
 
 from .dense import (
     above,
-    codes_behind,
-    entries,
-    gains,
-    hooked,
-    largest_of_batch,
+    attach_codes,
+    batch_topk_codes,
+    gather_pre,
+    has_hooks,
+    lookup_codes,
     pre_activations,
-    remember,
-    written_out,
+    to_dense,
+    worth_accelerating,
 )
 
 Encoder = tuple[Tensor, Tensor, Tensor]
-"""Tokens, as the encoder sees them, its weight with a row for each latent, and its bias."""
+"""Tokens as the encoder sees them, its weight [d_sae, d_in] and its bias."""
 
 
 class Fast:
-    """What all of the classes share."""
+    """Mixin with what all accelerated classes share."""
 
     cfg: Any
     d_head: Any
@@ -41,7 +41,7 @@ class Fast:
     b_dec: Tensor
     activation_fn: Any
     activation: type
-    """What activation_fn is, unless someone replaced it."""
+    """The class of activation_fn, unless it was replaced."""
 
     hook_dict: dict[str, Any]
     hook_sae_acts_pre: Any
@@ -52,21 +52,22 @@ class Fast:
     reshape_fn_out: Any
 
     def codes(self, encoder: Encoder) -> Codes:
-        """The codes of the tokens, with sparse gradients: what each class gives."""
+        """The codes of the tokens, with sparse gradients; each class implements it."""
         raise NotImplementedError
 
-    def ours(self, x: Tensor) -> bool:
-        """Whether to encode x by our ops: nothing else has a part in it."""
+    def uses_fast_path(self, x: Tensor) -> bool:
+        """Whether fastsae's ops can encode x: nothing was customized or hooked."""
         plain = type(self.activation_fn) is self.activation
-        return plain and gains(self, x) and not hooked(self.hook_sae_acts_pre, self.activation_fn)
+        hooks = has_hooks(self.hook_sae_acts_pre, self.activation_fn)
+        return plain and not hooks and worth_accelerating(self, x)
 
     @property
     def by_norm(self) -> bool:
-        """Whether latents count by the norm of their decoder row."""
+        """Whether pre-activations are scaled by the norm of the decoder row."""
         return getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
 
     def encoder_of(self, x: Tensor) -> tuple[Encoder, tuple[int, ...]]:
-        """The encoder for x, and the shape of the activations of all latents."""
+        """The encoder with its tokens, and the shape of the dense activations."""
         seen = self.process_sae_in(x)
         W_enc, b_enc = self.W_enc.T, self.b_enc
         if self.by_norm:
@@ -76,29 +77,29 @@ class Fast:
         return (seen.reshape(-1, seen.shape[-1]), W_enc, b_enc), shape
 
     def encode(self, x: Tensor) -> Tensor:
-        if not self.ours(x):
+        if not self.uses_fast_path(x):
             return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
         encoder, shape = self.encoder_of(x)
-        return self.hook_sae_acts_post(self.written(self.codes(encoder), shape))
+        return self.hook_sae_acts_post(self.dense(self.codes(encoder), shape))
 
-    def written(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
-        """The codes as the library has them."""
-        return written_out(codes, shape)
+    def dense(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+        """The codes in the library's form."""
+        return to_dense(codes, shape)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        codes = codes_behind(feature_acts)
+        codes = lookup_codes(feature_acts)
         if codes is None:
             return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]
         return self.decode_codes(codes, feature_acts.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.ours(x) or self.use_error_term or hooked(*self.hook_dict.values()):
+        if not self.uses_fast_path(x) or self.use_error_term or has_hooks(*self.hook_dict.values()):
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         encoder, shape = self.encoder_of(x)
         return self.decode_codes(self.codes(encoder), shape)
 
     def decode_codes(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
-        """Decode codes of activations of that shape."""
+        """Decode the codes of activations of that shape."""
         if self.by_norm:
             scale = at_latents(1 / self.W_dec.norm(dim=-1), codes.indices)
             codes = codes._replace(values=codes.values * scale)
@@ -123,21 +124,21 @@ class FastJumpReLUSAE(Fast, JumpReLUSAE):
 
 
 class FastTraining(Fast):
-    """What trains makes the pre-activations of all latents too."""
+    """Training classes also return the pre-activations of all latents."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.ours(x):
+        if not self.uses_fast_path(x):
             return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAttributeAccessIssue]
         encoder, shape = self.encoder_of(x)
         pre = pre_activations(*encoder)
         codes = self.codes_among(pre, encoder)
-        acts = self.written(codes, shape)
-        if not hooked(self.hook_sae_acts_post):  # then nobody sees them before the loss
-            remember(acts, codes)
+        acts = self.dense(codes, shape)
+        if not has_hooks(self.hook_sae_acts_post):  # then nothing reads them before the loss
+            attach_codes(acts, codes)
         return self.hook_sae_acts_post(acts), pre.view(shape)
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
-        """The codes, given all pre-activations: what each class that trains gives."""
+        """The codes, given all pre-activations; each training class implements it."""
         raise NotImplementedError
 
     def codes(self, encoder: Encoder) -> Codes:
@@ -149,11 +150,11 @@ class FastTopKTrainingSAE(FastTraining, TopKTrainingSAE):
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         indices = topk_indices(pre, self.activation_fn.k)
-        return Codes(entries(pre, indices, *encoder).relu(), indices, pre.shape[1])
+        return Codes(gather_pre(pre, indices, *encoder).relu(), indices, pre.shape[1])
 
-    def written(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+    def dense(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
         if not self.activation_fn.use_sparse_activations:
-            return written_out(codes, shape)
+            return to_dense(codes, shape)
         tokens = torch.arange(len(codes.values), device=codes.values.device)
         place = torch.unravel_index(tokens, shape[:-1])
         place = [part.repeat_interleave(codes.values.shape[1]) for part in place]
@@ -165,15 +166,15 @@ class FastBatchTopKTrainingSAE(FastTraining, BatchTopKTrainingSAE):
     activation = BatchTopK
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
-        return largest_of_batch(pre, int(self.activation_fn.k * len(pre)), encoder)
+        return batch_topk_codes(pre, int(self.activation_fn.k * len(pre)), encoder)
 
 
 class FastJumpReLUTrainingSAE(FastTraining, JumpReLUTrainingSAE):
-    activation = torch.nn.ReLU  # which SAELens makes and does not use
+    activation = torch.nn.ReLU  # created by SAELens but unused
 
-    def ours(self, x: Tensor) -> bool:
-        """Not where latents that are not active train the encoder."""
-        return super().ours(x) and not self.cfg.jumprelu_ste_to_input
+    def uses_fast_path(self, x: Tensor) -> bool:
+        """Not with gradients for inactive latents."""
+        return super().uses_fast_path(x) and not self.cfg.jumprelu_ste_to_input
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         threshold = self.threshold.to(pre.dtype)

@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify with our ops."""
+"""The accelerated SparseCoder of EleutherAI's sparsify."""
 
 import torch
 from sparsify.fused_encoder import EncoderOutput
@@ -8,11 +8,11 @@ from torch import Tensor
 from fastsae.nn.linear import autocast
 from fastsae_kernels import decode, encode_topk, topk_indices
 
-from .dense import entries, pre_activations, replaced
+from .dense import gather_pre, has_overridden_methods, pre_activations
 
 
 class FastSparseCoder(SparseCoder):
-    """The pre-activations of all latents are made only for a loss that looks at them."""
+    """Computes the pre-activations of all latents only for a loss that uses them."""
 
     exact_compat = False
 
@@ -22,20 +22,22 @@ class FastSparseCoder(SparseCoder):
         encoder = self.encoder_of(x)
         pre_acts = pre_activations(*encoder).relu_()
         if self.exact_compat:
-            indices = pre_acts.topk(self.cfg.k, sorted=False).indices  # the same ones of many zeros
-            return EncoderOutput(entries(pre_acts, indices, *encoder), indices, pre_acts.detach())
+            # sparsify's own op, to break ties among zeros as it does
+            indices = pre_acts.topk(self.cfg.k, sorted=False).indices
+            values = gather_pre(pre_acts, indices, *encoder)
+            return EncoderOutput(values, indices, pre_acts.detach())
         indices = topk_indices(pre_acts, self.cfg.k)
-        values = entries(pre_acts, indices, *encoder).relu()
+        values = gather_pre(pre_acts, indices, *encoder).relu()
         return EncoderOutput(values, active_only(values, indices), pre_acts)
 
     def encoder_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens as the encoder sees them, its weight and its bias."""
-        centred = x if self.cfg.transcode else x - self.b_dec
-        centred, W_enc, b_enc = autocast(centred, self.encoder.weight, self.encoder.bias)
-        return centred, W_enc, b_enc
+        """The tokens as the encoder sees them, the encoder's weight and its bias."""
+        seen = x if self.cfg.transcode else x - self.b_dec
+        seen, W_enc, b_enc = autocast(seen, self.encoder.weight, self.encoder.bias)
+        return seen, W_enc, b_enc
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        assert self.W_dec is not None, "this SparseCoder was made without a decoder"
+        assert self.W_dec is not None, "this SparseCoder has no decoder"
         return decode(top_acts.to(self.dtype), top_indices, self.W_dec) + self.b_dec
 
     def forward(
@@ -47,9 +49,9 @@ class FastSparseCoder(SparseCoder):
         total_variance: Tensor | None = None,
     ) -> ForwardOutput:
         dead = dead_mask is not None and bool(dead_mask.any())
-        if dead or self.cfg.multi_topk or replaced(self):
+        if dead or self.cfg.multi_topk or has_overridden_methods(self):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)
-        low = torch.cuda.is_bf16_supported()  # as sparsify decides, on a GPU
+        low = torch.cuda.is_bf16_supported()  # sparsify's own condition
         with torch.autocast("cuda", torch.bfloat16, enabled=low):
             if self.exact_compat:
                 values, indices, _ = self.encode(x)
@@ -67,6 +69,6 @@ class FastSparseCoder(SparseCoder):
 
 
 def active_only(values: Tensor, indices: Tensor) -> Tensor:
-    """Indices that name a token's best latent in place of those that are not active: sparsify's
-    trainer takes every latent that is listed to have fired."""
+    """Indices whose inactive entries repeat the token's largest latent: sparsify's trainer counts
+    every listed latent as fired."""
     return indices.where(values > 0, indices[:, :1])

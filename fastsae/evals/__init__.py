@@ -1,4 +1,4 @@
-"""What a trained SAE keeps of its data, and of the model the data came from."""
+"""Evaluation of trained SAEs: reconstruction, downstream effect on the model, probing."""
 
 from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
 from .evaluate import EvalConfig, Evaluation, evaluate, evaluation_table

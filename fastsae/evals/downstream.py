@@ -1,4 +1,4 @@
-"""What a model still does when its activations are replaced by their reconstructions."""
+"""Effect on a model's outputs when its activations are replaced by their reconstructions."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,60 +35,60 @@ Measure = Callable[[Tensor, Tensor, TokenBatch], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderEffect:
-    """How far the sentence embeddings of an encoder move."""
+    """Change of an encoder's sentence embeddings."""
 
     windows: int
     """Windows of text embedded."""
 
     tokens: int
-    """Tokens whose activation was replaced."""
+    """Tokens whose activations were replaced."""
 
     cosine: float
-    """Cosine between the original embedding and the spliced model's, on average."""
+    """Mean cosine similarity of the original embeddings and the spliced model's."""
 
     cosine_zero: float
-    """The same with activations set to zero."""
+    """The same with zero ablation."""
 
     cosine_mean: float
-    """The same with activations set to their mean."""
+    """The same with mean ablation."""
 
     recovered_zero: float | None
-    """1 - (1 - cosine) / (1 - cosine_zero); None where zeros do no harm."""
+    """1 - (1 - cosine) / (1 - cosine_zero); None if zero ablation does no damage."""
 
     recovered_mean: float | None
-    """1 - (1 - cosine) / (1 - cosine_mean); None where the mean does no harm."""
+    """1 - (1 - cosine) / (1 - cosine_mean); None if mean ablation does no damage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalEffect:
-    """How much worse a causal language model predicts the next token."""
+    """Change of a causal language model's next-token predictions."""
 
     windows: int
-    """Windows of text read."""
+    """Windows of text."""
 
     tokens: int
     """Tokens predicted."""
 
     ce_clean: float
-    """Cross-entropy of the model itself, in nats per token."""
+    """Cross-entropy of the original model, in nats per token."""
 
     ce: float
     """Cross-entropy of the spliced model."""
 
     ce_zero: float
-    """Cross-entropy with activations set to zero."""
+    """Cross-entropy with zero ablation."""
 
     ce_mean: float
-    """Cross-entropy with activations set to their mean."""
+    """Cross-entropy with mean ablation."""
 
     recovered_zero: float | None
-    """(ce_zero - ce) / (ce_zero - ce_clean); None where zeros do no harm."""
+    """(ce_zero - ce) / (ce_zero - ce_clean); None if zero ablation does no damage."""
 
     recovered_mean: float | None
-    """(ce_mean - ce) / (ce_mean - ce_clean); None where the mean does no harm."""
+    """(ce_mean - ce) / (ce_mean - ce_clean); None if mean ablation does no damage."""
 
     kl: float
-    """KL(clean || spliced) of the next token, in nats per token."""
+    """KL(clean || spliced) of the next-token distributions, in nats per token."""
 
 
 Downstream = EncoderEffect | CausalEffect
@@ -105,15 +105,20 @@ def downstream(
     model_dtype: str = "float32",
     progress: bool = False,
 ) -> Downstream | None:
-    """Splices the SAE into the model that data was harvested from, and measures the difference.
+    """Splice the SAE into the model that the data was harvested from, and measure the effect.
 
-    The text is the data's own: `max_windows` windows (None: all) spread evenly over it, rebuilt
-    from the stored token ids, `batch_size` at a time. Like the data, the SAE knows text tokens
-    only: padding and special tokens keep their activations, here and in the two ablations, which
-    set the others to zero and to the data's mean row. An encoder is judged by its sentence
-    embeddings: the mean of its output over the window, normalised. None if data does not say
-    which model and hookpoint it comes from; ValueError if they cannot be loaded, or if data does
-    not fit the SAE. `sae` is moved to `device`, if given.
+    Args:
+        sae: an autoencoder, moved to `device` if that is given.
+        data: activations with their model and hookpoint; None is returned if they are unknown.
+        max_windows: number of windows of the data's text, spread evenly and rebuilt from the
+            stored token ids; None for all.
+        batch_size: windows per forward pass.
+
+    Padding and special tokens, which the SAE was not trained on, keep their activations; so they do
+    in the two ablations, which set the others to zero and to the data's mean row. A causal language
+    model is measured by its next-token predictions, an encoder by its sentence embeddings: the
+    normalized mean of its output over a window. ValueError if the model or hookpoint cannot be
+    loaded, or if the data does not fit the SAE.
     """
     check_fits(sae, data)
     if data.model is None or data.hookpoint is None:
@@ -127,15 +132,14 @@ def downstream(
     hookpoint = hookpoint_at(model, data.hookpoint)
     batches = list(stored_batches(data, load_tokenizer(data.model), max_windows, batch_size))
     shown = progress_bar("downstream", "batch", len(batches), shown=progress, over=batches)
-    compare = partial(_compare, model, hookpoint, shown, _ways(sae, data.mean))
+    compare = partial(_compare, model, hookpoint, shown, _replacements(sae, data.mean))
     with evaluation_mode(sae):
         if model.can_generate():
             return _causal_effect(compare(_log_probabilities, _losses), batches)
         return _encoder_effect(compare(_embeddings, _cosine), batches)
 
 
-def _ways(sae: SAE, mean: Float[Tensor, " d_in"]) -> dict[str, Replace]:
-    """What activations are replaced by."""
+def _replacements(sae: SAE, mean: Float[Tensor, " d_in"]) -> dict[str, Replace]:
     mean = mean.to(sae.b_dec)
     return {
         "spliced": lambda x: sae(x.to(sae.b_dec)),
@@ -148,19 +152,19 @@ def _compare(
     model: "PreTrainedModel",
     hookpoint: Hookpoint,
     batches: Iterable[TokenBatch],
-    ways: dict[str, Replace],
+    replacements: dict[str, Replace],
     read: Read,
     measure: Measure,
 ) -> dict[str, Tensor]:
-    """measure(clean, changed) summed over batches, of what is read from the outputs of the model
-    itself and of the model changed in each way."""
-    sums: dict[str, Any] = dict.fromkeys(["clean", *ways], 0)
+    """measure(clean, changed) summed over batches, for each replacement and for the original model,
+    where clean and changed are what `read` takes from the model's outputs."""
+    sums: dict[str, Any] = dict.fromkeys(["clean", *replacements], 0)
     for batch in batches:
         batch = TokenBatch(*(tensor.to(model.device) for tensor in batch))
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         clean = read(model(**inputs), batch)
         sums["clean"] += measure(clean, clean, batch)
-        for name, replace in ways.items():
+        for name, replace in replacements.items():
             with splice(
                 hookpoint.module, partial(_replace_text, batch.keep, replace), hookpoint.at_input
             ):
@@ -203,7 +207,7 @@ def _encoder_effect(cosines: dict[str, Tensor], batches: list[TokenBatch]) -> En
 
 
 def _log_probabilities(output: Any, batch: TokenBatch) -> Float[Tensor, "M V"]:
-    """Of all tokens V, before each of the M text tokens that have another before them."""
+    """Of the vocabulary V, for each of the M text tokens that have a predecessor."""
     return log_softmax(output.logits[:, :-1][batch.keep[:, 1:]].float(), dim=-1)
 
 
@@ -220,7 +224,7 @@ def _losses(
 def _causal_effect(losses: dict[str, Tensor], batches: list[TokenBatch]) -> CausalEffect:
     tokens = sum(int(batch.keep[:, 1:].sum()) for batch in batches)
     if not tokens:
-        raise ValueError("no window of the data has two tokens: there is no next token to predict")
+        raise ValueError("no window of the data has two tokens: no next token to predict")
     mean = {name: (total / tokens).tolist() for name, total in losses.items()}
     loss = {name: ce for name, (ce, _) in mean.items()}
     return CausalEffect(
@@ -237,5 +241,5 @@ def _causal_effect(losses: dict[str, Tensor], batches: list[TokenBatch]) -> Caus
 
 
 def _recovered(clean: float, spliced: float, ablated: float) -> float | None:
-    """The share of what the ablation costs that the SAE saves; larger arguments are better."""
+    """The fraction of an ablation's damage that the SAE avoids; larger arguments are better."""
     return (spliced - ablated) / (clean - ablated) if ablated < clean else None

@@ -1,4 +1,4 @@
-"""Everything there is to say of a trained SAE on some data, as one value and as a table."""
+"""All evaluations of a trained SAE on some data, as one value and as a table."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,43 @@ from fastsae.data.shards import ActivationShards
 from fastsae.device import check_device, choose_device
 from fastsae.nn.sae import SAE
 
-from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
+from .downstream import Downstream, EncoderEffect, downstream
 from .reconstruction import Reconstruction, reconstruction
 
-Row = tuple[str, str, str]  # a name, its value, what it means
+Row = tuple[str, str, str, str]
+"""Name, field of the result, format and meaning."""
+
+RECONSTRUCTION: tuple[Row, ...] = (
+    ("tokens", "tokens", ",", "reconstructed"),
+    ("FVU", "fvu", ".4f", "fraction of variance unexplained"),
+    ("MSE", "mse", ".4g", "mean squared error per coordinate"),
+    ("L0", "l0", ".1f", "active latents per token"),
+    ("dead", "dead_fraction", ".2%", "of latents: never active"),
+    ("dense", "dense_fraction", ".2%", "of latents: active for over 10% of tokens"),
+    ("utilization", "utilization", ".2%", "of latents in effective use: exp(entropy) / d_sae"),
+    ("cosine", "cosine", ".4f", "similarity of a token and its reconstruction"),
+    ("relative norm", "relative_norm", ".4f", "of a reconstruction and its token"),
+)
+RECOVERED: tuple[Row, ...] = (
+    ("recovered", "recovered_zero", ".2%", "of the damage of zero ablation"),
+    ("recovered", "recovered_mean", ".2%", "of the damage of mean ablation"),
+)
+ENCODER: tuple[Row, ...] = (
+    ("windows", "windows", ",", "of text embedded by the model with the SAE spliced in"),
+    ("embeddings", "cosine", ".4f", "cosine similarity with the original ones"),
+    ("  zero", "cosine_zero", ".4f", "with zero ablation instead of the SAE"),
+    ("  mean", "cosine_mean", ".4f", "with mean ablation instead of the SAE"),
+    *RECOVERED,
+)
+CAUSAL: tuple[Row, ...] = (
+    ("predicted", "tokens", ",", "next tokens, by the model with the SAE spliced in"),
+    ("cross-entropy", "ce", ".4f", "nats per token"),
+    ("  clean", "ce_clean", ".4f", "of the original model"),
+    ("  zero", "ce_zero", ".4f", "with zero ablation instead of the SAE"),
+    ("  mean", "ce_mean", ".4f", "with mean ablation instead of the SAE"),
+    ("KL", "kl", ".4f", "from the original model, nats per token"),
+    *RECOVERED,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +86,26 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an SAE keeps of its data, and of the model the data came from."""
+    """Results of `evaluate`."""
 
     data: str
-    """Where the activations are."""
+    """Path of the activations."""
 
     reconstruction: Reconstruction
-    """How it reconstructs them."""
+    """How well the SAE reconstructs them."""
 
     downstream: Downstream | None
-    """What the model does with it in place; None if that was left out, or no model is known."""
+    """Effect on the model's outputs; None if it was skipped or the model is unknown."""
 
 
 def evaluate(
     sae: SAE, data: ActivationShards | Joined, config: EvalConfig, progress: bool = True
 ) -> Evaluation:
-    """Measures an SAE on all of data, within the limits of config. `sae` is moved to its device.
+    """Evaluate an SAE on `data`, within the limits of `config`. `sae` is moved to `config.device`.
 
-    `config.data` is for those who choose data by it, as the command line does. ValueError if a GPU
-    is asked for where there is none, or if the data does not fit the SAE. A transcoder or a
-    crosscoder, whose data are `Joined`, is not put in place in the model.
+    `config.data` is not read here; the command line opens it. Transcoders and crosscoders, whose
+    data is `Joined`, are not spliced into the model. ValueError if a GPU is requested and there is
+    none, or if the data does not fit the SAE.
     """
     sae = sae.to(choose_device(config.device))
     effect = None
@@ -94,69 +127,25 @@ def evaluate(
 
 
 def evaluation_table(result: Evaluation) -> str:
-    """The numbers in aligned columns: name, value, meaning."""
-    rows = _reconstruction_rows(result.reconstruction)
-    effect = result.downstream
+    """The results in aligned columns: name, value, meaning."""
+    found, effect = result.reconstruction, result.downstream
+    rows = _rows(found, RECONSTRUCTION) + [
+        (f"PC retention {rank}", f"{value:.4f}", f"of the {rank} leading principal components")
+        for rank, value in found.pc_retention.items()
+    ]
     if effect is None:
-        rows.append(
-            (
-                "model",
-                "-",
-                "not run: the data do not name it or are of several modules, or windows is 0",
-            )
-        )
+        rows.append(("model", "-", "not run: the data has no model, or windows is 0"))
     else:
-        rows += _encoder_rows(effect) if isinstance(effect, EncoderEffect) else _causal_rows(effect)
+        rows += _rows(effect, ENCODER if isinstance(effect, EncoderEffect) else CAUSAL)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(
         f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {text}" for name, value, text in rows
     )
 
 
-def _reconstruction_rows(found: Reconstruction) -> list[Row]:
-    retention = [
-        (f"PC retention {rank}", f"{value:.4f}", f"of the {rank} leading principal components")
-        for rank, value in found.pc_retention.items()
-    ]
+def _rows(result: object, table: tuple[Row, ...]) -> list[tuple[str, str, str]]:
+    values = [getattr(result, field) for _, field, _, _ in table]
     return [
-        ("tokens", f"{found.tokens:,}", "reconstructed"),
-        ("FVU", f"{found.fvu:.4f}", "fraction of variance unexplained"),
-        ("MSE", f"{found.mse:.4g}", "mean squared error per coordinate"),
-        ("L0", f"{found.l0:.1f}", "active latents per token"),
-        ("dead", f"{found.dead_fraction:.2%}", "of the latents: active for no token"),
-        ("dense", f"{found.dense_fraction:.2%}", "of the latents: active for over 10 % of tokens"),
-        ("utilisation", f"{found.utilisation:.2%}", "of the latents: exp(entropy) of which fire"),
-        ("cosine", f"{found.cosine:.4f}", "between a token and its reconstruction"),
-        ("relative norm", f"{found.relative_norm:.4f}", "of a reconstruction to its token's"),
-        *retention,
-    ]
-
-
-def _encoder_rows(effect: EncoderEffect) -> list[Row]:
-    return [
-        ("windows", f"{effect.windows:,}", "of text embedded by the model with the SAE in place"),
-        ("embeddings", f"{effect.cosine:.4f}", "cosine to the model's own"),
-        ("  zeros", f"{effect.cosine_zero:.4f}", "the same, all activations set to zero"),
-        ("  mean", f"{effect.cosine_mean:.4f}", "the same, all set to their mean"),
-        *_recovered_rows(effect),
-    ]
-
-
-def _causal_rows(effect: CausalEffect) -> list[Row]:
-    return [
-        ("predicted", f"{effect.tokens:,}", "next tokens, by the model with the SAE in place"),
-        ("cross-entropy", f"{effect.ce:.4f}", "nats per token"),
-        ("  clean", f"{effect.ce_clean:.4f}", "the same, of the model itself"),
-        ("  zeros", f"{effect.ce_zero:.4f}", "the same, all activations set to zero"),
-        ("  mean", f"{effect.ce_mean:.4f}", "the same, all set to their mean"),
-        ("KL", f"{effect.kl:.4f}", "from the model itself, nats per token"),
-        *_recovered_rows(effect),
-    ]
-
-
-def _recovered_rows(effect: Downstream) -> list[Row]:
-    shares = {"zeros": effect.recovered_zero, "the mean": effect.recovered_mean}
-    return [
-        ("recovered", "-" if share is None else f"{share:.2%}", f"of what {name} would destroy")
-        for name, share in shares.items()
+        (name, "-" if value is None else format(value, spec), text)
+        for (name, _, spec, text), value in zip(table, values, strict=True)
     ]

@@ -1,8 +1,8 @@
-"""Sparse probing: how well a few latents tell what a token is (arXiv:2305.01610).
+"""Sparse probing: how well a few latents predict properties of tokens (arXiv:2305.01610).
 
-For each yes-or-no label, the k latents that differ most between its two classes are chosen, and a
-logistic regression on their values is judged on other tokens, half of them of either class. The
-same is done with k coordinates of the activation itself, to compare with.
+For each binary label, a logistic regression on the k latents that differ most between its classes
+is trained, and tested on other tokens with balanced classes. The baseline uses k coordinates of the
+activation instead.
 """
 
 import keyword
@@ -26,43 +26,43 @@ from fastsae.nn.sae import SAE
 
 from .reconstruction import evaluation_mode
 
-RUN = 256  # neighbouring rows that are taken together, to read few places of the data
-LEAST, MOST = 30, 2500  # tokens of each class to train on, and again to judge by
-CHUNK_ENTRIES = 1 << 22  # of dense codes that exist at one time
+RUN = 256  # consecutive rows taken together, to read few places of the data
+LEAST, MOST = 30, 2500  # tokens of each class for training, and again for testing
+CHUNK_ENTRIES = 1 << 22  # entries of dense codes that exist at a time
 RIDGE = 1e-3
 NEWTON_STEPS = 20
-KEYWORDS = {word.lower() for word in keyword.kwlist}  # many tokenizers lower their text
+KEYWORDS = {word.lower() for word in keyword.kwlist}  # many tokenizers lowercase text
 BRACKETS = set("()[]{}=_")
-NEAR = 8  # tokens on either side
+NEAR = 8  # tokens on each side
 
 Labels = Mapping[str, Bool[Tensor, " n_tokens"]]
-Features = Callable[[int], Float[Tensor, "_ F"]]  # of the chunk of this number
+Features = Callable[[int], Float[Tensor, "_ F"]]  # of a chunk, by its number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probing:
-    """How well some labels of tokens can be read from a few latents."""
+    """How well labels of tokens can be predicted from a few latents."""
 
     tokens: int
-    """Tokens looked at: three quarters of them to train probes on, a quarter to judge them."""
+    """Tokens used: three quarters for training, one quarter for testing."""
 
     accuracy: dict[str, float]
-    """By k: the fraction of tokens judged rightly from k latents, on average over labels."""
+    """By k: test accuracy from k latents, averaged over labels."""
 
     baseline: dict[str, float]
     """By k: the same from k coordinates of the activation."""
 
     label_accuracy: dict[str, dict[str, float]]
-    """By label and k: the accuracy from k latents; guessing is right for half of the tokens."""
+    """By label and k: test accuracy from k latents; chance is 0.5."""
 
     label_baseline: dict[str, dict[str, float]]
     """By label and k: the same from k coordinates of the activation."""
 
     label_latents: dict[str, list[int]]
-    """By label: the latents chosen, best first."""
+    """By label: the selected latents, best first."""
 
     label_tokens: dict[str, int]
-    """By label: the tokens judged, as many of one class as of the other."""
+    """By label: the number of test tokens, balanced between classes."""
 
 
 @torch.no_grad()
@@ -76,23 +76,26 @@ def sparse_probing(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Probing:
-    """Probes for labels of about `max_tokens` rows, in runs spread evenly over data.
+    """Train and test sparse probes on about `max_tokens` rows of data.
 
-    `labels` says for each row of data whether it is of a class, by the name of the class. Without
-    it they come from the text that data was harvested from (see `text_labels`), but for those that
-    are too rare. Probes train on the first three quarters of the rows and are judged on the rest.
-    Same seed, same result. `sae` is moved to `device`, if given; a transcoder will do too.
+    Args:
+        sae: an autoencoder or transcoder, moved to `device` if that is given.
+        data: rows are taken in runs spread evenly over it: three quarters train, the rest tests.
+        labels: by name, a boolean per row of data. By default labels are derived from the text that
+            data was harvested from (see `text_labels`), without those that are too rare.
+        ks: numbers of latents per probe.
+        seed: the same seed gives the same result.
+
     ValueError for data of another width or with NaN or Inf, k below 1 or above d_in or d_sae,
-    labels that are not one per row or too rare, and data that has neither text nor labels.
+    labels that are too rare or not one per row, and data with neither text nor labels.
     """
     if data.d_in != sae.d_in:
         raise ValueError(f"the SAE has d_in = {sae.d_in}, the data has rows of {data.d_in}")
     most = min(sae.d_in, sae.d_sae)
-    if max_tokens < 1 or not ks or not 1 <= min(ks) <= max(ks) <= most:
-        raise ValueError(
-            f"max_tokens must be at least 1 and ks from 1 to {most}, the smaller of d_in and "
-            f"d_sae, got {max_tokens} and {ks}"
-        )
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if not ks or not 1 <= min(ks) <= max(ks) <= most:
+        raise ValueError(f"ks must be from 1 to {most}, the smaller of d_in and d_sae, got {ks}")
     rows = _spread(data.n_tokens, max_tokens)
     splits = _splits(data, rows, labels, seed)
     sae = sae.to(device or sae.b_dec.device)
@@ -114,7 +117,7 @@ def sparse_probing(
 
 
 def _spread(n: int, wanted: int) -> Int64[Tensor, " N"]:
-    """Row numbers, rising: runs of neighbours spread evenly, or all rows."""
+    """Increasing row numbers: evenly spread runs of consecutive rows, or all rows."""
     if wanted >= n:
         return torch.arange(n)
     run = min(RUN, wanted)
@@ -124,13 +127,13 @@ def _spread(n: int, wanted: int) -> Int64[Tensor, " N"]:
 
 
 def text_labels(data: ActivationSource, rows: Int64[Tensor, " N"]) -> dict[str, Bool[Tensor, " N"]]:
-    """What can be said of tokens of code from the tokens themselves, by name.
+    """Labels of tokens of source code, derived from the tokens themselves.
 
     Of the token: `keyword` (of Python), `number`, `punctuation`; `attribute`, a word after a dot;
-    `defined`, a word after def, class or import; `called`, a word before an opening parenthesis,
-    but no keyword. Of its surroundings: `prose`, no bracket, = or _ among the 8 tokens on either
-    side, which goes for most comments and docstrings and for little code; `late`, in the second
-    half of the longest window. ValueError for data that does not say what text it is of.
+    `defined`, a word after def, class or import; `called`, a word before an opening parenthesis
+    that is not a keyword. Of its context: `prose`, no bracket, = or _ within 8 tokens on each side,
+    as in most comments and docstrings but little code; `late`, in the second half of the longest
+    window. ValueError if the data's text is unknown.
     """
     text = _Text(data, rows)
     word = text.has(str.isalnum)
@@ -150,18 +153,18 @@ def text_labels(data: ActivationSource, rows: Int64[Tensor, " N"]) -> dict[str, 
 
 
 class _Text:
-    """The text of rows, and of their neighbours in the same window."""
+    """The text of rows, and of their neighbors in the same window."""
 
     def __init__(self, data: ActivationSource, rows: Int64[Tensor, " N"]):
         if not isinstance(data, ActivationShards | Joined) or data.model is None:
-            raise ValueError("the data does not say what text it is of: give labels of its rows")
+            raise ValueError("the text of the data is unknown: pass labels")
         self.data, self.rows = data, rows
         self.tokenizer = load_tokenizer(data.model)
         _, self.positions, self.documents = data.contexts(rows)
         self.pieces: dict[int, str] = {}
 
     def has(self, test: Callable[[str], bool], offset: int = 0) -> Bool[Tensor, " N"]:
-        """Whether the token so many places on exists and is one for which test holds."""
+        """Whether the token at this offset exists in the same window and satisfies the test."""
         rows = (self.rows + offset).clamp(0, self.data.n_tokens - 1)
         token_ids, positions, documents = self.data.contexts(rows)
         there = (positions == self.positions + offset) & (documents == self.documents)
@@ -170,7 +173,7 @@ class _Text:
         return holds[places] & there
 
     def piece(self, token: int) -> str:
-        """A token's text, without the space before it or the sign that it continues a word."""
+        """A token's text, without a leading space or continuation mark."""
         if token not in self.pieces:
             text = str(self.tokenizer.decode([token])).strip().lower()
             self.pieces[token] = text[2:] if text.startswith("##") and len(text) > 2 else text
@@ -178,7 +181,7 @@ class _Text:
 
 
 class _Split(NamedTuple):
-    """Places of tokens to train on and to judge by, equally many of both classes in each."""
+    """Indices of training and test tokens, each balanced between classes."""
 
     train: Int64[Tensor, " train"]
     test: Int64[Tensor, " test"]
@@ -197,7 +200,7 @@ def _splits(
     found = text_labels(data, rows) if labels is None else {n: y[rows] for n, y in labels.items()}
     splits = {name: split for name, y in found.items() if (split := _split(y, seed))}
     if not splits or (labels and len(splits) < len(labels)):
-        rare = ", ".join(found.keys() - splits.keys()) or "no label was given"
+        rare = ", ".join(found.keys() - splits.keys()) or "no labels were given"
         raise ValueError(
             f"a label needs {LEAST} tokens of each class among the first three quarters of the "
             f"{len(rows)}, and among the rest; too rare: {rare}"
@@ -225,7 +228,7 @@ def _latents(sae: SAE, chunks: Sequence[Float[Tensor, "_ d_in"]]) -> Features:
 
     def dense(number: int) -> Float[Tensor, "_ d_sae"]:
         codes = kept.get(number) or sae.encode(chunks[number].to(sae.b_dec))
-        if codes.values.shape[1] < codes.d_sae / 8:  # others are rather made again than kept
+        if codes.values.shape[1] < codes.d_sae / 8:  # else recomputing costs less memory
             kept[number] = codes
         return codes.to_dense()
 
@@ -235,7 +238,7 @@ def _latents(sae: SAE, chunks: Sequence[Float[Tensor, "_ d_in"]]) -> Features:
 def _probed(
     features: Features, count: int, splits: Mapping[str, _Split], ks: Sequence[int]
 ) -> tuple[dict[str, list[int]], dict[str, dict[str, float]]]:
-    """Which of the features of `count` chunks are chosen by each label, and the accuracy by k."""
+    """The features selected for each label, best first, and the test accuracy by k."""
     contrasts = _contrasts(features, count, list(splits.values()))
     chosen = contrasts.sort(dim=1, descending=True, stable=True).indices[:, : max(ks)].cpu()
     columns, places = chosen.unique(return_inverse=True)
@@ -248,8 +251,8 @@ def _probed(
 
 
 def _contrasts(features: Features, count: int, splits: list[_Split]) -> Float64[Tensor, "L F"]:
-    """The distance of the classes' means for each label and feature, over the feature's standard
-    deviation; 0 for a constant. Over training tokens."""
+    """For each label and feature, the distance of the class means over the feature's standard
+    deviation, on training tokens; 0 for constant features."""
     member = torch.zeros(2, len(splits), len(splits[0].label), dtype=torch.float64)
     for number, split in enumerate(splits):
         member[split.label[split.train].long(), number, split.train] = 2 / len(split.train)
@@ -278,8 +281,7 @@ def _accuracy(values: Float64[Tensor, "N k"], split: _Split) -> float:
 
 
 def _logistic(x: Float64[Tensor, "M W"], sign: Float[Tensor, " M"]) -> Float64[Tensor, " W"]:
-    """argmin_w mean(softplus(-sign (x w))) + RIDGE |w|^2 / 2, by Newton's method; a step that
-    goes too far is halved."""
+    """argmin_w mean(softplus(-sign (x w))) + RIDGE |w|^2 / 2, by Newton's method, halving steps."""
 
     def loss(w: Tensor) -> Tensor:
         return softplus(-sign * (x @ w)).mean() + RIDGE / 2 * w.square().sum()

@@ -1,4 +1,4 @@
-"""How much of the activations an SAE keeps, and how it uses its dictionary to do so."""
+"""Reconstruction quality of an SAE, and how it uses its dictionary."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ DENSE = 0.1  # a latent active on more than this fraction of the tokens is dense
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How an SAE reconstructs some tokens."""
+    """Reconstruction metrics."""
 
     tokens: int
     """Tokens evaluated."""
@@ -29,32 +29,32 @@ class Reconstruction:
     """Fraction of variance unexplained: sum |x - recon|^2 / sum |x - mean(x)|^2."""
 
     mse: float
-    """Mean of the squared error over tokens and coordinates."""
+    """Mean squared error over tokens and coordinates."""
 
     l0: float
-    """Active latents per token, on average."""
+    """Mean number of active latents per token."""
 
     dead_fraction: float
-    """Fraction of the latents that were active for none of the tokens."""
+    """Fraction of latents that were never active."""
 
     dense_fraction: float
-    """Fraction of the latents that were active for more than 10 % of the tokens."""
+    """Fraction of latents that were active for more than 10% of the tokens."""
 
-    utilisation: float
-    """How many latents the dictionary is worth, as a fraction of those it has: exp(H) / d_sae,
-    where H is the entropy of which latent an active entry is of. 1 if all latents fire equally
-    often; 1 / d_sae if one fires alone; 0 if none fires. It falls when few latents do most of the
-    work, also where none is dead."""
+    utilization: float
+    """Effective fraction of the dictionary in use: exp(H) / d_sae, where H is the entropy of the
+    distribution of active entries over latents. 1 if all latents fire equally often, 1 / d_sae if
+    only one fires, 0 if none does. It also drops when few latents do most of the work and none is
+    dead."""
 
     cosine: float
-    """Cosine between a token and its reconstruction, on average."""
+    """Mean cosine similarity of a token and its reconstruction."""
 
     relative_norm: float
-    """|recon| / |x|, on average; a token of norm 0 counts as 1."""
+    """Mean of |recon| / |x|; a token of norm 0 counts as 1."""
 
     pc_retention: dict[str, float]
-    """By number r of leading principal components u of the tokens: the mean over them of
-    max(0, 1 - Var(u . (x - recon)) / Var(u . x))."""
+    """By number r of leading principal components u of the tokens: the mean of
+    max(0, 1 - Var(u . (x - recon)) / Var(u . x)) over them."""
 
 
 @torch.no_grad()
@@ -68,14 +68,18 @@ def reconstruction(
     pc_ranks: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Reconstruction:
-    """Reconstructs the first `max_tokens` rows of data (by default all) and measures the result.
+    """Reconstruct rows of data and measure the error.
 
-    A row of a transcoder's data is its input and its target side by side (`Joined`); what is
-    measured is how well it predicts the target. One pass in the data's own order; memory is a
-    batch and two covariances; sums are float64, so that the batch size changes nothing but
-    rounding. `sae` is moved to `device`, if given. `pc_ranks` defaults to 16, 64 and half the
-    output's width; a rank beyond the width counts as it. ValueError for data of another width,
-    without rows, with NaN or Inf, or whose rows are all the same.
+    Args:
+        sae: moved to `device` if that is given.
+        data: for a transcoder, `Joined` rows of inputs and targets; measures the predicted targets.
+        max_tokens: use only the first rows (default: all).
+        pc_ranks: ranks for `pc_retention`, clamped to the output's width; by default 16, 64 and
+            half that width.
+
+    Takes one pass over the data. Memory is a batch and two covariances; sums are in float64, so the
+    batch size only affects rounding. ValueError for data of another width, without rows, with NaN
+    or Inf, or with all rows equal.
     """
     check_fits(sae, data)
     width = len(sae.b_dec)
@@ -101,7 +105,7 @@ def reconstruction(
 
 @contextmanager
 def evaluation_mode(sae: SAE) -> Iterator[None]:
-    """While active, sae codes each token as it will when it is used: alone, without noise."""
+    """While active, the SAE is in evaluation mode: codes depend on the token alone, no noise."""
     training = sae.training
     sae.eval()
     try:
@@ -111,19 +115,17 @@ def evaluation_mode(sae: SAE) -> Iterator[None]:
 
 
 def check_fits(sae: SAE, data: ActivationSource) -> None:
-    """ValueError unless the rows of data are what sae takes, and returns if it is a transcoder."""
+    """ValueError unless rows have the width of the input (plus that of a transcoder's output)."""
     if data.d_in != sae.d_in + (sae.d_out or 0):
-        ends = f"d_in = {sae.d_in}" + (f" and d_out = {sae.d_out}" if sae.d_out else "")
-        raise ValueError(f"the SAE has {ends}, the data has rows of {data.d_in}")
+        widths = f"d_in = {sae.d_in}" + (f" and d_out = {sae.d_out}" if sae.d_out else "")
+        raise ValueError(f"the SAE has {widths}, the data has rows of {data.d_in}")
 
 
 def pc_retention(
     cov: Float64[Tensor, "D D"], residual_cov: Float64[Tensor, "D D"], ranks: Sequence[int]
 ) -> dict[str, float]:
-    """Mean retention of the r leading principal components, for each r in ranks.
-
-    A direction in which the data does not vary has nothing to retain and is left out of the mean.
-    """
+    """Mean retention of the r leading principal components, for each r in ranks, without those in
+    which the data does not vary."""
     variance, components = torch.linalg.eigh(cov)
     variance, components = variance.flip(0), components.flip(1)
     lost = torch.einsum("di,di->i", components, residual_cov @ components).clamp_min(0)
@@ -134,7 +136,7 @@ def pc_retention(
 
 
 class _Totals:
-    """Sums over tokens, on the device, from which everything is computed at the end."""
+    """Sums over tokens, kept on the device, from which the metrics are computed at the end."""
 
     def __init__(self, d_in: int, d_sae: int, device: torch.device):
         self.tokens = 0
@@ -157,9 +159,9 @@ class _Totals:
     def summary(self, ranks: Sequence[int]) -> Reconstruction:
         n, cov = self.tokens, self.inputs.value()
         variance = float(cov.trace())
-        same = torch.finfo(torch.float64).eps * float(self.inputs.about.square().sum())
+        same = torch.finfo(torch.float64).eps * float(self.inputs.shift.square().sum())
         if variance <= same:
-            raise ValueError(f"the {n} tokens are all the same: there is no variance to explain")
+            raise ValueError(f"the {n} tokens are all the same: their variance is 0")
         return Reconstruction(
             tokens=n,
             fvu=float(self.error) / (n * variance),
@@ -167,7 +169,7 @@ class _Totals:
             l0=int(self.fired.sum()) / n,
             dead_fraction=float((self.fired == 0).double().mean()),
             dense_fraction=float((self.fired > DENSE * n).double().mean()),
-            utilisation=_utilisation(self.fired),
+            utilization=_utilization(self.fired),
             cosine=float(self.cosine) / n,
             relative_norm=float(self.norm) / n,
             pc_retention=pc_retention(cov, self.residuals.value(), ranks),
@@ -181,7 +183,7 @@ def _fires(codes: Codes) -> Int64[Tensor, " d_sae"]:
     return torch.bincount(codes.indices[codes.active], minlength=codes.d_sae)
 
 
-def _utilisation(fired: Int64[Tensor, " d_sae"]) -> float:
+def _utilization(fired: Int64[Tensor, " d_sae"]) -> float:
     if not fired.any():
         return 0.0
     share = fired.double() / fired.sum()
@@ -189,18 +191,18 @@ def _utilisation(fired: Int64[Tensor, " d_sae"]) -> float:
 
 
 class _Covariance:
-    """Covariance of a stream of rows, taken about the first batch's mean against cancellation."""
+    """Covariance of a stream of rows, shifted by the first batch's mean to avoid cancellation."""
 
     def __init__(self, d_in: int, device: torch.device):
         self.tokens = 0
-        self.about = torch.zeros(d_in, dtype=torch.float64, device=device)
-        self.sum = torch.zeros_like(self.about)
+        self.shift = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.sum = torch.zeros_like(self.shift)
         self.products = self.sum.new_zeros(d_in, d_in)
 
     def add(self, x: Float64[Tensor, "N D"]) -> None:
         if not self.tokens:
-            self.about = x.mean(0)
-        x = x - self.about
+            self.shift = x.mean(0)
+        x = x - self.shift
         self.tokens += len(x)
         self.sum += x.sum(0)
         self.products.addmm_(x.T, x)

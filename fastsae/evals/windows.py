@@ -1,4 +1,4 @@
-"""Windows of text, rebuilt from what shards say of their rows."""
+"""Windows of text, rebuilt from the tokens of stored rows."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from fastsae.data.shards import ActivationShards
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCAN = 1 << 18  # rows whose contexts are held at one time
+SCAN = 1 << 18  # rows whose contexts are held at a time
 
 
 def stored_batches(
@@ -22,11 +22,10 @@ def stored_batches(
     max_windows: int | None,
     batch_size: int,
 ) -> Iterator[TokenBatch]:
-    """Batches of `max_windows` windows spread evenly over data, or of all.
+    """Batches of `max_windows` windows spread evenly over the data, or of all windows.
 
-    Shards hold text tokens only. The special tokens around them are put back the way they were
-    put there; one inside the text is lost: the unknown token, or else another special one, stands
-    in for it.
+    Shards only store text tokens. The special tokens around each window are restored; one inside
+    the text is lost and replaced by the unknown token, or else by another special token.
     """
     text = TextWindows(tokenizer, tokenizer.model_max_length)
     before, after = _frame(text)
@@ -49,7 +48,7 @@ def stored_batches(
 
 
 def _starts(data: ActivationShards) -> Int64[np.ndarray, " windows"]:
-    """The rows at which windows begin: in another document, or where the position falls back."""
+    """The rows at which windows start: where the document changes or the position decreases."""
     starts = [np.zeros(1, np.int64)]
     for first in range(1, data.n_tokens, SCAN):
         rows = torch.arange(first - 1, min(first + SCAN, data.n_tokens))

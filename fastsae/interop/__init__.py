@@ -1,76 +1,103 @@
-"""SAEs in other libraries' files: `load` recognises them, `save` writes them.
+"""SAE files of fastsae and other libraries: `load` detects the format, `save` writes one.
 
-SAELens, sparsify, dictionary_learning, and, to read, Gemma Scope and OpenAI's. Nothing is ever
-unpickled, and what a file claims to hold is checked before memory is taken for it.
+Supports SAELens, sparsify and dictionary_learning; reads Gemma Scope and OpenAI files too. Nothing
+is unpickled, and sizes are checked before memory is allocated.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
-import fastsae.nn as nn
 from fastsae.nn import SAE
 
-from . import dictionary_learning, gemma_scope, openai, sae_lens, sparsify
-from .hub import downloaded
+from . import dictionary_learning, gemma_scope, native, openai, sae_lens, sparsify
+from .checkpoint_io import open_file, write_file
+from .hub import download
 
-FOLDERS: tuple[ModuleType, ...] = (sae_lens, sparsify, dictionary_learning, gemma_scope)
-KNOWN = {module.NAME: module.FILES for module in FOLDERS}
-KNOWN["fastsae"] = "config.json", "sae.safetensors"
-WRITTEN = "fastsae", sae_lens.NAME, sparsify.NAME, dictionary_learning.NAME
+__all__ = ["FORMATS", "WRITABLE", "Format", "load", "save"]
 
-__all__ = ["FOLDERS", "WRITTEN", "format_of", "load", "save"]
+
+class Format(NamedTuple):
+    """How one library stores an SAE."""
+
+    files: tuple[str, ...]
+    """Names of the files in its directory; empty if it is a single .pt file of any name."""
+
+    read: Callable[..., SAE]
+    """The SAE from the contents of those files, in this order."""
+
+    write: Callable[..., tuple[Any, ...]] | None = None
+    """The contents of the files from an SAE; ValueError if the library does not support it."""
+
+
+FORMATS = {
+    "fastsae": Format(("config.json", "sae.safetensors"), native.read, native.write),
+    "sae_lens": Format(("cfg.json", "sae_weights.safetensors"), sae_lens.read, sae_lens.write),
+    "sparsify": Format(("cfg.json", "sae.safetensors"), sparsify.read, sparsify.write),
+    "dictionary_learning": Format(
+        ("config.json", "ae.pt"), dictionary_learning.read, dictionary_learning.write
+    ),
+    "gemma_scope": Format(("params.npz",), gemma_scope.read),
+    "openai": Format((), openai.read),
+}
+WRITABLE = tuple(name for name, form in FORMATS.items() if form.write)
 
 
 def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """An SAE in evaluation mode, whoever wrote it: for activations as its library takes them.
+    """Load an SAE in evaluation mode from fastsae's files or those of another library.
 
-    source: a folder that fastsae, SAELens, sparsify or dictionary_learning wrote, or the folder of
-    a run; a params.npz of Gemma Scope, or its folder; a .pt file of OpenAI's; or, with the `hf`
-    extra, the id of one of these on the Hugging Face hub, organisation/repository/folder.
-    Raises ValueError for a missing, damaged or foreign file, naming it.
+    Args:
+        source: a directory written by fastsae, SAELens, sparsify or dictionary_learning, or a run
+            directory; a Gemma Scope params.npz or its directory; an OpenAI .pt file; or, with the
+            `hf` extra, the id of one of these on the Hugging Face Hub: owner/repository/directory.
+        device: where to put the SAE.
+
+    The SAE takes activations as the library that wrote it does. Raises ValueError for a missing,
+    damaged or unknown file, naming it.
     """
     path = Path(source)
     if not path.exists():
-        path = downloaded(str(source), tuple({name for files in KNOWN.values() for name in files}))
+        path = download(str(source), {name for form in FORMATS.values() for name in form.files})
     if (path / "sae").is_dir():
         path = path / "sae"
-    module = format_of(path)
-    where = path.parent if path.is_file() and module is not openai else path
-    if module is nn:
-        return nn.load(where, device)
+    form, files = detect(path)
     try:
-        return module.read(where).to(device)
+        return form.read(*map(open_file, files)).to(device)
     except ValueError as error:
-        if str(where) in str(error):
+        if str(files[0].parent) in str(error):
             raise
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
-def format_of(path: Path) -> ModuleType:
-    """The module that reads a file or folder; ValueError says what is recognised."""
-    if path.is_file():
-        if path.name in gemma_scope.FILES:
-            return gemma_scope
-        if path.suffix == ".pt" and path.name not in dictionary_learning.FILES:
-            return openai
-        path = path.parent
-    for module in FOLDERS:
-        if all((path / name).exists() for name in module.FILES):
-            return module
-    if all((path / name).exists() for name in KNOWN["fastsae"]):
-        return nn
-    known = [f"{' and '.join(files)} ({name})" for name, files in KNOWN.items()]
+def detect(path: Path) -> tuple[Format, list[Path]]:
+    """The format of a file or directory, and its files; ValueError lists the supported formats."""
+    folder = path.parent if path.is_file() else path
+    for form in FORMATS.values():
+        files = [folder / name for name in form.files]
+        if files and all(file.exists() for file in files) and path in (folder, *files):
+            return form, files
+    if path.is_file() and path.suffix == ".pt":
+        return FORMATS["openai"], [path]
+    known = [f"{' and '.join(form.files)} ({name})" for name, form in FORMATS.items() if form.files]
     raise ValueError(f"{path} holds no SAE: it must have {', '.join(known)}, or be a .pt (openai)")
 
 
-def save(sae: SAE, folder: str | Path, form: str) -> None:
-    """Write an SAE as another library's files; ValueError if it has no such SAEs, saying why."""
-    if form not in WRITTEN:
-        raise ValueError(f"the form must be one of {', '.join(WRITTEN)}, got {form!r}")
-    if form == "fastsae":
-        sae.save(folder)
-        return
-    (module,) = [module for module in FOLDERS if form == module.NAME]
-    module.write(sae, Path(folder))
+def save(sae: SAE, folder: str | Path, form: str, **metadata: Any) -> None:
+    """Write an SAE in the format of a library; ValueError if that does not support it, saying why.
+
+    Args:
+        sae: the SAE, which is not changed.
+        folder: directory to write to, created if needed.
+        form: "fastsae", "sae_lens", "sparsify" or "dictionary_learning".
+        metadata: for "sae_lens": what its config records, such as model_name and hook_name.
+    """
+    if form not in WRITABLE:
+        raise ValueError(f"the form must be one of {', '.join(WRITABLE)}, got {form!r}")
+    files, _, write = FORMATS[form]
+    assert write is not None
+    contents = write(sae, **metadata)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in reversed([*zip(files, contents, strict=True)]):  # the config is last
+        write_file(Path(folder) / name, content)

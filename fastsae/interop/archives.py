@@ -1,7 +1,7 @@
-"""Tensors of .pt and .npz archives, without unpickling: sizes are checked before anything is read.
+"""Reads tensors from .pt and .npz files without unpickling objects.
 
-Both are zip files. What they hold may be no more than MOST_EXPANSION times their bytes on disk, so
-that the size of a file bounds the memory it takes.
+Both are zip archives. Their contents may be at most MAX_EXPANSION times as large as the file, which
+is checked before anything is read: the size of a file bounds the memory that reading it takes.
 """
 
 import pickletools
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MOST_EXPANSION = 20
-MOST_PICKLE = 1 << 20
-"""Bytes of the part of a .pt file that says which tensors there are."""
+MAX_EXPANSION = 20
+MAX_PICKLE = 1 << 20
+"""Bytes of the pickle in a .pt file, which only lists its tensors."""
 
 GLOBALS = {
     "collections OrderedDict",
@@ -26,50 +26,50 @@ GLOBALS = {
         for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Bool")
     ),
 }
-"""All that a state dict is made of; torch's own list of what is safe also makes large objects."""
+"""What a state dict may refer to; torch's own safe list also contains types that allocate."""
 
 
 def check_archive(path: Path) -> int:
-    """The bytes that an archive holds; ValueError for a file that is missing, no zip file, or one
-    that expands too much."""
+    """The uncompressed size of an archive in bytes; ValueError if it is missing, not a zip file, or
+    expands too much."""
     try:
         with zipfile.ZipFile(path) as archive:
-            holds = sum(entry.file_size for entry in archive.infolist())
+            size = sum(entry.file_size for entry in archive.infolist())
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # damage shows as any of a dozen types
         raise ValueError(f"{path} is not a zip archive of tensors: {error}") from None
-    if holds > MOST_EXPANSION * path.stat().st_size:
-        raise ValueError(f"{path} holds {holds} bytes in a file of {path.stat().st_size}")
-    return holds
+    if size > MAX_EXPANSION * path.stat().st_size:
+        raise ValueError(f"{path} holds {size} bytes in a file of {path.stat().st_size}")
+    return size
 
 
 def read_pt(path: Path) -> dict[str, Any]:
-    """A dictionary of tensors and plain values by name that torch.save wrote.
+    """The tensors and plain values by name in a dictionary that torch.save wrote.
 
-    ValueError for anything else, such as one with objects that only unpickling would make.
+    ValueError for anything else, such as other objects.
     """
-    holds = check_archive(path)
+    size = check_archive(path)
     try:
         check_pickle(path)
-        # mmap: storages are then slices of the file, so that none can claim more than is there
+        # mmap: storages are slices of the file, so none can claim more than it holds
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-            raise ValueError("it is no dictionary of names")
+            raise ValueError("it is not a dictionary with string keys")
         tensors = [value for value in found.values() if isinstance(value, Tensor)]
-        if sum(t.numel() * t.itemsize for t in tensors) > 2 * holds:  # some may be there twice
+        if sum(t.numel() * t.itemsize for t in tensors) > 2 * size:  # tied weights count twice
             raise ValueError("its tensors are larger than the file")
         return {n: t.clone() if isinstance(t, Tensor) else t for n, t in found.items()}
     except Exception as error:  # damage shows as any of a dozen types, in torch and in pickle
         text = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a state dict of tensors alone: {text}") from None
+        raise ValueError(f"{path} is not a plain state dict of tensors: {text}") from None
 
 
 def check_pickle(path: Path) -> None:
-    """ValueError unless the file's pickle speaks of GLOBALS only."""
+    """ValueError if the file's pickle refers to anything but GLOBALS."""
     with zipfile.ZipFile(path) as archive:
         (entry,) = [e for e in archive.infolist() if e.filename.endswith("/data.pkl")]
-        if entry.file_size > MOST_PICKLE:
+        if entry.file_size > MAX_PICKLE:
             raise ValueError(f"{entry.filename} has {entry.file_size} bytes")
         for opcode, argument, _ in pickletools.genops(archive.read(entry)):
             if opcode.name in ("STACK_GLOBAL", "INST", "BYTEARRAY8", "EXT1", "EXT2", "EXT4"):
@@ -79,7 +79,7 @@ def check_pickle(path: Path) -> None:
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an .npz file; ValueError for one that is damaged or holds objects."""
+    """The arrays of an .npz file; ValueError if it is damaged or holds objects."""
     check_archive(path)
     tensors = {}
     with zipfile.ZipFile(path) as archive:
@@ -90,13 +90,13 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                     array = np.lib.format.read_array(file, allow_pickle=False)
                 tensors[entry.filename.removesuffix(".npy")] = torch.from_numpy(array.copy())
             except Exception as error:  # damage shows as any of a dozen types
-                text = f"{path}: {entry.filename} is not a whole array of numbers: {error}"
+                text = f"{path}: {entry.filename} is not a complete numeric array: {error}"
                 raise ValueError(text) from None
     return tensors
 
 
 def check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """ValueError unless the entry's header speaks of as many bytes as follow it."""
+    """ValueError unless the entry's header declares as many bytes as follow it."""
     with archive.open(entry) as file:
         if np.lib.format.read_magic(file) == (1, 0):
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)

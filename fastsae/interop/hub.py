@@ -1,12 +1,13 @@
-"""Files of an SAE from the Hugging Face hub."""
+"""SAE files from the Hugging Face Hub."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def downloaded(source: str, files: tuple[str, ...]) -> Path:
-    """The local copy of organisation/repository/folder, with those of these files that are there,
-    or of one file of a repository; ValueError if that cannot be had."""
+def download(source: str, files: Iterable[str]) -> Path:
+    """The local copy of owner/repository/directory, with those of the named files that it has, or
+    of a single .pt or .npz file in a repository; ValueError if it cannot be downloaded."""
     parts = source.split("/")
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts):
         raise ValueError(f"{source} does not exist")
@@ -16,7 +17,7 @@ def downloaded(source: str, files: tuple[str, ...]) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise ValueError(
-            f"{source} does not exist; for the hub's, pip install 'fastsae-triton[hf]'"
+            f"{source} does not exist; to load from the Hub, pip install 'fastsae-triton[hf]'"
         ) from None
     wanted = [f"{inside}/{name}" if inside else name for name in files]
     if Path(inside).suffix in (".pt", ".npz"):
@@ -25,7 +26,7 @@ def downloaded(source: str, files: tuple[str, ...]) -> Path:
         copy = Path(snapshot_download(repository, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         text = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source} does not exist, here or on the hub: {text}") from None
+        raise ValueError(f"{source} does not exist, locally or on the Hub: {text}") from None
     if not (copy / inside).exists():
-        raise ValueError(f"{repository} on the hub has no {inside}")
+        raise ValueError(f"{repository} on the Hub has no {inside}")
     return copy / inside

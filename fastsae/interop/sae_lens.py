@@ -1,23 +1,20 @@
-"""SAELens: cfg.json beside sae_weights.safetensors, W_enc with a column for each latent.
+"""SAELens: cfg.json and sae_weights.safetensors, with W_enc stored as [d_in, d_sae].
 
-A BatchTopK is saved as the JumpReLU that it is outside training, as SAELens itself does.
-With reshape_activations "hook_z", the heads of an activation are side by side here.
+A BatchTopK is saved as the JumpReLU that it is at inference, as SAELens itself does.
+With reshape_activations "hook_z", the SAE takes the attention heads concatenated.
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastsae.files import read_json, read_tensors, write_json, write_tensors
 from fastsae.nn import SAE, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
-from .parts import DTYPES, MOST_JSON, Tensors, assembled, object_in, plain, setting
-from .rules import Rule, expressed, thresholds
+from .checkpoint_io import DTYPES, Config, Tensors, build_sae, exportable
+from .inference_rule import Rule, require_rule, thresholds
 
-NAME, FILES = "sae_lens", ("cfg.json", "sae_weights.safetensors")
 VERSION = "6.0.0"
-"""Of SAELens, whose files these are."""
+"""SAELens version whose format this is."""
 
 KINDS = {
     "standard": "relu",
@@ -32,61 +29,59 @@ KINDS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-"""What each architecture is here."""
+"""The inference rule of each architecture."""
 
-NORMALISATIONS = "none", "layer_norm", "expected_average_only_in", "covariance_whitening"
-"""Of tokens by the SAE, but for the last two: SAELens does those to data before they reach it."""
+NORMALIZATIONS = "none", "layer_norm", "expected_average_only_in", "covariance_whitening"
+"""The last two are not part of the SAE: SAELens applies them to the data."""
 
 
-def read(folder: Path) -> SAE:
-    """The SAE; ValueError for a damaged file, an architecture or a normalisation we have not."""
-    path = folder / FILES[0]
-    config = current(object_in(read_json(path, MOST_JSON), path), path)
-    architecture = config["architecture"]
+def read(config: Config, tensors: Tensors) -> SAE:
+    """ValueError for an unsupported architecture, activation or normalization."""
+    update(config)
+    architecture = config.values["architecture"]
     if architecture not in KINDS:
+        supported = ", ".join(KINDS)
         raise ValueError(
-            f"{path}: architecture must be one of {', '.join(KINDS)}, got {architecture!r}"
+            f"{config.path}: architecture must be one of {supported}, got {architecture!r}"
         )
-    tensors = Tensors(folder / FILES[1], read_tensors(folder / FILES[1]))
-    d_in, d_sae = (setting(config, name, int, path) for name in ("d_in", "d_sae"))
+    d_in, d_sae = config.take("d_in", int), config.take("d_sae", int)
     if "scaling_factor" in tensors and (tensors.take("scaling_factor", d_sae) != 1).any():
-        raise ValueError(f"{tensors.path}: a scaling_factor that is not 1 is not supported")
-    transcodes, kind = "transcoder" in architecture, KINDS[architecture]
-    d_out = setting(config, "d_out", int, path) if transcodes else d_in
-    centres = setting(config, "apply_b_dec_to_input", bool, path, True)
+        raise ValueError(f"{tensors.path}: a scaling_factor other than 1 is not supported")
+    transcoder, kind = "transcoder" in architecture, KINDS[architecture]
+    d_out = config.take("d_out", int) if transcoder else d_in
+    centered = config.take("apply_b_dec_to_input", bool, True)
     W_enc, b_dec = tensors.take("W_enc", d_in, d_sae).T, tensors.take("b_dec", d_out)
-    activation, own = activation_of(kind, config, tensors, path)
-    if kind == "gated" and not centres:  # its magnitudes have a bias too
-        own["b_mag"] = own["b_mag"] + own["r_mag"].exp() * (W_enc @ b_dec)
-    sae = assembled(
+    activation, state = activation_of(kind, d_sae, config, tensors)
+    if kind == "gated" and not centered:  # the magnitudes have a bias of their own
+        state["b_mag"] = state["b_mag"] + state["r_mag"].exp() * (W_enc @ b_dec)
+    by_norm = "topk" in kind and config.take("rescale_acts_by_decoder_norm", bool, False)
+    sae = build_sae(
         activation,
         W_enc,
         tensors.take("b_gate" if kind == "gated" else "b_enc", d_sae),
         tensors.take("W_dec", d_sae, d_out),
         b_dec,
-        centres=centres,
-        transcodes=transcodes,
+        centered=centered,
+        transcoder=transcoder,
         W_skip=tensors.take("W_skip", d_out, d_in) if "skip" in architecture else None,
-        by_norm="topk" in kind
-        and setting(config, "rescale_acts_by_decoder_norm", bool, path, False),
-        layer_norm=config.get("normalize_activations") == "layer_norm",
-        own=own,
+        by_norm=by_norm,
+        layer_norm=config.values.get("normalize_activations") == "layer_norm",
+        activation_state=state,
     )
-    dtype = setting(config, "dtype", str, path, "float32").removeprefix("torch.")
+    dtype = config.take("dtype", str, "float32").removeprefix("torch.")
     if dtype not in DTYPES:
-        raise ValueError(f"{path}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"{config.path}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return sae.to(DTYPES[dtype])
 
 
 def activation_of(
-    kind: str, config: dict[str, Any], tensors: Tensors, path: Path
+    kind: str, d_sae: int, config: Config, tensors: Tensors
 ) -> tuple[Activation, dict[str, Tensor]]:
-    """The activation, and its parameters and buffers by their names."""
-    d_sae = setting(config, "d_sae", int, path)
+    """The activation, and its parameters and buffers by name."""
     if kind in ("topk", "abstopk"):
-        return TopK(setting(config, "k", int, path), by="abs" if kind == "abstopk" else "value"), {}
+        return TopK(config.take("k", int), by="abs" if kind == "abstopk" else "value"), {}
     if kind == "batchtopk":
-        k, threshold = setting(config, "k", float, path), tensors.take("topk_threshold").float()
+        k, threshold = config.take("k", float), tensors.take("topk_threshold").float()
         if k.is_integer():
             return BatchTopK(int(k)), {"threshold": threshold}
         return JumpReLU(l0_coef=0.0), {"threshold": threshold.expand(d_sae).clone()}
@@ -99,37 +94,33 @@ def activation_of(
     return ReLU(l1_coef=0.0), {}
 
 
-def current(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A config as SAELens 6 writes it, from that or an older one; ValueError for settings that
-    change what the SAE computes, and are not supported."""
-    config = {"architecture": "standard", **config}
-    architecture = setting(config, "architecture", str, path)
-    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+def update(config: Config) -> None:
+    """Turn the config of an older version into one as SAELens 6 writes it; ValueError for settings
+    that change what the SAE computes and are not supported."""
+    values = config.values
+    architecture = config.take("architecture", str, "standard")
+    values["architecture"] = architecture
+    activation = values.get("activation_fn", values.get("activation_fn_str", "relu"))
     if architecture in ("standard", "topk") and activation == "topk":
-        given = config.get("activation_fn_kwargs")
+        given = values.get("activation_fn_kwargs")
         k = given.get("k") if isinstance(given, dict) else None
-        config |= {"architecture": "topk", "k": config.get("k") if k is None else k}
+        values |= {"architecture": "topk", "k": values.get("k") if k is None else k}
     elif architecture == "standard" and activation not in ("relu", None):
-        raise ValueError(f"{path}: activation_fn must be relu or topk, got {activation!r}")
-    normalisation = config.get("normalize_activations")
-    if normalisation not in (None, False, True, *NORMALISATIONS):
+        raise ValueError(f"{config.path}: activation_fn must be relu or topk, got {activation!r}")
+    normalization = values.get("normalize_activations")
+    if normalization not in (None, False, True, *NORMALIZATIONS):
         raise ValueError(
-            f"{path}: normalize_activations must be one of {', '.join(NORMALISATIONS)}, "
-            f"got {normalisation!r}"
+            f"{config.path}: normalize_activations must be one of {', '.join(NORMALIZATIONS)}, "
+            f"got {normalization!r}"
         )
-    return config
 
 
-def write(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None) -> None:
-    """ValueError for an SAE that SAELens has not, with the reason.
-
-    metadata: what else is known of it, by SAELens' names, such as model_name and hook_name.
-    """
-    sae = plain(sae, "SAELens", layer_norm=True)
+def write(sae: SAE, **metadata: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    sae = exportable(sae, "SAELens", layer_norm=True)
     if sae.d_out is not None:
-        rule = expressed(sae, "a SAELens transcoder", "relu", "jumprelu", "batchtopk")
+        rule = require_rule(sae, "a SAELens transcoder", "relu", "jumprelu", "batchtopk")
     else:
-        rule = expressed(
+        rule = require_rule(
             sae, "SAELens", "topk", "abstopk", "batchtopk", "jumprelu", "relu", "gated"
         )
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -142,14 +133,12 @@ def write(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None) -> Non
         "apply_b_dec_to_input": sae.d_out is None,
         "normalize_activations": "layer_norm" if sae.layer_norm else "none",
         "reshape_activations": "none",
-        "metadata": {"sae_lens_version": VERSION, **(metadata or {})},
+        "metadata": {"sae_lens_version": VERSION, **metadata},
     }
     config |= {} if sae.d_out is None else {"d_out": sae.d_out}
     if rule.kind in ("topk", "abstopk"):
         config |= {"k": rule.k, "rescale_acts_by_decoder_norm": False}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / FILES[1], weights_of(sae, rule))
-    write_json(folder / FILES[0], config)
+    return config, tensors_of(sae, rule)
 
 
 def architecture_of(sae: SAE, rule: Rule) -> str:
@@ -162,14 +151,14 @@ def architecture_of(sae: SAE, rule: Rule) -> str:
     return "standard" if rule.kind == "relu" else rule.kind
 
 
-def weights_of(sae: SAE, rule: Rule) -> dict[str, Tensor]:
+def tensors_of(sae: SAE, rule: Rule) -> dict[str, Tensor]:
     """Its tensors under SAELens' names."""
-    weights: dict[str, Tensor] = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    weights["b_gate" if rule.kind == "gated" else "b_enc"] = sae.b_enc
+    tensors: dict[str, Tensor] = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    tensors["b_gate" if rule.kind == "gated" else "b_enc"] = sae.b_enc
     if rule.threshold is not None:
-        weights["threshold"] = thresholds(rule, sae.d_sae).to(sae.W_enc.dtype)
+        tensors["threshold"] = thresholds(rule, sae)
     if isinstance(sae.activation, Gated):
-        weights |= {"r_mag": sae.activation.r_mag, "b_mag": sae.activation.b_mag}
+        tensors |= {"r_mag": sae.activation.r_mag, "b_mag": sae.activation.b_mag}
     if sae.W_skip is not None:
-        weights["W_skip"] = sae.W_skip
-    return weights
+        tensors["W_skip"] = sae.W_skip
+    return tensors

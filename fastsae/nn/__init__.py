@@ -7,7 +7,7 @@ from .jumprelu import JumpReLU, JumpReLUConfig
 from .linear import CodesLinear, TopKLinear
 from .rational import Rational, RationalConfig
 from .relu import ReLU, ReLUConfig
-from .sae import SAE, load
+from .sae import SAE
 from .topk import AbsTopK, TopK, TopKConfig
 from .variational import Variational, VariationalConfig
 
@@ -36,5 +36,4 @@ __all__ = [
     "VariationalConfig",
     "geometric_median",
     "init_from_data",
-    "load",
 ]

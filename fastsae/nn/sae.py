@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from fastsae.codes import Codes
-from fastsae.config import from_dict, to_dict
-from fastsae.files import read_json, read_tensors, write_json, write_tensors
+from fastsae.config import to_dict
+from fastsae.files import write_json, write_tensors
 
-from .activation import Activation, ActivationConfig, Weights
+from .activation import Activation, Weights
 
 FORMAT = "fastsae.sae.1"
 
@@ -184,13 +184,15 @@ class SAE(nn.Module):
             parameter.copy_(seen)
 
     def save(self, directory: str | Path) -> None:
-        """Write config.json and sae.safetensors, each atomically, to a directory."""
+        """Write config.json and sae.safetensors, each atomically; `fastsae.load` reads them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / "sae.safetensors", self.state_dict())
-        activation = to_dict(self.activation.cfg)
-        config = {"format": FORMAT, **self.shape(), "activation": activation}
-        write_json(directory / "config.json", config)
+        write_json(directory / "config.json", self.config())
+
+    def config(self) -> dict[str, Any]:
+        """What `fastsae.load` builds the SAE from: its shape and its activation's settings."""
+        return {"format": FORMAT, **self.shape(), "activation": to_dict(self.activation.cfg)}
 
     def shape(self) -> dict[str, Any]:
         """The arguments that it was built with, but for the activation."""
@@ -225,33 +227,3 @@ def moments(x: Float[Tensor, "N d_in"]) -> tuple[Float[Tensor, "N 1"], Float[Ten
     mean = x.mean(1, keepdim=True)
     norm = torch.linalg.vector_norm(x - mean, dim=1, keepdim=True)
     return mean, norm / (x.shape[1] - 1) ** 0.5
-
-
-def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE that `SAE.save` wrote to a directory, in evaluation mode.
-
-    Raises ValueError for a missing, damaged or foreign file, naming it.
-    """
-    directory = Path(directory)
-    config = read_json(directory / "config.json")
-    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
-        raise ValueError(f"{directory / 'config.json'} is not the config of a {FORMAT} file")
-    config = {"layer_norm": False, **config}  # which older files do not name
-    arguments = {"d_in", "d_sae", "d_out", "skip", "layers", "by_norm", "layer_norm", "activation"}
-    if unknown := config.keys() ^ arguments:
-        raise ValueError(f"{directory / 'config.json'}: unknown or missing {sorted(unknown)}")
-    kinds: dict[str, tuple[type, ...]] = {"d_out": (int, type(None))}
-    kinds |= dict.fromkeys(("skip", "by_norm", "layer_norm"), (bool,))
-    for name in arguments - {"activation"}:
-        if type(config[name]) not in kinds.get(name, (int,)):
-            raise ValueError(f"{directory / 'config.json'}: {name} cannot be {config[name]!r}")
-    tensors = read_tensors(directory / "sae.safetensors")
-    activation = from_dict(ActivationConfig, config.pop("activation"), "activation").build()
-    with torch.device("meta"):
-        sae = SAE(activation=activation, **config)
-    wanted = {name: list(p.shape) for name, p in sae.state_dict().items()}
-    found = {name: list(t.shape) for name, t in tensors.items()}
-    if wanted != found:
-        raise ValueError(f"{directory / 'sae.safetensors'} must hold {wanted}, got {found}")
-    sae.load_state_dict(tensors, assign=True)
-    return sae.to(device).eval()

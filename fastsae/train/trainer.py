@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+import fastsae.interop as interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
 from fastsae.codes import Codes
 from fastsae.data import ActivationShards, ActivationSource, Batch, Batches
 from fastsae.device import tf32_products
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
-from fastsae.interop import sae_lens
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
 from fastsae_kernels import WIDEST, balance
@@ -261,7 +261,8 @@ class Trainer:
         if isinstance(first, ActivationShards):
             about = {"model_name": first.model, "hook_name": first.hookpoint}
         try:
-            sae_lens.write(sae, folder, {n: v for n, v in about.items() if v is not None})
+            about = {name: value for name, value in about.items() if value is not None}
+            interop.save(sae, folder, "sae_lens", **about)
         except ValueError as error:
             return f"none: {error}"
         return str(folder)

@@ -154,10 +154,10 @@ def test_the_same_harvest_is_found_and_another_is_refused(
     again = harvest(settings, progress=False)
     assert again.fingerprint == first.fingerprint
     assert {p: p.stat().st_mtime_ns for p in settings.out.rglob("*")} == written
-    with pytest.raises(ValueError, match="hookpoint is 'transformer.h.1' there, 'transformer.h.2'"):
+    with pytest.raises(ValueError, match="'transformer.h.1' instead of 'transformer.h.2'"):
         harvest(config(tmp_path, gpt2, hookpoint="transformer.h.2"), progress=False)
     (tmp_path / "text" / "30.txt").write_text("more")
-    with pytest.raises(ValueError, match="already holds other activations: files is"):
+    with pytest.raises(ValueError, match="already holds other activations, with files ="):
         harvest(settings, progress=False)
     elsewhere = config(tmp_path, gpt2, out=tmp_path / "new")
     copy = config(tmp_path, gpt2, out=tmp_path / "copy")
@@ -261,17 +261,17 @@ def test_json_lines_globs_and_data_sets_hold_the_same_documents(
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"batch_tokens": 31}, "batch_tokens must be at least context_length = 32, got 31"),
         ({"heldout_fraction": 1.0}, "heldout_fraction must be at least 0 and below 1, got 1.0"),
-        ({"hookpoint": ()}, r"one or several different modules, got \(\)"),
-        ({"hookpoint": ("a", "a")}, r"one or several different modules, got \('a', 'a'\)"),
-        ({"hookpoint": ("a", "../b")}, "one or several different modules, got .*b"),
+        ({"hookpoint": ()}, r"one or more distinct module paths, got \(\)"),
+        ({"hookpoint": ("a", "a")}, r"one or more distinct module paths, got \('a', 'a'\)"),
+        ({"hookpoint": ("a", "../b")}, "one or more distinct module paths, got .*b"),
         ({"hookpoint": ("transformer.h.1", "x")}, "no module 'x'; nearest: "),
         ({"hookpoint": "transformer.h.7"}, "no module 'transformer.h.7'; nearest: .*h.3"),
-        ({"context_length": 65}, "context_length is 65, the model takes up to 64"),
+        ({"context_length": 65}, "context_length must be at most 64, got 65"),
         ({"model": "/absent"}, "cannot load '/absent'"),
         ({"text": ("/absent",)}, "no text found at '/absent'"),
         ({"text": ("{}/bad.jsonl",)}, r'bad.jsonl line 2: expected an object with a "text"'),
-        ({"text": ("{}/blank.txt",)}, "the text holds no tokens"),
-        ({"text": (), "dataset": "{}/absent"}, "cannot load split 'train' of data set"),
+        ({"text": ("{}/blank.txt",)}, "the text has no tokens"),
+        ({"text": (), "dataset": "{}/absent"}, "cannot load split 'train' of dataset"),
         ({"text": (), "dataset": "{}/saved"}, "no column 'text', only body"),
     ],
 )

@@ -146,7 +146,7 @@ def test_other_tokens_are_refused(folders: Path):
     a, b, made = joined(folders).sources
     with pytest.raises(ValueError, match="at least one source"):
         Joined()
-    with pytest.raises(ValueError, match=r"equally many rows, they have \[1000, 999\]"):
+    with pytest.raises(ValueError, match=r"same number of rows, got \[1000, 999\]"):
         Joined(a, ActivationShards(folders / "fewer"))
     shifted = ActivationShards(folders / "shifted")
     with pytest.raises(ValueError, match="same order: sources 1 and 3 differ in row 0"):
@@ -170,5 +170,5 @@ def test_plain_data_says_nothing_of_its_tokens(folders: Path):
     assert not plain.has_contexts and not Joined(plain, MADE).has_contexts
     assert Joined(plain, ActivationShards(folders / "a")).has_contexts
     assert Joined(plain, ActivationShards(folders / "a")).heldout is None
-    with pytest.raises(ValueError, match="none of the joined sources holds token ids"):
+    with pytest.raises(ValueError, match="none of the joined sources has token ids"):
         Joined(plain, MADE).contexts(torch.tensor([0]))

@@ -77,7 +77,7 @@ def test_what_later_modules_do_does_not_reach_what_was_read():
     assert torch.equal(put, 2 * embedded)
     with torch.no_grad(), splice(model.writes, torch.ones_like, at_input=True):
         assert torch.equal(model(ids, ids), torch.full((2, 3, 4), 2.0))
-    with pytest.raises(ValueError, match="without ever calling its Linear"):
+    with pytest.raises(ValueError, match="never called its Linear"):
         hidden_at(model, [*hooks, hookpoint_at(model, "unused")], batch)
     with pytest.raises(ValueError, match=r"must be \[batch, tokens, width\], found \(2, 3\)"):
         hidden_at(model, [hookpoint_at(model, "embed:in")], batch)
@@ -159,7 +159,7 @@ def test_mistakes_are_named(gpt2: Path, tmp_path: Path):
         ValueError, match=r"GPT2LMHeadModel has no module 'h\.1'.*transformer\.h\.1"
     ):
         module_at(model, "h.1")
-    with pytest.raises(ValueError, match="context_length is 65, the model takes up to 64"):
+    with pytest.raises(ValueError, match="context_length must be at most 64, got 65"):
         TextWindows(tokenizer, 65, model)
     windows = TextWindows(tokenizer, 8, model)
     batch = windows.batch(windows.cut(TEXT))

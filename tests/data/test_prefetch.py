@@ -116,7 +116,7 @@ def test_a_bad_row_of_plain_data_is_named(tmp_path: Path):
 def test_an_edited_shard_of_the_right_size_is_named(shards: ActivationShards):
     edit(shards.path / "shard-00001.safetensors", 3, 0.5, honest=False)
     edited = ActivationShards(shards.path)
-    message = r"shard-00001\.safetensors was edited: SHA-256 \w{64} expected"
+    message = r"shard-00001\.safetensors was modified: its SHA-256 is \w{64}, the"
     with pytest.raises(ValueError, match=message):
         edited.verify()
     with edited.batches(64) as batches, pytest.raises(ValueError, match=message):

@@ -78,7 +78,7 @@ def test_plain_files_are_data_too(tmp_path: Path, x: torch.Tensor):
         assert torch.equal(shards.rows(wanted), x[wanted])
         assert shards.mean_square == pytest.approx(x.double().square().mean().item(), rel=1e-12)
         assert (shards.model, shards.heldout) == (None, None)
-    with pytest.raises(ValueError, match="plain data and holds no token ids"):
+    with pytest.raises(ValueError, match="plain data and has no token ids"):
         shards.contexts(wanted)
     with pytest.raises(ValueError, match="no SHA-256"):
         shards.verify()
@@ -184,7 +184,7 @@ def damage_header(folder: Path):
     ("damage", "message"),
     [
         (damage_truncated, r"shard-00001.*: \d+ bytes expected from its header, \d+ found"),
-        (damage_emptied, "shard-00001.*not a whole safetensors file"),
+        (damage_emptied, "shard-00001.*not a complete safetensors file"),
         (damage_missing, "shard-00001.* is missing, but index.json lists it"),
         (damage_shorter, r"shard-00001.*\(200, 12\).* expected from index.json, .*\(199, 12\)"),
         (damage_dtype, "shard-00001.*float32.* expected from index.json, .*float16.* found"),
@@ -248,8 +248,8 @@ def test_a_path_that_holds_no_activations_is_refused(tmp_path: Path, x: torch.Te
         "flat.npy": r"expected a two-dimensional float array, found shape \(12,\)",
         "ints.npy": "holds dtype int64, allowed are float16, float32, float64",
         "none.npy": "none.npy",
-        "pickled.npy": "not a whole npy file of numbers",
-        "cut.npy": "not a whole npy file of numbers",
+        "pickled.npy": "not a valid .npy file of numbers",
+        "cut.npy": "not a valid .npy file of numbers",
         "not.json": "plain data is .npy or .safetensors",
         "empty": "neither an index.json nor .npy or .safetensors files",
         "bad": "index.json is not a JSON file",

@@ -48,7 +48,7 @@ def test_nothing_recovered_from_a_harmless_ablation(bert_data):
     result = evaluate(SAE(16, 64, TopK(3)), bert_data, EvalConfig(windows=1), progress=False)
     assert result.downstream is not None
     result = replace(result, downstream=replace(result.downstream, recovered_mean=None))
-    assert evaluation_table(result).endswith(" -  of what the mean would destroy")
+    assert evaluation_table(result).endswith(" -  of the damage of mean ablation")
 
 
 def test_config_round_trip():

@@ -190,12 +190,12 @@ RARE = torch.arange(N) < 40
     ("change", "message"),
     [
         ({"sae": SAE(D + 1, 32, TopK(4))}, "d_in = 17, the data has rows of 16"),
-        ({"ks": []}, r"ks from 1 to 16, .* got 20000 and \[\]"),
-        ({"ks": [0]}, r"ks from 1 to 16, .* got 20000 and \[0\]"),
-        ({"ks": [1, 17]}, r"ks from 1 to 16, .* got 20000 and \[1, 17\]"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1 .* got 0 and"),
-        ({"labels": None}, "does not say what text it is of: give labels"),
-        ({"labels": {}}, "no label was given"),
+        ({"ks": []}, r"ks must be from 1 to 16, .* got \[\]"),
+        ({"ks": [0]}, r"ks must be from 1 to 16, .* got \[0\]"),
+        ({"ks": [1, 17]}, r"ks must be from 1 to 16, .* got \[1, 17\]"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"labels": None}, "text of the data is unknown: pass labels"),
+        ({"labels": {}}, "no labels were given"),
         (
             {"labels": {"a": RARE[1:]}},
             r"'a' must have an entry for each of the 3000 rows.*\[2999\]",

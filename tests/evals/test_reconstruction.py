@@ -55,7 +55,7 @@ def expected(sae: SAE, x: np.ndarray, ranks: list[int]) -> dict:
         "l0": (z != 0).sum(1).mean(),
         "dead_fraction": ((z != 0).sum(0) == 0).mean(),
         "dense_fraction": ((z != 0).mean(0) > 0.1).mean(),
-        "utilisation": np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()) / z.shape[1],
+        "utilization": np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()) / z.shape[1],
         "cosine": ((x * recon).sum(1) / (size[0] * size[1])).mean(),
         "relative_norm": (size[1] / size[0]).mean(),
         "pc_retention": {str(r): kept[:r].mean() for r in ranks},
@@ -110,13 +110,13 @@ def test_codes_that_list_every_latent(data, monkeypatch):
         assert every[name] == pytest.approx(few[name], rel=1e-5, abs=1e-7), name
 
 
-@pytest.mark.parametrize(("biases", "utilisation"), [((), 0), ((9.0,), 1 / 8), ((9.0, 9.0), 2 / 8)])
-def test_utilisation_counts_latents_that_fire_equally_often(biases, utilisation, data):
+@pytest.mark.parametrize(("biases", "utilization"), [((), 0), ((9.0,), 1 / 8), ((9.0, 9.0), 2 / 8)])
+def test_utilization_counts_latents_that_fire_equally_often(biases, utilization, data):
     sae = SAE(D, 8, TopK(max(len(biases), 1)))
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.b_enc[: len(biases)] = torch.tensor(biases)
-    assert reconstruction(sae, data).utilisation == pytest.approx(utilisation, abs=1e-12)
+    assert reconstruction(sae, data).utilization == pytest.approx(utilization, abs=1e-12)
 
 
 def test_the_mode_is_that_of_evaluation_meanwhile(data, monkeypatch):

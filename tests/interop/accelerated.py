@@ -81,7 +81,7 @@ KINDS = {
     "sparsify, multi-k": coder(multi_topk=True),
     "sparsify transcoder": coder(transcode=True, skip_connection=True),
     "sae_lens topk": lens("TopK", k=K),
-    "sae_lens topk, not centred": lens("TopK", k=K, apply_b_dec_to_input=False),
+    "sae_lens topk, not centered": lens("TopK", k=K, apply_b_dec_to_input=False),
     "sae_lens topk by norm": lens("TopK", k=K, rescale_acts_by_decoder_norm=True),
     "sae_lens topk, layer norm": lens("TopK", k=K, normalize_activations="layer_norm"),
     "sae_lens jumprelu": lens("JumpReLU"),

@@ -175,31 +175,31 @@ def in_heads(peer: Peer, heads: int) -> Peer:
     )
 
 
-NOT_CENTRED = {"apply_b_dec_to_input": False}
+NOT_CENTERED = {"apply_b_dec_to_input": False}
 NORMED = {"normalize_activations": "layer_norm"}
 BATCHED = lens("BatchTopKTraining", k=float(K))
 BETWEEN = lens("BatchTopKTraining", k=K + 0.5)
 NESTED = lens("MatryoshkaBatchTopKTraining", k=float(K), matryoshka_widths=[10, D_SAE])
 PEERS = {
     "sae_lens topk": lens("TopK", k=K),
-    "sae_lens topk, not centred": lens("TopK", k=K, **NOT_CENTRED),
+    "sae_lens topk, not centered": lens("TopK", k=K, **NOT_CENTERED),
     "sae_lens topk by norm": lens("TopK", k=K, rescale_acts_by_decoder_norm=True),
     "sae_lens abstopk": lens("AbsTopK", k=K),
     "sae_lens jumprelu": lens("JumpReLU"),
-    "sae_lens jumprelu, not centred": lens("JumpReLU", **NOT_CENTRED),
+    "sae_lens jumprelu, not centered": lens("JumpReLU", **NOT_CENTERED),
     "sae_lens standard": lens("Standard"),
     "sae_lens gated": lens("Gated"),
-    "sae_lens gated, not centred": lens("Gated", **NOT_CENTRED),
-    "sae_lens transcoder": lens("Transcoder", d_out=9, **NOT_CENTRED),
-    "sae_lens skip transcoder": lens("SkipTranscoder", d_out=9, **NOT_CENTRED),
-    "sae_lens jumprelu transcoder": lens("JumpReLUTranscoder", d_out=9, **NOT_CENTRED),
-    "sae_lens jumprelu skip": lens("JumpReLUSkipTranscoder", d_out=9, **NOT_CENTRED),
+    "sae_lens gated, not centered": lens("Gated", **NOT_CENTERED),
+    "sae_lens transcoder": lens("Transcoder", d_out=9, **NOT_CENTERED),
+    "sae_lens skip transcoder": lens("SkipTranscoder", d_out=9, **NOT_CENTERED),
+    "sae_lens jumprelu transcoder": lens("JumpReLUTranscoder", d_out=9, **NOT_CENTERED),
+    "sae_lens jumprelu skip": lens("JumpReLUSkipTranscoder", d_out=9, **NOT_CENTERED),
     "sae_lens in bfloat16": lens("TopK", k=K, dtype="bfloat16"),
     "sae_lens topk, layer norm": lens("TopK", k=K, **NORMED),
     "sae_lens topk by norm, layer norm": lens(
         "TopK", k=K, rescale_acts_by_decoder_norm=True, **NORMED
     ),
-    "sae_lens jumprelu, layer norm, not centred": lens("JumpReLU", **NORMED, **NOT_CENTRED),
+    "sae_lens jumprelu, layer norm, not centered": lens("JumpReLU", **NORMED, **NOT_CENTERED),
     "sae_lens standard, layer norm": lens("Standard", **NORMED),
     "sae_lens gated, layer norm": lens("Gated", **NORMED),
     "sae_lens whitened": lens("TopK", k=K, normalize_activations="covariance_whitening"),
@@ -223,7 +223,7 @@ PEERS = {
     "sae_lens 5 jumprelu": before_6(lens("JumpReLU"), architecture="jumprelu"),
     "sae_lens 5 gated": before_6(lens("Gated"), architecture="gated"),
     "sae_lens 5 layer norm": before_6(lens("Standard"), normalize_activations="layer_norm"),
-    "sae_lens 5 not centred": before_6(lens("Standard"), **NOT_CENTRED),
+    "sae_lens 5 not centered": before_6(lens("Standard"), **NOT_CENTERED),
     "sae_lens hook_z": in_heads(lens("Standard", reshape_activations="hook_z"), 3),
     "sae_lens 5 hook_z": in_heads(before_6(lens("Standard"), hook_name="attn.hook_z"), 3),
     "sae_lens 2": before_6(lens("Standard"), architecture=..., normalize_activations=True),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import fastsae
-from fastsae.dropin import KNOWN, dense
+from fastsae.dropin import SUPPORTED, dense
 
 from .accelerated import KINDS, dead_latents, recon_and_codes, with_true_gradients
 from .peers import D_IN
@@ -21,7 +21,7 @@ TOKENS = [0, 1, 33, 257]
 
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
-    monkeypatch.setattr(dense, "FEWEST", 0)
+    monkeypatch.setattr(dense, "MIN_TOKENS", 0)
 
 
 def tokens(N: int) -> torch.Tensor:
@@ -96,7 +96,9 @@ def test_it_is_the_same_object(name):
         assert_close(recon_and_codes(twin, x), recon_and_codes(module, x), rtol=0, atol=0)
     assert fastsae.restore(module) is module
     assert type(module) is kind and "exact_compat" not in vars(module)
-    with pytest.raises(ValueError, match="restore wants a module that was accelerated"):
+    with pytest.raises(
+        ValueError, match=r"restore\(\) expects a module returned by accelerate\(\)"
+    ):
         fastsae.restore(module)
 
 
@@ -217,7 +219,7 @@ def test_a_method_that_someone_replaced_is_heard(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_few_tokens_go_the_old_way(name, monkeypatch):
-    monkeypatch.setattr(dense, "FEWEST", 64)
+    monkeypatch.setattr(dense, "MIN_TOKENS", 64)
     theirs, x = KINDS[name].make(), tokens(33)
     ours = fastsae.accelerate(copy.deepcopy(theirs))
     assert_close(recon_and_codes(ours, x), recon_and_codes(theirs, x))
@@ -255,7 +257,7 @@ def test_what_is_not_known_is_named():
     with pytest.raises(ValueError) as error:
         fastsae.accelerate(nn.Linear(2, 3))
     assert "got torch's Linear" in str(error.value)
-    assert all(name in str(error.value) for names in KNOWN.values() for name in names)
+    assert all(name in str(error.value) for names in SUPPORTED.values() for name in names)
 
 
 def test_a_groupmax_is_refused():
@@ -267,6 +269,6 @@ def test_a_groupmax_is_refused():
 
 def test_exact_compat_where_gradients_are_true():
     module = KINDS["dictionary_learning topk"].make()
-    with pytest.raises(ValueError, match="AutoEncoderTopK has true gradients"):
+    with pytest.raises(ValueError, match="gradients of AutoEncoderTopK are exact"):
         fastsae.accelerate(module, exact_compat=True)
     assert type(module).__name__ == "AutoEncoderTopK"

@@ -46,8 +46,7 @@ def sound(form: str, folder: Path) -> Path:
 def files_of(form: str, path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    (module,) = [module for module in interop.FOLDERS if form == module.NAME]
-    return [path / name for name in module.FILES]
+    return [path / name for name in interop.FORMATS[form].files]
 
 
 def refused(path: Path) -> str:
@@ -91,7 +90,7 @@ def test_pickles_are_not_executed(form, tmp_path):
     file = files_of(form, path)[-1]
     state = torch.load(file)
     torch.save(state | {"extra": Payload(tmp_path / "owned")}, file)
-    assert "not a state dict of tensors alone" in refused(path)
+    assert "not a plain state dict of tensors" in refused(path)
     file.write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
     assert "is not a zip archive" in refused(path)
     torch.save(state, file, _use_new_zipfile_serialization=False)
@@ -104,7 +103,7 @@ def test_objects_in_arrays_are_not_executed(tmp_path):
     arrays = dict(np.load(path / "params.npz"))
     arrays["extra"] = np.array([Payload(tmp_path / "owned")], dtype=object)
     np.savez(path / "params.npz", **arrays)
-    assert "extra.npy is not a whole array of numbers" in refused(path)
+    assert "extra.npy is not a complete numeric array" in refused(path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -252,4 +251,4 @@ def test_an_array_that_claims_to_be_larger_than_it_is(tmp_path):
         shape = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**6)}
         text = (repr(shape) + "\n").encode()
         f.write(header + len(text).to_bytes(2, "little") + text + bytes(64))
-    assert "W_enc.npy is not a whole array of numbers" in refused(path)
+    assert "W_enc.npy is not a complete numeric array" in refused(path)

@@ -8,11 +8,11 @@ from torch.nn.functional import linear
 from fastsae.codes import Codes
 from fastsae.dropin.dense import (
     above,
-    codes_behind,
-    entries,
-    largest_of_batch,
+    batch_topk_codes,
+    gather_pre,
+    lookup_codes,
     pre_activations,
-    written_out,
+    to_dense,
 )
 from fastsae_kernels.testing import assert_no_worse
 
@@ -47,15 +47,15 @@ def test_entries():
     x, W, b = encoder()
     indices = torch.randint(F, (N, 4))
     expected = linear(x, W, b).gather(1, indices)
-    assert torch.equal(entries(linear(x, W, b), indices, x, W, b), expected)
-    assert gradcheck(lambda *e: entries(linear(*e), indices, *e), (x, W, b))
+    assert torch.equal(gather_pre(linear(x, W, b), indices, x, W, b), expected)
+    assert gradcheck(lambda *e: gather_pre(linear(*e), indices, *e), (x, W, b))
 
 
 @pytest.mark.parametrize("total", [0, 1, 30, N * F])
 def test_largest_of_batch(total):
     x, W, b = encoder()
     pre = linear(x, W, b)
-    dense = largest_of_batch(pre, total, (x, W, b)).to_dense()
+    dense = batch_topk_codes(pre, total, (x, W, b)).to_dense()
     least = pre.flatten().sort(descending=True).values[max(total - 1, 0)].clamp(min=0)
     expected = pre * ((pre >= least) & (pre > 0) & (total > 0))
     assert torch.equal(dense, expected)
@@ -82,10 +82,10 @@ def test_above(threshold):
 
 def test_a_dense_tensor_knows_its_codes_until_it_is_written_into():
     codes = Codes(torch.rand(6, 2) + 1, torch.tensor([[1, 3]] * 6), F)
-    dense = written_out(codes, (2, 3, F))
-    assert dense.shape == (2, 3, F) and codes_behind(dense) is codes
-    assert codes_behind(dense.clone()) is None and codes_behind(dense.detach()) is None
+    dense = to_dense(codes, (2, 3, F))
+    assert dense.shape == (2, 3, F) and lookup_codes(dense) is codes
+    assert lookup_codes(dense.clone()) is None and lookup_codes(dense.detach()) is None
     dense[0, 0, 0] = 1
-    assert codes_behind(dense) is None
+    assert lookup_codes(dense) is None
     with torch.inference_mode():
-        assert codes_behind(written_out(codes, (6, F))) is None
+        assert lookup_codes(to_dense(codes, (6, F))) is None

@@ -1,4 +1,4 @@
-"""Formats that need no other library; the hub; what is recognised; and what a run leaves."""
+"""Formats that need no other library; the hub; what is recognized; and what a run leaves."""
 
 import json
 from collections import OrderedDict
@@ -64,7 +64,7 @@ def test_openai_relu(tmp_path):
 
 
 def test_openai_topk(tmp_path):
-    """Which normalises each token: that is kept in files of ours and of SAELens."""
+    """Which normalizes each token: that is kept in files of ours and of SAELens."""
     W, x = weights(), 3 * torch.randn(50, D_IN) + torch.randn(50, 1)
     path = tmp_path / "layer-6.pt"
     own = OrderedDict(k=K, postact_fn="ReLU")
@@ -81,7 +81,7 @@ def test_openai_topk(tmp_path):
         torch.testing.assert_close(again(x), recon)
         torch.testing.assert_close(again.encode(x).to_dense(), codes)
     for form in ("sparsify", "dictionary_learning"):
-        with pytest.raises(ValueError, match=f"{form} has no SAEs with layer_norm"):
+        with pytest.raises(ValueError, match=f"{form} does not support layer_norm"):
             interop.save(sae, tmp_path / form, form)
 
 
@@ -127,7 +127,7 @@ def test_an_openai_activation_that_is_not_here(changes, message, tmp_path):
     ],
     ids=str,
 )
-def test_a_sae_lens_config_that_is_not_honoured(changes, message, tmp_path):
+def test_a_sae_lens_config_that_is_not_honored(changes, message, tmp_path):
     interop.save(SAE(D_IN, D_SAE, ReLU(l1_coef=0.0)), tmp_path, "sae_lens")
     path = tmp_path / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -143,11 +143,11 @@ def test_a_sae_lens_finetuned_by_factors(tmp_path):
     save_file({**tensors, "scaling_factor": torch.ones(D_SAE)}, path)
     assert fastsae.load(tmp_path).d_sae == D_SAE
     save_file({**tensors, "scaling_factor": torch.full((D_SAE,), 1.1)}, path)
-    with pytest.raises(ValueError, match="a scaling_factor that is not 1 is not supported"):
+    with pytest.raises(ValueError, match="a scaling_factor other than 1 is not supported"):
         fastsae.load(tmp_path)
 
 
-@pytest.mark.parametrize("form", interop.WRITTEN)
+@pytest.mark.parametrize("form", interop.WRITABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_precision_is_kept(form, dtype, tmp_path):
     sae = SAE(D_IN, D_SAE, TopK(K)).to(dtype)
@@ -173,17 +173,17 @@ def test_norms_are_folded_into_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        (Rational(k=K), "rational is fastsae's own"),
+        (Rational(k=K), "rational only exists in fastsae"),
         (BatchTopK(K), "batchtopk has no threshold yet"),
-        (BatchTopK(K, by="abs"), "batchtopk keeps signs"),
+        (BatchTopK(K, by="abs"), "batchtopk ranks magnitudes"),
     ],
     ids=["rational", "batchtopk", "batchabstopk"],
 )
-@pytest.mark.parametrize("form", interop.WRITTEN[1:])
+@pytest.mark.parametrize("form", interop.WRITABLE[1:])
 def test_what_no_other_library_has(form, activation: Activation, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         interop.save(SAE(D_IN, D_SAE, activation), tmp_path / "out", form)
-    with pytest.raises(ValueError, match="has no crosscoders"):
+    with pytest.raises(ValueError, match="does not support crosscoders"):
         interop.save(Crosscoder(2, 6, D_SAE, ReLU(l1_coef=0.0)), tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
 
@@ -191,9 +191,9 @@ def test_what_no_other_library_has(form, activation: Activation, message, tmp_pa
 @pytest.mark.parametrize(
     ("form", "activation", "message"),
     [
-        ("sparsify", AbsTopK(K), "sparsify holds topk, not abstopk"),
-        ("sparsify", JumpReLU(), "sparsify holds topk, not jumprelu"),
-        ("dictionary_learning", AbsTopK(K), "holds topk, batchtopk, .*, not abstopk"),
+        ("sparsify", AbsTopK(K), "sparsify supports topk, not abstopk"),
+        ("sparsify", JumpReLU(), "sparsify supports topk, not jumprelu"),
+        ("dictionary_learning", AbsTopK(K), "supports topk, batchtopk, .*, not abstopk"),
     ],
     ids=str,
 )
@@ -215,8 +215,8 @@ def test_a_form_that_is_not_one(tmp_path):
         interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "onnx")
 
 
-def test_nothing_to_recognise(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no SAE: it must have cfg.json and sae_weights"):
+def test_nothing_to_recognize(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no SAE: it must have config.json and sae.safe"):
         fastsae.load(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="holds no SAE"):
@@ -240,7 +240,7 @@ def test_the_hub(tmp_path, monkeypatch):
     ((repository, patterns),) = asked
     assert repository == "EleutherAI/sae-pythia"
     assert "layers.3/sae.safetensors" in patterns and "layers.3/cfg.json" in patterns
-    with pytest.raises(ValueError, match="on the hub has no layers.4"):
+    with pytest.raises(ValueError, match="on the Hub has no layers.4"):
         fastsae.load("EleutherAI/sae-pythia/layers.4")
     monkeypatch.chdir(tmp_path)  # what lies beside a checkout is not known
     for name in ("nowhere", "../elsewhere", "/no/such/folder", "a/../b"):
@@ -251,6 +251,6 @@ def test_the_hub(tmp_path, monkeypatch):
 
 def test_metadata_says_where_activations_came_from(tmp_path):
     about = {"model_name": "gpt2", "hook_name": "transformer.h.6"}
-    interop.sae_lens.write(SAE(D_IN, D_SAE, TopK(K)), tmp_path, about)
+    interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "sae_lens", **about)
     found = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert found == {"sae_lens_version": "6.0.0", **about}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsae import interop
-from fastsae.interop.rules import rule_of
+from fastsae.interop.inference_rule import rule_of
 
 from .peers import D_IN, PEERS, READERS
 
@@ -15,7 +15,7 @@ HELD = {  # what each library's files can hold
     "sparsify": {"topk"},
     "dictionary_learning": {"topk", "batchtopk", "jumprelu", "relu", "gated"},
 }
-NOT_HELD = r"no transcoders|no SAEs with layer_norm| holds? .*, not |holds topk, not"
+NOT_HELD = r"not support (transcoders|layer_norm)| supports .*, not |d_out = d_in only"
 PAIRS = [(name, form) for name in PEERS for form in HELD]
 
 

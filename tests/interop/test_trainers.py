@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastsae
-from fastsae.dropin.dense import FEWEST
+from fastsae.dropin.dense import MIN_TOKENS
 
 from .peers import D_IN, D_SAE, K, dictionary_learning, sae_lens, sparsify
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 
-STEPS, N = 5, 2 * FEWEST  # so many tokens that it is our ops that are tested
+STEPS, N = 5, 2 * MIN_TOKENS  # enough tokens to exercise the fast path
 
 
 def batches() -> list[Tensor]:
