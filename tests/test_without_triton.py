@@ -25,7 +25,7 @@ OPS = """
 import torch
 from fastsae_kernels import *
 from fastsae_kernels import __all__ as names
-from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_, settle_
+from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_, flush_
 from fastsae_kernels.encode import encode_topk_each
 from fastsae_kernels.latent_major import latent_major, sum_runs
 from fastsae_kernels.rotation import rotation_gradients
@@ -75,7 +75,7 @@ rows = Rows(W, torch.zeros_like(W), torch.zeros_like(W))
 window = Window(torch.zeros(F, dtype=torch.int32), torch.zeros(4))
 for step in (1, 2):
     adam_(rows, rows, RowGradients(runs, entries, x, entries, x), AdamStep(step, 1e-3), window)
-settle_(rows, rows, AdamStep(2, 1e-3), window)
+flush_(rows, rows, AdamStep(2, 1e-3), window)
 """
 
 LAST = """

@@ -10,7 +10,7 @@ from fastsae.files import write_atomically
 
 from .config import TrainConfig
 
-GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilisation": "{:.0%}", "gpu_watts": "{:.0f}"}
+GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilization": "{:.0%}", "gpu_watts": "{:.0f}"}
 
 
 class Log:

@@ -232,7 +232,7 @@ class Trainer:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
         self.captured = None  # with the memory that the graph holds
-        state.adam.settle()
+        state.adam.flush()
         sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")
         exported = self.export(sae)

@@ -28,7 +28,7 @@ from ._launch import check_devices, check_matrix, use_triton
 from .dense_adam import (
     AdamStep,
     fused_adam_,
-    normalise_rows_,
+    normalize_rows_,
     remove_parallel_,
     scalars_on,
     seed32,
@@ -148,12 +148,12 @@ def _update_block(
     if window is not None:
         _catch_up_(w, m, v, window.updated[rows], at, window)
         if unit:
-            normalise_rows_(w)
+            normalize_rows_(w)
     if unit:
         remove_parallel_(g, w)
     fused_adam_(w, g, m, v, at)
     if unit:
-        normalise_rows_(w)
+        normalize_rows_(w)
     if state.first.dtype != wide:
         state.first[rows] = stochastic_bf16(m, generator)
         state.second[rows] = stochastic_bf16(v, generator)
@@ -284,7 +284,7 @@ def adam_(
     return _adam_torch(decoder, encoder, gradients, at, window)
 
 
-def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
+def flush_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
     """Bring every row up to date with the step `at`, the last one that was made."""
     following = at._replace(step=at.step + 1)
     for state, unit in ((decoder, True), (encoder, False)):
@@ -294,6 +294,6 @@ def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
             _catch_up_(w, m, v, updated, following, window)
             state.first[block], state.second[block] = m, v
             if unit:
-                normalise_rows_(w)
+                normalize_rows_(w)
             state.refresh(block, w)
     window.updated.fill_(at.step)

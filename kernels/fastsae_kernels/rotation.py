@@ -41,7 +41,7 @@ from torch.nn.functional import linear
 
 from ._launch import check_codes, check_devices, check_matrix
 from ._op import register_constant
-from ._rotation_ways import Layer, code_of, dense_way, gram_is_cheaper, gram_way
+from ._rotation_backward import Layer, code_of, dense_backward, gram_backward, gram_is_cheaper
 
 Mode = Literal["support", "dense"]
 
@@ -107,8 +107,8 @@ def _rotation_gradients(
     X, W, b, V, v, d, dv = (t.to(wide).contiguous() for t in inputs)
     layer = Layer(X, W, b, V if mode == "dense" else None, d)
     code = code_of(layer, V, v, indices.long().contiguous(), dv)
-    way = gram_way if gram_is_cheaper(len(x), layer, needs) else dense_way
-    dx, dW_enc, db_enc = way(layer, code, needs)
+    backward = gram_backward if gram_is_cheaper(len(x), layer, needs) else dense_backward
+    dx, dW_enc, db_enc = backward(layer, code, needs)
     return dx.to(x.dtype), dW_enc.to(W_enc.dtype), db_enc.to(b_enc.dtype)
 
 
@@ -137,8 +137,8 @@ def rotation_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of an encoder with top-k by the rotation trick (arXiv:2410.06424).
 
-    x [N, D] (already centred), W_enc [F, D], b_enc [F], W_dec [F, D_out], the code that the forward
-    pass kept, values and indices [N, K], and the loss's gradients in recon, d_recon [N, D_out], and
+    x [N, D] (centered), W_enc [F, D], b_enc [F], W_dec [F, D_out], the code that the forward pass
+    kept, values and indices [N, K], and the loss's gradients in recon, d_recon [N, D_out], and
     in values, d_values [N, K] or None -> dx, dW_enc, db_enc in the dtypes of x, W_enc, b_enc; None
     for those that `needs` does not ask for. mode "dense" gives every latent a gradient, "support"
     spreads only that of active ones. Not differentiable again. Deterministic.

@@ -11,7 +11,7 @@ from fastsae_kernels.adam import (
     Rows,
     Window,
     adam_,
-    settle_,
+    flush_,
 )
 from fastsae_kernels.dense_adam import adam_reference, stochastic_bf16
 from fastsae_kernels.float8 import quantize_rows
@@ -78,7 +78,7 @@ def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32,
         at = AdamStep(step, LR / step**0.5, seed=seed)
         adam_(decoder, encoder, RowGradients(runs, v, error, d_v, x, more), at, window)
     if window is not None:
-        settle_(decoder, encoder, at, window)
+        flush_(decoder, encoder, at, window)
     return decoder, encoder
 
 
@@ -248,14 +248,14 @@ def test_stochastic_rounding_is_right_on_average():
 @pytest.mark.parametrize(("moments", "T", "steps"), [(torch.bfloat16, 1, 3), (None, 4, 5)])
 def test_options_deviate_by_less_than_a_step(device, moments, T, steps):
     """Adam moves no weight by more than about the learning rate in a step."""
-    ways = (device, moments, T), ("cpu", None, 1)
-    got, exact = (train(d, m, t, steps=steps) for d, m, t in ways)
+    settings = (device, moments, T), ("cpu", None, 1)
+    got, exact = (train(d, m, t, steps=steps) for d, m, t in settings)
     for state, reference in zip(got, exact, strict=True):
         assert state.first.dtype == (moments or torch.float32)
         deviation = (state.weight.cpu() - reference.weight).abs().max()
         if moments is not None:
             assert 0 < deviation < LR / 2
-        elif state is got[0]:  # decoder rows that waited are normalised once, not at every step
+        elif state is got[0]:  # decoder rows that waited are normalized once, not at every step
             assert 0 < deviation < LR**2
         else:
             assert deviation <= 4 * torch.finfo(torch.float32).eps * reference.weight.abs().max()
