@@ -67,7 +67,7 @@ for name, call in calls.items():
 x, W, b = (t.detach() for t in encoder())
 values, i = encode_topk(x, W, b, K, shadow=W.bfloat16())
 encode_topk_each(x, W, b, [(K, "value"), (1, "abs")])
-rotation_gradients(x, W, b, W, values, i, x, None, "support")
+rotation_gradients(x, W, b, W, values, i, x, values, "support", (True,) * 3)
 runs = latent_major(i, F)
 entries = values.flatten()[runs.entry]
 sum_runs(entries, x, runs)
