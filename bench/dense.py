@@ -69,7 +69,7 @@ def dense_adam(model: DenseTopK, lr: float) -> torch.optim.Adam:
 
 def rotation_dense(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor,
-    d_recon: Tensor, d_values: Tensor, mode: str,
+    d_recon: Tensor, d_values: Tensor, mode: str, *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """rotation_gradients with all pre-activations and their gradients written out.
 

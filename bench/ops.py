@@ -221,12 +221,12 @@ def jumprelu_inputs(p: Problem) -> tuple:
 def rotation_inputs(p: Problem, mode: str) -> tuple:
     data = encoder(p)
     codes = ours.encode_topk(*data, p.K)
-    return *data, p.weights(), *codes, p.normal(p.N, p.D), p.normal(p.N, p.K), mode
+    return *data, p.weights(), *codes, p.normal(p.N, p.D), p.normal(p.N, p.K), mode, (True,) * 3
 
 
 def rotation_cost(p: Problem, back: int, *arguments: Any) -> Cost:
     """The FLOPs of the cheaper way; both weights and three gradients."""
-    E = p.D if arguments[-1] == "dense" else 0
+    E = p.D if arguments[-2] == "dense" else 0
     gram = 4 * (p.F + p.N) * p.D * (p.D + E)
     dense = 2 * p.N * p.F * (p.D + E) + 4 * p.N * p.F * p.D
     return Cost(3 * p.dtype.itemsize * (p.F + p.N) * p.D, min(gram, dense), precision(p))

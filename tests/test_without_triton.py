@@ -25,7 +25,7 @@ OPS = """
 import torch
 from fastsae_kernels import *
 from fastsae_kernels import __all__ as names
-from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_, settle_
+from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_, flush_
 from fastsae_kernels.encode import encode_topk_each
 from fastsae_kernels.latent_major import latent_major, sum_runs
 from fastsae_kernels.rotation import rotation_gradients
@@ -67,7 +67,7 @@ for name, call in calls.items():
 x, W, b = (t.detach() for t in encoder())
 values, i = encode_topk(x, W, b, K, shadow=W.bfloat16())
 encode_topk_each(x, W, b, [(K, "value"), (1, "abs")])
-rotation_gradients(x, W, b, W, values, i, x, None, "support")
+rotation_gradients(x, W, b, W, values, i, x, values, "support", (True,) * 3)
 runs = latent_major(i, F)
 entries = values.flatten()[runs.entry]
 sum_runs(entries, x, runs)
@@ -75,7 +75,7 @@ rows = Rows(W, torch.zeros_like(W), torch.zeros_like(W))
 window = Window(torch.zeros(F, dtype=torch.int32), torch.zeros(4))
 for step in (1, 2):
     adam_(rows, rows, RowGradients(runs, entries, x, entries, x), AdamStep(step, 1e-3), window)
-settle_(rows, rows, AdamStep(2, 1e-3), window)
+flush_(rows, rows, AdamStep(2, 1e-3), window)
 """
 
 LAST = """

@@ -2,7 +2,7 @@
 
 An autoencoder has one source; a transcoder two, its inputs and its targets, side by side; a
 crosscoder one for each layer. Each source is scaled to a mean square of 1 for training, unless the
-SAE itself normalises each token, and the saved SAE takes and returns activations as they are.
+SAE itself normalizes each token, and the saved SAE takes and returns activations as they are.
 """
 
 from dataclasses import dataclass

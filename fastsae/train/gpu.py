@@ -8,7 +8,7 @@ import torch
 
 
 class GpuMeter:
-    """Memory, utilisation and power of the GPU in use; nothing on a CPU."""
+    """Memory, utilization and power of the GPU in use; nothing on a CPU."""
 
     def __init__(self, device: torch.device):
         self._nvml: Any = None
@@ -21,16 +21,16 @@ class GpuMeter:
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
                 self._nvml = pynvml
             except pynvml.NVMLError as error:
-                warnings.warn(f"no GPU figures in the log: {error}", stacklevel=2)
+                warnings.warn(f"GPU metrics are not logged: {error}", stacklevel=2)
 
     def read(self) -> dict[str, float]:
-        """`gpu_memory_gb`, `gpu_utilisation` (0 to 1) and `gpu_watts`, or {}."""
+        """`gpu_memory_gb`, `gpu_utilization` (0 to 1) and `gpu_watts`, or {}."""
         if self._nvml is None:
             return {}
         nvml, handle = self._nvml, self._handle
         readings = {
             "gpu_memory_gb": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / 1e9,
-            "gpu_utilisation": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            "gpu_utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
             "gpu_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
         }
         found = {}

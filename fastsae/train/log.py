@@ -11,7 +11,7 @@ from fastsae.progress import progress_bar, shows_bars
 
 from .config import TrainConfig
 
-GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilisation": "{:.0%}", "gpu_watts": "{:.0f}"}
+GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilization": "{:.0%}", "gpu_watts": "{:.0f}"}
 
 
 class Log:

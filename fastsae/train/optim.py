@@ -18,13 +18,13 @@ from fastsae_kernels import (
     Rows,
     Window,
     adam_,
+    flush_,
     fused_adam_,
-    normalise_rows_,
+    normalize_rows_,
     quantize_int8,
     quantize_rows,
     remove_parallel_,
     scalars_of,
-    settle_,
 )
 
 Constraint = Literal["unit", "aligned", "none"]
@@ -186,7 +186,7 @@ class Adam:
     def constrain(self) -> None:
         """Bring both weights back to where the constraint wants them."""
         if self.settings.constraint == "unit":
-            normalise_rows_(self.parameters["W_dec"])
+            normalize_rows_(self.parameters["W_dec"])
         elif self.settings.constraint == "aligned":
             align_rows_(self.parameters["W_enc"], self.parameters["W_dec"])
 
@@ -199,10 +199,10 @@ class Adam:
         for name, average in self.average.items():
             average.lerp_(self.parameters[name], 1 - (self.settings.ema or 0))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Bring rows that wait for their update up to date, and weights to their average."""
         if self.window is not None:
-            settle_(self.rows("W_dec"), self.rows("W_enc"), self.at, self.window)
+            flush_(self.rows("W_dec"), self.rows("W_enc"), self.at, self.window)
         for name, average in self.average.items():
             self.parameters[name].copy_(average).div_(1 - (self.settings.ema or 0) ** self.at.step)
         if self.average:

@@ -231,7 +231,7 @@ class Trainer:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
         self.captured = None  # frees the graph's memory
-        state.adam.settle()
+        state.adam.flush()
         sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")
         exported = self.export(sae)

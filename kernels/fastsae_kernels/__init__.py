@@ -13,10 +13,10 @@ from .adam import RowGradients as RowGradients
 from .adam import Rows as Rows
 from .adam import Window as Window
 from .adam import adam_ as adam_
-from .adam import settle_ as settle_
+from .adam import flush_ as flush_
 from .center import center as center
 from .dense_adam import fused_adam_ as fused_adam_
-from .dense_adam import normalise_rows_ as normalise_rows_
+from .dense_adam import normalize_rows_ as normalize_rows_
 from .dense_adam import remove_parallel_ as remove_parallel_
 from .dense_adam import scalars_of as scalars_of
 from .encode import Shadow as Shadow

@@ -1,7 +1,7 @@
 """The kernels of adam.py: one takes rows of a weight through a whole step, one says which rows.
 
 Rows, moments and gradients stay in registers: a row is read once and written once. A program has
-some neighbouring rows, one after the other, of which it visits those that are due.
+some neighboring rows, one after the other, of which it visits those that are due.
 Shapes: N tokens, K active latents per token, F latents, D width, E = N K entries in latent order.
 """
 

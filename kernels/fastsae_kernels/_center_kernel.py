@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, power_of_2
+from ._launch import launch, power_of_2, wide_dtype
 
 # --- kernels: all tensors row-major ---------------------------------------------------------
 
@@ -91,7 +91,7 @@ MERGED = 32, 32
 
 def launch_center(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     N, D = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     out = torch.empty(N, D, dtype=dtype, device=x.device)
     mean, squares = (x.new_empty(-(-N // ROWS), D, dtype=wide) for _ in range(2))
     (rows, columns), (blocks, narrow) = BLOCK, MERGED

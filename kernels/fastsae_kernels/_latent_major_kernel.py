@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, power_of_2
+from ._launch import launch, power_of_2, wide_dtype
 from .latent_major import LatentMajor
 
 # --- kernels: all tensors row-major ---------------------------------------------------------
@@ -124,7 +124,7 @@ def launch_blocks(kernel, rows: int, *arguments, x: Tensor, **more: int) -> None
 
 def launch_sum_chunks(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
     """Sums of the chunks that belong to one latent as a whole: [N * K // CHUNK, D] in fp32."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     out = torch.empty(len(runs.token) // CHUNK, x.shape[1], dtype=wide, device=x.device)
     arguments = weights, runs.token, runs.latent, x, out, len(runs.start) - 1
     launch_blocks(_sum_chunks_kernel, len(out), *arguments, x=x, CHUNK=CHUNK)

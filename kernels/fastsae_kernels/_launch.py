@@ -70,6 +70,11 @@ def capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that ops compute and accumulate in: float32, or float64 for float64 inputs."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def power_of_2(n: int) -> int:
     """The least power of two that is no less than n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -150,12 +155,14 @@ def check_indices(indices: Tensor, F: int) -> None:
             raise ValueError(f"indices must lie in [0, {F}), got {int(low)} to {int(high)}")
 
 
-def check_matrix(name: str, x: Tensor, rows: int | None = None, columns: int | None = None) -> None:
-    """Raise ValueError naming the argument unless x is a floating matrix of the given size."""
-    wanted = [rows if rows is not None else "any", columns if columns is not None else "any"]
-    right = x.dim() == 2 and rows in (None, x.shape[0]) and columns in (None, x.shape[1])
-    if not right or not x.is_floating_point():
+def check_shape(name: str, x: Tensor, *shape: int | None) -> None:
+    """Raise ValueError naming the argument unless x is floating point of this shape (None: any)."""
+    fits = x.dim() == len(shape) and all(
+        size in (None, given) for size, given in zip(shape, x.shape, strict=True)
+    )
+    if not fits or not x.is_floating_point():
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(
-            f"{name} must be floating point of shape [{wanted[0]}, {wanted[1]}], "
+            f"{name} must be floating point of shape [{wanted}], "
             f"got {x.dtype} of shape {list(x.shape)}"
         )

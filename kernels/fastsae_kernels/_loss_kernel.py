@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._latent_major_kernel import load_rows
-from ._launch import launch, power_of_2
+from ._launch import launch, power_of_2, wide_dtype
 from ._sparse_kernel import load_latents
 
 # --- kernel: all tensors row-major ----------------------------------------------------------
@@ -85,7 +85,7 @@ def launch_squared_error(
     values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     (N, K), (F, D) = indices.shape, W.shape
-    wide = torch.promote_types(W.dtype, torch.float32)
+    wide = wide_dtype(W)
     sse, dots = W.new_empty(N, dtype=wide), W.new_empty(N, K, dtype=wide)
     error = W.new_empty(N, D)
     rows, columns = BLOCK if max(BLOCKS) < K else (power_of_2(K), BLOCKS[max(8, power_of_2(K))])

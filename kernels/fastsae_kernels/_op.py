@@ -1,12 +1,13 @@
-"""How an op is registered, so that eager mode, torch.func and torch.compile call the same one.
+"""Registers ops with torch, so that eager mode, torch.func and torch.compile can all call them.
 
-The library op is for those who look at calls from outside: torch.compile, dispatch modes, fake and
-meta tensors, profilers. In eager mode it would cost three times what an autograd Function does (60
-and 20 microseconds a call with torch 2.13), and torch.func cannot differentiate it; so eager mode
-calls a Function of the same forward and backward, and torch.func one that it understands.
+torch.compile, dispatch modes, fake and meta tensors and profilers need a torch.library op. In eager
+mode that costs three times what an autograd Function does (60 and 20 microseconds a call with torch
+2.13), and torch.func cannot differentiate it. So each op also exists as a Function with the same
+forward and backward: eager mode and torch.func call that one.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from types import NoneType
 from typing import Any
 
@@ -18,18 +19,17 @@ from torch.nn import Parameter
 PLAIN = frozenset(
     {Tensor, Parameter, NoneType, bool, int, float, str, tuple, list, torch.dtype, torch.Size}
 )
-"""Types of arguments that are what they seem; others go to the library op."""
+"""Argument types that eager mode takes; others, such as tensor subclasses, go to the library op."""
 
 
 def register(function: type[Function], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The library op fastsae::stem of an autograd Function named _Stem.
+    """Register an autograd Function named _Stem as the op fastsae::stem, and return a callable.
 
-    `function` is written in the new style: forward(*inputs) without a context, annotated in terms
-    that torch.library understands; setup_context; backward as a formula of other ops. `fake` takes
-    forward's arguments, a tensor first, and returns empty tensors of the shapes and dtypes that
-    forward returns. `fake` and `backward` see symbolic sizes: x.shape[0], of which len(x) makes a
-    number.
-    torch.vmap calls the op once for each of its batch. NotImplementedError in forward mode, and
+    `function` has forward(*inputs) without a context, annotated with types that torch.library
+    knows; setup_context; and backward in terms of other ops. `fake` takes forward's arguments, a
+    tensor first, and returns empty tensors of the shapes and dtypes that forward returns. `fake`
+    and `backward` see symbolic sizes: use x.shape[0], since len(x) would make a number of it.
+    torch.vmap calls the op once per batch element. Raises NotImplementedError in forward mode, and
     for torch.func inside torch.compile.
     """
     stem = "".join("_" + c.lower() if c.isupper() else c for c in function.__name__[1:])[1:]
@@ -40,9 +40,11 @@ def register(function: type[Function], fake: Callable[..., Any]) -> Callable[...
 
 
 def register_constant(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The library op fastsae::stem of a function _stem whose results have no gradient: to ask for
-    one is a RuntimeError."""
-    name = f"fastsae::{function.__name__[1:]}"
+    """Register a function without a gradient, such as a backward pass, as the op fastsae::name.
+
+    Differentiating its results is a RuntimeError.
+    """
+    name = f"fastsae::{function.__name__.removeprefix('_')}"
     op = torch.library.custom_op(name, function, mutates_args=())
     op.register_fake(fake)
 
@@ -57,11 +59,11 @@ def register_constant(function: Callable[..., Any], fake: Callable[..., Any]) ->
         def backward(ctx, *gradients):
             raise RuntimeError(f"{name} has no derivative: its op can be differentiated once")
 
-    return caller(Constant, op, name)
+    return wraps(function)(caller(Constant, op, name))
 
 
 def caller(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
-    """What calls forward of `function`, the library op or not, as the call's surroundings ask."""
+    """A callable that picks the Function or the library op by the context of the call."""
 
     class Eager(Function):
         @staticmethod
@@ -109,14 +111,14 @@ def caller(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
 
 
 def has_tangent(argument: Any) -> bool:
-    """Whether forward-mode differentiation goes through an argument."""
+    """Whether forward-mode differentiation is active for an argument."""
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def one_by_one(
     call: Callable[..., Any], name: str, size: int, in_dims: tuple, arguments: tuple
 ) -> tuple[Any, Any]:
-    """What torch.vmap asks for: the results for each of a batch's arguments, stacked, and where."""
+    """The vmap rule: call the op once per batch element and stack the results in dimension 0."""
     pairs = list(zip(arguments, in_dims, strict=True))
     outputs = [
         call(*(a.select(d, i) if isinstance(d, int) else a for a, d in pairs)) for i in range(size)

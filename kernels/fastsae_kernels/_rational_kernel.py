@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, power_of_2
-from .rational import Scalars, wide_dtype
+from ._launch import launch, power_of_2, wide_dtype
+from .rational import Scalars
 
 # --- kernels: h and what has its shape are row-major ----------------------------------------
 

@@ -24,13 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import check_devices, check_matrix, use_triton
+from ._launch import check_devices, use_triton
 from .dense_adam import (
     AdamStep as AdamStep,
 )
 from .dense_adam import (
     fused_adam_,
-    normalise_rows_,
+    normalize_rows_,
     remove_parallel_,
     scalars_on,
     seed32,
@@ -150,12 +150,12 @@ def _update_block(
     if window is not None:
         _catch_up_(w, m, v, window.updated[rows], at, window)
         if unit:
-            normalise_rows_(w)
+            normalize_rows_(w)
     if unit:
         remove_parallel_(g, w)
     fused_adam_(w, g, m, v, at)
     if unit:
-        normalise_rows_(w)
+        normalize_rows_(w)
     if state.first.dtype != wide:
         state.first[rows] = stochastic_bf16(m, generator)
         state.second[rows] = stochastic_bf16(v, generator)
@@ -202,58 +202,34 @@ def _adam_torch(
 # --- public ---------------------------------------------------------------------------------
 
 
-def _check(decoder: Rows, encoder: Rows, gradients: RowGradients, window: Window | None) -> None:
-    """Raise ValueError naming what has a wrong shape, dtype or device."""
-    F, D = decoder.weight.shape
-    vectors = {"runs.start": (gradients.runs.start, F + 1)}
+def _check(decoder: Rows, encoder: Rows, g: RowGradients, window: Window | None) -> None:
+    """Raise ValueError naming what has a wrong shape, layout, dtype or device."""
+    (F, D), N, E = decoder.weight.shape, len(g.error), len(g.runs.token)
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    for name, state in {"decoder": decoder, "encoder": encoder}.items():
+        low = None if state.quantized is None else state.quantized.rows
+        parts = state._replace(quantized=low)._asdict()
+        expected |= {f"{name}.{part}": (t, (F, D)) for part, t in parts.items() if t is not None}
+        moments, wide = {state.first.dtype, state.second.dtype}, state.weight.dtype
+        if moments not in ({wide}, {torch.bfloat16 if wide == torch.float32 else wide}):
+            raise ValueError(
+                f"{name}'s moments must be {wide}, or bfloat16 of float32 weights, got {moments}"
+            )
+    expected |= {"error": (g.error, (N, D)), "x": (g.x, (N, D)), "values": (g.values, (E,))}
+    expected |= {"d_values": (g.d_values, (E,)), "runs.start": (g.runs.start, (F + 1,))}
     if window is not None:
-        vectors["window.updated"] = window.updated, F
-    if gradients.extra is not None:
-        rows, extra_dec, extra_enc = gradients.extra
-        vectors["extra rows"] = rows, len(extra_dec)
-        check_matrix("extra of the decoder", extra_dec, columns=D)
-        check_matrix("extra of the encoder", extra_enc, len(extra_dec), D)
-    for name, (vector, length) in vectors.items():
-        if vector.shape != (length,):
-            raise ValueError(f"{name} must have shape {[length]}, got {list(vector.shape)}")
-    for name, rows in {"decoder": decoder, "encoder": encoder}.items():
-        low = None if rows.quantized is None else rows.quantized.rows
-        parts = rows._replace(quantized=low)._asdict()
-        for part, tensor in parts.items():
-            if tensor is not None and (tensor.shape != (F, D) or not tensor.is_contiguous()):
-                raise ValueError(
-                    f"{name}.{part} must be contiguous and of shape {[F, D]}, "
-                    f"got {list(tensor.shape)}"
-                )
-        moments = {rows.first.dtype, rows.second.dtype}
-        half = torch.bfloat16 if rows.weight.dtype == torch.float32 else rows.weight.dtype
-        if moments not in ({rows.weight.dtype}, {half}):
+        expected["window.updated"] = window.updated, (F,)
+    if g.extra is not None:
+        rows, extra_dec, extra_enc = g.extra
+        expected |= {"extra rows": (rows, (len(extra_dec),))}
+        expected |= {"extra of the decoder": (extra_dec, (len(extra_dec), D))}
+        expected |= {"extra of the encoder": (extra_enc, (len(extra_dec), D))}
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"{name}'s moments must be {rows.weight.dtype}, or bfloat16 of float32 weights, "
-                f"got {moments}"
+                f"{name} must be contiguous and of shape {list(shape)}, got {list(tensor.shape)}"
             )
-    if decoder.first.dtype != encoder.first.dtype:
-        raise ValueError(
-            f"the moments of decoder and encoder must have one dtype, "
-            f"got {decoder.first.dtype}, {encoder.first.dtype}"
-        )
-    for name, entries in {"values": gradients.values, "d_values": gradients.d_values}.items():
-        if entries.shape != gradients.runs.token.shape:
-            raise ValueError(
-                f"{name} must have shape {list(gradients.runs.token.shape)}, "
-                f"got {list(entries.shape)}"
-            )
-    check_matrix("error", gradients.error, columns=D)
-    check_matrix("x", gradients.x, rows=len(gradients.error), columns=D)
-    check_devices(
-        decoder=decoder.weight,
-        encoder=encoder.weight,
-        values=gradients.values,
-        error=gradients.error,
-        d_values=gradients.d_values,
-        x=gradients.x,
-        **{name: vector for name, (vector, _) in vectors.items()},
-    )
+    check_devices(**{name: tensor for name, (tensor, _) in expected.items()})
 
 
 def adam_(
@@ -275,8 +251,8 @@ def adam_(
     bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
     shapes or dtypes.
     """
-    _check(decoder, encoder, gradients, window)
     gradients, W = gradients.contiguous(), decoder.weight
+    _check(decoder, encoder, gradients, window)
     wide = torch.float64 in (gradients.error.dtype, gradients.x.dtype)  # than the kernel's sums
     if W.dtype == torch.float32 and not wide and W.shape[1] <= WIDEST and use_triton(W):
         from ._adam_kernel import launch_adam
@@ -286,7 +262,7 @@ def adam_(
     return _adam_torch(decoder, encoder, gradients, at, window)
 
 
-def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
+def flush_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
     """Bring every row up to date with the step `at`, the last one that was made."""
     following = at._replace(step=at.step + 1)
     for state, unit in ((decoder, True), (encoder, False)):
@@ -296,6 +272,6 @@ def settle_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
             _catch_up_(w, m, v, updated, following, window)
             state.first[block], state.second[block] = m, v
             if unit:
-                normalise_rows_(w)
+                normalize_rows_(w)
             state.refresh(block, w)
     window.updated.fill_(at.step)

@@ -11,14 +11,14 @@ Shapes: N tokens, D width. Sums are in fp32 (fp64 for fp64 x), in a fixed order.
 import torch
 from torch import Tensor
 
-from ._launch import check_devices, check_matrix, use_triton
+from ._launch import check_devices, check_shape, use_triton, wide_dtype
 
 # --- reference: the specification -----------------------------------------------------------
 
 
 def center_reference(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[N, D], [D] -> [N, D] in dtype, []"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x))
     return (wide - b).to(dtype), (wide - wide.mean(0)).square().sum()
 
 
@@ -26,7 +26,7 @@ def center_reference(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _center_torch(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x))
     centered = wide - wide.mean(0)
     # By rows: the norm of a whole tensor loses four digits.
     variance = torch.linalg.vector_norm(centered, dim=1).square().sum()
@@ -45,11 +45,8 @@ def center(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Reads x once on a GPU, costs 9 N D FLOPs. ValueError for wrong shapes or dtypes.
     """
-    check_matrix("x", x)
-    if b.shape != x.shape[1:] or not b.is_floating_point():
-        raise ValueError(
-            f"b must be floating point of shape {[x.shape[1]]}, got {b.dtype} of {list(b.shape)}"
-        )
+    check_shape("x", x, None, None)
+    check_shape("b", b, x.shape[1])
     check_devices(x=x, b=b)
     if not (use_triton(x) and x.numel()):
         return _center_torch(x, b, dtype)

@@ -46,7 +46,7 @@ def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
     gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
 
 
-def normalise_rows_(rows: Tensor) -> None:
+def normalize_rows_(rows: Tensor) -> None:
     """Bring each row of [F, D] back to norm 1."""
     rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import ENCODER, capability, check_devices, check_matrix, rows_at_a_time, use_triton
+from ._launch import ENCODER, capability, check_devices, check_shape, rows_at_a_time, use_triton
 from ._op import register
 from .float8 import E4M3, Float8Rows, scaled_product, why_not_float8
 from .int8 import Int8Rows, int8_product, why_not_int8
@@ -187,11 +187,10 @@ _encode_topk = register(_EncodeTopk, _fake)
 
 def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, by: By = "value") -> None:
     """Raise ValueError unless these are an encoder, tokens for it, and a way to rank."""
-    check_matrix("x", x)
-    check_matrix("W_enc", W_enc, columns=x.shape[1])
+    check_shape("x", x, None, None)
+    check_shape("W_enc", W_enc, None, x.shape[1])
+    check_shape("b_enc", b_enc, W_enc.shape[0])
     check_by(by)
-    if b_enc.shape != W_enc.shape[:1]:
-        raise ValueError(f"b_enc must have shape {[len(W_enc)]}, got {list(b_enc.shape)}")
     if not x.dtype == W_enc.dtype == b_enc.dtype:
         raise ValueError(
             f"x, W_enc and b_enc must have one dtype, got {x.dtype}, {W_enc.dtype}, {b_enc.dtype}"
@@ -210,7 +209,7 @@ def encode_topk(
 ) -> tuple[Tensor, Tensor]:
     """Encode tokens and keep the k largest pre-activations of each, exactly.
 
-    x [N, D] (already centred), W_enc [F, D], b_enc [F], one floating dtype -> values [N, K] in
+    x [N, D] (already centered), W_enc [F, D], b_enc [F], one floating dtype -> values [N, K] in
     that dtype and indices [N, K] int64, largest first, ties to the lowest latent. by="value" is
     TopK (arXiv:2406.04093; values below 0 become 0), by="abs" AbsTopK (arXiv:2510.00404).
     Differentiable in x, W_enc and b_enc: an entry of value 0 gets no gradient.

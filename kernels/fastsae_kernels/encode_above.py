@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import check_devices, use_triton
+from ._launch import check_devices, use_triton, wide_dtype
 from ._op import register
 from .encode import check_encoder, straight_through
 from .product import product, tokens_at_a_time
@@ -57,7 +57,7 @@ def encode_above_reference(
 ) -> Ragged:
     """[N, D], [F, D], [F], [F] -> [N, K], [N, K], [N]"""
     h = linear(x, W_enc, b_enc)
-    wide = torch.promote_types(h.dtype, torch.float32)
+    wide = wide_dtype(h)
     threshold = torch.as_tensor(threshold, dtype=wide, device=h.device)
     return listed_reference(h, _rank(h, by).to(wide) > threshold)
 
@@ -169,7 +169,7 @@ def encode_above(
 ) -> Ragged:
     """Encode tokens and keep the pre-activations that exceed their latent's threshold.
 
-    x [N, D] (already centred), W_enc [F, D], b_enc [F], one floating dtype; threshold a number or
+    x [N, D] (already centered), W_enc [F, D], b_enc [F], one floating dtype; threshold a number or
     floating of shape [F] or [], compared in float32 (float64 for float64 x) -> pre [N, K] in x's
     dtype, indices [N, K] int64 and count [N] int64. A row lists its entries h > threshold, or
     |h| > threshold for by="abs", as they are and in latent order; K is the largest count, but at
@@ -181,7 +181,7 @@ def encode_above(
     for a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
     """
     check_encoder(x, W_enc, b_enc, by)
-    wide, F = torch.promote_types(x.dtype, torch.float32), W_enc.shape[0]
+    wide, F = wide_dtype(x), W_enc.shape[0]
     if not isinstance(threshold, Tensor):
         threshold = torch.full((F,), threshold, dtype=wide, device=x.device)
     if threshold.shape not in ((F,), ()) or not threshold.is_floating_point():

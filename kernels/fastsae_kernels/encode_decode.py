@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import check_devices, check_matrix
+from ._launch import check_devices, check_shape
 from ._op import register
-from .encode import encode_topk, straight_through
+from .encode import check_encoder, encode_topk, straight_through
 from .rotation import rotation_gradients, rotation_reference
 from .sparse import decode, gather_dot, scatter_outer
 from .topk import By, check_choice, topk_reference
@@ -86,7 +86,8 @@ class _EncodeDecode(torch.autograd.Function):
             else:
                 arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
                 mode = ctx.gradient.removeprefix("rotation_")
-                encoder = rotation_gradients(*arguments, mode, needs[:3])
+                found = rotation_gradients(*arguments, mode, needs[:3])
+                encoder = (t if need else None for t, need in zip(found, needs[:3], strict=True))
         return (
             *encoder,
             scatter_outer(values, indices, d_recon, W_dec.shape[0]) if needs[3] else None,
@@ -120,7 +121,7 @@ def encode_decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Encode tokens, keep the k largest pre-activations of each, and decode them.
 
-    x [N, D] (already centred), W_enc [F, D], b_enc [F], W_dec [F, D_out], b_dec [D_out], one
+    x [N, D] (already centered), W_enc [F, D], b_enc [F], W_dec [F, D_out], b_dec [D_out], one
     floating dtype -> recon [N, D_out], values [N, K] and indices [N, K] int64, to the bit those of
     encode_topk, decode and + b_dec. Differentiable in all five; an entry of value 0 gets no
     gradient from its value. How top-k passes the gradient on:
@@ -133,18 +134,15 @@ def encode_decode(
     rotations that of rotation_gradients. No more than FASTSAE_BUFFER_MB of pre-activations exist
     at a time. ValueError for wrong shapes, dtypes or choices, or unless 1 <= k <= F.
     """
-    check_matrix("x", x)
-    check_matrix("W_enc", W_enc, columns=x.shape[1])
-    F = W_enc.shape[0]
-    check_matrix("W_dec", W_dec, rows=F)
-    check_choice(k, by, F)
-    for name, b, size in (("b_enc", b_enc, F), ("b_dec", b_dec, W_dec.shape[1])):
-        if b.shape != (size,):
-            raise ValueError(f"{name} must have shape {[size]}, got {list(b.shape)}")
-    dtypes = [t.dtype for t in (x, W_enc, b_enc, W_dec, b_dec)]
-    if len(set(dtypes)) > 1:
-        raise ValueError(f"x, W_enc, b_enc, W_dec and b_dec must have one dtype, got {dtypes}")
+    check_encoder(x, W_enc, b_enc, by)
+    check_choice(k, by, W_enc.shape[0])
+    check_shape("W_dec", W_dec, W_enc.shape[0], None)
+    check_shape("b_dec", b_dec, W_dec.shape[1])
+    if not x.dtype == W_dec.dtype == b_dec.dtype:
+        raise ValueError(
+            f"x, W_dec and b_dec must have one dtype, got {x.dtype}, {W_dec.dtype}, {b_dec.dtype}"
+        )
     if gradient not in get_args(Gradient):
         raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
-    check_devices(x=x, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
+    check_devices(x=x, W_dec=W_dec, b_dec=b_dec)
     return _encode_decode(x, W_enc, b_enc, W_dec, b_dec, k, by, gradient)

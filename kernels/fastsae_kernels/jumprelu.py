@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._launch import check_devices, rows_at_a_time, use_triton
+from ._launch import check_devices, check_shape, rows_at_a_time, use_triton, wide_dtype
 from ._op import register, register_constant
 
 # --- reference: the specification -----------------------------------------------------------
@@ -31,7 +31,7 @@ class _Reference(torch.autograd.Function):
         ctx.save_for_backward(h, threshold)
         ctx.bandwidth, ctx.l0 = bandwidth, l0
         if l0:
-            return (h > threshold).sum(-1, dtype=torch.promote_types(h.dtype, torch.float32))
+            return (h > threshold).sum(-1, dtype=wide_dtype(h))
         return h.masked_fill(h <= threshold, 0)
 
     @staticmethod
@@ -86,13 +86,8 @@ def _jumprelu_backward_torch(
 # --- autograd -------------------------------------------------------------------------------
 
 
-def _wide(h: Tensor) -> torch.dtype:
-    """What h is computed in."""
-    return torch.promote_types(h.dtype, torch.float32)
-
-
 def _new_out(h: Tensor, threshold: Tensor, bandwidth: float, l0: bool) -> Tensor:
-    return h.new_empty(h.shape[0], dtype=_wide(h)) if l0 else h.new_empty(h.shape)
+    return h.new_empty(h.shape[0], dtype=wide_dtype(h)) if l0 else h.new_empty(h.shape)
 
 
 def _new_gradients(
@@ -111,7 +106,7 @@ class _Jumprelu(torch.autograd.Function):
             from ._jumprelu_kernel import launch_jumprelu as run
         else:
             run = _jumprelu_torch
-        run(h.contiguous(), threshold.to(_wide(h)).contiguous(), out, l0)
+        run(h.contiguous(), threshold.to(wide_dtype(h)).contiguous(), out, l0)
         return out
 
     @staticmethod
@@ -133,7 +128,7 @@ def _jumprelu_backward(
     dh, d_threshold = _new_gradients(g, h, threshold, bandwidth, l0)
     if not h.numel():
         return dh, d_threshold.zero_()
-    wide = threshold.to(_wide(h)).contiguous()
+    wide = threshold.to(wide_dtype(h)).contiguous()
     if use_triton(h):
         from ._jumprelu_kernel import launch_jumprelu_backward as run
     else:
@@ -155,11 +150,7 @@ def _apply(h: Tensor, threshold: Tensor, bandwidth: float, l0: bool) -> Tensor:
         raise ValueError(
             f"h must be floating point of shape [..., F], got {h.dtype} of shape {list(h.shape)}"
         )
-    if threshold.shape != h.shape[-1:] or not threshold.is_floating_point():
-        raise ValueError(
-            f"threshold must be floating point of shape {list(h.shape[-1:])}, "
-            f"got {threshold.dtype} of shape {list(threshold.shape)}"
-        )
+    check_shape("threshold", threshold, h.shape[-1])
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, got {bandwidth}")
     check_devices(h=h, threshold=threshold)

@@ -16,17 +16,12 @@ from ._launch import (
     check_codes,
     check_devices,
     check_indices,
-    check_matrix,
+    check_shape,
     use_triton,
+    wide_dtype,
 )
 from ._op import register
-from .sparse import (
-    decode,
-    decode_reference,
-    gather_dot,
-    gather_dot_reference,
-    scatter_outer,
-)
+from .sparse import decode, decode_reference, gather_dot, gather_dot_reference, scatter_outer
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -46,7 +41,7 @@ def squared_error_reference(
 def _squared_error_torch(
     values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(W.dtype, torch.float32)
+    wide = wide_dtype(W)
     error = decode(values, indices, W.to(wide)).add_(b).sub_(target)
     sse = torch.linalg.vecdot(error, error)
     return sse, error.to(W.dtype), gather_dot(error, indices, W)
@@ -93,7 +88,7 @@ class _SquaredError(torch.autograd.Function):
 
 
 def _fake(values, indices, W, b, target):
-    wide = torch.promote_types(W.dtype, torch.float32)
+    wide = wide_dtype(W)
     N, K = indices.shape
     sse, dots = W.new_empty(N, dtype=wide), W.new_empty(N, K, dtype=wide)
     return sse, W.new_empty(N, W.shape[1]), dots
@@ -119,12 +114,9 @@ def squared_error(
     Moves N K D elements of W and 2 N D more, costs 4 N K D FLOPs. ValueError for wrong shapes or
     dtypes.
     """
-    check_matrix("W", W)
+    check_shape("W", W, None, None)
     check_codes(values, indices)
-    check_matrix("target", target, indices.shape[0], W.shape[1])
-    if b.shape != W.shape[1:] or not b.is_floating_point():
-        raise ValueError(
-            f"b must be floating point of shape {[W.shape[1]]}, got {b.dtype} of {list(b.shape)}"
-        )
+    check_shape("target", target, indices.shape[0], W.shape[1])
+    check_shape("b", b, W.shape[1])
     check_devices(values=values, indices=indices, W=W, b=b, target=target)
     return _squared_error(values, indices, W, b, target)

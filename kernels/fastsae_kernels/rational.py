@@ -25,16 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._launch import check_devices, use_triton
+from ._launch import check_devices, use_triton, wide_dtype
 from ._op import register, register_constant
 
 Scalars = tuple[Tensor, Tensor, Tensor, Tensor]
 """a, b, c_in, c_out"""
-
-
-def wide_dtype(h: Tensor) -> torch.dtype:
-    """What h is computed in."""
-    return torch.promote_types(h.dtype, torch.float32)
 
 
 # --- reference: the specification -----------------------------------------------------------

@@ -1,19 +1,20 @@
-"""Gradient of top-k by the rotation trick, without a tensor of all pre-activations.
+"""The rotation trick: a gradient of top-k that also reaches the latents it drops.
 
-Forward, q is the k largest of h = x W_enc^T + b_enc (topk.py) and recon = q W_dec. Backward
-pretends that q = lambda R h, with lambda = |q| / |h| and R the rotation that takes h to q, both
-constant (arXiv:2410.06424). As q . h = |q|^2, the cosine of their angle is lambda, and
+In the forward pass q is the k largest of h = x W_enc^T + b_enc (topk.py) and recon = q W_dec. The
+backward pass treats q as lambda R h, where lambda = |q| / |h| and R, the rotation that takes the
+direction of h to that of q, are constants (arXiv:2410.06424). Since q . h = |q|^2, the cosine of
+their angle is lambda, and with g = dL/dq
 
-    dh = lambda R^T g = a g + b h / |h| + c q / |q|                     g = dL/dq
+    dh = lambda R^T g = a g + b h / |h| + c q / |q|
     s = (h . g / |h| + q . g / |q|) / (1 + lambda)
     a = lambda,  b = lambda (2 q . g / |q| - s),  c = -lambda s         all 0 where q = 0
 
-    mode "dense"      g = W_dec d_recon + d_values: latents that are not kept get gradients too
+    mode "dense"      g = W_dec d_recon + d_values: dropped latents get gradients too
     mode "support"    the same on the active entries of q, 0 elsewhere
 
-An entry of value 0 is inactive: it is no part of q, and its d_values count for nothing. With
-g = W_dec d_recon + t in mode "dense" and g = t in mode "support", t sparse, and p = b / |h|,
-u = c q / |q| + a t, both sparse or one number per token:
+An entry of value 0 is inactive: it is not part of q, and its d_values are ignored. Write
+g = W_dec d_recon + t in mode "dense" and g = t in mode "support", with t sparse, p = b / |h| (a
+number per token) and u = c q / |q| + a t (sparse). Then
 
     |h|^2  = x . G x + 2 x . W_enc^T b_enc + |b_enc|^2                  G = W_enc^T W_enc
     h . g  = d_recon . C x + d_recon . W_dec^T b_enc + q . t            C = W_dec^T W_enc
@@ -21,27 +22,29 @@ u = c q / |q| + a t, both sparse or one number per token:
     dW_enc = W_dec (d_recon^T a x) + W_enc (x^T p x) + b_enc (sum p x) + scatter_outer(u, x)
     db_enc = W_dec (sum a d_recon) + W_enc (sum p x) + b_enc (sum p) + sum u
 
-without the terms of C and W_dec in mode "support". This is the Gram way. The other computes h and
-g for some tokens at a time. With E = D_out in mode "dense" and 0 in mode "support" they cost
+without the terms in C and W_dec in mode "support". This is the Gram algorithm. The dense one
+recomputes h and g for a chunk of tokens at a time. With E = D_out in mode "dense" and 0 in mode
+"support" they cost
 
     Gram    2 (F + N) D (D + E), twice that with dW_enc                                 FLOPs
     dense   2 N F (D + E), and 2 N F D for each of dx and dW_enc                        FLOPs
 
-and the cheaper is taken: Gram where N is above about D. The Gram way loses digits of |h|^2 where
-|h| is much smaller than |W_enc| |x| or |b_enc|, but never takes |h| to be smaller than |q|.
+and the cheaper one runs: Gram once N exceeds about D. The Gram algorithm loses digits of |h|^2
+where |h| is much smaller than |W_enc| |x| or |b_enc|; it therefore clamps |h| to at least |q|.
 Shapes: N tokens, K kept, F latents, D and D_out widths of x and of recon.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import check_codes, check_devices, check_matrix
+from ._launch import wide_dtype
 from ._op import register_constant
-from ._rotation_ways import Layer, code_of, dense_way, gram_is_cheaper, gram_way
+from ._rotation_backward import Layer, code_of, dense_backward, gram_backward, gram_is_cheaper
 
 Mode = Literal["support", "dense"]
 
@@ -89,7 +92,13 @@ def rotation_gradients_reference(
 # --- op -------------------------------------------------------------------------------------
 
 
-def _rotation_gradients(
+def _fake(x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values, mode, needs):
+    inputs = zip((x, W_enc, b_enc), needs, strict=True)
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in inputs)
+
+
+@partial(register_constant, fake=_fake)
+def rotation_gradients(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -101,67 +110,24 @@ def _rotation_gradients(
     mode: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is not needed is returned empty."""
-    inputs = x, W_enc, b_enc, W_dec, values, d_recon, d_values
-    wide = torch.promote_types(x.dtype, torch.float32)
-    X, W, b, V, v, d, dv = (t.to(wide).contiguous() for t in inputs)
-    layer = Layer(X, W, b, V if mode == "dense" else None, d)
-    code = code_of(layer, V, v, indices.long().contiguous(), dv)
-    way = gram_way if gram_is_cheaper(len(x), layer, needs) else dense_way
-    dx, dW_enc, db_enc = way(layer, code, needs)
-    return dx.to(x.dtype), dW_enc.to(W_enc.dtype), db_enc.to(b_enc.dtype)
+    """Gradients of a top-k encoder by the rotation trick; encode_decode checks the arguments.
 
-
-def _fake(x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values, mode, needs):
-    inputs = zip((x, W_enc, b_enc), needs, strict=True)
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in inputs)
-
-
-_rotation_gradients_op = register_constant(_rotation_gradients, _fake)
-
-
-# --- public ---------------------------------------------------------------------------------
-
-
-def rotation_gradients(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    d_recon: Tensor,
-    d_values: Tensor | None,
-    mode: Mode,
-    needs: Sequence[bool] = (True, True, True),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of an encoder with top-k by the rotation trick (arXiv:2410.06424).
-
-    x [N, D] (already centred), W_enc [F, D], b_enc [F], W_dec [F, D_out], the code that the forward
-    pass kept, values and indices [N, K], and the loss's gradients in recon, d_recon [N, D_out], and
-    in values, d_values [N, K] or None -> dx, dW_enc, db_enc in the dtypes of x, W_enc, b_enc; None
-    for those that `needs` does not ask for. mode "dense" gives every latent a gradient, "support"
-    spreads only that of active ones. Not differentiable again. Deterministic.
+    Args:
+        x, W_enc, b_enc, W_dec: [N, D] (centered), [F, D], [F], [F, D_out]
+        values, indices: the code of the forward pass, [N, K] each
+        d_recon, d_values: the gradients of recon [N, D_out] and of values [N, K]
+        mode: "support" spreads the gradient of active latents only, "dense" that of all
+        needs: which of dx, dW_enc and db_enc to compute; the others are returned empty
 
     Costs 4 (F + N) D (D + D_out) FLOPs or 2 N F (3 D + D_out), the smaller, in mode "dense" (see
-    the module), and moves 3 N K D elements of the weights. Beside the results there are a few
-    [N, D], or FASTSAE_BUFFER_MB of pre-activations; half precision is copied to float32.
-    ValueError for wrong shapes, dtypes or mode.
+    the module), and moves 3 N K D elements of the weights. Allocates a few [N, D] tensors, or
+    FASTSAE_BUFFER_MB of pre-activations; half precision is copied to float32. Not differentiable
+    again. Deterministic.
     """
-    if mode not in ("support", "dense"):
-        raise ValueError(f'mode must be "support" or "dense", got {mode!r}')
-    check_codes(values, indices)
-    check_matrix("x", x, rows=indices.shape[0])
-    check_matrix("W_enc", W_enc, columns=x.shape[1])
-    check_matrix("W_dec", W_dec, rows=W_enc.shape[0])
-    check_matrix("d_recon", d_recon, x.shape[0], W_dec.shape[1])
-    d_values = torch.zeros_like(values) if d_values is None else d_values
-    for name, t, like in (("b_enc", b_enc, W_enc[:, 0]), ("d_values", d_values, values)):
-        if t.shape != like.shape:
-            raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(t.shape)}")
-    arguments = x, W_enc, b_enc, W_dec, values, indices, d_recon, d_values
-    names = "x", "W_enc", "b_enc", "W_dec", "values", "indices", "d_recon", "d_values"
-    check_devices(**dict(zip(names, arguments, strict=True)))
-    dx, dW_enc, db_enc = _rotation_gradients_op(*arguments, mode, needs)
-    need_x, need_W, need_b = needs
-    return dx if need_x else None, dW_enc if need_W else None, db_enc if need_b else None
+    inputs = x, W_enc, b_enc, W_dec, values, d_recon, d_values
+    X, W, b, V, v, d, dv = (t.to(wide_dtype(x)).contiguous() for t in inputs)
+    layer = Layer(X, W, b, V if mode == "dense" else None, d)
+    code = code_of(layer, V, v, indices.long().contiguous(), dv)
+    backward = gram_backward if gram_is_cheaper(len(x), layer, needs) else dense_backward
+    dx, dW_enc, db_enc = backward(layer, code, needs)
+    return dx.to(x.dtype), dW_enc.to(W_enc.dtype), db_enc.to(b_enc.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ._launch import check_codes, check_devices, check_indices, check_matrix, use_triton
+from ._launch import check_codes, check_devices, check_indices, check_shape, use_triton
 from ._op import register
 from .latent_major import latent_major_once, sum_runs
 
@@ -161,7 +161,7 @@ def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     -> [N, D] in W's dtype. Differentiable in values and W, twice and more.
     Moves N K D elements of W and costs 2 N K D FLOPs. ValueError for wrong shapes or dtypes.
     """
-    check_matrix("W", W)
+    check_shape("W", W, None, None)
     check_codes(values, indices)
     check_devices(values=values, indices=indices, W=W)
     return _decode(values, indices, W)
@@ -174,9 +174,9 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     Differentiable in x and W, twice and more. Moves N K D elements of W and costs 2 N K D FLOPs.
     ValueError for wrong shapes or dtypes.
     """
-    check_matrix("W", W)
+    check_shape("W", W, None, None)
     check_codes(None, indices)
-    check_matrix("x", x, indices.shape[0], W.shape[1])
+    check_shape("x", x, indices.shape[0], W.shape[1])
     check_devices(x=x, indices=indices, W=W)
     return _gather_dot(x, indices, W)
 
@@ -189,6 +189,6 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
     Sorts N K indices, moves N K D elements of x. ValueError for wrong shapes or dtypes.
     """
     check_codes(values, indices)
-    check_matrix("x", x, rows=indices.shape[0])
+    check_shape("x", x, indices.shape[0], None)
     check_devices(values=values, indices=indices, x=x)
     return _scatter_outer(values, indices, x, F)

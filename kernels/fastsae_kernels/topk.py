@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._launch import check_matrix, rows_at_a_time, use_triton
+from ._launch import check_shape, rows_at_a_time, use_triton
 from ._op import register_constant
 
 By = Literal["value", "abs"]
@@ -193,7 +193,7 @@ def topk_indices(pre: Tensor, k: int, by: By = "value", *, ties: Ties = "lowest"
     indices win the last places; with ties="any", for those who rank again, neither is promised.
     ValueError unless 1 <= k <= F.
     """
-    check_matrix("pre", pre)
+    check_shape("pre", pre, None, None)
     check_choice(k, by, pre.shape[1])
     return _topk_indices_op(pre.detach(), k, by, ties)
 

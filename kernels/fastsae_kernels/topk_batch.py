@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ._launch import check_matrix, rows_at_a_time
+from ._launch import check_shape, rows_at_a_time
 from ._op import register, register_constant
 from .encode import check_encoder
 from .encode_above import (
@@ -217,7 +217,7 @@ def topk_batch(pre: Tensor, k_total: int, by: By = "value") -> tuple[Tensor, Ten
     Reads pre once, as a rule; the host waits for a GPU a few times per FASTSAE_BUFFER_MB of it.
     ValueError for a wrong shape or dtype, or unless 0 <= k_total <= N F.
     """
-    check_matrix("pre", pre)
+    check_shape("pre", pre, None, None)
     N, F = pre.shape
     check_by(by)
     _check_total(k_total, N, F)
@@ -239,7 +239,7 @@ def encode_topk_batch(
 ) -> Ragged:
     """Encode tokens and keep the k_total largest pre-activations of the whole batch, exactly.
 
-    x [N, D] (already centred), W_enc [F, D], b_enc [F], one floating dtype -> pre [N, K] in that
+    x [N, D] (already centered), W_enc [F, D], b_enc [F], one floating dtype -> pre [N, K] in that
     dtype, indices [N, K] int64 and count [N] int64 as encode_above returns them. Ranks, ties and
     what is never active are those of topk_batch. Differentiable in x, W_enc and b_enc, twice and
     more, through every entry that is listed.

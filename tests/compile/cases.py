@@ -75,7 +75,7 @@ def _adam(
 
 
 def _rotation(s: Inputs, mode: Mode, need_x: bool = True) -> None:
-    """By the way that has a kernel, whichever is cheaper."""
+    """By the algorithm that has a kernel, whichever is cheaper."""
     code = s.values, s.indices, s.x, s.values
     with patch("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: True):
         rotation_gradients(s.x, s.W, s.b_enc, s.W, *code, mode, (need_x, False, False))

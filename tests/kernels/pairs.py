@@ -10,8 +10,8 @@ import pytest
 def pairwise(indirect: Sequence[str] = (), **factors: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrize a test so that every two choices of two factors meet in some case.
 
-    Of 4 shapes, 2 dtypes, 2 ways and 3 gradients these are 12 cases in place of 48. A defect that
-    only a combination of three choices shows is not found.
+    Of 4 shapes, 2 dtypes, 2 algorithms and 3 gradients these are 12 cases instead of 48. A defect
+    that only a combination of three choices shows is not found.
     """
     every = list(product(*(range(len(choices)) for choices in factors.values())))
 

@@ -15,7 +15,7 @@ from fastsae_kernels.adam import (
     Rows,
     Window,
     adam_,
-    settle_,
+    flush_,
 )
 from fastsae_kernels.dense_adam import adam_reference, stochastic_bf16
 from fastsae_kernels.float8 import quantize_rows
@@ -92,7 +92,7 @@ def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32,
         at = AdamStep(step, LR / step**0.5, seed=seed)
         adam_(decoder, encoder, RowGradients(runs, v, error, d_v, x, more), at, window)
     if window is not None:
-        settle_(decoder, encoder, at, window)
+        flush_(decoder, encoder, at, window)
     return decoder, encoder
 
 
@@ -276,7 +276,7 @@ def test_options_deviate_by_less_than_a_step(device, moments, T, steps):
         deviation = (state.weight.cpu() - reference.weight).abs().max()
         if moments is not None:
             assert 0 < deviation < LR / 2
-        elif state is got[0]:  # decoder rows that waited are normalised once, not at every step
+        elif state is got[0]:  # decoder rows that waited are normalized once, not at every step
             assert 0 < deviation < LR**2
         else:
             assert deviation <= 4 * torch.finfo(torch.float32).eps * reference.weight.abs().max()
@@ -303,21 +303,18 @@ def test_wrong_arguments_are_named():
     runs = latent_major(indices, F)
     v, d_v = (t.flatten()[runs.entry] for t in (values, d_values))
     gradients, at = RowGradients(runs, v, error, d_v, x), AdamStep(1, LR)
-    with pytest.raises(ValueError, match=r"encoder.second must be contiguous and of shape"):
+    with pytest.raises(ValueError, match=r"encoder.second must be .* of shape"):
         adam_(decoder, encoder._replace(second=torch.zeros(F, D + 1)), gradients, at)
     with pytest.raises(ValueError, match="encoder's moments must be torch.float32, or bfloat16 of"):
         half = torch.zeros(F, D, dtype=torch.float16)
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
-    with pytest.raises(ValueError, match="must have one dtype, got torch.float32, torch.bfloat16"):
-        half = torch.zeros(F, D, dtype=torch.bfloat16)
-        adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
-    with pytest.raises(ValueError, match="error must be floating point of shape"):
-        adam_(decoder, encoder, gradients._replace(error=error[:, 1:]), at)
-    with pytest.raises(ValueError, match=rf"runs.start must have shape \[{F + 1}\]"):
+    with pytest.raises(ValueError, match="x must be .* of shape"):
+        adam_(decoder, encoder, gradients._replace(x=x[:, 1:]), at)
+    with pytest.raises(ValueError, match=rf"runs.start must be .* of shape \[{F + 1}\]"):
         adam_(decoder, encoder, gradients._replace(runs=latent_major(indices, F + 1)), at)
-    with pytest.raises(ValueError, match=rf"window.updated must have shape \[{F}\]"):
+    with pytest.raises(ValueError, match=rf"window.updated must be .* of shape \[{F}\]"):
         window = Window(torch.zeros(F + 1, dtype=torch.int32), torch.zeros(2))
         adam_(decoder, encoder, gradients, at, window)
-    with pytest.raises(ValueError, match=r"extra rows must have shape \[2\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"extra rows must be .* of shape \[2\], got \[3\]"):
         extra = torch.arange(3), torch.zeros(2, D), torch.zeros(2, D)
         adam_(decoder, encoder, gradients._replace(extra=extra), at)

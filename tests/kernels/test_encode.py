@@ -258,7 +258,10 @@ def test_same_bits_twice(device):
     [
         ({"x": torch.ones(4)}, "x must be floating point of shape"),
         ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
-        ({"b_enc": torch.ones(4)}, r"b_enc must have shape \[5\], got \[4\]"),
+        (
+            {"b_enc": torch.ones(4)},
+            r"b_enc must be floating point of shape \[5\]",
+        ),
         ({"b_enc": torch.ones(5).double()}, "x, W_enc and b_enc must have one dtype"),
         ({"k": 0}, "k must be between 1 and d_sae = 5, got 0"),
         ({"k": 6}, "k must be between 1 and d_sae = 5, got 6"),

@@ -179,7 +179,10 @@ def test_same_bits_twice_and_any_strides(device):
     [
         ({"x": torch.ones(4)}, "x must be floating point of shape"),
         ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
-        ({"b_enc": torch.ones(4)}, r"b_enc must have shape \[5\], got \[4\]"),
+        (
+            {"b_enc": torch.ones(4)},
+            r"b_enc must be floating point of shape \[5\]",
+        ),
         ({"b_enc": torch.ones(5).double()}, "x, W_enc and b_enc must have one dtype"),
         ({"threshold": torch.ones(4)}, r"threshold must be .* of shape \[5\] or \[\], got .*\[4\]"),
         ({"threshold": torch.ones(5).int()}, "threshold must be .* got torch.int32"),

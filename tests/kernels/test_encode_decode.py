@@ -21,7 +21,7 @@ GRADIENTS = get_args(Gradient)
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 ROTATIONS = GRADIENTS[1:]
 BY = "value", "abs"
-WAYS = "gram", "dense"
+ALGORITHMS = "gram", "dense"
 DTYPES = torch.float32, torch.bfloat16
 SHAPES = [  # N, D, D_out, F, k
     (7, 5, 6, 12, 3),
@@ -31,8 +31,8 @@ SHAPES = [  # N, D, D_out, F, k
 ]
 
 
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request, monkeypatch):
     gram = request.param == "gram"
     monkeypatch.setattr("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: gram)
 
@@ -109,24 +109,24 @@ def test_straight_through(device, by):
     against_reference(separated(SHAPES[0], device, by=by), 3, by, "straight_through")
 
 
-@pairwise(way=WAYS, shape=SHAPES, by=BY, gradient=ROTATIONS, indirect=["way"])
-def test_rotation(device, way, shape, by, gradient):
+@pairwise(algorithm=ALGORITHMS, shape=SHAPES, by=BY, gradient=ROTATIONS, indirect=["algorithm"])
+def test_rotation(device, algorithm, shape, by, gradient):
     against_reference(separated(shape, device, by=by), shape[4], by, gradient)
 
 
-@pairwise(way=WAYS, by=BY, gradient=ROTATIONS, indirect=["way"])
-def test_rotation_in_bfloat16(device, way, by, gradient):
+@pairwise(algorithm=ALGORITHMS, by=BY, gradient=ROTATIONS, indirect=["algorithm"])
+def test_rotation_in_bfloat16(device, algorithm, by, gradient):
     arguments = separated(SHAPES[0], device, torch.bfloat16, by)
     against_reference(arguments, 3, by, gradient)
 
 
-@pairwise(way=WAYS, shape=SHAPES, by=BY, gradient=ROTATIONS, indirect=["way"])
-def test_ties_go_to_the_lowest_latent(device, way, shape, by, gradient):
+@pairwise(algorithm=ALGORITHMS, shape=SHAPES, by=BY, gradient=ROTATIONS, indirect=["algorithm"])
+def test_ties_go_to_the_lowest_latent(device, algorithm, shape, by, gradient):
     against_reference(make(shape, device, draw=integers), shape[4], by, gradient)
 
 
 @each_gradient
-def test_inactive_tokens_get_no_gradient(device, way, gradient):
+def test_inactive_tokens_get_no_gradient(device, algorithm, gradient):
     """h = 0; all of h below 0; fewer than k above 0."""
     W_enc = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
     x = torch.tensor([[0.0, 0], [-1, -2], [-1, 2]])
@@ -137,7 +137,7 @@ def test_inactive_tokens_get_no_gradient(device, way, gradient):
     assert (dx[:2] == 0).all() and (dx[2] != 0).any()
 
 
-def test_dense_reaches_latents_that_are_not_kept(device, way):
+def test_dense_reaches_latents_that_are_not_kept(device, algorithm):
     shape = 3, 5, 6, 20, 2
     arguments = make(shape, device)
     _, _, indices = encode_decode(*arguments, k=2)
@@ -246,9 +246,15 @@ def test_memory_of_the_backward_pass(tmp_path, gradient):
         ({"x": torch.ones(4)}, "x must be floating point of shape"),
         ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
         ({"W_dec": torch.ones(4, 6)}, r"W_dec must be floating point of shape \[5, any\]"),
-        ({"b_enc": torch.ones(4)}, r"b_enc must have shape \[5\], got \[4\]"),
-        ({"b_dec": torch.ones(4)}, r"b_dec must have shape \[6\], got \[4\]"),
-        ({"b_dec": torch.ones(6).double()}, "x, W_enc, b_enc, W_dec and b_dec must have one dtype"),
+        (
+            {"b_enc": torch.ones(4)},
+            r"b_enc must be floating point of shape \[5\]",
+        ),
+        (
+            {"b_dec": torch.ones(4)},
+            r"b_dec must be floating point of shape \[6\]",
+        ),
+        ({"b_dec": torch.ones(6).double()}, "x, W_dec and b_dec must have one dtype"),
         (
             {"b_dec": torch.ones(6, device="meta")},
             "b_dec must be on the device of x, cpu, got meta",

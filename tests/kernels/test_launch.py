@@ -10,7 +10,7 @@ from fastsae_kernels._launch import (
     buffer_bytes,
     check_codes,
     check_indices,
-    check_matrix,
+    check_shape,
     interpreted,
     power_of_2,
     rows_at_a_time,
@@ -65,16 +65,17 @@ def test_power_of_2(n, least):
     assert power_of_2(n) == least
 
 
-def test_codes_and_matrices_that_fit_are_accepted():
+def test_codes_and_shapes_that_fit_are_accepted():
     check_codes(torch.ones(2, 3), torch.full((2, 3), 4))
     check_codes(None, torch.empty(0, 3, dtype=torch.int32))
     check_indices(torch.full((2, 3), 4), 5)
-    check_matrix("x", torch.ones(2, 3), rows=2, columns=3)
+    check_shape("x", torch.ones(2, 3), 2, 3)
+    check_shape("x", torch.ones(2, 3), None, 3)
 
 
 def test_errors_say_what_was_given_and_what_is_allowed():
     with pytest.raises(ValueError, match=r"x must .* \[2, any\], got torch.float32 .* \[3, 3\]"):
-        check_matrix("x", torch.ones(3, 3), rows=2)
+        check_shape("x", torch.ones(3, 3), 2, None)
     with pytest.raises(ValueError, match=r"lie in \[0, 5\), got 0 to 7"):
         check_indices(torch.tensor([[0, 7]]), 5)
 

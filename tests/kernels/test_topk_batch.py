@@ -219,7 +219,7 @@ def test_same_bits_twice_and_any_strides(device):
     [
         ({"x": torch.ones(4)}, "x must be floating point of shape"),
         ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
-        ({"b_enc": torch.ones(4)}, r"b_enc must have shape \[5\], got \[4\]"),
+        ({"b_enc": torch.ones(4)}, r"b_enc must be floating point of shape \[5\]"),
         ({"b_enc": torch.ones(5).double()}, "x, W_enc and b_enc must have one dtype"),
         ({"k_total": -1}, r"k_total must be between 0 and 3 \* 5 = 15, got -1"),
         ({"k_total": 16}, r"k_total must be between 0 and 3 \* 5 = 15, got 16"),

@@ -152,7 +152,7 @@ def run(sae: SAE, config: TrainConfig, batches: list[Tensor], fused: bool) -> li
         take = fused_step if fused else autograd_step
         result = take(sae, state.adam, x, state.dead, config.objective)
         state.advance(result, N, Cursor())
-    state.adam.settle()
+    state.adam.flush()
     return weights_of(sae)
 
 
@@ -241,7 +241,7 @@ def test_aligned_rows():
         autograd_step(sae, adam, torch.randn(N, D, dtype=torch.float64), None, Objective())
         check_products()
     assert (sae.W_dec.norm(dim=1) - 1).abs().max() > 1e-3
-    adam.settle()
+    adam.flush()
     check_products()
     before = sae.W_enc.detach() + torch.randn(F, D)
     after = before.clone()

@@ -13,7 +13,7 @@ from fastsae.train.step import autograd_step, fused_step
 from fastsae_kernels import _launch, loss, sparse
 from fastsae_kernels import adam as adam_module
 from fastsae_kernels._launch import INTERPRET, interpreted
-from fastsae_kernels.dense_adam import AdamStep, normalise_rows_, scalars_of
+from fastsae_kernels.dense_adam import AdamStep, normalize_rows_, scalars_of
 from fastsae_kernels.float8 import quantize_rows
 
 D_IN, D_SAE, K, K_AUX = 12, 70, 4, 6
@@ -47,7 +47,7 @@ def torch_adam_steps(sae, batches, dead, lr):
         W = sae.W_dec.detach()
         sae.W_dec.grad -= (sae.W_dec.grad * W).sum(1, keepdim=True) * W
         adam.step()
-        normalise_rows_(sae.W_dec.data)
+        normalize_rows_(sae.W_dec.data)
 
 
 @pytest.mark.parametrize("dead", DEAD)
@@ -88,7 +88,7 @@ def test_the_shadows_follow_the_weights(sae, window):
         adam.begin_step(1e-2)
         fused_step(sae, adam, torch.randn(40, D_IN), None, Objective())
         check_shadows(sae, adam)
-    adam.settle()
+    adam.flush()
     check_shadows(sae, adam)
 
 

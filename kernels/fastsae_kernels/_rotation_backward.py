@@ -1,6 +1,8 @@
-"""The two ways of rotation.py to its gradients: the Gram way, by products of the weights with each
-other, and the dense way, from h and g of some tokens at a time. The formulas are there; what the
-Gram way does with a token after the matmuls is one kernel on a GPU (_rotation_kernel.py).
+"""Two algorithms for the rotation trick's gradients; rotation.py has the formulas and their costs.
+
+`gram_backward` multiplies the weights with each other and never forms all pre-activations; on a
+GPU, all it does per token after these GEMMs is one kernel (_rotation_kernel.py). `dense_backward`
+recomputes h and g for a chunk of tokens at a time.
 """
 
 from collections.abc import Sequence
@@ -14,11 +16,11 @@ from ._launch import rows_at_a_time, use_triton
 from .latent_major import latent_major, sum_runs
 from .sparse import decode, gather_dot
 
-# --- what both ways start from --------------------------------------------------------------
+# --- what both algorithms start from --------------------------------------------------------
 
 
 class Layer(NamedTuple):
-    """What h and W_dec d_recon are made of; W_dec is None in mode "support"."""
+    """Inputs of h and W_dec d_recon; W_dec is None in mode "support"."""
 
     x: Tensor
     W_enc: Tensor
@@ -28,7 +30,7 @@ class Layer(NamedTuple):
 
 
 class Code(NamedTuple):
-    """q, the sparse part t of g, and three products of each token, [N]."""
+    """The code q, the sparse part t of g, and q . q, q . g and q . t of each token, [N]."""
 
     values: Tensor
     indices: Tensor
@@ -43,8 +45,12 @@ Terms = tuple[Tensor, Tensor, Tensor]
 "dense": d_recon C [N, D], d_recon [N, D_out] and W_dec^T b_enc [D_out]."""
 
 
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""dx, dW_enc and db_enc; empty where not needed."""
+
+
 def code_of(layer: Layer, W_dec: Tensor, values: Tensor, indices: Tensor, d_values: Tensor) -> Code:
-    """Inactive entries are no part of q, and their d_values count for nothing."""
+    """The Code of a batch; d_values of inactive entries are ignored."""
     active = values != 0
     g = (gather_dot(layer.d_recon, indices, W_dec) + d_values).where(active, 0)
     t = g if layer.W_dec is None else d_values.where(active, 0)
@@ -63,18 +69,19 @@ def _coefficients(code: Code, hh: Tensor, hg: Tensor) -> tuple[Tensor, Tensor, T
     return a[:, None], p[:, None], u
 
 
-# --- the two ways ---------------------------------------------------------------------------
+# --- the two algorithms ---------------------------------------------------------------------
 
 
 def gram_is_cheaper(N: int, layer: Layer, needs: Sequence[bool]) -> bool:
-    """Compare the FLOPs of both ways (see rotation.py)."""
+    """Whether the Gram algorithm takes fewer FLOPs (formulas in rotation.py)."""
     (F, D), (need_x, need_W, _) = layer.W_enc.shape, needs
     both = D if layer.W_dec is None else D + layer.W_dec.shape[1]
     gram = 2 * (F + N) * D * both * (1 + need_W)
     return gram <= 2 * N * F * (both + D * (need_x + need_W))
 
 
-def gram_way(layer: Layer, code: Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def gram_backward(layer: Layer, code: Code, needs: Sequence[bool]) -> Gradients:
+    """Gradients from W_enc^T W_enc and W_dec^T W_enc, without all pre-activations."""
     x, W_enc, b_enc, W_dec, d_recon = layer
     shift = W_enc.t() @ b_enc
     h_terms = torch.addmm(shift, x, W_enc.t() @ W_enc), shift, b_enc @ b_enc
@@ -95,7 +102,7 @@ def gram_way(layer: Layer, code: Code, needs: Sequence[bool]) -> tuple[Tensor, T
 def _rotate(
     x: Tensor, W_enc: Tensor, h_terms: Terms, g_terms: Terms | None, code: Code, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> a, p, u; h W_enc, the first of the terms, is replaced by dx if that is needed."""
+    """Coefficients a, p, u; overwrites h W_enc, the first of the terms, with dx if needed."""
     dx, shift, bb = h_terms
     hh, hg = vecdot(dx, x) + x @ shift + bb, code.qt
     if g_terms is not None:
@@ -121,7 +128,7 @@ def _gram_weights(
     runs = latent_major(code.indices, len(W_enc), code.values != 0)
     weights = u.flatten()[runs.entry]
     if need_b:
-        # Many tokens, one after the other, and only one number of each: in double precision.
+        # One number per token, summed one after the other: fp32 would lose digits.
         db = sum_runs(weights, torch.ones_like(p, dtype=torch.float64), runs)[:, 0].to(x.dtype)
         db = torch.addmv(db, W_enc, (x.t() @ p)[:, 0]) + b_enc * p.sum()
         if W_dec is not None:
@@ -134,12 +141,12 @@ def _gram_weights(
     return dW, db
 
 
-def dense_way(layer: Layer, code: Code, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """In chunks of tokens, so that what is as wide as h fits in the buffer."""
+def dense_backward(layer: Layer, code: Code, needs: Sequence[bool]) -> Gradients:
+    """Recompute h and g in chunks of tokens that fit in the pre-activation buffer."""
     x, W_enc, b_enc, _, d_recon = layer
     shapes = x.shape, W_enc.shape, b_enc.shape
     dx, dW, db = (x.new_zeros(s if need else 0) for s, need in zip(shapes, needs, strict=True))
-    chunk = rows_at_a_time(x, 3 * len(W_enc))  # h, g, and what a product of them needs
+    chunk = rows_at_a_time(x, 3 * len(W_enc))  # h, g, and a product of both
     for start in range(0, len(x), chunk):
         rows = slice(start, min(start + chunk, len(x)))
         some = layer._replace(x=x[rows], d_recon=d_recon[rows])
