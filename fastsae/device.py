@@ -19,13 +19,13 @@ def choose_device(device: str) -> str:
     A GPU that is named by its number becomes torch's current one: CUDA graphs are captured there.
     """
     check_device(device)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = torch.cuda.is_available()
     if device == "auto":
-        return "cuda" if gpus else "cpu"
-    if device != "cpu" and not gpus:
+        return "cuda" if available else "cpu"
+    if device != "cpu" and not available:
         raise ValueError(f"device is {device}, but there is no CUDA GPU here: use cpu or auto")
     _, _, number = device.partition(":")
-    if number and int(number) >= gpus:
+    if number and int(number) >= (gpus := torch.cuda.device_count()):
         raise ValueError(
             f"device must be below cuda:{gpus}, as there are {gpus} GPUs, got {device}"
         )

@@ -318,7 +318,7 @@ def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
     ("saes", "message"),
     [
         ([], "name the SAEs to train"),
-        (["topp"], "activation must be one of topk, "),
+        (["topp"], "activation must be one of batchtopk, "),
         (["topk:k"], "'k' must be setting=value"),
         (["topk:k=4", "topk:k=4"], "topk:k=4 with seed 0 is given twice"),
         (["topk:k=9999"], "k must be between 1 and d_sae = 512, got 9999"),

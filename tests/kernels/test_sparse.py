@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -200,7 +202,8 @@ def test_a_backward_pass_sorts_its_indices_once(monkeypatch):
         sorted_indices.append(indices.clone())
         return latent_major(indices, F)
 
-    monkeypatch.setattr("fastsae_kernels.latent_major.latent_major", counted)
+    module = sys.modules["fastsae_kernels.latent_major"]  # the package exports the function
+    monkeypatch.setattr(module, "latent_major", counted)
     x, W = torch.randn(4, 5), torch.randn(7, 5, requires_grad=True)
     b = torch.zeros(7, requires_grad=True)
     for steps in (1, 2):
