@@ -173,6 +173,8 @@ def with_default(text: str, node: ast.AST | None) -> str:
             return text
         case ast.Constant(value=given) | ast.Call(args=[ast.Constant(value=given)]):
             shown = given  # a call is of Path
+        case ast.Call(keywords=[ast.keyword(arg="default", value=ast.Constant(value=given)), *_]):
+            shown = given
         case ast.Tuple(elts=several):
             shown = " ".join(map(ast.unparse, several))
         case _:

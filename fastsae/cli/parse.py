@@ -56,6 +56,8 @@ def read_toml(path: Path) -> Iterator[tuple[str, list[str]]]:
     """The settings in a TOML file as words, by their names, whatever table they are in."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
     yield from settings_in(table)

@@ -2,8 +2,8 @@
 
     r(t) = P(t) / (1 + |S(t)|),   P = sum_i a[i] t^i, i = 0..p,   S = sum_j b[j - 1] t^j, j = 1..q
 
-rational_table.json holds minimax fits, written by `python -m bench.rational_table`. Other degrees,
-other jumps and a teacher's own pre-activations are fitted by least squares at run time.
+rational_table.json holds minimax fits, written by `python -m fastsae.nn.rational_table`. Other
+degrees, other jumps and a teacher's own pre-activations are fitted by least squares at run time.
 
 Letters: G grid points or samples; p and q the degrees; x the coefficients a and b, concatenated.
 All fits are in float64.

@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from bench import rational_table
-from bench.rational_table import ROWS, SHARPNESS, fit_rational, lower_bound
+from fastsae.nn import rational_table
 from fastsae.nn.rational_fit import (
     DEFAULT_DEGREE,
     TABLE,
@@ -15,6 +14,7 @@ from fastsae.nn.rational_fit import (
     initial_coefficients,
     targets,
 )
+from fastsae.nn.rational_table import ROWS, SHARPNESS, fit_rational, lower_bound
 from fastsae_kernels.rational import rational, rational_reference
 
 ERRORS = {  # that a fit can reach, computed elsewhere; of JumpReLU one that it can be better than

@@ -1,6 +1,6 @@
 """Writes fastsae/nn/rational_table.json: minimax fits of ReLU and JumpReLU (arXiv:2606.14990, 1a).
 
-    python -m bench.rational_table
+    python -m fastsae.nn.rational_table
 
 A fit minimizes the largest error on a grid by damped Newton steps on the soft maximum of the errors
 e = r - target, (1 / beta) log sum_i 2 cosh(beta e_i), where beta doubles until it is close to the
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fastsae.nn.rational_fit import (
+from .rational_fit import (
     TABLE,
     Degree,
     Function,
