@@ -78,7 +78,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") -> Path:
-    """Put results, each with its stamp, beside the other ones of that file."""
+    """Put results, each with its stamp, next to the other ones in that file."""
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept.update({key: {**stamp(device), **result} for key, result in results.items()})
@@ -133,7 +133,7 @@ class Record:
         return time.time() - self.since
 
     def begin(self, part: str, seconds: float = LAST) -> None:
-        """Start a part anew, unless this process continues one that died in the midst of it.
+        """Start a part over, unless this process continues one that died in the midst of it.
 
         No row begins after `seconds`."""
         if not self.again or self.parts.get(part, {}).get("since") != self.since:

@@ -154,7 +154,7 @@ def initial(
 ) -> tuple[SAE, dict[str, Any]]:
     """The teacher with a calibrated rational activation, and what there is to say of it.
 
-    All is done as training sees it: for activations of mean square 1, or each normalised.
+    All is done as training sees it: for activations of mean square 1, or each normalized.
     """
     if teacher.d_out is not None or teacher.layers > 1:
         raise ValueError("only an autoencoder of one layer can be upgraded")
@@ -235,8 +235,8 @@ def own_objective(teacher: SAE, l0: float) -> ActivationConfig:
     cfg = activation.cfg
     match activation:
         case ReLU():
-            price = activation.coefficient.value.item()
-            return replace(cfg, l1_coef=price or None, target_l0=l0, sparsity_warmup=0.0)
+            l1_coef = activation.coefficient.value.item()
+            return replace(cfg, l1_coef=l1_coef or None, target_l0=l0, sparsity_warmup=0.0)
         case JumpReLU():
             return replace(cfg, l0_coef=10.0 * teacher.d_in, target_l0=l0, sparsity_warmup=0.0)
     return cfg

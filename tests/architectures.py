@@ -27,7 +27,7 @@ D_IN, D_OUT, D_SAE, K = 16, 12, 64, 4
 
 
 class Architecture(NamedTuple):
-    """An activation, what is minimised, and what the SAE's ends are."""
+    """An activation, what is minimized, and what the SAE's ends are."""
 
     activation: ActivationConfig
     objective: Objective = Objective()
@@ -120,7 +120,7 @@ ARCHITECTURES = {
 class Seen(NamedTuple):
     """What a formula of an activation starts from."""
 
-    centred: Tensor
+    centered: Tensor
     linear: Tensor
     """Pre-activations h less their bias again, with the rounding that this brings, [N, F]."""
     h: Tensor
@@ -229,7 +229,7 @@ def variational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, T
     z, log_variance = mean, torch.zeros_like(mean)
     if seen.noise is not None:
         if cfg.variance == "learned":
-            log_variance = seen.centred @ activation.W_variance.T + activation.b_variance
+            log_variance = seen.centered @ activation.W_variance.T + activation.b_variance
             log_variance = log_variance.clamp(-6, 2)
         z = mean + log_variance.exp().sqrt() * seen.noise
     kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
@@ -281,17 +281,17 @@ FORMULAS: dict[str, Callable[[Any, Seen, float], tuple[Tensor, Tensor | float]]]
 def seen(sae: SAE, x: Tensor, y: Tensor, noise: Tensor | None) -> Seen:
     layers = sae.W_dec.chunk(sae.layers, dim=1)
     norm = sum(part.square().sum(1).sqrt() for part in layers) if sae.by_norm else torch.ones(D_SAE)
-    centred = x if sae.d_out else x - sae.b_dec
+    centered = x if sae.d_out else x - sae.b_dec
     bias, V = (sae.b_enc * norm).to(x), (sae.W_dec.T / norm).T.to(x)
-    h = centred @ (sae.W_enc.T * norm).to(x) + bias
+    h = centered @ (sae.W_enc.T * norm).to(x) + bias
     left = y if sae.W_skip is None else y - x @ sae.W_skip.T
-    return Seen(centred, h - bias, h, V, sae.b_dec, left, noise)
+    return Seen(centered, h - bias, h, V, sae.b_dec, left, noise)
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalized(x: Tensor) -> Tensor:
     """Each token with a mean of 0 and a deviation of 1."""
-    centred = x - x.mean(1, keepdim=True)
-    return centred / (x.std(1, keepdim=True) + 1e-5)
+    centered = x - x.mean(1, keepdim=True)
+    return centered / (x.std(1, keepdim=True) + 1e-5)
 
 
 def variance(y: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ def dense_loss(
 ) -> Tensor:
     """The whole loss; y is the target, or x again."""
     if sae.layer_norm:
-        x = y = normalised(x)
+        x = y = normalized(x)
     parts, cfg, N = seen(sae, x, y, noise), sae.activation.cfg, len(x)
     z, penalty = FORMULAS[cfg.name](sae.activation, parts, progress)
 

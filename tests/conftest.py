@@ -27,7 +27,7 @@ def fast_interpreter() -> Iterator[None]:
     """Make Triton's interpreter several times as fast, without changing what it computes.
 
     It patches triton.language on every launch and again on every call of a device function: once is
-    enough. It builds a table of dtypes for every tensor, and describes the shape of a block anew
+    enough. It builds a table of dtypes for every tensor, and describes the shape of a block again
     for each. It calls the combine function of tl.reduce once per element: here, the two halves of a
     block are combined until one row is left, which is also closer to what a GPU does.
     """

@@ -5,7 +5,7 @@ parts in 2^52 at every step, and the choice of the active latents makes no diffe
 two of them are that close. `record` finds out what is left of one such rounding of every weight,
 made before the first step, and refuses a curve that 200 of them would move by RTOL.
 
-    python -m tests.test_curves [NAME ...]      stores curves anew, all or those named
+    python -m tests.test_curves [NAME ...]      stores curves again, all or those named
 """
 
 import json

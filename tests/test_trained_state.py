@@ -70,7 +70,7 @@ def test_single_tokens_are_active_above_the_threshold(by):
     ("l0", "excess"), [(0.0, -REACH), (2.0, -math.log(2)), (6.0, math.log(1.5)), (64.0, REACH)]
 )
 def test_a_coefficient_follows_the_l0(l0, excess):
-    """And the price, faster."""
+    """And the penalty, faster."""
     coefficient = Coefficient(None, 4.0)
     before = coefficient.value.clone()
     price = coefficient(torch.tensor(2.0), torch.tensor(l0))
@@ -95,7 +95,7 @@ def test_a_given_coefficient_stays():
     ],
     ids=["relu", "annealed", "gated", "jumprelu"],
 )
-def test_a_price_leads_to_the_l0_that_was_asked_for(activation):
+def test_a_penalty_reaches_its_target_l0(activation):
     """At least nineteen twentieths of the way there, and it stays."""
     sae = SAE(D_IN, D_SAE, activation)
     with small_steps():

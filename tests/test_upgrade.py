@@ -45,7 +45,7 @@ def few_entries(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Activations of some size and off centre, so that scales and b_dec matter."""
+    """Activations of some size and off center, so that scales and b_dec matter."""
     source = Synthetic(d_in=16, n_latents=40, active=3, noise=0.05, seed=1)
     path = tmp_path_factory.mktemp("data") / "x.npy"
     np.save(path, 5 * source.sample(12_000).numpy() + 1)
@@ -124,7 +124,7 @@ def test_an_upgrade(data, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("teacher", ["topk"], indirect=True)
-def test_centred_where_the_gate_opens(data, teacher, tmp_path):
+def test_centered_where_the_gate_opens(data, teacher, tmp_path):
     """As in the paper: where the gate is says nothing of the value any more."""
     config = small(data, tmp_path / "up", center="gate")
     upgrade(fastsae.load(teacher / "sae"), ActivationShards(data), config)
@@ -166,7 +166,7 @@ def test_rows_of_other_norms_stay(data, teacher, tmp_path, by_norm):
 
 
 def test_layer_norm_stays(data, tmp_path):
-    """The rational activation is calibrated on pre-activations of normalised tokens."""
+    """The rational activation is calibrated on pre-activations of normalized tokens."""
     out, activation, optimizer = tmp_path / "teacher", TEACHERS["topk"], Optimizer(lr=5e-3)
     teacher = TrainConfig(
         data=data,

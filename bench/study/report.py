@@ -41,7 +41,7 @@ def about(results: dict[str, Any]) -> str:
         f"tokens, 4096 latents, the same batches in the same order for all; mean ± standard "
         f"deviation over seeds. Upgrades and their teachers are tuned for {scale['tune_steps']} "
         f"steps more. {'; '.join(sorted(machines))}; commit {', '.join(sorted(commits))}. "
-        f"Learning rate and settings are the defaults, but for JumpReLU's, which were tried."
+        f"Learning rate and settings are the defaults, except JumpReLU's, which were tried."
     )
 
 

@@ -1,7 +1,7 @@
 """BatchTopK (arXiv:2412.06410): k active latents per token on average over a batch.
 
 One proximal step for all tokens of a batch together, with an R that is infinite if more than k N
-entries are not 0 (or, but for BatchAbsTopK, if one is negative). A token alone has no batch to
+entries are not 0 (or, except in BatchAbsTopK, if one is negative). A token alone has no batch to
 share with: outside training, latents above a threshold are active, the running mean of the
 smallest value that a training batch kept.
 """

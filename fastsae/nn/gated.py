@@ -65,9 +65,9 @@ class Gated(Activation, config=GatedConfig):
         codes = self.magnitudes(open_gates, b_enc)
         gates = open_gates.codes(open_gates.pre)
         by_gates = gates.decode(W_dec.detach()) + b_dec.detach()
-        price = self.coefficient(gates.values.sum(), codes.l0())
-        price = warmed(progress, self.cfg.sparsity_warmup) * price
-        cost = (price + (target.detach() - by_gates).square().sum()) / max(len(x), 1)
+        penalty = self.coefficient(gates.values.sum(), codes.l0())
+        penalty = warmed(progress, self.cfg.sparsity_warmup) * penalty
+        cost = (penalty + (target.detach() - by_gates).square().sum()) / max(len(x), 1)
         return codes, cost
 
     def after_step(self, codes: Codes) -> None:

@@ -92,8 +92,8 @@ class RationalConfig(ActivationConfig):
         check_penalty(self.l1_coef, self.target_l0, "l1_coef")
         if self.target_l0 is not None and (self.gate == "topk" or self.support == "none"):
             raise ValueError(
-                f"target_l0 = {self.target_l0} needs a price that can change L0: not with the gate "
-                f'"{self.gate}" and support "{self.support}"'
+                f"target_l0 = {self.target_l0} needs a sparsity penalty that can change L0: not "
+                f'with the gate "{self.gate}" and support "{self.support}"'
             )
 
 

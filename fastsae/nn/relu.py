@@ -59,8 +59,8 @@ class ReLU(Activation, config=ReLUConfig):
     ) -> tuple[Codes, Float[Tensor, ""]]:
         codes = self.encode(x, weights)
         p = 1 - (1 - self.cfg.p_end) * progress
-        price = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
-        return codes, warmed(progress, self.cfg.sparsity_warmup) * price
+        penalty = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
+        return codes, warmed(progress, self.cfg.sparsity_warmup) * penalty
 
     def after_step(self, codes: Codes) -> None:
         self.coefficient.after_step(codes)

@@ -28,7 +28,7 @@ class SAE(nn.Module):
 
     d_out: the output is another activation than the input (a transcoder), and x is not centered.
     skip: a transcoder also passes x on through a linear map, x W_skip^T (arXiv:2501.18823).
-    layers: x is so many activations of one width side by side (see `Crosscoder`).
+    layers: x is this many concatenated activations of equal width (see `Crosscoder`).
     by_norm: what the activation selects, penalises and returns is h times the norm of the latent's
     decoder row (with layers, the sum of its norms in each), as if that norm were 1 (the decoder
     divides by it): a latent then counts by what it adds to the output.
@@ -195,7 +195,7 @@ class SAE(nn.Module):
         return {"format": FORMAT, **self.shape(), "activation": to_dict(self.activation.cfg)}
 
     def shape(self) -> dict[str, Any]:
-        """The arguments that it was built with, but for the activation."""
+        """The constructor's arguments, without the activation."""
         ends = {"d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.d_out}
         skip = self.W_skip is not None
         kept = {"layers": self.layers, "by_norm": self.by_norm, "layer_norm": self.layer_norm}

@@ -86,8 +86,8 @@ class Variational(Activation, config=VariationalConfig):
             kl = kl + divergence
         values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         codes = Codes(values, indices, len(weights.W_enc))
-        price = warmed(progress, self.cfg.sparsity_warmup) * self.cfg.beta
-        return codes, price * kl / max(len(x), 1)
+        penalty = warmed(progress, self.cfg.sparsity_warmup) * self.cfg.beta
+        return codes, penalty * kl / max(len(x), 1)
 
     def sample(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, seed: int

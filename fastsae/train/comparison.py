@@ -1,4 +1,4 @@
-"""What a sweep found: one table and one picture of all its runs."""
+"""Compares the runs of a sweep in one table and one plot."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The picture of a run: how its numbers went."""
+"""Plots a run's metrics."""
 
 import importlib.util
 from pathlib import Path

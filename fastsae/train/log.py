@@ -18,7 +18,7 @@ class Log:
     """Open it with `with`; each line goes to every place that is switched on."""
 
     def __init__(self, config: TrainConfig, steps: int, first_step: int, alone: bool = True):
-        """Unless it is alone, it shows nothing of its own while it goes on."""
+        """Shows no bar of its own unless it is the only run."""
         self.path = config.out / "metrics.jsonl"
         keep_lines(self.path, first_step)
         self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
@@ -92,7 +92,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drop from a metrics file what came after the step that a run goes on from."""
+    """Drop from a metrics file what was logged after the step a run resumes from."""
     lines = [line for line in read_lines(path) if line["step"] <= last_step]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The encoder's product with the maxima of its groups, found while they are in registers.
+"""The encoder GEMM with the maxima of its groups, found while they are in registers.
 
 A tile of the product holds BLOCK_F latents; group s of its S groups takes every S-th of them. That
 is how tensor cores lay out their results, so most of a group's entries are in one thread. The

@@ -27,7 +27,7 @@ class CpuProduct(NamedTuple):
     library: str
     """mkl or onednn."""
     tokens: int
-    """At least so many at a time, unless there are fewer or FASTSAE_BUFFER_MB has no room."""
+    """Minimum chunk size, unless there are fewer tokens or FASTSAE_BUFFER_MB has no room."""
 
 
 MAKERS = "AMD", "Intel"

@@ -1,4 +1,4 @@
-"""The encoder's product on a CPU: which library, and how many tokens at a time."""
+"""The encoder GEMM on a CPU: which library, and how many tokens at a time."""
 
 import pytest
 import torch

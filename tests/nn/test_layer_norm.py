@@ -1,4 +1,4 @@
-"""An SAE that normalises each token, against the definition of OpenAI's, written out below."""
+"""An SAE that normalizes each token, against the definition of OpenAI's, written out below."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ ACTIVATIONS = [
 ]
 
 
-def normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens less their mean, by their deviation; that deviation, and that mean."""
     mean = x.mean(-1, keepdim=True)
     deviation = x.std(-1, keepdim=True)
@@ -36,7 +36,7 @@ def normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The output for x and its dense codes."""
-    z, deviation, mean = normalised(x)
+    z, deviation, mean = normalized(x)
     h = linear(z - sae.b_dec, sae.W_enc, sae.b_enc)
     if isinstance(sae.activation, TopK):
         kept = torch.topk(h, K, dim=-1)
@@ -95,7 +95,7 @@ def test_a_token_without_deviation_comes_out_as_it_is():
 
 
 def without(sae: SAE) -> SAE:
-    """The same weights for tokens that are normalised already."""
+    """The same weights for tokens that are normalized already."""
     inner = copy.deepcopy(sae)
     inner.layer_norm = False
     return inner
@@ -104,7 +104,7 @@ def without(sae: SAE) -> SAE:
 @pytest.mark.parametrize("build", ACTIVATIONS)
 def test_the_loss_is_that_of_normalised_tokens(build):
     sae, x, dead = sae_of(build()), tokens(50), torch.arange(0, D_SAE, 3)
-    z, *_ = normalised(x)
+    z, *_ = normalized(x)
     one, other = training_loss(sae, x, dead), training_loss(without(sae), z, dead)
     torch.testing.assert_close(one.loss, other.loss)
     torch.testing.assert_close(one.fvu, other.fvu)
@@ -119,7 +119,7 @@ def test_steps_are_those_on_normalised_tokens(take):
         torch.manual_seed(1)
         adam = Adam(sae)
         for _ in range(5):
-            x = tokens(50) if sae.layer_norm else normalised(tokens(50))[0]
+            x = tokens(50) if sae.layer_norm else normalized(tokens(50))[0]
             adam.begin_step(1e-2)
             take(sae, adam, x, dead, Objective())
         trained.append(sae.state_dict())
@@ -132,7 +132,7 @@ def test_a_start_from_normalised_tokens():
     x, init = tokens(200), Init(start_l0=3.0, rows="active_subspace")
     sae = sae_of(JumpReLU())
     saes = sae, without(sae)
-    for one, seen in zip(saes, (x, normalised(x)[0]), strict=True):
+    for one, seen in zip(saes, (x, normalized(x)[0]), strict=True):
         init_from_data(one, seen, torch.Generator().manual_seed(1), init=init)
     for name, weight in saes[1].state_dict().items():
         torch.testing.assert_close(saes[0].state_dict()[name], weight)
@@ -142,7 +142,7 @@ def test_a_scale_changes_nothing_but_by_the_1e_5():
     """Which is that part of a deviation at most: the codes of a ReLU move by as much of the largest
     pre-activation that is without b_enc, the output by that much of its part from them."""
     sae, x, scale = sae_of(ReLU(l1_coef=0.0)), tokens(50), 0.25
-    z, deviation, _ = normalised(x)
+    z, deviation, _ = normalized(x)
     before = copy.deepcopy(sae)
     assert sae.fold_scale_(scale) is sae
     part = 1e-5 / (scale * deviation)

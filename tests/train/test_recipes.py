@@ -39,7 +39,7 @@ class Reference:
 
     row_norm: float = 1.0
     linear: bool = False
-    centre: str = "median"
+    center: str = "median"
     relative: bool
     by_norm: bool = False
     lr: float = 2e-4 / (F / 2**14) ** 0.5
@@ -56,9 +56,9 @@ class Reference:
 REFERENCES = {
     "openai": Reference(relative=True, lr=1e-4, eps=6.25e-10, ema=0.999),
     "dictionary_learning": Reference(relative=False, clip=1.0, warmup=1000, decay=0.2),
-    "sparsify": Reference(relative=True, linear=True, centre="mean", auxk=0.0, dead_after=None),
+    "sparsify": Reference(relative=True, linear=True, center="mean", auxk=0.0, dead_after=None),
     "sae_lens": Reference(
-        relative=False, row_norm=0.1, centre="zero", by_norm=True, lr=3e-4, clip=1.0,
+        relative=False, row_norm=0.1, center="zero", by_norm=True, lr=3e-4, clip=1.0,
         auxk=1.0, auxk_relative=False, dead_after=1000 * 4096,
     ),
 }  # fmt: skip
@@ -135,7 +135,7 @@ def config_of(name: str) -> TrainConfig:
     return replace(recipe(name, F), activation=TopKConfig(k=K), steps=TOTAL, device="cpu")
 
 
-def initialised(config: TrainConfig) -> tuple[SAE, Tensor]:
+def initialized(config: TrainConfig) -> tuple[SAE, Tensor]:
     """The SAE where training starts, and the sample of data that decided where."""
     x = torch.randn(200, D, dtype=torch.float64) + 0.3
     x[:20] += 3  # the mean follows them, the median does not
@@ -163,7 +163,7 @@ def run(sae: SAE, config: TrainConfig, batches: list[Tensor], fused: bool) -> li
 def test_twenty_steps(name, fused):
     config, row = config_of(name), REFERENCES[name]
     assert (config.unfused is None) == (name in ("openai", "sparsify"))
-    sae, _ = initialised(config)
+    sae, _ = initialized(config)
     with torch.no_grad():
         sae.b_enc[RARE] = -2 * sae.W_enc[RARE].norm(dim=1)
     start = weights_of(sae)
@@ -183,7 +183,7 @@ def test_twenty_steps(name, fused):
 @pytest.mark.parametrize("name", RECIPES)
 def test_start(name):
     config, row = config_of(name), REFERENCES[name]
-    sae, x = initialised(config)
+    sae, x = initialized(config)
     W_enc, b_enc, W_dec, b_dec = weights_of(sae)
     torch.testing.assert_close(W_dec.norm(dim=1), torch.full((F,), row.row_norm).double())
     if row.linear:
@@ -192,8 +192,8 @@ def test_start(name):
     else:
         assert torch.equal(W_enc, W_dec)
     assert not b_enc.any()
-    centres = {"median": geometric_median(x), "mean": x.mean(0), "zero": torch.zeros(D).double()}
-    assert torch.equal(b_dec, centres[row.centre])
+    centers = {"median": geometric_median(x), "mean": x.mean(0), "zero": torch.zeros(D).double()}
+    assert torch.equal(b_dec, centers[row.center])
 
 
 @pytest.mark.parametrize("name", RECIPES)
