@@ -138,7 +138,7 @@ def test_same_bits_twice_and_any_strides(device):
         ({"t": torch.ones(3, 5)}, r"target must be floating point of shape \[3, 4\]"),
         (
             {"b": torch.ones(5)},
-            r"b must be floating point of shape \[4\], got torch.float32 of \[5\]",
+            r"b must be floating point of shape \[4\], got torch.float32 of shape \[5\]",
         ),
     ],
 )
