@@ -133,7 +133,8 @@ def training_loss(
     """The loss of one batch; `.loss` is differentiable in every parameter.
 
     Args:
-        sae: Nothing in it changes: `Activation.after_step` adapts what is not a parameter.
+        sae: Nothing in it changes. A training loop of your own calls
+            `sae.activation.after_step(codes)` after each step, which adapts what is no parameter.
         x: Activations; leading dimensions are flattened.
         dead: Latents that count as dead, ascending.
         objective: The terms and their weights.
@@ -242,6 +243,10 @@ def auxk_gradients(
 
     Matmuls are in the slices' dtype, sums in that of the residual.
     """
+    if torch.is_inference_mode_enabled():  # its tensors can have no gradient, copies of them can
+        with torch.inference_mode(False):
+            c, r, *copies = (t.clone() for t in (centered, residual, *slices))
+            return auxk_gradients(c, r, (copies[0], copies[1], copies[2]), objective, signed)
     W_enc, b_enc, W_dec = leaves = [t.detach().requires_grad_() for t in slices]
     n_dead, k_aux = len(W_enc), objective.k_aux or default_k_aux(residual.shape[1])
     sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
@@ -279,7 +284,7 @@ class AuxK(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
         return *(g * t if need else None for t, need in needed), None, None, None, None
 
 

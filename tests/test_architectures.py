@@ -261,3 +261,22 @@ def test_evaluating_a_loss_changes_no_state(name):
     training_loss(sae, x, DEAD, objective, None if sae.d_out is None else y)
     for part, value in sae.state_dict().items():
         assert torch.equal(value, before[part]), part
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_loss_without_gradients_is_the_same(name):
+    sae, x, y, objective = problem_of(ARCHITECTURES[name])
+    losses = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        with mode():
+            found = training_loss(sae, x, DEAD, objective, None if sae.d_out is None else y)
+            losses.append(float(found.loss.detach()))
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_step_without_tokens_adapts_to_finite_values(name):
+    sae, x, *_ = problem_of(ARCHITECTURES[name])
+    sae.activation.after_step(sae.encode(x[:0]))
+    assert all(value.isfinite().all() for value in sae.state_dict().values())

@@ -81,6 +81,8 @@ class BatchTopK(Activation, config=BatchTopKConfig):
     @torch.no_grad()
     def after_step(self, codes: Codes) -> None:
         """Update the running mean with the smallest value that the batch kept, or 0."""
+        if not codes.values.numel():
+            return
         least = codes.values.abs().where(codes.active, torch.inf).amin()
         least = least.where(least.isfinite(), 0.0).to(self.threshold)
         mean = least.lerp(self.threshold, self.cfg.momentum)

@@ -66,7 +66,7 @@ class JumpReLU(Activation, config=JumpReLUConfig):
 
     @property
     def activation_threshold(self) -> Float[Tensor, " d_sae"]:
-        return self.threshold
+        return self.threshold.clamp(min=0)  # an average over steps can be below
 
     def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
         found, pre, threshold = self.found(x, weights, torch.is_grad_enabled())

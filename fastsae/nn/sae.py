@@ -29,7 +29,7 @@ class SAE(nn.Module):
     d_out: the output is another activation than the input (a transcoder), and x is not centered.
     skip: a transcoder also passes x on through a linear map, x W_skip^T (arXiv:2501.18823).
     layers: x is this many concatenated activations of equal width (see `Crosscoder`).
-    by_norm: what the activation selects, penalises and returns is h times the norm of the latent's
+    by_norm: what the activation selects, penalizes and returns is h times the norm of the latent's
     decoder row (with layers, the sum of its norms in each), as if that norm were 1 (the decoder
     divides by it): a latent then counts by what it adds to the output.
     layer_norm: an autoencoder sees each token less its mean and divided by its standard deviation

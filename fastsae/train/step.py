@@ -40,7 +40,7 @@ def autograd_step(
     with torch.no_grad():
         adam.update_all(dict(zip(names, gradients, strict=True)))
         adam.end_step()
-    sae.activation.after_step(result.codes)
+        sae.activation.after_step(result.codes)
     return result._replace(loss=result.loss.detach(), fired=result.codes.fired())
 
 
