@@ -39,11 +39,9 @@ def run_of(shape: str, name: str):
 def floor(shape: str) -> dict[str, Any]:
     """The parts of the floors."""
     N, d_in, d_sae, _ = SHAPES[shape]
-    x, W = torch.randn(N, d_in), torch.randn(d_sae, d_in)
-    state = torch.randn(6, d_sae, d_in)  # both matrices with two moments each
-    copy, bias = torch.empty_like(state), torch.zeros(d_sae)
-    runs: dict[str, Any] = {"Adam's bytes": lambda: copy.copy_(state)}
-    return runs | {
+    x, W, bias = torch.randn(N, d_in), torch.randn(d_sae, d_in), torch.zeros(d_sae)
+    copy, state = torch.randn(2, 6, d_sae, d_in)  # both matrices with two moments each
+    return {"Adam's bytes": lambda: copy.copy_(state)} | {
         name: lambda one=one: [product(t, W, bias, one.library) for t in x.split(one.tokens)]
         for name, one in PRODUCTS.items()
     }
@@ -54,12 +52,11 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     times = interleaved(runs, rounds)
     result: dict[str, Any] = {"unit": "ms", "rounds": rounds, "product": str(cpu_product())}
     result |= {name: summary(values) for name, values in times.items()}
-    least = min(result[name]["median"] for name in PRODUCTS)
-    least += result["Adam's bytes"]["median"]
+    medians = {name: result[name]["median"] for name in runs}
+    least = min(medians[name] for name in PRODUCTS) + medians["Adam's bytes"]
     result["floor"] = {"median": round(least, 2)}
-    for name in CONTENDERS:
-        result[name]["of floor"] = round(result[name]["median"] / least, 3)
     for name in CONTENDERS:  # alone in a process, for its memory
+        result[name]["of floor"] = round(result[name]["median"] / least, 3)
         command = [sys.executable, "-m", "bench.step", shape, name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         result[name]["peak MB"] = round(float(output))

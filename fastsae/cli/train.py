@@ -73,7 +73,8 @@ def run_table(out: Path) -> str:
     found = read_json(out / "summary.json")
     curves = out / "curves.png"
     rows = {
-        "FVU": f"{found['fvu']:.4f}  (of the variance unexplained, on {found['evaluated_on']})",
+        "FVU": f"{found['fvu']:.4f}  (fraction of variance unexplained, "
+        f"on {found['evaluated_on']})",
         "L0": f"{found['l0']:.1f}  (active latents per token)",
         "dead": f"{found['dead_fraction']:.2%}  (latents never active on these "
         f"{found['evaluated_tokens']:,} tokens)",
