@@ -215,6 +215,11 @@ def _check(decoder: Rows, encoder: Rows, g: RowGradients, window: Window | None)
             raise ValueError(
                 f"{name}'s moments must be {wide}, or bfloat16 of float32 weights, got {moments}"
             )
+    if decoder.first.dtype != encoder.first.dtype:
+        raise ValueError(
+            f"the moments of decoder and encoder must have one dtype, "
+            f"got {decoder.first.dtype}, {encoder.first.dtype}"
+        )
     expected |= {"error": (g.error, (N, D)), "x": (g.x, (N, D)), "values": (g.values, (E,))}
     expected |= {"d_values": (g.d_values, (E,)), "runs.start": (g.runs.start, (F + 1,))}
     if window is not None:

@@ -308,6 +308,9 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="encoder's moments must be torch.float32, or bfloat16 of"):
         half = torch.zeros(F, D, dtype=torch.float16)
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
+    with pytest.raises(ValueError, match="must have one dtype, got torch.float32, torch.bfloat16"):
+        half = torch.zeros(F, D, dtype=torch.bfloat16)
+        adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
     with pytest.raises(ValueError, match="x must be .* of shape"):
         adam_(decoder, encoder, gradients._replace(x=x[:, 1:]), at)
     with pytest.raises(ValueError, match=rf"runs.start must be .* of shape \[{F + 1}\]"):
