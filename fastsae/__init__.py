@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """What is public is imported at its first use: the command line's help needs no torch."""
     public = import_module("fastsae.public")
-    if name in public.__all__:
+    if name == "__all__" or name in public.__all__:
         return getattr(public, name)
     if name in globals():  # a package that `public` imports
         return globals()[name]
