@@ -50,15 +50,15 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be an object, got {values!r}")
     if find := getattr(cls, "named", None):
-        name = values.get("name")
+        name = str(values.get("name"))
         cls, values = find(name), {key: v for key, v in values.items() if key != "name"}
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     values = {RENAMED.get(key, key): value for key, value in values.items()}
-    if values.get("l1_coef") == 0 and values.get("target_l0") and fields["l1_coef"].default is None:
-        values = {**values, "l1_coef": None}  # older files say so where none was given
     for key in values:
         if key not in fields:
             raise ValueError(f"{name} has no setting {key!r}; its settings are {', '.join(fields)}")
+    if values.get("l1_coef") == 0 and values.get("target_l0") and fields["l1_coef"].default is None:
+        values = {**values, "l1_coef": None}  # older files say so where none was given
     hints = typing.get_type_hints(cls)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING
@@ -79,7 +79,7 @@ def from_json(hint: Any, value: Any, where: str) -> Any:
         return from_json(hint, value, where)
     if origin is typing.Literal:
         right = value in arguments
-    elif origin is tuple and isinstance(value, list):
+    elif origin is tuple and isinstance(value, list) and fits(arguments, value):
         return tuple(from_json(arguments[0], item, where) for item in value)
     elif hint is float:
         right = isinstance(value, int | float) and not isinstance(value, bool)
@@ -91,3 +91,8 @@ def from_json(hint: Any, value: Any, where: str) -> Any:
         allowed = arguments if origin is typing.Literal else getattr(hint, "__name__", hint)
         raise ValueError(f"{where} must be {allowed}, got {value!r}")
     return Path(str(value)) if hint is Path else value
+
+
+def fits(kinds: tuple[Any, ...], values: list[Any]) -> bool:
+    """Whether a list is as long as a tuple of these types."""
+    return ... in kinds or len(values) == len(kinds)

@@ -46,6 +46,20 @@ def test_what_does_not_fit_is_named(values, message):
         from_dict(Outer, values)
 
 
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (ActivationConfig, {"name": "topk", "l1_coef": 0, "target_l0": 3}, "no setting 'l1_coef'"),
+        (ActivationConfig, {"name": []}, r"activation must be one of .*, got '\[\]'"),
+        (ActivationConfig, {}, "activation must be one of .*, got 'None'"),
+        (TrainConfig, {"optimizer": {"betas": [0.9]}}, r"betas must be tuple.*, got \[0.9\]"),
+    ],
+)
+def test_damaged_settings_are_named(cls, values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(cls, values)
+
+
 def test_old_names_in_saved_settings():
     stored = {"name": "rational", "gate": "jumprelu", "centre": "zero"}
     assert from_dict(ActivationConfig, stored) == RationalConfig(gate="jumprelu", center="zero")
