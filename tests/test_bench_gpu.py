@@ -18,7 +18,7 @@ from bench.problem import SHAPES, Problem
 from bench.record import NO_TIME, Record
 
 ROOT = Path(__file__).parents[1]
-MISSING = "tyro", "beartype", "pynvml", "tqdm", "matplotlib"
+MISSING = "beartype", "pynvml", "tqdm", "matplotlib"
 CPU = torch.device("cpu")
 
 

@@ -18,7 +18,7 @@ from fastsae.cli.train import read_train
 from fastsae.data import HarvestConfig
 from fastsae.device import choose_device
 from fastsae.interop import WRITABLE
-from fastsae.nn import JumpReLUConfig
+from fastsae.nn import JumpReLUConfig, TopKConfig
 from fastsae.nn.activations import CHOICES
 from fastsae.train import RECIPES, TrainConfig
 
@@ -72,6 +72,18 @@ def test_python_m():
     assert done.stdout == command_help("train", []) + "\n"
 
 
+def test_a_star_imports_what_is_public():
+    names: dict[str, object] = {}
+    exec("from fastsae import *", names)
+    assert {"SAE", "TopK", "load", "accelerate"} <= names.keys() and "import_module" not in names
+
+
+def test_without_an_output():
+    command = f"{sys.executable} -m fastsae --help >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_reader_that_has_enough():
     words = ["-m", "fastsae", "train", "--help-all"]
     process = subprocess.Popen(
@@ -97,6 +109,45 @@ def test_flags_override_a_file(tmp_path):
     path.write_text("steps 3")
     with pytest.raises(ValueError, match=r"run.toml is not a TOML file"):
         read_train([f"--config={path}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('name = "jumprelu"', "unknown option --name"),
+        ('"" = 1', "'' is no setting's name"),
+        ("lr = 0.1\n[train]\nlr = 0.2", "'lr' is given twice"),
+        ("lr = [0.1, 0.2]", "lr must be one value, got '0.1 0.2' in the file"),
+        ('steps = [10, "topk"]', "steps must be one value"),
+        ("layer_norm = []", "layer_norm must be true or false"),
+        ('layer_norm = "yes"', "layer_norm must be true or false, got 'yes'"),
+        ("no_layer_norm = true", "unknown option --no-layer-norm"),
+        ("betas = [0.9]", "betas must be 2 values"),
+        ("x = " + "[" * 3000, "is not a TOML file"),
+    ],
+)
+def test_mistakes_in_a_file(text, message, tmp_path):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_sweep(["relu", "--config", str(tmp_path / "run.toml")])
+
+
+def test_positional_words_keep_their_order(tmp_path):
+    (tmp_path / "to.toml").write_text('to = "sae_lens"')
+    path = str(tmp_path / "to.toml")
+    for words in (
+        ["a", "--to", "sparsify", "b"],
+        ["--to", "sparsify", "a", "--config", path, "b"],
+        ["a", "--config", path, "--to", "sparsify", "b"],
+    ):
+        found = filled(Convert, read_words(words), ["source", "out"])
+        assert (found.source, found.out, found.to) == ("a", Path("b"), "sparsify")
+    command = read_sweep(["--k", "4", "topk", "--k", "8", "relu", "--layer-norm", "gated"])
+    assert command.saes == ("topk", "relu", "gated")
+    assert command.config.activation == TopKConfig(k=8)
+    for words in (["topk", "--", "relu"], ["topk", "--config"], ["topk", "--out="]):
+        with pytest.raises(ValueError, match="unexpected argument '--'|needs a value"):
+            read_sweep(words)
 
 
 def test_words_after_an_option_that_takes_fewer():

@@ -15,9 +15,10 @@ def main() -> None:
     """Run a command; an error that its user can fix is one line, with exit code 2."""
     try:
         run(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where the process began with it closed
+            sys.stdout.flush()
     except BrokenPipeError:  # of a reader that has enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as stop:
         if str(stop):

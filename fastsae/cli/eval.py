@@ -7,12 +7,11 @@ from pathlib import Path
 from fastsae.config import to_dict
 from fastsae.data import ActivationShards, Joined
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
-from fastsae.files import read_json, write_json
+from fastsae.files import write_json
 from fastsae.interop import load
-from fastsae.train import stored_config
 
 from .parse import filled, read_words
-from .train import source_of
+from .train import source_of, trained_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,8 @@ def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
     """The data asked for, or what the run was trained on; the held-out part of either."""
     if data is not None:
         source = ActivationShards(data)
-    elif read_json(run / "config.json").get("config") is None:
-        raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
+    elif config := trained_with(run):
+        source = source_of(config)
     else:
-        source = source_of(stored_config(run))
+        raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
     return source.heldout or source

@@ -17,8 +17,14 @@ from fastsae.nn.activations import CHOICES
 from fastsae.train import TrainConfig, recipe
 
 T = TypeVar("T")
-Given = dict[str, list[str]]
-"""The words given for each setting; those of no setting under the empty name."""
+Given = list[tuple[str, list[str]]]
+"""Each setting that is given, in order, with the words up to the next one; first those before any,
+under the empty name. The last of several counts."""
+
+
+class FromFile(list[str]):
+    """Words from a file: all are values of their setting, none a positional argument."""
+
 
 FIELD_NAMES = RENAMED | {
     "dict_size": "d_sae",
@@ -36,31 +42,42 @@ FIELD_NAMES = RENAMED | {
 
 
 def read_words(words: Sequence[str]) -> Given:
-    """The settings that words give, on top of those in the file of --config."""
-    name, given = "", {"": []}
-    for word in words:
-        if word.startswith("--"):
-            option, equals, value = word.removeprefix("--").partition("=")
-            name = option.replace("-", "_")
-            given[name] = [value] if equals else []
-        else:
-            given[name].append(word)
-    if "config" not in given:
-        return given
-    path, *loose = given.pop("config") or [""]
-    given[""] += loose
-    return dict(read_toml(Path(path))) | given
+    """The settings that words give, after those in the file of --config."""
+    given: Given = [("", [])]
+    stored: Given = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            given[-1][1].append(word)
+            continue
+        flag, equals, value = word.removeprefix("--").partition("=")
+        if flag == "config":  # later words continue those before it
+            path = value if equals else next(rest, "")
+            if not path or path.startswith("--"):
+                raise ValueError("--config needs a value")
+            stored = read_toml(Path(path))
+            continue
+        if not flag:
+            raise ValueError(f"unexpected argument {word!r}")
+        given.append((flag.replace("-", "_"), [value] if equals else []))
+    return stored + given
 
 
-def read_toml(path: Path) -> Iterator[tuple[str, list[str]]]:
+def read_toml(path: Path) -> Given:
     """The settings in a TOML file as words, by their names, whatever table they are in."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
-    yield from settings_in(table)
+    found = [*settings_in(table)]
+    names = [name for name, _ in found]
+    for name in names:
+        if not name or names.count(name) > 1:
+            fault = "is given twice" if name else "is no setting's name"
+            raise ValueError(f"{path}: {name!r} {fault}")
+    return found
 
 
 def settings_in(table: dict[str, Any], title: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -69,11 +86,9 @@ def settings_in(table: dict[str, Any], title: str = "") -> Iterator[tuple[str, l
             yield from settings_in(value, key)
         else:
             values = value if isinstance(value, list) else [value]
-            name = title if key == "name" else key  # of an activation, in the table of that title
-            yield (
-                name.replace("-", "_"),
-                [str(v).lower() if isinstance(v, bool) else str(v) for v in values],
-            )
+            name = title if title and key == "name" else key  # [activation] has its name inside
+            words = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+            yield name.replace("-", "_"), FromFile(words)
 
 
 def filled(cls: type[T], given: Given, positional: Sequence[str] = (), **parts: Any) -> T:
@@ -114,15 +129,20 @@ def updated(config: T, values: dict[str, Any]) -> T:
 def typed(given: Given, hints: dict[str, Any], positional: Sequence[str] = ()) -> dict[str, Any]:
     """The values that words stand for; ValueError for an unknown name, or words too many."""
     values, loose = {}, []
-    for name, words in given.items():
+    for name, words in given:
         if not name:
             loose += words
             continue
-        if name.startswith("no_") and hints.get(name[3:]) is bool:
+        stored = isinstance(words, FromFile)
+        if name.startswith("no_") and hints.get(name[3:]) is bool and not stored:
             name, words = name[3:], ["false", *words]
         if name not in hints:
             raise ValueError(unknown(name, hints))
         count = arity(hints[name], words)
+        if stored and (len(words) != count or hints[name] is bool and not count):
+            wanted = "one value" if count == 1 else f"{count} values"
+            wanted = "true or false" if hints[name] is bool else wanted
+            raise ValueError(f"{name} must be {wanted}, got {' '.join(words)!r} in the file")
         values[name] = converted(option(name), hints[name], words[:count])
         loose += words[count:]
     for name in positional:
@@ -178,7 +198,7 @@ def converted(name: str, hint: Any, words: list[str]) -> Any:
         return tuple(converted(name, sizes[0], [word]) for word in words)
     if hint is bool:
         return words != ["false"]
-    if not words:
+    if not words or not words[0]:
         raise ValueError(f"{name} needs a value")
     (kind,) = [k for k in kinds if k is not type(None) and k not in many]
     if typing.get_origin(kind) is Literal:
@@ -196,7 +216,7 @@ def converted(name: str, hint: Any, words: list[str]) -> Any:
 def training_start(given: Given) -> TrainConfig:
     """The config that the recipe and the activation asked for start from."""
     kinds = {"activation": str, "recipe": str, "d_sae": int, "batch_size": int}
-    values = {n: converted(option(n), k, given[n]) for n, k in kinds.items() if n in given}
+    values = {n: converted(option(n), kinds[n], words) for n, words in given if n in kinds}
     config = TrainConfig()
     if "recipe" in values:
         config = recipe(values["recipe"], values.get("d_sae"), values.get("batch_size"))

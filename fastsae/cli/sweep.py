@@ -54,7 +54,7 @@ class SweepCommand:
 def read_sweep(words: Sequence[str]) -> SweepCommand:
     given = read_words(words)
     command = filled(SweepCommand, given, ["saes"], config=training_start(given))
-    if command.resume and (command.saes or given.keys() - {"", "resume", "out"}):
+    if command.resume and (command.saes or dict(given).keys() - {"", "resume", "out"}):
         raise ValueError(
             f"--resume takes the SAEs and settings of {command.out}: give nothing but --out"
         )
@@ -99,10 +99,15 @@ def described(text: str, shared: TrainConfig) -> TrainConfig:
             raise ValueError(f"{text}: {setting!r} must be setting=value")
         if name in NOT_OWN:
             raise ValueError(f"{text}: {name} cannot be set per SAE in a sweep")
+        if name in given:
+            raise ValueError(f"{text}: {name} is given twice")
         given[name] = value.split()
     start = with_activation(shared, activation)
     theirs = {n: v for n, v in given_to_all(shared).items() if hasattr(start.activation, n)}
-    return updated(start, theirs | typed(given, types_in(start)))
+    try:
+        return updated(start, theirs | typed([*given.items()], types_in(start)))
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
 
 
 def given_to_all(shared: TrainConfig) -> dict[str, Any]:

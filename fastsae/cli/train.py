@@ -45,7 +45,7 @@ def read_train(words: Sequence[str]) -> Train:
     if command.recipe is not None:
         raise ValueError(f"--resume takes the settings of {out}: no --recipe")
     start = stored_config(out)
-    if "activation" in given:
+    if "activation" in dict(given):
         start = with_activation(start, command.activation)
     command = filled(Train, given, config=start)
     resumed_config(command.config)
@@ -66,6 +66,13 @@ def source_of(config: TrainConfig) -> ActivationShards | Joined:
     target = () if config.target is None else (config.target,)
     further = [ActivationShards(path) for path in (*target, *config.layers)]
     return Joined(first, *further) if further else first
+
+
+def trained_with(folder: Path) -> TrainConfig | None:
+    """The config of the run in a folder; None where there is another's SAE."""
+    path = folder / "config.json"
+    stored = read_json(path) if path.exists() else None
+    return stored_config(folder) if isinstance(stored, dict) and stored.get("config") else None
 
 
 def run_table(out: Path) -> str:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from fastsae.files import read_json
 from fastsae.interop import load
-from fastsae.train import stored_config
 from fastsae.upgrade import UpgradeConfig, upgrade
 
 from .parse import filled, read_words
-from .train import source_of
+from .train import source_of, trained_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +34,10 @@ def main(words: Sequence[str]) -> None:
     teacher = config.teacher
     sae = load(teacher)
     if config.data is None:
-        if read_json(teacher / "config.json").get("config") is None:
+        trained = trained_with(teacher)
+        if trained is None:
             raise ValueError(f"{teacher} is not a run's folder: say which --data to fine-tune on")
-        config = dataclasses.replace(config, data=stored_config(teacher).data)
+        config = dataclasses.replace(config, data=trained.data)
     upgrade(sae, source_of(config.run()), config, config.resume)
     print(upgrade_table(config.out))
 
