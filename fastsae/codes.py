@@ -71,3 +71,11 @@ def at_latents(
     if indices is None:
         return parameter
     return gather_dot(parameter.new_ones(len(indices), 1), indices, parameter[:, None])
+
+
+def check_k(k: int, d_sae: int | None = None) -> None:
+    """ValueError unless k latents (of d_sae) can be active."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if d_sae is not None and k > d_sae:
+        raise ValueError(f"k must be between 1 and d_sae = {d_sae}, got {k}")

@@ -27,14 +27,14 @@ D_IN, D_OUT, D_SAE, K = 16, 12, 64, 4
 
 
 class Architecture(NamedTuple):
-    """An activation, what is minimized, and what the SAE's ends are."""
+    """An activation, what is minimized, and the SAE's other settings."""
 
     activation: ActivationConfig
     objective: Objective = Objective()
-    ends: dict[str, Any] = {}
+    options: dict[str, Any] = {}
 
     def build(self) -> SAE:
-        return SAE(D_IN, D_SAE, self.activation.build(), **self.ends)
+        return SAE(D_IN, D_SAE, self.activation.build(), **self.options)
 
 
 TOPK, BATCHTOPK = TopKConfig(k=K), BatchTopKConfig(k=K)
@@ -93,21 +93,23 @@ ARCHITECTURES = {
     "matryoshka, rational": Architecture(RATIONAL, Objective(prefixes=PREFIXES)),
     "multi-k": Architecture(TOPK, Objective(multi_k=True)),
     "multi-k, matryoshka": Architecture(ABSTOPK, Objective(multi_k=True, prefixes=PREFIXES)),
-    "transcoder": Architecture(TOPK, ends=TRANSCODER),
-    "jumprelu transcoder": Architecture(JUMPRELU, ends=TRANSCODER),
-    "skip transcoder": Architecture(TOPK, ends=SKIP),
-    "gated skip transcoder": Architecture(GATED, ends=SKIP),
-    "rotation skip transcoder": Architecture(ROTATED_ALL, ends=SKIP),
-    "crosscoder": Architecture(RELU, ends=CROSSCODER),
-    "batchtopk crosscoder": Architecture(BATCHTOPK, ends=CROSSCODER),
-    "gated crosscoder": Architecture(GATED, ends=CROSSCODER),
-    "vsae crosscoder": Architecture(LEARNED, ends=CROSSCODER),
-    "by norm": Architecture(TOPK, ends=BY_NORM),
-    "rotation by norm": Architecture(ROTATED_ALL, ends=BY_NORM),
-    "jumprelu by norm": Architecture(JUMPRELU, ends=BY_NORM),
-    "gated by norm": Architecture(GATED, ends=BY_NORM),
-    "layer norm": Architecture(TOPK, ends=LAYER_NORM),
-    "jumprelu by norm, layer norm": Architecture(JUMPRELU, ends={**BY_NORM, **LAYER_NORM}),
+    "transcoder": Architecture(TOPK, options=TRANSCODER),
+    "jumprelu transcoder": Architecture(JUMPRELU, options=TRANSCODER),
+    "skip transcoder": Architecture(TOPK, options=SKIP),
+    "gated skip transcoder": Architecture(GATED, options=SKIP),
+    "rotation skip transcoder": Architecture(ROTATED_ALL, options=SKIP),
+    "crosscoder": Architecture(RELU, options=CROSSCODER),
+    "batchtopk crosscoder": Architecture(BATCHTOPK, options=CROSSCODER),
+    "gated crosscoder": Architecture(GATED, options=CROSSCODER),
+    "vsae crosscoder": Architecture(LEARNED, options=CROSSCODER),
+    "by norm": Architecture(TOPK, options=BY_NORM),
+    "rotation by norm": Architecture(ROTATED_ALL, options=BY_NORM),
+    "jumprelu by norm": Architecture(JUMPRELU, options=BY_NORM),
+    "gated by norm": Architecture(GATED, options=BY_NORM),
+    "layer norm": Architecture(TOPK, options=LAYER_NORM),
+    "layer norm skip transcoder": Architecture(TOPK, options={**SKIP, **LAYER_NORM}),
+    "layer norm crosscoder": Architecture(BATCHTOPK, options={**CROSSCODER, **LAYER_NORM}),
+    "jumprelu by norm, layer norm": Architecture(JUMPRELU, options={**BY_NORM, **LAYER_NORM}),
     "summed error": Architecture(TOPK, Objective(error="sse")),
     "relu, summed error": Architecture(RELU, Objective(error="sse")),
     "absolute auxk": Architecture(TOPK, Objective(auxk_error="absolute")),
@@ -288,10 +290,10 @@ def seen(sae: SAE, x: Tensor, y: Tensor, noise: Tensor | None) -> Seen:
     return Seen(centered, h - bias, h, V, sae.b_dec, left, noise)
 
 
-def normalized(x: Tensor) -> Tensor:
-    """Each token with a mean of 0 and a deviation of 1."""
-    centered = x - x.mean(1, keepdim=True)
-    return centered / (x.std(1, keepdim=True) + 1e-5)
+def normalized(x: Tensor, layers: int) -> Tensor:
+    """Each token with a mean of 0 and a deviation of 1 in each layer."""
+    parts = x.chunk(layers, dim=1)
+    return torch.cat([(t - t.mean(1)[:, None]) / (t.std(1)[:, None] + 1e-5) for t in parts], 1)
 
 
 def variance(y: Tensor) -> Tensor:
@@ -309,7 +311,8 @@ def dense_loss(
 ) -> Tensor:
     """The whole loss; y is the target, or x again."""
     if sae.layer_norm:
-        x = y = normalized(x)
+        x = normalized(x, sae.layers)
+        y = y if sae.d_out else x
     parts, cfg, N = seen(sae, x, y, noise), sae.activation.cfg, len(x)
     z, penalty = FORMULAS[cfg.name](sae.activation, parts, progress)
 

@@ -23,14 +23,13 @@ SCALE, OUT = 0.25, 3.0
 BY_NORM_TRANSCODER = {**TRANSCODER, "by_norm": True}
 ALL = {
     **ARCHITECTURES,
-    "transcoder by norm": Architecture(TOPK, ends=BY_NORM_TRANSCODER),
-    "jumprelu transcoder by norm": Architecture(JUMPRELU, ends=BY_NORM_TRANSCODER),
-    "jumprelu crosscoder": Architecture(JUMPRELU, ends=ARCHITECTURES["crosscoder"].ends),
-    "relu transcoder": Architecture(RELU, ends=TRANSCODER),
+    "transcoder by norm": Architecture(TOPK, options=BY_NORM_TRANSCODER),
+    "jumprelu transcoder by norm": Architecture(JUMPRELU, options=BY_NORM_TRANSCODER),
+    "jumprelu crosscoder": Architecture(JUMPRELU, options=ARCHITECTURES["crosscoder"].options),
+    "relu transcoder": Architecture(RELU, options=TRANSCODER),
 }
-WITH_LAYERS = [name for name, architecture in ALL.items() if "layers" in architecture.ends]
-ITS_OWN = [name for name, architecture in ALL.items() if "layer_norm" in architecture.ends]
-"""They scale each token themselves."""
+SCALED = {name: a.options for name, a in ALL.items() if "layer_norm" not in a.options}
+"""Those that do not normalize each token themselves."""
 
 
 def trained(name: str) -> tuple[SAE, Tensor]:
@@ -56,7 +55,9 @@ def test_a_loaded_one_is_the_same(name, tmp_path):
     assert again.state_dict().keys() == sae.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n not in (*WITH_LAYERS, *ITS_OWN)])
+@pytest.mark.parametrize(
+    "name", [name for name, options in SCALED.items() if "layers" not in options]
+)
 def test_a_folded_scale(name):
     sae, x = trained(name)
     sae, x = sae.double(), x.double()
@@ -69,7 +70,7 @@ def test_a_folded_scale(name):
     torch.testing.assert_close(got, codes / SCALE)
 
 
-@pytest.mark.parametrize("name", WITH_LAYERS)
+@pytest.mark.parametrize("name", [name for name, options in SCALED.items() if "layers" in options])
 def test_folded_scales_of_layers(name):
     sae, x = trained(name)
     sae, x = sae.double(), x.double()
@@ -78,6 +79,14 @@ def test_folded_scales_of_layers(name):
     sae.fold_columns_(factors)
     torch.testing.assert_close(sae.encode(x).to_dense(), codes)
     torch.testing.assert_close(sae(x), recon)
+
+
+def test_a_folded_scale_of_normalized_inputs_is_that_of_the_target():
+    sae, x = trained("layer norm skip transcoder")
+    recon, codes = sae.double()(x.double()) / OUT, sae.encode(x.double()).to_dense()
+    sae.fold_scale_(SCALE, OUT)
+    torch.testing.assert_close(sae(x.double()), recon)
+    assert torch.equal(sae.encode(x.double()).to_dense(), codes)
 
 
 def test_a_folded_scale_leaves_the_noise_of_a_learned_variance():

@@ -126,8 +126,6 @@ def free(**settings: Any) -> Optimizer:
 RUNS: list[tuple[dict[str, Any], str]] = [
     ({"skip": True}, "skip has no effect without a target"),
     ({"target": Y, "layers": (X,)}, "either a target .* or layers .*, got both"),
-    ({"layer_norm": True, "target": Y}, "layer_norm is an autoencoder's"),
-    ({"layer_norm": True, "layers": (Y,)}, "layer_norm is an autoencoder's"),
     ({"by_norm": True}, 'by_norm has no effect with constraint "unit"'),
     ({"by_norm": True, "layers": (Y,)}, "by_norm has no effect with layers"),
     ({"by_norm": True, "layers": (Y,), "optimizer": free()}, "by_norm has no effect with layers"),

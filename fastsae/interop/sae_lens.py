@@ -54,6 +54,9 @@ def read(config: Config, tensors: Tensors) -> SAE:
     activation, state = activation_of(kind, d_sae, config, tensors)
     if kind == "gated" and not centered:  # the magnitudes have a bias of their own
         state["b_mag"] = state["b_mag"] + state["r_mag"].exp() * (W_enc @ b_dec)
+    layer_norm = config.values.get("normalize_activations") == "layer_norm"
+    if transcoder and layer_norm:
+        raise ValueError(f"{config.path}: a transcoder with layer_norm is not supported")
     by_norm = "topk" in kind and config.take("rescale_acts_by_decoder_norm", bool, False)
     sae = build_sae(
         activation,
@@ -65,7 +68,7 @@ def read(config: Config, tensors: Tensors) -> SAE:
         transcoder=transcoder,
         W_skip=tensors.take("W_skip", d_out, d_in) if "skip" in architecture else None,
         by_norm=by_norm,
-        layer_norm=config.values.get("normalize_activations") == "layer_norm",
+        layer_norm=layer_norm,
         activation_state=state,
     )
     dtype = config.take("dtype", str, "float32").removeprefix("torch.")
@@ -118,6 +121,8 @@ def update(config: Config) -> None:
 def write(sae: SAE, **metadata: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sae = exportable(sae, "SAELens", layer_norm=True)
     if sae.d_out is not None:
+        if sae.layer_norm:
+            raise ValueError("SAELens does not support transcoders with layer_norm")
         rule = require_rule(sae, "a SAELens transcoder", "relu", "jumprelu", "batchtopk")
     else:
         rule = require_rule(

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 
 from fastsae.codes import Codes
 
+Inputs = Float[Tensor, "N d_in"]
+"""Tokens as the encoder sees them: in an autoencoder, less b_dec."""
+Targets = Float[Tensor, "N d_out"]
+"""What is to be reconstructed."""
+Penalized = tuple[Codes, Float[Tensor, ""]]
+"""Codes in training, and their penalty."""
+
 
 class Weights(NamedTuple):
     """The parameters of an SAE as an activation sees them."""
@@ -94,7 +101,7 @@ class Activation(nn.Module, ABC):
         """Make parameters for a dictionary of d_sae latents; ValueError if it is too small."""
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+    def encode(self, x: Inputs, weights: Weights) -> Codes:
         """The codes of centered inputs with pre-activations h = x W_enc^T + b_enc."""
 
     def reconstruct(
@@ -104,14 +111,8 @@ class Activation(nn.Module, ABC):
         codes = self.encode(x, weights)
         return weights.decode(codes), codes
 
-    def penalized(
-        self,
-        x: Float[Tensor, "N d_in"],
-        target: Float[Tensor, "N d_out"],
-        weights: Weights,
-        progress: float,
-    ) -> tuple[Codes, Float[Tensor, ""]]:
-        """Codes in training and the penalty, which is averaged over tokens and in units of a
+    def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
+        """Codes in training, and the penalty, which is averaged over tokens and in units of a
         token's squared error. `progress` is the fraction of training that is done."""
         return self.encode(x, weights), x.new_zeros(())
 
@@ -129,18 +130,6 @@ class Activation(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.cfg).items())
-
-
-def check_least_k(k: int) -> None:
-    """ValueError if no latent could be active."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-
-
-def check_k(k: int, d_sae: int) -> None:
-    """ValueError if k latents of d_sae cannot be active."""
-    if k > d_sae:
-        raise ValueError(f"k must be between 1 and d_sae = {d_sae}, got {k}")
 
 
 def warmed(progress: float, warmup: float) -> float:

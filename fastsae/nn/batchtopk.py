@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastsae.codes import Codes
+from fastsae.codes import Codes, check_k
 from fastsae.config import check_choices
 from fastsae_kernels import By, encode_topk_batch
 
-from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
+from .activation import Activation, ActivationConfig, Inputs, Weights
 from .sparse_pre import SparsePre
 
 UNSET = -1.0
@@ -43,7 +43,7 @@ class BatchTopKConfig(ActivationConfig):
     """Momentum of the running estimate of the inference threshold."""
 
     def __post_init__(self):
-        check_least_k(self.k)
+        check_k(self.k)
         check_choices(self, by=By)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
@@ -68,7 +68,7 @@ class BatchTopK(Activation, config=BatchTopKConfig):
     def build(self, d_in: int, d_sae: int) -> None:
         check_k(self.cfg.k, d_sae)
 
-    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+    def encode(self, x: Inputs, weights: Weights) -> Codes:
         encoder, threshold = weights[:2], float(self.threshold)
         if not self.training and threshold >= 0:
             found = SparsePre.above(x, *encoder, threshold, self.cfg.by)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastsae.codes import Codes
 
-from .activation import Activation, Weights, warmed
+from .activation import Activation, Inputs, Penalized, Targets, Weights, warmed
 from .penalty import Coefficient, L1Config
 from .sparse_pre import SparsePre
 
@@ -44,7 +44,7 @@ class Gated(Activation, config=GatedConfig):
     def activation_threshold(self) -> float:
         return 0.0
 
-    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+    def encode(self, x: Inputs, weights: Weights) -> Codes:
         open_gates = SparsePre.above(x, weights.W_enc, weights.b_enc, 0.0)
         return self.magnitudes(open_gates, weights.b_enc)
 
@@ -53,13 +53,7 @@ class Gated(Activation, config=GatedConfig):
         r, b, bias = (open_gates.pick(p) for p in (self.r_mag, self.b_mag, b_enc))
         return open_gates.codes((r.exp() * (open_gates.pre - bias) + b).relu())
 
-    def penalized(
-        self,
-        x: Float[Tensor, "N d_in"],
-        target: Float[Tensor, "N d_out"],
-        weights: Weights,
-        progress: float,
-    ) -> tuple[Codes, Float[Tensor, ""]]:
+    def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
         W_enc, b_enc, W_dec, b_dec = weights
         open_gates = SparsePre.above(x, W_enc, b_enc, 0.0)
         codes = self.magnitudes(open_gates, b_enc)

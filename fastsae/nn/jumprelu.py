@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastsae.codes import Codes
 from fastsae_kernels import jumprelu, jumprelu_l0
 
-from .activation import Activation, ActivationConfig, Weights, warmed
+from .activation import Activation, ActivationConfig, Inputs, Penalized, Targets, Weights, warmed
 from .penalty import check_penalty, check_warmup, target_of
 from .sparse_pre import SparsePre
 
@@ -68,7 +68,7 @@ class JumpReLU(Activation, config=JumpReLUConfig):
     def activation_threshold(self) -> Float[Tensor, " d_sae"]:
         return self.threshold.clamp(min=0)  # an average over steps can be below
 
-    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+    def encode(self, x: Inputs, weights: Weights) -> Codes:
         found, pre, threshold = self.found(x, weights, torch.is_grad_enabled())
         return self.codes(found, pre, threshold)
 
@@ -83,13 +83,7 @@ class JumpReLU(Activation, config=JumpReLUConfig):
     def codes(self, found: SparsePre, pre: Tensor, threshold: Tensor) -> Codes:
         return jumprelu_codes(found, pre, threshold, self.cfg.bandwidth)
 
-    def penalized(
-        self,
-        x: Float[Tensor, "N d_in"],
-        target: Float[Tensor, "N d_out"],
-        weights: Weights,
-        progress: float,
-    ) -> tuple[Codes, Float[Tensor, ""]]:
+    def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
         found, pre, threshold = self.found(x, weights, True)
         codes = self.codes(found, pre, threshold)
         l0 = jumprelu_l0(pre, threshold, self.cfg.bandwidth).sum() / max(len(x), 1)

@@ -5,10 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastsae.codes import Codes
+from fastsae.codes import Codes, check_k
 from fastsae_kernels import By, check_by, encode_topk
-
-from .activation import check_k
 
 
 class TopKLinear(nn.Module):

@@ -27,11 +27,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from fastsae.codes import Codes
+from fastsae.codes import Codes, check_k
 from fastsae.config import check_choices
 from fastsae_kernels import encode_topk, rational, topk
 
-from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
+from .activation import Activation, ActivationConfig, Inputs, Penalized, Targets, Weights
 from .penalty import Coefficient, check_penalty
 from .rational_fit import DEFAULT_DEGREE, JUMP, RationalFit, initial_coefficients
 from .sparse_pre import SparsePre
@@ -85,7 +85,7 @@ class RationalConfig(ActivationConfig):
         if self.k is not None and self.gate != "topk":
             raise ValueError(f'k = {self.k} has no effect with the gate "{self.gate}"')
         if self.k is not None:
-            check_least_k(self.k)
+            check_k(self.k)
         degree = self.degree or (0, 1)
         if len(degree) != 2 or degree[0] < 0 or degree[1] < 1:
             raise ValueError(f"degree must be two numbers, (0, 1) or more, got {self.degree}")
@@ -206,7 +206,7 @@ class Rational(Activation, config=RationalConfig):
             return found, 0.0
         return found, found.pick(threshold)
 
-    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+    def encode(self, x: Inputs, weights: Weights) -> Codes:
         return self.codes(*self.gated(x, weights))
 
     def codes(self, found: SparsePre, s: Tensor | float) -> Codes:
@@ -214,13 +214,7 @@ class Rational(Activation, config=RationalConfig):
         values = rational(found.pre, *self.coefficients(), s)
         return Codes.every(values) if self.cfg.support == "none" else found.codes(values)
 
-    def penalized(
-        self,
-        x: Float[Tensor, "N d_in"],
-        target: Float[Tensor, "N d_out"],
-        weights: Weights,
-        progress: float,
-    ) -> tuple[Codes, Float[Tensor, ""]]:
+    def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
         found, s = self.gated(x, weights)
         codes = self.codes(found, s)
         norm = codes.values.abs().sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 
-from .activation import Activation, Weights, warmed
+from .activation import Activation, Inputs, Penalized, Targets, Weights, warmed
 from .penalty import Coefficient, L1Config
 from .sparse_pre import SparsePre
 
@@ -46,17 +46,11 @@ class ReLU(Activation, config=ReLUConfig):
     def activation_threshold(self) -> float:
         return 0.0
 
-    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+    def encode(self, x: Inputs, weights: Weights) -> Codes:
         found = SparsePre.above(x, weights.W_enc, weights.b_enc, 0.0)
         return found.codes(found.pre)
 
-    def penalized(
-        self,
-        x: Float[Tensor, "N d_in"],
-        target: Float[Tensor, "N d_out"],
-        weights: Weights,
-        progress: float,
-    ) -> tuple[Codes, Float[Tensor, ""]]:
+    def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
         codes = self.encode(x, weights)
         p = 1 - (1 - self.cfg.p_end) * progress
         penalty = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())

@@ -13,11 +13,10 @@ from fastsae.config import to_dict
 from fastsae.files import write_json, write_tensors
 
 from .activation import Activation, Weights
+from .layer_norm import layer_norm as normalized
+from .layer_norm import undo_layer_norm
 
 FORMAT = "fastsae.sae.1"
-
-LAYER_NORM_EPS = 1e-5
-"""What is added to a token's standard deviation, as OpenAI and SAELens do."""
 
 
 class SAE(nn.Module):
@@ -32,9 +31,9 @@ class SAE(nn.Module):
     by_norm: what the activation selects, penalizes and returns is h times the norm of the latent's
     decoder row (with layers, the sum of its norms in each), as if that norm were 1 (the decoder
     divides by it): a latent then counts by what it adds to the output.
-    layer_norm: an autoencoder sees each token less its mean and divided by its standard deviation
-    (over n - 1, plus 1e-5), and its output is multiplied by that deviation and moved by that mean,
-    as in the SAEs of arXiv:2406.04093. It is trained to reconstruct the tokens as it sees them.
+    layer_norm: each token (with layers, in each layer) is normalized to a mean of 0 and a standard
+    deviation of 1, and an autoencoder's output is denormalized, as in the SAEs of arXiv:2406.04093.
+    An autoencoder is trained to reconstruct the normalized tokens.
     """
 
     def __init__(
@@ -53,7 +52,14 @@ class SAE(nn.Module):
         for name, size in {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "layers": layers}.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        check_ends(d_in, d_out, skip, layers, layer_norm)
+        if skip and d_out is None:
+            raise ValueError("skip needs d_out: an autoencoder with one would pass x on unseen")
+        if d_in % layers or (layers > 1 and d_out is not None):
+            raise ValueError(
+                f"layers must divide d_in = {d_in} and d_out be None, got {layers} and {d_out}"
+            )
+        if layer_norm and d_in == layers:
+            raise ValueError(f"layer_norm needs a width of at least 2, got {d_in // layers}")
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out
         self.layers, self.by_norm, self.layer_norm = layers, by_norm, layer_norm
         activation.build(d_in, d_sae)
@@ -67,6 +73,11 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out or d_in))
         self.W_skip = nn.Parameter(torch.zeros(d_out or d_in, d_in)) if skip else None
 
+    @property
+    def denormalizes(self) -> bool:
+        """Whether the output is multiplied by a token's deviation and moved by its mean."""
+        return self.layer_norm and self.d_out is None
+
     def encode(self, x: Float[Tensor, "... d_in"]) -> Codes:
         """The codes of x, its leading dimensions flattened to N tokens.
 
@@ -77,10 +88,7 @@ class SAE(nn.Module):
     def tokens(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
         """x with its leading dimensions flattened, and each token normalized with layer_norm."""
         x = self.flat(x)
-        if not self.layer_norm:
-            return x
-        mean, deviation = moments(x)
-        return (x - mean) / (deviation + LAYER_NORM_EPS)
+        return normalized(x, self.layers) if self.layer_norm else x
 
     def flat(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
         """x with its leading dimensions flattened; ValueError if the last one is not d_in."""
@@ -106,33 +114,27 @@ class SAE(nn.Module):
         return torch.linalg.vector_norm(self.W_dec.unflatten(1, (self.layers, -1)), dim=2)
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Float[Tensor, "N d_out"]:
-        """The reconstruction that codes stand for; with skip and layer_norm, together with x."""
-        recon = self.weights().decode(codes)
-        if self.W_skip is None and not self.layer_norm:
-            return recon
-        if x is None:
-            kind = "an SAE with layer_norm" if self.layer_norm else "a skip transcoder"
-            raise ValueError(f"{kind} decodes codes together with their tokens x")
-        return self.output(recon, self.flat(x))
+        """The output for codes; an autoencoder with layer_norm and a skip transcoder need their x
+        for it."""
+        return self.output(self.weights().decode(codes), x)
 
-    def output(
-        self, recon: Float[Tensor, "N d_out"], x: Float[Tensor, "N d_in"]
-    ) -> Float[Tensor, "N d_out"]:
-        """The output from a reconstruction: undo layer_norm, or add the skip connection."""
-        if self.layer_norm:
-            mean, deviation = moments(x)
-            return recon * deviation + mean
-        return recon + self.skip(x)
+    def output(self, recon: Float[Tensor, "N d_out"], x: Tensor | None) -> Float[Tensor, "N d_out"]:
+        """The output for x from a reconstruction: denormalized, or with the skip connection."""
+        if self.denormalizes:
+            return undo_layer_norm(recon, self.flat(given(x, "layer_norm")), self.layers)
+        if self.W_skip is not None:
+            return recon + self.skip(self.tokens(given(x, "a skip connection")))
+        return recon
 
-    def skip(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_out"] | float:
+    def skip(self, tokens: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_out"] | float:
         """The skip connection's part of the output."""
-        return 0.0 if self.W_skip is None else linear(x, self.W_skip)
+        return 0.0 if self.W_skip is None else linear(tokens, self.W_skip)
 
     def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "N d_out"], Codes]:
         """The output for x with the codes it was decoded from, in one differentiable op."""
         seen = self.center(self.tokens(x))
         recon, codes = self.activation.reconstruct(seen, self.weights())
-        return self.output(recon, self.flat(x)), codes
+        return self.output(recon, x), codes
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         recon, _ = self.reconstruct(x)
@@ -143,12 +145,12 @@ class SAE(nn.Module):
         """Turn an SAE of scale * x into one of x, whose codes are 1 / scale as large.
 
         A transcoder's output was out * y and becomes y; else `out` is the same scale. A transcoder
-        by_norm becomes one that is not. With layer_norm nothing changes, codes neither: each token
-        is divided by its own deviation, and the 1e-5 in it is not scaled.
+        by_norm becomes one that is not. With layer_norm the scale of x changes nothing, codes
+        neither: each token is divided by its own deviation, and the 1e-5 in it is not scaled.
         """
-        if self.layer_norm:
-            return self
         out = scale if out is None else out
+        scale = 1.0 if self.layer_norm else scale
+        out = scale if self.d_out is None else out
         if out != scale:
             self.fold_decoder_norms_()
         self.b_enc.div_(scale)
@@ -196,10 +198,10 @@ class SAE(nn.Module):
 
     def shape(self) -> dict[str, Any]:
         """The constructor's arguments, without the activation."""
-        ends = {"d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.d_out}
+        sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.d_out}
         skip = self.W_skip is not None
         kept = {"layers": self.layers, "by_norm": self.by_norm, "layer_norm": self.layer_norm}
-        return {**ends, "skip": skip, **kept}
+        return {**sizes, "skip": skip, **kept}
 
     def extra_repr(self) -> str:
         shown = {"d_in": self.d_in, "d_sae": self.d_sae}
@@ -207,23 +209,8 @@ class SAE(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in (shown | special).items())
 
 
-def check_ends(d_in: int, d_out: int | None, skip: bool, layers: int, layer_norm: bool) -> None:
-    """ValueError for options that cannot be combined."""
-    if skip and d_out is None:
-        raise ValueError("skip needs d_out: an autoencoder with one would pass x on unseen")
-    if d_in % layers or (layers > 1 and d_out is not None):
-        raise ValueError(
-            f"layers must divide d_in = {d_in} and d_out be None, got {layers} and {d_out}"
-        )
-    if layer_norm and (d_out is not None or layers > 1 or d_in < 2):
-        raise ValueError(
-            "layer_norm needs an autoencoder with one layer and a d_in of at least 2, "
-            f"got d_out = {d_out}, layers = {layers} and d_in = {d_in}"
-        )
-
-
-def moments(x: Float[Tensor, "N d_in"]) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N 1"]]:
-    """The mean of each token's entries and their standard deviation, also of no tokens at all."""
-    mean = x.mean(1, keepdim=True)
-    norm = torch.linalg.vector_norm(x - mean, dim=1, keepdim=True)
-    return mean, norm / (x.shape[1] - 1) ** 0.5
+def given(x: Tensor | None, needed_by: str) -> Tensor:
+    """ValueError if the tokens that codes belong to are missing."""
+    if x is None:
+        raise ValueError(f"an SAE with {needed_by} decodes codes together with their tokens x")
+    return x

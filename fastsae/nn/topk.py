@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from fastsae.codes import Codes
+from fastsae.codes import Codes, check_k
 from fastsae.config import check_choices
 from fastsae_kernels import By, Shadow, encode_decode, encode_topk
 
-from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k
+from .activation import Activation, ActivationConfig, Weights
 
 Gradient = Literal["straight_through", "rotation"]
 Rotation = Literal["support", "dense"]
@@ -44,7 +44,7 @@ class TopKConfig(ActivationConfig):
     of them (dense)."""
 
     def __post_init__(self):
-        check_least_k(self.k)
+        check_k(self.k)
         check_choices(self, by=By, gradient=Gradient)
         if self.rotation not in (None, *get_args(Rotation)):
             raise ValueError(f"rotation must be one of {get_args(Rotation)}, got {self.rotation!r}")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from fastsae.codes import Codes
+from fastsae.codes import Codes, check_k
 from fastsae.config import check_choices
 from fastsae_kernels import encode_topk, rows_at_a_time, topk_indices
 
-from .activation import Activation, ActivationConfig, Weights, check_k, check_least_k, warmed
+from .activation import Activation, ActivationConfig, Inputs, Penalized, Targets, Weights, warmed
 from .penalty import check_warmup
 
 Variance = Literal["none", "fixed", "learned"]
@@ -48,7 +48,7 @@ class VariationalConfig(ActivationConfig):
     """Fraction of training over which the sparsity coefficient warms up."""
 
     def __post_init__(self):
-        check_least_k(self.k)
+        check_k(self.k)
         check_choices(self, variance=Variance)
         if not self.beta >= 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
@@ -66,16 +66,10 @@ class Variational(Activation, config=VariationalConfig):
             self.W_variance = nn.Parameter(torch.zeros(d_sae, d_in))
             self.b_variance = nn.Parameter(torch.full((d_sae,), -2.0))
 
-    def encode(self, x: Float[Tensor, "N d_in"], weights: Weights) -> Codes:
+    def encode(self, x: Inputs, weights: Weights) -> Codes:
         return Codes(*encode_topk(x, *weights[:2], self.cfg.k), len(weights.W_enc))
 
-    def penalized(
-        self,
-        x: Float[Tensor, "N d_in"],
-        target: Float[Tensor, "N d_out"],
-        weights: Weights,
-        progress: float,
-    ) -> tuple[Codes, Float[Tensor, ""]]:
+    def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
         kl, parts = x.new_zeros(()), []
         for rows in x.split(rows_at_a_time(x, weights.W_enc.shape[0])):
             seed = int(torch.randint(2**62, ()))  # of torch's CPU generator, on any device

@@ -44,15 +44,15 @@ def _plot(out: Path, found: dict[str, dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    curves, ends = figure.subplots(1, 2)
+    curves, results = figure.subplots(1, 2)
     for name, summary in found.items():
         lines = read_lines(out / name / "metrics.jsonl")
         steps, fvu = ([line[key] for line in lines] for key in ("step", "fvu"))
         (drawn,) = curves.plot(steps, fvu, linewidth=1.2, label=name)
-        ends.scatter([summary["l0"]], [summary["fvu"]], color=drawn.get_color(), zorder=3)
+        results.scatter([summary["l0"]], [summary["fvu"]], color=drawn.get_color(), zorder=3)
     curves.set_xlabel("step")
-    ends.set_xlabel("active latents per token, at the end")
-    for axes in (curves, ends):
+    results.set_xlabel("active latents per token, at the end")
+    for axes in (curves, results):
         axes.set_ylabel("fraction of variance unexplained")
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")

@@ -44,8 +44,9 @@ class TrainConfig:
     than unit. Crosscoders always do, with the norms over all layers."""
 
     layer_norm: bool = False
-    """Apply layer norm to each token and train to reconstruct the normalized activations. The saved
-    SAE takes and returns raw activations."""
+    """Apply layer norm to each input token. Autoencoders and crosscoders are trained to reconstruct
+    the normalized activations, transcoders to predict `target` as it is. The saved SAE takes and
+    returns raw activations."""
 
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """Activation."""
@@ -122,8 +123,6 @@ class TrainConfig:
             raise ValueError("give either a target (transcoder) or layers (crosscoder), got both")
         if self.skip and self.target is None:
             raise ValueError("skip has no effect without a target: it is a transcoder's")
-        if self.layer_norm and (self.target is not None or self.layers):
-            raise ValueError("layer_norm is an autoencoder's: give it no target and no layers")
         if self.by_norm and self.layers:
             raise ValueError("by_norm has no effect with layers: a crosscoder always does so")
         if self.by_norm and self.optimizer.constraint == "unit":

@@ -19,9 +19,9 @@ from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
 from fastsae_kernels import WIDEST, balance
 
+from .columns import Columns
 from .config import TrainConfig
 from .curves import plot_curves
-from .ends import Ends
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
@@ -52,14 +52,14 @@ class Trainer:
         self, config: TrainConfig, source: ActivationSource, start_from: SAE | None = None
     ):
         self.config, self.source, self.start_from = config, source, start_from
-        self.ends = Ends.of(config, source)
-        self.plan = Plan.of(config, self.ends.width_out, source.n_tokens)
+        self.columns = Columns.of(config, source)
+        self.plan = Plan.of(config, self.columns.width_out, source.n_tokens)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
         self.captured: CapturedStep | None = None
         if start_from is not None:
             with torch.device("meta"):
-                check_same_form(self.ends.build(config), start_from)
+                check_same_form(self.columns.build(config), start_from)
 
     def fit(self, resume: bool = False) -> SAE:
         """Train to the last step and return the SAE, on the CPU, for activations as they are.
@@ -91,22 +91,22 @@ class Trainer:
 
     def start(self, resume: bool, checkpoint: Path | None) -> TrainState:
         """The initial state, from a sample of the data, or a checkpoint's."""
-        config, ends = self.config, self.ends
+        config, columns = self.config, self.columns
         if resume:
             check_same(config, self.plan, self.source.fingerprint, self.start_from)
-        scales = ends.scales()
-        sample = self.source.sample(SAMPLE_TOKENS, config.seed) * ends.columns(scales)
-        x, target = ends.split(sample)
+        scales = columns.scales()
+        sample = self.source.sample(SAMPLE_TOKENS, config.seed) * columns.factors(scales)
+        x, target = columns.split(sample)
         for name, rows in {"activations": x, "targets": target}.items():
             if rows is not None and not (rows != rows[0]).any():
                 raise ValueError(f"all sampled {name} are identical")
         generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)  # for activations with noise
-        sae = ends.build(config)
+        sae = columns.build(config)
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.start)
         else:
-            given = ends.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
+            given = columns.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
             sae.load_state_dict(given.state_dict())
         sae.to(self.device)
         state = TrainState.fresh(sae, self.optimizer(sae, x), scales)
@@ -125,7 +125,7 @@ class Trainer:
     def captures(self) -> bool:
         """Whether steps without dead latents are replayed as a CUDA graph."""
         wanted = self.config.cuda_graph != "off" and self.config.uncaptured is None
-        return wanted and self.device.type == "cuda" and self.ends.width_out <= WIDEST
+        return wanted and self.device.type == "cuda" and self.columns.width_out <= WIDEST
 
     def optimizer(self, sae: SAE, sample: torch.Tensor) -> Adam:
         """Adam, with the copies of weights in less precision that the plan asks for; those in int8
@@ -151,7 +151,7 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"step {state.step + 1}: {error}") from error
         x = batch.x.to(self.device, non_blocking=True)
-        return batch._replace(x=x.mul_(self.ends.columns(state.scales, self.device)))
+        return batch._replace(x=x.mul_(self.columns.factors(state.scales, self.device)))
 
     def advance(
         self, state: TrainState, batch: Batch, log: Log, start: float, codes: Codes | None = None
@@ -182,7 +182,7 @@ class Trainer:
         state.adam.begin_step(plan.lr * factor)
         if objective.auxk_coef and state.step % plan.dead_every == 0:
             state.find_dead(plan.dead_after)
-        x, target = self.ends.split(batch.x)
+        x, target = self.columns.split(batch.x)
         with tf32_products(plan.encoder_precision == "tf32"):
             if plan.step == "fused":
                 aux = objective.auxk_coef and len(state.dead)
@@ -232,7 +232,7 @@ class Trainer:
         config = self.config
         self.captured = None  # frees the graph's memory
         state.adam.flush()
-        sae = self.ends.fold_(state.sae.cpu().eval(), state.scales)
+        sae = self.columns.fold_(state.sae.cpu().eval(), state.scales)
         sae.save(config.out / "sae")
         exported = self.export(sae)
         data = self.source.heldout or self.source
@@ -256,7 +256,7 @@ class Trainer:
 
     def export(self, sae: SAE) -> str:
         """Also save the SAE for SAELens in sae_lens/: the folder, or why it is not supported."""
-        folder, first = self.config.out / "sae_lens", self.ends.sources[0]
+        folder, first = self.config.out / "sae_lens", self.columns.sources[0]
         about = {}
         if isinstance(first, ActivationShards):
             about = {"model_name": first.model, "hook_name": first.hookpoint}

@@ -122,7 +122,7 @@ def test_an_openai_activation_that_is_not_here(changes, message, tmp_path):
         ({"normalize_activations": "constant_norm_rescale"}, "must be one of none, layer_norm, "),
         (
             {"architecture": "transcoder", "d_out": D_IN, "normalize_activations": "layer_norm"},
-            "layer_norm needs an autoencoder",
+            "a transcoder with layer_norm is not supported",
         ),
     ],
     ids=str,

@@ -46,7 +46,7 @@ def test_rows_of_a_transcoder_have_the_length_too():
 
 
 @pytest.mark.parametrize(
-    "ends", [{}, {"by_norm": True}, {"layers": 2, "by_norm": True}, {"d_out": 5}]
+    "options", [{}, {"by_norm": True}, {"layers": 2, "by_norm": True}, {"d_out": 5}]
 )
 @pytest.mark.parametrize(
     ("activation", "start_l0", "active"),
@@ -60,10 +60,10 @@ def test_rows_of_a_transcoder_have_the_length_too():
         (RationalConfig(gate="jumprelu"), 3.0, 3.0),
     ],
 )
-def test_each_latent_starts_as_often_active_as_the_others(ends, activation, start_l0, active):
+def test_each_latent_starts_as_often_active_as_the_others(options, activation, start_l0, active):
     x = torch.randn(500, 8, dtype=torch.float64) + 1
-    sae = SAE(8, 32, activation.build(), **ends).double()
-    target = x[:, :5] if "d_out" in ends else None
+    sae = SAE(8, 32, activation.build(), **options).double()
+    target = x[:, :5] if "d_out" in options else None
     init_from_data(sae, x, target=target, init=Init(start_l0=start_l0, row_norm=0.5))
     weights, activation_threshold = sae.weights(), sae.activation.activation_threshold
     assert activation_threshold is not None
@@ -100,10 +100,10 @@ def test_starts_that_cannot_be(activation, start_l0, message):
 
 
 @pytest.mark.parametrize("activation", [TopK(4), TopK(4, by="abs"), BatchTopK(4)])
-@pytest.mark.parametrize("ends", [{}, {"by_norm": True}, {"layer_norm": True}, {"layers": 2}])
-def test_no_other_length_of_a_fitted_encoder_reconstructs_better(activation, ends):
+@pytest.mark.parametrize("options", [{}, {"by_norm": True}, {"layer_norm": True}, {"layers": 2}])
+def test_no_other_length_of_a_fitted_encoder_reconstructs_better(activation, options):
     x = 5 * torch.randn(100, 8, dtype=torch.float64) + 3
-    sae = init_from_data(SAE(8, 32, activation, **ends).double(), x)
+    sae = init_from_data(SAE(8, 32, activation, **options).double(), x)
     cosine = torch.nn.functional.cosine_similarity(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
     assert sae.training

@@ -111,7 +111,7 @@ def test_no_graph_of_rows_that_the_kernel_cannot_hold(config, monkeypatch):
     trainer = Trainer(run, ActivationShards(run.data))
     trainer.device = torch.device("cuda")
     assert trainer.captures
-    monkeypatch.setattr("fastsae.train.trainer.WIDEST", trainer.ends.width_out - 1)
+    monkeypatch.setattr("fastsae.train.trainer.WIDEST", trainer.columns.width_out - 1)
     assert not trainer.captures
 
 

@@ -1,8 +1,8 @@
-"""What goes into an SAE and what is to come out: the columns of its data, and their scales.
+"""Which columns of the data are an SAE's inputs and which are its targets, and their scales.
 
 An autoencoder has one source; a transcoder two, its inputs and its targets, side by side; a
-crosscoder one for each layer. Each source is scaled to a mean square of 1 for training, unless the
-SAE itself normalizes each token, and the saved SAE takes and returns activations as they are.
+crosscoder one for each layer. Each source is scaled to a mean square of 1 for training, except
+inputs that the SAE itself normalizes, and the saved SAE takes and returns activations as they are.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from .config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Ends:
-    """The sources of a run, and what they are to its SAE."""
+class Columns:
+    """The sources of a run, side by side, and what they are to its SAE."""
 
     sources: tuple[ActivationSource, ...]
     transcoder: bool
     layer_norm: bool
 
     @classmethod
-    def of(cls, config: TrainConfig, source: ActivationSource) -> "Ends":
+    def of(cls, config: TrainConfig, source: ActivationSource) -> "Columns":
         """ValueError unless the source has the parts that the config speaks of."""
         sources = source.sources if isinstance(source, Joined) else (source,)
         wanted = 2 if config.target is not None else 1 + len(config.layers)
@@ -64,9 +64,12 @@ class Ends:
         squares = [source.mean_square for source in self.sources]
         if not all(0 < square < torch.inf for square in squares):
             raise ValueError(f"activations must have a mean square above 0, got {squares}")
-        return (1.0,) if self.layer_norm else tuple(square**-0.5 for square in squares)
+        scales = tuple(square**-0.5 for square in squares)
+        if not self.layer_norm:
+            return scales
+        return (1.0, scales[1]) if self.transcoder else (1.0,)
 
-    def columns(
+    def factors(
         self, scales: tuple[float, ...], device: torch.device | str = "cpu"
     ) -> Float[Tensor, " D"] | float:
         """The factor of each column of the data, or the one of all."""
@@ -79,6 +82,6 @@ class Ends:
         """Make an SAE that was trained on scaled data one for data as they are."""
         if self.transcoder or len(scales) == 1:
             return sae.fold_scale_(scales[0], scales[-1])
-        factors = self.columns(scales)
+        factors = self.factors(scales)
         assert isinstance(factors, Tensor)
         return sae.fold_columns_(factors)

@@ -54,23 +54,24 @@ def test_every_activation_trains_and_is_saved(name, activations, tmp_path):
     assert torch.equal(again(data.sample(50)), sae.eval()(data.sample(50)))
 
 
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"skip": True}, {"skip": True, "layer_norm": True}])
 @pytest.mark.parametrize("target", ["y", "narrow"])
-def test_a_transcoder_learns_another_activation(folders, tmp_path, target, skip):
+def test_a_transcoder_learns_another_activation(folders, tmp_path, target, settings):
     config = train_config(k=8, target=str(folders[target]), out=str(tmp_path / "run"), **SMALL)
-    config = dataclasses.replace(config, skip=skip)
+    config = dataclasses.replace(config, **settings)
     sae, summary, lines = trained(config, folders["x"], folders[target])
     assert summary["fvu"] < 0.5 * lines[0]["fvu"]
     x, y = (torch.from_numpy(np.load(folders[name])) for name in ("x", target))
     sae = fastsae.load(tmp_path / "run" / "sae")
     fvu = (y - sae(x).detach()).square().sum() / (y - y.mean(0)).square().sum()
     assert float(fvu) == pytest.approx(summary["fvu"], rel=1e-4)
-    assert bool(sae.W_skip is not None and sae.W_skip.detach().any()) == skip
+    assert bool(sae.W_skip is not None and sae.W_skip.detach().any()) == ("skip" in settings)
 
 
-def test_a_crosscoder_codes_layers_together(folders, tmp_path):
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_crosscoder_codes_layers_together(folders, tmp_path, layer_norm):
     config = train_config(k=8, out=str(tmp_path / "run"), **SMALL)
-    config = dataclasses.replace(config, layers=(folders["y"],))
+    config = dataclasses.replace(config, layers=(folders["y"],), layer_norm=layer_norm)
     sae, summary, lines = trained(config, folders["x"], folders["y"])
     assert summary["fvu"] < 0.5 * lines[0]["fvu"]
     assert sae.decoder_norms().shape == (64, 2)
