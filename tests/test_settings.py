@@ -129,7 +129,10 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     ({"by_norm": True}, 'by_norm has no effect with constraint "unit"'),
     ({"by_norm": True, "layers": (Y,)}, "by_norm has no effect with layers"),
     ({"by_norm": True, "layers": (Y,), "optimizer": free()}, "by_norm has no effect with layers"),
-    ({"target": Y, "optimizer": Optimizer(constraint="aligned")}, "a transcoder cannot have it"),
+    (
+        {"target": Y, "optimizer": Optimizer(constraint="aligned")},
+        'constraint "aligned" needs an autoencoder',
+    ),
     ({"d_sae": 16}, "k must be between 1 and d_sae = 16, got 32"),
     ({"d_sae": 16, "activation": BatchTopKConfig()}, "k must be between 1 and d_sae = 16, got 32"),
     ({"d_sae": 16, "activation": VariationalConfig()}, "k must be between 1 and d_sae = 16, got"),
@@ -186,7 +189,7 @@ def test_a_run(settings, message):
 @pytest.mark.parametrize(("settings", "reason"), UNFUSED, ids=str)
 def test_what_the_fused_step_does_not_serve(settings, reason):
     """It goes through autograd by itself, and not at all with what only the fused step has."""
-    assert TrainConfig(**settings).unfused == reason
+    assert TrainConfig(**settings).needs_autograd == reason
     with pytest.raises(ValueError, match=f'{reason} needs the autograd step, got step "fused"'):
         TrainConfig(**settings, step="fused")
     with pytest.raises(ValueError, match=f'"bf16" needs the fused step, got {reason}'):
@@ -198,7 +201,7 @@ def test_what_the_autograd_step_does_not_have(name, value):
     settings: dict[str, Any] = {name: value}
     if name != "encoder_precision":
         settings = {"optimizer": Optimizer(**settings)}
-    assert TrainConfig(**settings, step="fused").unfused is None
+    assert TrainConfig(**settings, step="fused").needs_autograd is None
     with pytest.raises(ValueError, match=f"{name} .*needs the fused step"):
         TrainConfig(**settings, step="autograd")
 
@@ -214,7 +217,7 @@ def test_what_the_autograd_step_does_not_have(name, value):
 )
 def test_what_cannot_be_a_cuda_graph(settings, reason):
     """It is no graph by itself, and an error where one is asked for."""
-    assert TrainConfig(**settings).uncaptured == reason
+    assert TrainConfig(**settings).not_captured == reason
     with pytest.raises(ValueError, match=f'{reason} cannot be captured, got cuda_graph "on"'):
         TrainConfig(**settings, cuda_graph="on")
 
@@ -227,7 +230,7 @@ def test_a_cpu_has_no_cuda_graph():
 
 @pytest.mark.parametrize("name", ["topk", "abstopk", "batchtopk", "batchabstopk"])
 def test_the_fused_step_serves_plain_selections(name):
-    assert TrainConfig(activation=CHOICES[name], step="fused").unfused is None
+    assert TrainConfig(activation=CHOICES[name], step="fused").needs_autograd is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from fastsae.device import check_device
 from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
 
+from .conflicts import CONFLICTS, NEEDS_AUTOGRAD, NOT_CAPTURED, STEP_CONFLICTS, check, first
 from .optim import Optimizer
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8", "int8"]
@@ -119,31 +120,10 @@ class TrainConfig:
         check_device(self.device)
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
-        if self.target is not None and self.layers:
-            raise ValueError("give either a target (transcoder) or layers (crosscoder), got both")
-        if self.skip and self.target is None:
-            raise ValueError("skip has no effect without a target: it is a transcoder's")
-        if self.by_norm and self.layers:
-            raise ValueError("by_norm has no effect with layers: a crosscoder always does so")
-        if self.by_norm and self.optimizer.constraint == "unit":
-            raise ValueError(
-                'by_norm has no effect with constraint "unit", which keeps every norm at 1: '
-                "choose another constraint"
-            )
-        if self.optimizer.constraint == "aligned" and self.target is not None:
-            raise ValueError(
-                'constraint "aligned" is an autoencoder\'s: a transcoder cannot have it'
-            )
-        start, constraint = self.init, self.optimizer.constraint
-        if constraint != "none" and start.row_norm != 1:
-            raise ValueError(
-                f'row_norm = {start.row_norm} needs constraint "none", got "{constraint}"'
-            )
-        if constraint == "aligned" and start.encoder not in (None, "tied"):
-            raise ValueError(f'constraint "aligned" needs a tied encoder, got "{start.encoder}"')
+        check(CONFLICTS, self)
         with torch.device("meta"):
             self.build(2, None if self.target is None else 1)
-        self.check_step()
+        check(STEP_CONFLICTS, self)
 
     @property
     def start(self) -> Init:
@@ -151,49 +131,20 @@ class TrainConfig:
         aligned = self.optimizer.constraint == "aligned"
         return replace(self.init, encoder="tied") if aligned else self.init
 
-    def check_step(self) -> None:
-        """ValueError for a setting that the step cannot have."""
-        if self.step == "fused" and self.unfused:
-            raise ValueError(f'{self.unfused} needs the autograd step, got step "fused"')
-        if self.step == "autograd" or self.unfused:
-            reason = self.unfused or 'step "autograd"'
-            options = self.optimizer.adam_moments, self.optimizer.adam_window
-            fused = {
-                f'encoder_precision "{self.encoder_precision}"': self.encoder_precision
-                in ("bf16", "tf32", "fp8", "int8"),
-                f'adam_moments "{options[0]}"': options[0] != "fp32",
-                f"adam_window = {options[1]}": options[1] > 1,
-            }
-            for name, given in fused.items():
-                if given:
-                    raise ValueError(f"{name} needs the fused step, got {reason}")
-
-        if self.cuda_graph == "on" and self.uncaptured:
-            raise ValueError(f'{self.uncaptured} cannot be captured, got cuda_graph "on"')
+    @property
+    def needs_autograd(self) -> str | None:
+        """What the fused step does not support, if anything."""
+        return first(NEEDS_AUTOGRAD, self)
 
     @property
-    def uncaptured(self) -> str | None:
-        """What keeps a step from being a CUDA graph; None where a GPU is all that it needs."""
-        if self.step == "autograd" or self.unfused:
-            return self.unfused or 'step "autograd"'
-        fixed = isinstance(self.activation, TopKConfig)
-        return None if fixed else f'activation "{self.activation.name}"'
+    def not_fused(self) -> str | None:
+        """Why training takes the autograd step; None if it takes the fused step."""
+        return self.needs_autograd or ('step "autograd"' if self.step == "autograd" else None)
 
     @property
-    def unfused(self) -> str | None:
-        """What keeps the fused step from applying; None where it does."""
-        activation = self.activation.build()
-        reasons = {
-            "a transcoder": self.target is not None,
-            "a crosscoder": bool(self.layers),
-            "by_norm": self.by_norm,
-            'gradient "rotation"': getattr(self.activation, "gradient", None) == "rotation",
-            f'activation "{self.activation.name}"': not activation.supports_fused_step,
-            "prefixes or multi_k": not self.objective.plain,
-            f'constraint "{self.optimizer.constraint}"': self.optimizer.constraint != "unit",
-            "clip": self.optimizer.clip is not None,
-        }
-        return next((name for name, true in reasons.items() if true), None)
+    def not_captured(self) -> str | None:
+        """Why a step cannot be a CUDA graph; None if it needs nothing but a GPU."""
+        return first(NOT_CAPTURED, self)
 
     def build(self, d_in: int, d_out: int | None = None) -> SAE:
         """The SAE to be trained, on activations of width d_in in each layer.

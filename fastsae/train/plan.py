@@ -39,9 +39,7 @@ class Plan:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
         optimizer = config.optimizer
         steps = config.steps or max(600, n_tokens // config.batch_size)
-        step = config.step
-        if step == "auto":
-            step = "autograd" if config.unfused else "fused"
+        step = "autograd" if config.not_fused else "fused"
         device = choose_device(config.device)
         if config.cuda_graph == "on" and device == "cpu":
             raise ValueError('cuda_graph "on" needs a GPU, got device cpu')

@@ -124,7 +124,7 @@ class Trainer:
     @property
     def captures(self) -> bool:
         """Whether steps without dead latents are replayed as a CUDA graph."""
-        wanted = self.config.cuda_graph != "off" and self.config.uncaptured is None
+        wanted = self.config.cuda_graph != "off" and self.config.not_captured is None
         return wanted and self.device.type == "cuda" and self.columns.width_out <= WIDEST
 
     def optimizer(self, sae: SAE, sample: torch.Tensor) -> Adam:

@@ -107,7 +107,7 @@ def test_data_that_does_not_fit_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"layers must have one width, got \[16, 6\]"):
         Trainer(crosscoder, Joined(x, narrow))
     aligned = Optimizer(constraint="aligned")
-    with pytest.raises(ValueError, match="a transcoder cannot have it"):
+    with pytest.raises(ValueError, match='constraint "aligned" needs an autoencoder'):
         TrainConfig(out=tmp_path, target=folders["y"], optimizer=aligned)
 
 

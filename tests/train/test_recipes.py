@@ -162,7 +162,7 @@ def run(sae: SAE, config: TrainConfig, batches: list[Tensor], fused: bool) -> li
 )
 def test_twenty_steps(name, fused):
     config, row = config_of(name), REFERENCES[name]
-    assert (config.unfused is None) == (name in ("openai", "sparsify"))
+    assert (config.needs_autograd is None) == (name in ("openai", "sparsify"))
     sae, _ = initialized(config)
     with torch.no_grad():
         sae.b_enc[RARE] = -2 * sae.W_enc[RARE].norm(dim=1)

@@ -1,0 +1,88 @@
+"""The settings of a run that cannot be combined, as tables."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastsae.nn import TopKConfig
+
+Rules = list[tuple[str, Callable[[Any], Any]]]
+"""What is said of a TrainConfig c, with {c.name} for a setting, and the condition for it."""
+
+CONFLICTS: Rules = [
+    (
+        "give either a target (transcoder) or layers (crosscoder), got both",
+        lambda c: c.target is not None and c.layers,
+    ),
+    ("skip has no effect without a target", lambda c: c.skip and c.target is None),
+    (
+        "by_norm has no effect with layers: crosscoders always use it",
+        lambda c: c.by_norm and c.layers,
+    ),
+    (
+        'by_norm has no effect with constraint "unit", which keeps decoder norms at 1: choose '
+        "another constraint",
+        lambda c: c.by_norm and c.optimizer.constraint == "unit",
+    ),
+    (
+        'constraint "aligned" needs an autoencoder, got a target',
+        lambda c: c.optimizer.constraint == "aligned" and c.target is not None,
+    ),
+    (
+        'constraint "aligned" needs a tied encoder, got "{c.init.encoder}"',
+        lambda c: c.optimizer.constraint == "aligned" and c.init.encoder not in (None, "tied"),
+    ),
+    (
+        'row_norm = {c.init.row_norm} needs constraint "none", got "{c.optimizer.constraint}"',
+        lambda c: c.init.row_norm != 1 and c.optimizer.constraint != "none",
+    ),
+]
+
+STEP_CONFLICTS: Rules = [
+    (
+        '{c.needs_autograd} needs the autograd step, got step "fused"',
+        lambda c: c.step == "fused" and c.needs_autograd,
+    ),
+    (
+        'encoder_precision "{c.encoder_precision}" needs the fused step, got {c.not_fused}',
+        lambda c: c.not_fused and c.encoder_precision not in ("auto", "fp32"),
+    ),
+    (
+        'adam_moments "{c.optimizer.adam_moments}" needs the fused step, got {c.not_fused}',
+        lambda c: c.not_fused and c.optimizer.adam_moments != "fp32",
+    ),
+    (
+        "adam_window = {c.optimizer.adam_window} needs the fused step, got {c.not_fused}",
+        lambda c: c.not_fused and c.optimizer.adam_window > 1,
+    ),
+    (
+        '{c.not_captured} cannot be captured, got cuda_graph "on"',
+        lambda c: c.cuda_graph == "on" and c.not_captured,
+    ),
+]
+
+NEEDS_AUTOGRAD: Rules = [
+    ("a transcoder", lambda c: c.target is not None),
+    ("a crosscoder", lambda c: c.layers),
+    ("by_norm", lambda c: c.by_norm),
+    ('gradient "rotation"', lambda c: getattr(c.activation, "gradient", None) == "rotation"),
+    ('activation "{c.activation.name}"', lambda c: not c.activation.build().supports_fused_step),
+    ("prefixes or multi_k", lambda c: not c.objective.plain),
+    ('constraint "{c.optimizer.constraint}"', lambda c: c.optimizer.constraint != "unit"),
+    ("clip", lambda c: c.optimizer.clip is not None),
+]
+
+NOT_CAPTURED: Rules = [
+    ("{c.not_fused}", lambda c: c.not_fused),
+    ('activation "{c.activation.name}"', lambda c: not isinstance(c.activation, TopKConfig)),
+]
+
+
+def first(rules: Rules, config: Any) -> str | None:
+    """The first that is true of the config, if any is."""
+    return next((text.format(c=config) for text, holds in rules if holds(config)), None)
+
+
+def check(rules: Rules, config: Any) -> None:
+    """ValueError for the first that is true of the config."""
+    if conflict := first(rules, config):
+        raise ValueError(conflict)
