@@ -27,7 +27,7 @@ from fastsae.codes import Codes
 from fastsae.config import check_choices
 from fastsae.nn import SAE, TopK
 from fastsae.nn.activation import Weights
-from fastsae_kernels import buffer_bytes, topk_indices
+from fastsae_kernels import buffer_bytes, nonzero_variance, topk_indices
 
 Error = Literal["fvu", "sse"]
 AuxError = Literal["relative", "absolute"]
@@ -100,7 +100,7 @@ class Objective:
     def unit(self, variance: Float[Tensor, ""], N: int) -> Float[Tensor, ""]:
         """Factor of the summed error of N tokens with this total variance."""
         if self.error == "fvu":
-            return variance.reciprocal()
+            return fraction(torch.ones_like(variance), variance)
         return variance.new_full((), 1 / max(N, 1))
 
     @property
@@ -169,7 +169,7 @@ def training_loss(
         seen = centered.detach(), residual.detach(), objective, sae.activation.signed
         weighted, auxk = AuxK.apply(*rows, *seen)
         loss = loss + weighted
-    parts = own.detach() / variance, auxk, penalty.detach(), codes.l0()
+    parts = fraction(own.detach(), variance), auxk, penalty.detach(), codes.l0()
     return TrainingLoss(loss, *parts, codes)
 
 
@@ -186,8 +186,15 @@ def tokens_and_target(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tenso
 
 
 def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
-    """Summed squared distance of the rows from their mean: the denominator of FVU."""
-    return (x - x.mean(0)).square().sum()
+    """Summed squared distance of the rows from their mean: the denominator of FVU. Equal rows have
+    none, whatever their mean is rounded to."""
+    mean = x.mean(0)
+    return nonzero_variance((x - mean).square().sum(), mean, len(x))
+
+
+def fraction(part: Float[Tensor, ""], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """part / variance, and 0 of a batch without variance: it does not train the reconstruction."""
+    return torch.where(variance == 0, 0.0, part / variance)
 
 
 def wider_codes(
@@ -253,7 +260,7 @@ def auxk_gradients(
     loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(centered.shape[1])
     scale = residual.new_full((), 1 / max(len(residual), 1))
     if objective.auxk_error == "relative":
-        scale = 1 / total_variance(residual)
+        scale = fraction(torch.ones_like(scale), total_variance(residual))
     weight = objective.auxk_coef * min(n_dead / k_aux, 1.0)
     budget = AUX_BYTES if residual.device.type == "cpu" else buffer_bytes(residual.device)
     chunk = max(1, budget // (n_dead * residual.itemsize))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastsae.config import to_dict
 from fastsae.data import ActivationSource
+from fastsae.data.ordinary import MAX_NORM_RATIO
 from fastsae.device import choose_device
 from fastsae.evals import reconstruction
 from fastsae.evals.reconstruction import check_fits
@@ -33,6 +34,7 @@ from fastsae.nn.rational_fit import GAP, RationalFit, calibrate
 from fastsae.nn.relu import ReLU
 from fastsae.nn.topk import TopK
 from fastsae.train import Interrupted, Optimizer, TrainConfig, Trainer
+from fastsae.train.columns import Columns
 from fastsae.train.optim import Constraint
 
 CALIBRATION_TOKENS, CALIBRATION_ENTRIES = 2048, 20_000
@@ -154,14 +156,16 @@ def initial(
 ) -> tuple[SAE, dict[str, Any]]:
     """The teacher with a calibrated rational activation, and what there is to say of it.
 
-    All is done as training sees it: for activations of mean square 1, or each normalized.
+    All is done as training sees it: for standardized activations, or each normalized.
     """
     if teacher.d_out is not None or teacher.layers > 1:
         raise ValueError("only an autoencoder of one layer can be upgraded")
-    scale = 1.0 if teacher.layer_norm else source.mean_square**-0.5
-    scaled = copy.deepcopy(teacher).fold_scale_(1 / scale)
     check_fits(teacher, source)
-    x = source.sample(CALIBRATION_TOKENS, config.seed) * scale
+    columns = Columns((source,), False, teacher.layer_norm)
+    units = columns.standardization(columns.ordinary(MAX_NORM_RATIO))
+    scaled = columns.unfold_(copy.deepcopy(teacher), units)
+    x = units(source.sample(CALIBRATION_TOKENS, config.seed))
+    x = x[units.ordinary(x)]
     l0 = float(scaled.encode(x).l0())
     settings, threshold = gate_of(scaled, l0)
     activation = Rational(config.function(settings))
@@ -180,7 +184,7 @@ def initial(
         "calibration_mse": fit.error,
         "calibration_l0": l0,
     }
-    return sae.fold_scale_(scale), about
+    return columns.fold_(sae, units), about
 
 
 def gate_of(sae: SAE, l0: float) -> tuple[dict[str, Any], Tensor | None]:

@@ -89,6 +89,17 @@ def test_a_folded_scale_of_normalized_inputs_is_that_of_the_target():
     assert torch.equal(sae.encode(x.double()).to_dense(), codes)
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_a_folded_mean(name):
+    sae, x = trained(name)
+    sae, x = sae.double(), x.double()
+    mean, out = torch.full((D_IN,), SCALE).double(), OUT if sae.d_out else SCALE
+    recon, codes = sae(x - mean) + out, sae.encode(x - mean).to_dense()
+    sae.fold_mean_(mean, None if sae.d_out is None else torch.full((sae.d_out,), OUT))
+    torch.testing.assert_close(sae.encode(x).to_dense(), codes)
+    torch.testing.assert_close(sae(x), recon)
+
+
 def test_a_folded_scale_leaves_the_noise_of_a_learned_variance():
     """Relative to the prior, which stays that of the data that it was trained on."""
     sae, x = trained("vsae of learned variance")

@@ -1,11 +1,15 @@
 """training_loss against a dense formula in float64, value and every gradient."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastsae import SAE, AbsTopK, TopK
 from fastsae.losses import Objective, training_loss
+from fastsae.train.optim import Adam
+from fastsae.train.step import autograd_step, fused_step
 
 N, D_IN, D_SAE, K = 48, 24, 96, 6
 ACTIVATIONS = {"topk": TopK(K), "abstopk": AbsTopK(K)}
@@ -140,3 +144,20 @@ def test_only_a_transcoder_takes_a_target():
         training_loss(SAE(4, 8, TopK(2), d_out=4), x)
     with pytest.raises(ValueError, match=message):
         training_loss(SAE(4, 8, TopK(2)), x, target=x)
+
+
+@pytest.mark.parametrize("take", [autograd_step, fused_step])
+@pytest.mark.parametrize("value", [0.0, 0.7, 1e4])
+def test_a_batch_of_equal_rows_trains_nothing_and_counts_as_reconstructed(take, value):
+    """They have no variance, whatever the rounding of their mean."""
+    sae = SAE(D_IN, D_SAE, TopK(K))
+    before = copy.deepcopy(sae.state_dict())
+    adam = Adam(sae)
+    adam.begin_step(1e-2)
+    x = torch.full((1000, D_IN), value)
+    result = take(sae, adam, x, torch.arange(0, D_SAE, 3), Objective(auxk_coef=0.0))
+    assert result.loss == result.fvu == 0
+    for name, weight in sae.state_dict().items():
+        torch.testing.assert_close(weight, before[name])
+    result = take(sae, adam, x, torch.arange(0, D_SAE, 3), Objective())
+    assert result.auxk == 0 and all(weight.isfinite().all() for weight in sae.parameters())

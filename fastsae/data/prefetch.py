@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     cursor: Cursor
     rows: Int64[np.ndarray, " N"]
     """Row numbers in the data."""
+    left_out: Tensor | int = 0
+    """Rows replaced by others in training, because of their norm."""
 
 
 @dataclass

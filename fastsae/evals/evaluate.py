@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastsae.data.joined import Joined
+from fastsae.data.ordinary import MAX_NORM_RATIO
 from fastsae.data.shards import ActivationShards
 from fastsae.device import check_device, choose_device
 from fastsae.nn.sae import SAE
@@ -25,6 +26,10 @@ RECONSTRUCTION: tuple[Row, ...] = (
     ("utilization", "utilization", ".2%", "of latents in effective use: exp(entropy) / d_sae"),
     ("cosine", "cosine", ".4f", "similarity of a token and its reconstruction"),
     ("relative norm", "relative_norm", ".4f", "of a reconstruction and its token"),
+)
+LEFT_OUT: tuple[Row, ...] = (
+    ("left out", "left_out", ",", "tokens of extreme norm, such as attention sinks"),
+    ("FVU of all", "fvu_all", ".4f", "with those tokens"),
 )
 RECOVERED: tuple[Row, ...] = (
     ("recovered", "recovered_zero", ".2%", "of the damage of zero ablation"),
@@ -61,6 +66,10 @@ class EvalConfig:
 
     batch_size: int = 4096
     """Tokens per batch."""
+
+    max_norm_ratio: float | None = MAX_NORM_RATIO
+    """Leave out tokens that are further from the mean than this multiple of the median distance,
+    such as attention sinks; none keeps all."""
 
     windows: int = 128
     """Text windows to run the model on with the SAE spliced in; 0 skips the downstream
@@ -119,7 +128,12 @@ def evaluate(
             progress=progress,
         )
     found = reconstruction(
-        sae, data, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=progress
+        sae,
+        data,
+        max_tokens=config.max_tokens,
+        batch_size=config.batch_size,
+        max_norm_ratio=config.max_norm_ratio,
+        progress=progress,
     )
     parts = data.sources if isinstance(data, Joined) else (data,)
     where = " + ".join(str(getattr(part, "path", part)) for part in parts)
@@ -129,7 +143,8 @@ def evaluate(
 def evaluation_table(result: Evaluation) -> str:
     """The results in aligned columns: name, value, meaning."""
     found, effect = result.reconstruction, result.downstream
-    rows = _rows(found, RECONSTRUCTION) + [
+    left_out = LEFT_OUT if found.left_out else ()
+    rows = _rows(found, RECONSTRUCTION + left_out) + [
         (f"PC retention {rank}", f"{value:.4f}", f"of the {rank} leading principal components")
         for rank, value in found.pc_retention.items()
     ]

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fastsae.codes import Codes
+from fastsae.data.joined import Joined
+from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
 from fastsae.data.prefetch import checked
 from fastsae.data.source import ActivationSource
 from fastsae.nn.sae import SAE
@@ -23,10 +25,16 @@ class Reconstruction:
     """Reconstruction metrics."""
 
     tokens: int
-    """Tokens evaluated."""
+    """Tokens evaluated: the ordinary ones."""
+
+    left_out: int
+    """Tokens left out because of their norm, such as attention sinks."""
 
     fvu: float
     """Fraction of variance unexplained: sum |x - recon|^2 / sum |x - mean(x)|^2."""
+
+    fvu_all: float
+    """The same of all tokens, with those left out."""
 
     mse: float
     """Mean squared error over tokens and coordinates."""
@@ -66,6 +74,7 @@ def reconstruction(
     batch_size: int = 4096,
     device: str | torch.device | None = None,
     pc_ranks: Sequence[int] | None = None,
+    max_norm_ratio: float | None = MAX_NORM_RATIO,
     progress: bool = False,
 ) -> Reconstruction:
     """Reconstruct rows of data and measure the error.
@@ -76,6 +85,8 @@ def reconstruction(
         max_tokens: use only the first rows (default: all).
         pc_ranks: ranks for `pc_retention`, clamped to the output's width; by default 16, 64 and
             half that width.
+        max_norm_ratio: leave out tokens that are further from the mean than this multiple of the
+            median distance, in any of several sources; None keeps all.
 
     Takes one pass over the data. Memory is a batch and two covariances; sums are in float64, so the
     batch size only affects rounding. ValueError for data of another width, without rows, with NaN
@@ -92,14 +103,22 @@ def reconstruction(
         )
     sae = sae.to(device or sae.b_dec.device)
     totals = _Totals(width, sae.d_sae, sae.b_dec.device)
+    sources = data.sources if isinstance(data, Joined) else (data,)
+    ordinary = [Ordinary.of(s.sample(SAMPLE_TOKENS), max_norm_ratio) for s in sources]
+    widths = [source.d_in for source in sources]
     bar = progress_bar("reconstruction", "token", tokens, shown=progress)
     with evaluation_mode(sae), bar:
         for x in _in_order(data, tokens, batch_size):
             x = x.to(sae.b_dec)
-            x, target = (x, x) if sae.d_out is None else x.split([sae.d_in, width], dim=1)
-            codes = sae.encode(x)
-            totals.add(target.double(), sae.decode(codes, x).double(), codes)
+            parts = zip(ordinary, x.split(widths, dim=1), strict=True)
+            kept = torch.stack([one.has(part) for one, part in parts]).all(0)
             bar.update(len(x))
+            for rows, add in ((x[kept], totals.add), (x[~kept], totals.leave_out)):
+                if not len(rows):
+                    continue
+                seen, target = (rows, rows) if sae.d_out is None else rows.split(widths, 1)
+                codes = sae.encode(seen)
+                add(target.double(), sae.decode(codes, seen).double(), codes)
     return totals.summary(ranks)
 
 
@@ -144,6 +163,9 @@ class _Totals:
         self.residuals = _Covariance(d_in, device)
         self.error, self.cosine, self.norm = torch.zeros(3, dtype=torch.float64, device=device)
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.left_out = 0
+        self.outlying = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.outlying_square, self.outlying_error = self.outlying.new_zeros(2)
 
     def add(self, x: Float64[Tensor, "N D"], recon: Float64[Tensor, "N D"], codes: Codes) -> None:
         residual = x - recon
@@ -156,6 +178,24 @@ class _Totals:
         self.norm += torch.where(norm > 0, recon.norm(dim=1) / norm, 1).sum()
         self.fired += _fires(codes)
 
+    def leave_out(
+        self, x: Float64[Tensor, "N D"], recon: Float64[Tensor, "N D"], codes: Codes
+    ) -> None:
+        """Count tokens that are not ordinary: only the FVU of all tokens is told of them."""
+        self.left_out += len(x)
+        self.outlying += x.sum(0)
+        self.outlying_square += x.square().sum()
+        self.outlying_error += (x - recon).square().sum()
+
+    def fvu_all(self, variance: float) -> float:
+        """From the variance of the ordinary tokens, by Steiner's theorem."""
+        n, more = self.tokens, self.left_out
+        own = self.inputs.mean()
+        mean = (n * own + self.outlying) / (n + more)
+        square = n * (variance + (own - mean).square().sum()) + self.outlying_square
+        square += more * mean.square().sum() - 2 * mean @ self.outlying
+        return float((self.error + self.outlying_error) / square)
+
     def summary(self, ranks: Sequence[int]) -> Reconstruction:
         n, cov = self.tokens, self.inputs.value()
         variance = float(cov.trace())
@@ -164,7 +204,9 @@ class _Totals:
             raise ValueError(f"the {n} tokens are all the same: their variance is 0")
         return Reconstruction(
             tokens=n,
+            left_out=self.left_out,
             fvu=float(self.error) / (n * variance),
+            fvu_all=self.fvu_all(variance),
             mse=float(self.error) / (n * len(cov)),
             l0=int(self.fired.sum()) / n,
             dead_fraction=float((self.fired == 0).double().mean()),
@@ -206,6 +248,9 @@ class _Covariance:
         self.tokens += len(x)
         self.sum += x.sum(0)
         self.products.addmm_(x.T, x)
+
+    def mean(self) -> Float64[Tensor, " D"]:
+        return self.shift + self.sum / self.tokens
 
     def value(self) -> Float64[Tensor, "D D"]:
         mean = self.sum / self.tokens

@@ -59,8 +59,8 @@ class Activation(nn.Module, ABC):
     `class Mine(Activation, config=MineConfig)` registers a subclass. It defines `encode`; also
     `penalized` if training has a sparsity penalty, `after_step` if something adapts in training,
     `build` if it has parameters, buffers or checks, `fold_scale_` if those have units
-    (`fold_columns_` if those of inputs), and `activation_threshold` and `target_l0` if its L0 is
-    trained.
+    (`fold_columns_` if those of inputs, `fold_mean_` if some are biases), and
+    `activation_threshold` and `target_l0` if its L0 is trained.
     """
 
     config: ClassVar[type[ActivationConfig]]
@@ -123,6 +123,10 @@ class Activation(nn.Module, ABC):
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:
         """Rescale parameters for inputs divided by `scale`."""
+
+    @torch.no_grad()
+    def fold_mean_(self, mean: Float[Tensor, " d_in"], weights: Weights) -> None:
+        """Move what is added to linear maps of inputs other than b_enc, for inputs plus `mean`."""
 
     @torch.no_grad()
     def fold_columns_(self, factors: Float[Tensor, " d_in"]) -> None:

@@ -70,3 +70,7 @@ class Gated(Activation, config=GatedConfig):
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:
         self.b_mag.div_(scale)
+
+    @torch.no_grad()
+    def fold_mean_(self, mean: Float[Tensor, " d_in"], weights: Weights) -> None:
+        self.b_mag.sub_(self.r_mag.exp() * (weights.W_enc @ mean))

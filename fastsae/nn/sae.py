@@ -163,6 +163,29 @@ class SAE(nn.Module):
         return self
 
     @torch.no_grad()
+    def fold_mean_(
+        self, mean: Float[Tensor, " d_in"], out: Float[Tensor, " d_out"] | None = None
+    ) -> "SAE":
+        """Turn an SAE of x - mean into one of x, with the same codes.
+
+        A transcoder's output was y - out and becomes y. ValueError with layer_norm, which sees x
+        and x - mean differently, unless the mean is 0.
+        """
+        if self.layer_norm and mean.any():
+            raise ValueError("an SAE with layer_norm cannot take on a mean of its inputs")
+        if self.d_out is None:
+            self.b_dec.add_(mean)
+            return self
+        mean = mean.to(self.W_enc)
+        self.b_enc.sub_(self.W_enc @ mean)
+        self.activation.fold_mean_(mean, self.weights())
+        if out is not None:
+            self.b_dec.add_(out)
+        if self.W_skip is not None:
+            self.b_dec.sub_(self.W_skip @ mean)
+        return self
+
+    @torch.no_grad()
     def fold_columns_(self, factors: Float[Tensor, " d_in"]) -> "SAE":
         """Turn an autoencoder of factors * x into one of x, with the same codes, not by_norm.
 

@@ -1,20 +1,22 @@
-"""Which columns of the data are an SAE's inputs and which are its targets, and their scales.
+"""Which columns of the data are an SAE's inputs and which are its targets.
 
 An autoencoder has one source; a transcoder two, its inputs and its targets, side by side; a
-crosscoder one for each layer. Each source is scaled to a mean square of 1 for training, except
-inputs that the SAE itself normalizes, and the saved SAE takes and returns activations as they are.
+crosscoder one for each layer. Each source is standardized for training, except inputs that the SAE
+itself normalizes, and the saved SAE takes and returns activations as they are.
 """
 
+import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.data import ActivationSource, Joined
+from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.nn import SAE
 
 from .config import TrainConfig
+from .standardization import Standardization
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,43 @@ class Columns:
         """The SAE to be trained."""
         return config.build(self.sources[0].d_in, self.width_out if self.transcoder else None)
 
-    def split(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor | None]:
+    def split(self, x: Float[Tensor, "*N D"]) -> tuple[Tensor, Tensor | None]:
         """Rows of data as the SAE's input and, for a transcoder, its target."""
         if self.transcoder:
-            return x[:, : self.width_in], x[:, self.width_in :]
+            return x[..., : self.width_in], x[..., self.width_in :]
         return x, None
 
-    def scales(self) -> tuple[float, ...]:
-        """What each source is multiplied by; ValueError for one that is all zeros."""
-        squares = [source.mean_square for source in self.sources]
-        if not all(0 < square < torch.inf for square in squares):
-            raise ValueError(f"activations must have a mean square above 0, got {squares}")
-        scales = tuple(square**-0.5 for square in squares)
-        if not self.layer_norm:
-            return scales
-        return (1.0, scales[1]) if self.transcoder else (1.0,)
+    def ordinary(self, max_norm_ratio: float | None) -> list[Ordinary]:
+        """The ordinary tokens of each source; ValueError if the tokens of a sample are equal."""
+        samples = [source.sample(SAMPLE_TOKENS) for source in self.sources]
+        for number, sample in enumerate(samples):
+            if not (sample != sample[0]).any():
+                name = "targets" if self.transcoder and number else "activations"
+                raise ValueError(f"all sampled {name} are identical")
+        return [Ordinary.of(sample, max_norm_ratio) for sample in samples]
 
-    def factors(
-        self, scales: tuple[float, ...], device: torch.device | str = "cpu"
-    ) -> Float[Tensor, " D"] | float:
-        """The factor of each column of the data, or the one of all."""
-        if len(scales) == 1:
-            return scales[0]
-        parts = zip(scales, self.sources, strict=True)
-        return torch.cat([torch.full((part.d_in,), s) for s, part in parts]).to(device)
+    def standardization(self, sources: list[Ordinary]) -> Standardization:
+        """What is done to the data before training: nothing to inputs that the SAE normalizes."""
+        units = Standardization.of(sources)
+        if self.layer_norm:
+            n = 1 if self.transcoder else len(sources)
+            units.mean[: self.width_in] = 0
+            units.scales = (1.0,) * n + units.scales[n:]
+            units.limits = (math.inf,) * n + units.limits[n:]
+        return units
 
-    def fold_(self, sae: SAE, scales: tuple[float, ...]) -> SAE:
-        """Make an SAE that was trained on scaled data one for data as they are."""
-        if self.transcoder or len(scales) == 1:
-            return sae.fold_scale_(scales[0], scales[-1])
-        factors = self.factors(scales)
-        assert isinstance(factors, Tensor)
+    def fold_(self, sae: SAE, units: Standardization) -> SAE:
+        """Make an SAE that was trained on standardized data one for data as they are."""
+        return self._fold_mean_(self._fold_scales_(sae, units.factors), units.mean)
+
+    def unfold_(self, sae: SAE, units: Standardization) -> SAE:
+        """Make an SAE for data as they are one for standardized data."""
+        return self._fold_scales_(self._fold_mean_(sae, -units.mean), 1 / units.factors)
+
+    def _fold_scales_(self, sae: SAE, factors: Float[Tensor, " D"]) -> SAE:
+        if self.transcoder or len(self.sources) == 1 or self.layer_norm:
+            return sae.fold_scale_(float(factors[0]), float(factors[-1]))
         return sae.fold_columns_(factors)
+
+    def _fold_mean_(self, sae: SAE, mean: Float[Tensor, " D"]) -> SAE:
+        return sae.fold_mean_(*self.split(mean))

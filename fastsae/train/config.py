@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from fastsae.data.ordinary import MAX_NORM_RATIO
 from fastsae.device import check_device
 from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
@@ -48,6 +49,10 @@ class TrainConfig:
     """Apply layer norm to each input token. Autoencoders and crosscoders are trained to reconstruct
     the normalized activations, transcoders to predict `target` as it is. The saved SAE takes and
     returns raw activations."""
+
+    max_norm_ratio: float | None = MAX_NORM_RATIO
+    """Leave out tokens that are further from the mean than this multiple of the median distance,
+    such as attention sinks, in training and evaluation; none keeps all."""
 
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """Activation."""
@@ -118,6 +123,8 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         check_device(self.device)
+        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
+            raise ValueError(f"max_norm_ratio must be above 1, got {self.max_norm_ratio}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
         check(CONFLICTS, self)

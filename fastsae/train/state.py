@@ -1,16 +1,18 @@
 """Everything a run needs to go on as if it had never stopped."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae.data import Cursor
+from fastsae.data import Batch, Cursor
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE
 
 from .optim import Adam
+from .standardization import Standardization
 
 
 @dataclass
@@ -23,8 +25,10 @@ class TrainState:
     """int64 [d_sae]: tokens seen since each latent was last active."""
     dead: Tensor
     """int64 [n_dead]: the latents that count as dead, rising."""
-    scales: tuple[float, ...]
-    """What activations are multiplied by before training: one for each source."""
+    units: Standardization
+    """What is done to activations before training."""
+    left_out: Tensor
+    """int64 []: tokens left out so far because of their norm."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -36,21 +40,22 @@ class TrainState:
     """Tokens and seconds at the last logged line."""
 
     @classmethod
-    def fresh(cls, sae: SAE, adam: Adam, scales: tuple[float, ...]) -> "TrainState":
+    def fresh(cls, sae: SAE, adam: Adam, units: Standardization) -> "TrainState":
         counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
         sums = torch.zeros(6, device=counters.device)
-        return cls(sae, adam, counters, counters[:0], scales, sums=sums)
+        return cls(sae, adam, counters, counters[:0], units, counters.new_zeros(()), sums=sums)
 
     def find_dead(self, dead_after: int) -> None:
         """Update the set of dead latents; this waits for a GPU."""
         self.dead = (self.tokens_since_fired >= dead_after).nonzero()[:, 0]
 
-    def advance(self, result: TrainingLoss, batch_size: int, cursor: Cursor) -> None:
+    def advance(self, result: TrainingLoss, batch: Batch) -> None:
         """Count a step that has been made."""
         self.step += 1
-        self.tokens += batch_size
-        self.cursor = cursor
-        self.tokens_since_fired += batch_size
+        self.tokens += len(batch.x)
+        self.left_out += batch.left_out
+        self.cursor = batch.cursor
+        self.tokens_since_fired += len(batch.x)
         assert result.fired is not None, "training steps report which latents fired"
         self.tokens_since_fired.masked_fill_(result.fired, 0)
         self.sums += torch.stack([*result[:5], torch.ones_like(result.loss)])
@@ -85,6 +90,9 @@ class TrainState:
                 0, self.dead, True
             ),
             "sums": self.sums,
+            "mean": self.units.mean,
+            "limits": torch.tensor(self.units.limits, dtype=torch.float64),
+            "left_out": self.left_out,
             "rng": torch.get_rng_state(),
         }
 
@@ -94,12 +102,16 @@ class TrainState:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "logged": self.logged,
-            "scales": self.scales,
+            "scales": self.units.scales,
             "cursor": self.cursor._asdict(),
         }
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Take over a checkpoint; ValueError if it is of other shapes."""
+        if "limits" not in tensors:  # of a version that only scaled activations
+            limits = torch.full((len(self.units.limits),), math.inf, dtype=torch.float64)
+            mean = torch.zeros_like(self.units.mean)
+            tensors = tensors | {"mean": mean, "limits": limits, "left_out": self.left_out}
         for name, target in self.tensors().items():
             source = tensors.get(name)
             if source is None or source.shape != target.shape:
@@ -113,5 +125,7 @@ class TrainState:
         self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
         self.adam.restored(meta["step"])
         self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
-        self.scales, self.cursor = tuple(meta["scales"]), Cursor(**meta["cursor"])
+        self.units.scales = tuple(meta["scales"])
+        self.units.limits = tuple(tensors["limits"].tolist())
+        self.cursor = Cursor(**meta["cursor"])
         self.logged = tuple(meta["logged"])

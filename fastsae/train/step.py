@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.codes import Codes
-from fastsae.losses import Objective, TrainingLoss, auxk_gradients, training_loss
+from fastsae.losses import Objective, TrainingLoss, auxk_gradients, fraction, training_loss
 from fastsae.nn import SAE
 from fastsae.nn.activation import Weights
 from fastsae_kernels import RowGradients, center, latent_major, squared_error
@@ -70,7 +70,7 @@ def fused_step(
     indices = codes.latents()
     sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
     unit, total = objective.unit(variance, len(x)), sse.sum()
-    loss, fvu, auxk = total * unit, total / variance, torch.zeros_like(total)
+    loss, fvu, auxk = total * unit, fraction(total, variance), torch.zeros_like(total)
     aux = extra = None
     if dead is not None and len(dead) and objective.auxk_coef:
         slices = W_enc[dead], b_enc[dead], W_dec[dead]

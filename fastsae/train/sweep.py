@@ -30,7 +30,7 @@ from .trainer import Trainer
 
 FORMAT = "fastsae.sweep.1"
 SHARED = (
-    *("data", "target", "layers", "layer_norm", "steps", "batch_size", "device"),
+    *("data", "target", "layers", "layer_norm", "max_norm_ratio", "steps", "batch_size", "device"),
     *("checkpoint_every", "keep_checkpoints", "log_every"),
 )
 

@@ -12,6 +12,7 @@ import fastsae.interop as interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
 from fastsae.codes import Codes
 from fastsae.data import ActivationShards, ActivationSource, Batch, Batches
+from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.device import tf32_products
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
@@ -30,10 +31,10 @@ from .memory import keep_freed_memory
 from .optim import Adam, schedule
 from .plan import Plan, copies_of
 from .run_folder import begin, check_same, claimed_run, latest
+from .standardization import replace_rows
 from .state import TrainState
 from .step import autograd_step, fused_step
 
-SAMPLE_TOKENS = 8192
 EVALUATION_TOKENS = 65536
 
 
@@ -57,6 +58,7 @@ class Trainer:
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
         self.captured: CapturedStep | None = None
+        self.ordinary: list[Ordinary] = []
         if start_from is not None:
             with torch.device("meta"):
                 check_same_form(self.columns.build(config), start_from)
@@ -77,6 +79,7 @@ class Trainer:
             ):
                 resumed = f"; resumed at step {state.step}" if state.step else ""
                 log.say(self.describe(state.sae) + resumed)
+                log.say(self.describe_data())
                 while state.step < self.plan.steps:
                     start = time.perf_counter()
                     self.advance(state, self.load(batches, state), log, start)
@@ -94,22 +97,20 @@ class Trainer:
         config, columns = self.config, self.columns
         if resume:
             check_same(config, self.plan, self.source.fingerprint, self.start_from)
-        scales = columns.scales()
-        sample = self.source.sample(SAMPLE_TOKENS, config.seed) * columns.factors(scales)
-        x, target = columns.split(sample)
-        for name, rows in {"activations": x, "targets": target}.items():
-            if rows is not None and not (rows != rows[0]).any():
-                raise ValueError(f"all sampled {name} are identical")
+        self.ordinary = columns.ordinary(config.max_norm_ratio)
+        units = columns.standardization(self.ordinary)
+        sample = units(self.source.sample(SAMPLE_TOKENS, config.seed))
+        x, target = columns.split(sample[units.ordinary(sample)])
         generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)  # for activations with noise
         sae = columns.build(config)
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.start)
         else:
-            given = columns.fold_(copy.deepcopy(self.start_from), tuple(1 / s for s in scales))
+            given = columns.unfold_(copy.deepcopy(self.start_from), units)
             sae.load_state_dict(given.state_dict())
         sae.to(self.device)
-        state = TrainState.fresh(sae, self.optimizer(sae, x), scales)
+        state = TrainState.fresh(sae, self.optimizer(sae, x), units)
         if not resume:  # last, so that a failed start leaves no files
             begin(config, self.plan, self.source.fingerprint, self.start_from)
             if self.start_from is not None:
@@ -145,13 +146,14 @@ class Trainer:
         return self.source.batches(config.batch_size, seed, state.cursor, pin_memory=pin)
 
     def load(self, batches: Batches, state: TrainState) -> Batch:
-        """The next batch, scaled, on the device."""
+        """The next batch as training sees it, on the device."""
         try:
             batch = next(batches)
         except ValueError as error:
             raise ValueError(f"step {state.step + 1}: {error}") from error
-        x = batch.x.to(self.device, non_blocking=True)
-        return batch._replace(x=x.mul_(self.columns.factors(state.scales, self.device)))
+        x = state.units(batch.x.to(self.device, non_blocking=True))
+        kept = state.units.ordinary(x)
+        return batch._replace(x=replace_rows(x, kept), left_out=(~kept).sum())
 
     def advance(
         self, state: TrainState, batch: Batch, log: Log, start: float, codes: Codes | None = None
@@ -162,7 +164,7 @@ class Trainer:
         """
         config = self.config
         result = self.step(state, batch, codes)
-        state.advance(result, len(batch.x), batch.cursor)
+        state.advance(result, batch)
         if self.device.type == "cpu":
             self.check_finite(state, batch)
         state.seconds += time.perf_counter() - start
@@ -227,25 +229,43 @@ class Trainer:
             f"{plan.encoder_precision} encoder"
         )
 
+    def describe_data(self) -> str:
+        """What the activations are like, in one line."""
+        gamma = ", ".join(f"{part.gamma:.3g}" for part in self.ordinary)
+        share = max(part.share for part in self.ordinary)
+        ratio = self.config.max_norm_ratio
+        left_out = f"; {share:.2%} of tokens left out, beyond {ratio} times the median distance"
+        return f"activations: |mean| / |std| = {gamma}{left_out if share else ''}"
+
     def finish(self, state: TrainState) -> SAE:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
         config = self.config
         self.captured = None  # frees the graph's memory
         state.adam.flush()
-        sae = self.columns.fold_(state.sae.cpu().eval(), state.scales)
+        sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
         sae.save(config.out / "sae")
         exported = self.export(sae)
         data = self.source.heldout or self.source
-        result = reconstruction(sae, data, max_tokens=EVALUATION_TOKENS, device=self.device)
+        result = reconstruction(
+            sae,
+            data,
+            max_tokens=EVALUATION_TOKENS,
+            device=self.device,
+            max_norm_ratio=config.max_norm_ratio,
+        )
         lines = read_lines(config.out / "metrics.jsonl")
         plot_curves(lines, config.out / "curves.png", self.describe(sae))
         summary: dict[str, Any] = {
             "fvu": result.fvu,
+            "fvu_all": result.fvu_all,
             "l0": result.l0,
             "dead_fraction": result.dead_fraction,
             "evaluated_on": "held-out data" if self.source.heldout else "training data",
             "evaluated_tokens": result.tokens,
+            "left_out_of_evaluation": result.left_out,
             "tokens": state.tokens,
+            "left_out_tokens": int(state.left_out),
+            "gamma": [part.gamma for part in self.ordinary],
             "tokens_per_second": state.tokens / state.seconds,
             "seconds": state.seconds,
             "step_path": self.plan.step,

@@ -27,10 +27,18 @@ def center_reference(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 def _center_torch(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wide = x.to(wide_dtype(x))
-    centered = wide - wide.mean(0)
+    mean = wide.mean(0)
+    centered = wide - mean
     # By rows: the norm of a whole tensor loses four digits.
     variance = torch.linalg.vector_norm(centered, dim=1).square().sum()
+    variance = nonzero_variance(variance, mean, len(x))
     return torch.sub(wide, b, out=centered).to(dtype), variance
+
+
+def nonzero_variance(variance: Tensor, mean: Tensor, N: int) -> Tensor:
+    """The total variance of N rows, or 0 if it is no more than what rounding their mean gives."""
+    rounding = N * (4 * torch.finfo(mean.dtype).eps * mean).square().sum()
+    return torch.where(variance <= rounding, 0.0, variance)
 
 
 # --- for training steps ---------------------------------------------------------------------

@@ -50,7 +50,9 @@ def expected(sae: SAE, x: np.ndarray, ranks: list[int]) -> dict:
     kept = np.maximum(0, 1 - np.var((x - recon) @ u, axis=0) / np.var(x @ u, axis=0))[order]
     return {
         "tokens": len(x),
+        "left_out": 0,
         "fvu": ((x - recon) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "fvu_all": ((x - recon) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
         "mse": ((x - recon) ** 2).mean(),
         "l0": (z != 0).sum(1).mean(),
         "dead_fraction": ((z != 0).sum(0) == 0).mean(),
@@ -72,6 +74,22 @@ def test_matches_the_definitions(activation, batch_size, x, data):
     for name in wanted:  # the sae runs in float32, where the batch size changes the rounding
         assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-7), name
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("batch_size", [1, 300])
+def test_tokens_of_extreme_norm_only_count_in_the_fvu_of_all(batch_size, x, tmp_path):
+    """Whole batches of them too."""
+    extreme = np.isin(np.arange(len(x)), [0, 1, 400, 999])
+    x = np.where(extreme[:, None], 1000 * x[:, ::-1], x)
+    np.save(tmp_path / "x.npy", x)
+    sae, data = SAE(D, 70, TopK(4)), ActivationShards(tmp_path / "x.npy")
+    found = to_dict(reconstruction(sae, data, batch_size=batch_size, pc_ranks=[5]))
+    wanted = expected(sae, x[~extreme], [5])
+    wanted |= {"left_out": 4, "fvu_all": expected(sae, x, [5])["fvu"]}
+    for name in wanted:
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-7), name
+    every = reconstruction(sae, data, pc_ranks=[5], max_norm_ratio=None)
+    assert every.left_out == 0 and every.fvu == pytest.approx(wanted["fvu_all"], rel=1e-5)
 
 
 def test_signed_codes_count_as_active(data):

@@ -180,3 +180,5 @@ def test_what_has_no_layer_norm():
         sae.decode(sae.encode(tokens(3)))
     with pytest.raises(ValueError, match="cannot take on factors of single columns"):
         sae.fold_columns_(torch.ones(D_IN))
+    with pytest.raises(ValueError, match="cannot take on a mean of its inputs"):
+        sae.fold_mean_(torch.ones(D_IN))

@@ -8,19 +8,22 @@ stands for one of the roundings, of which a step has about a hundred in a row.
 from dataclasses import dataclass, replace
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from fastsae import SAE, TopK
-from fastsae.data import Cursor
+from fastsae.data import Batch, Cursor
+from fastsae.data.ordinary import Ordinary
 from fastsae.losses import Objective
 from fastsae.nn import Init, TopKConfig, geometric_median, init_from_data
 from fastsae.train import TrainConfig
 from fastsae.train.optim import Adam, Optimizer, align_rows_, clip_, schedule
 from fastsae.train.plan import Plan
 from fastsae.train.recipes import RECIPES, recipe
+from fastsae.train.standardization import Standardization
 from fastsae.train.state import TrainState
 from fastsae.train.step import autograd_step, fused_step
 
@@ -144,14 +147,15 @@ def initialized(config: TrainConfig) -> tuple[SAE, Tensor]:
 
 def run(sae: SAE, config: TrainConfig, batches: list[Tensor], fused: bool) -> list[Tensor]:
     plan = Plan.of(config, D, TOTAL)
-    state = TrainState.fresh(sae, Adam(sae, config.optimizer), (1.0,))
+    units = Standardization.of([Ordinary.of(batches[0].float(), None)])  # not applied here
+    state = TrainState.fresh(sae, Adam(sae, config.optimizer), units)
     for step, x in zip(STEPS, batches, strict=True):
         factor = schedule(step, TOTAL, plan.warmup, config.optimizer.decay)
         state.adam.begin_step(plan.lr * factor)
         state.find_dead(DEAD_STEPS * N)
         take = fused_step if fused else autograd_step
         result = take(sae, state.adam, x, state.dead, config.objective)
-        state.advance(result, N, Cursor())
+        state.advance(result, Batch(x.float(), Cursor(), np.arange(N)))
     state.adam.flush()
     return weights_of(sae)
 

@@ -1,0 +1,60 @@
+"""Where the ordinary tokens of a source lie, whatever a few extreme ones are like.
+
+Transformers give a few tokens, mostly the first of a text, a norm hundreds of times that of the
+others (attention sinks, arXiv:2309.17453). Those would dominate a mean, a mean square and an FVU.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+SAMPLE_TOKENS = 8192
+"""Tokens from which the ordinary ones are found."""
+
+MAX_NORM_RATIO = 10.0
+"""By default, ordinary tokens are at most this many times as far from the mean as the median."""
+
+
+class Ordinary(NamedTuple):
+    """Mean and spread of the ordinary tokens: those that are near the mean, measured by the median
+    distance from it."""
+
+    mean: Float[Tensor, " D"]
+    spread: float
+    """Root mean square distance of the ordinary tokens from their mean."""
+    limit: float
+    """The largest distance of an ordinary token; infinite if all tokens are."""
+    share: float
+    """Fraction of the sample that is not ordinary."""
+
+    @classmethod
+    def of(cls, sample: Float[Tensor, "N D"], max_norm_ratio: float | None) -> "Ordinary":
+        """From a sample of tokens."""
+        ratio = math.inf if max_norm_ratio is None else max_norm_ratio
+        ordinary, _ = near(sample, sample.median(0).values, ratio)
+        mean = sample[ordinary].double().mean(0).to(sample)
+        ordinary, limit = near(sample, mean, ratio)
+        distance = torch.linalg.vector_norm(sample[ordinary] - mean, dim=1)
+        spread = float(distance.double().square().mean().sqrt())
+        return cls(mean, spread, limit, 1 - float(ordinary.double().mean()))
+
+    def has(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
+        """Which tokens are ordinary."""
+        return torch.linalg.vector_norm(x - self.mean.to(x), dim=1) <= self.limit
+
+    @property
+    def gamma(self) -> float:
+        """|mean| / |std|: where it is large, latents die (arXiv:2605.31518)."""
+        return float(self.mean.double().norm()) / self.spread
+
+
+def near(
+    sample: Float[Tensor, "N D"], center: Float[Tensor, " D"], ratio: float
+) -> tuple[Bool[Tensor, " N"], float]:
+    """Which tokens are within `ratio` times the median distance from the center, and that limit."""
+    distance = torch.linalg.vector_norm(sample - center, dim=1)
+    limit = ratio * (float(distance.median()) or math.inf)
+    return distance <= limit, limit
