@@ -97,7 +97,7 @@ def test_a_bad_row_is_named(shards: ActivationShards, value: float):
     ):
         list(islice(batches, N))
     assert not batch_threads()
-    with pytest.raises(ValueError, match="row 17"):  # and it goes on being raised
+    with pytest.raises(ValueError, match="row 17"):  # it is raised again
         next(batches)
 
 

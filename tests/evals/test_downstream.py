@@ -26,7 +26,7 @@ def constant(row: torch.Tensor) -> SAE:
 
 
 def by_hand(sae, data, module_of, judge) -> list:
-    """What judge says of each window, read alone, without padding."""
+    """What judge returns for each window, run alone and without padding."""
     model = load_model(data.model)
     found = []
     for batch in stored_batches(data, load_tokenizer(data.model), None, 1):

@@ -1,4 +1,4 @@
-"""Probes on planted labels, on labels of nothing, and on what text says of its tokens."""
+"""Probes on planted labels, on random labels, and on labels derived from text."""
 
 import json
 import textwrap
@@ -157,7 +157,7 @@ def test_labels_of_text(bert: Path, tmp_path: Path):
 
 
 def test_text_of_code(minilm: Path, tmp_path: Path):
-    """Real activations say much of their token, as do joined ones."""
+    """Real activations predict properties of their token; so do joined ones."""
     source = Path(textwrap.__file__).read_text()
     data = code_data(minilm, tmp_path, source, Path(json.decoder.__file__).read_text())
     sae = init_from_data(SAE(384, 512, TopK(16)), data.sample(1000))

@@ -1,4 +1,4 @@
-"""Dense tensors with codes behind them, against plain dense autograd."""
+"""Dense tensors with codes attached, against plain dense autograd."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ from .conftest import Stop, StoppingShards, train_config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 SMALL = {"d_sae": 64, "k": 4, "batch_size": 200, "lr": 3e-3, "log_every": 5}
-REVIVING = {"d_sae": 512, "dead_after": 400}  # so many latents that some are dead, and aux-k runs
+REVIVING = {"d_sae": 512, "dead_after": 400}  # enough latents that some are dead and aux-k runs
 
 
 @pytest.fixture
