@@ -158,8 +158,7 @@ def test_labels_of_text(bert: Path, tmp_path: Path):
 
 def test_text_of_code(minilm: Path, tmp_path: Path):
     """Real activations predict properties of their token; so do joined ones."""
-    source = Path(textwrap.__file__).read_text()
-    data = code_data(minilm, tmp_path, source, Path(json.decoder.__file__).read_text())
+    data = code_data(minilm, tmp_path, Path(textwrap.__file__).read_text())
     sae = init_from_data(SAE(384, 512, TopK(16)), data.sample(1000))
     found = sparse_probing(sae, data, max_tokens=4000)
     assert {"keyword", "punctuation", "prose", "late"} <= found.label_accuracy.keys()
