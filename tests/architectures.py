@@ -1,7 +1,7 @@
 """Every architecture, as settings, and METHODS' formula of its loss with every tensor written out.
 
 Only autograd differentiates the formula; where METHODS gives a derivative that autograd cannot
-find (JumpReLU, the rotation), it is written beside the formula.
+find (JumpReLU, the rotation), it is written next to the formula.
 Shapes: N tokens, F latents, D and D_out widths of the input and of the output.
 """
 
@@ -198,8 +198,8 @@ def batchtopk(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Ten
 def jumprelu(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
     cfg, threshold = activation.cfg, activation.threshold
     l0 = Count.apply(seen.h, threshold, cfg.bandwidth).mean()
-    price = D_IN * (l0 / cfg.target_l0 - 1) ** 2 if cfg.target_l0 else cfg.l0_coef * l0
-    return Jump.apply(seen.h, threshold, cfg.bandwidth), rise(cfg, progress) * price
+    penalty = D_IN * (l0 / cfg.target_l0 - 1) ** 2 if cfg.target_l0 else cfg.l0_coef * l0
+    return Jump.apply(seen.h, threshold, cfg.bandwidth), rise(cfg, progress) * penalty
 
 
 def coefficient(activation: Any, z: Tensor) -> Tensor:
@@ -222,8 +222,8 @@ def gated(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor 
     gate, frozen = seen.h.relu(), (seen.left, seen.V, seen.b_dec)
     left, V, b_dec = (t.detach() for t in frozen)
     z = (activation.r_mag.exp() * seen.linear + activation.b_mag).relu() * (seen.h > 0)
-    price = rise(activation.cfg, progress) * coefficient(activation, z) * gate.sum()
-    return z, (price + (left - gate @ V - b_dec).square().sum()) / len(z)
+    penalty = rise(activation.cfg, progress) * coefficient(activation, z) * gate.sum()
+    return z, (penalty + (left - gate @ V - b_dec).square().sum()) / len(z)
 
 
 def variational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
@@ -268,11 +268,11 @@ def rational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tens
     z = phi(activation, seen.h)
     if activation.cfg.support == "teacher":
         z = z.where(kept, 0.0)
-    price = coefficient(activation, z) / len(z)
+    penalty = coefficient(activation, z) / len(z)
     if activation.cfg.target_l0:
         opening = (seen.h - s).where(kept, 0.0).sum()
-        return z, price * opening * (z.abs().sum() / opening).detach()
-    return z, price * z.abs().sum()
+        return z, penalty * opening * (z.abs().sum() / opening).detach()
+    return z, penalty * z.abs().sum()
 
 
 FORMULAS: dict[str, Callable[[Any, Seen, float], tuple[Tensor, Tensor | float]]] = {

@@ -120,13 +120,13 @@ def test_gradients_equal_dense_autograd(name, way, dtype, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["relu", "annealed relu", "jumprelu", "gated", "vsae without noise"]
 )
-def test_prices_rise_and_exponents_fall_with_progress(name, progress):
+def test_penalties_rise_and_exponents_fall_with_progress(name, progress):
     problem = problem_of(ARCHITECTURES[name])
     exact, got = dense(problem, None, progress), trained(problem, progress)
     for part, reference in exact.items():
         torch.testing.assert_close(got[part], reference, msg=part)
     whole = trained(problem, 1.0)["loss"]
-    assert (got["loss"] < whole) == (progress < 0.1), "prices rise over a tenth of training"
+    assert (got["loss"] < whole) == (progress < 0.1), "penalties rise over a tenth of training"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -143,7 +143,7 @@ def test_fewer_dead_latents_than_auxk_takes(name, n_dead, monkeypatch):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parts_of_the_loss(name):
-    """The loss is made of what is reported beside it, and codes count what is active."""
+    """The loss is made of what is reported with it, and codes count what is active."""
     sae, x, y, objective = problem_of(ARCHITECTURES[name])
     if sae.layer_norm:  # the loss is that of tokens as it sees them
         x = sae.tokens(x)
@@ -216,7 +216,7 @@ def test_a_threshold_that_a_step_took_below_0_counts_as_0(way, monkeypatch):
     sae.activation.after_step(sae.encode(x))
     assert (threshold >= 0).all()
     gradient = trained(problem, 1.0)["activation.threshold"]
-    assert gradient[::2].any(), "of its price; that of its value is 0 at 0"
+    assert gradient[::2].any(), "of its penalty; that of its value is 0 at 0"
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective(error="sse", auxk_error="absolute")])

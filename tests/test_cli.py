@@ -4,16 +4,19 @@ What is about processes runs in some of its own; the rest calls `main`, without 
 """
 
 import json
+import multiprocessing
+import os
 import random
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,15 @@ from fastsae.train.log import read_lines
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 COMMAND = [sys.executable, "-c", "from fastsae.cli import main; main()"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["fastsae.cli.train"])
+FORKED = """
+import os, sys
+from fastsae.cli import main
+os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+sys.argv = ["fastsae", *words]
+main()
+"""
 SMALL = ["--d-sae", "512", "--k", "8", "--batch-size", "256", "--lr", "0.003", "--log-every", "1"]
 
 
@@ -65,13 +77,20 @@ def sae_files(out: Path, name: str = "sae") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / name).iterdir())}
 
 
-def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+def forked(errors: Path, arguments: Sequence[str]) -> BaseProcess:
+    """A process that runs the command, forked from one that has imported torch already."""
+    process = FORKS.Process(target=exec, args=(FORKED, {"errors": errors, "words": arguments}))
+    process.start()
+    return process
+
+
+def wait_for(process: BaseProcess, happened: Callable[[], bool]) -> None:
     """Until it has happened, or the process has ended."""
-    while process.poll() is None and not happened():
+    while process.exitcode is None and not happened():
         time.sleep(0.002)
 
 
-def wait_for_lines(process: subprocess.Popen, out: Path, lines: int) -> None:
+def wait_for_lines(process: BaseProcess, out: Path, lines: int) -> None:
     wait_for(process, lambda: len(read_lines(out / "metrics.jsonl")) >= lines)
 
 
@@ -94,17 +113,18 @@ def test_killed_or_asked_to_stop_it_ends_with_the_same_bytes(data, whole, tmp_pa
     moments = random.Random(7)
     stops = {0: signal.SIGKILL, 15: signal.SIGTERM, 45: signal.SIGKILL, 80: signal.SIGINT}
     for line, signum in stops.items():
-        process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+        process = forked(tmp_path / "errors", arguments)
         wait_for(process, lambda: (out / ".lock").exists())
         wait_for_lines(process, out, line)
         time.sleep(moments.random() * 0.03)
-        process.send_signal(signum)
-        _, errors = process.communicate(timeout=60)
+        assert process.pid is not None
+        os.kill(process.pid, signum)
+        process.join(timeout=60)
         if signum == signal.SIGKILL:
-            assert process.returncode == -signum, "the run must have been under way"
+            assert process.exitcode == -signum, "the run must have been under way"
         else:
-            assert process.returncode == 128 + signum
-            message = errors.splitlines()[-1]
+            assert process.exitcode == 128 + signum
+            message = (tmp_path / "errors").read_text().splitlines()[-1]
             step = int(message.split("stopped at step ")[1].split()[0])
             assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
             assert f"--resume --out {out}" in message

@@ -1,4 +1,4 @@
-"""What words and files on the command line mean, and what help says of them."""
+"""How options and files on the command line are read, and what help prints about them."""
 
 import subprocess
 import sys

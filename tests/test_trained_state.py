@@ -44,7 +44,7 @@ def test_the_threshold_is_the_running_mean_of_the_smallest_kept(by):
 
 @pytest.mark.parametrize("by", ["value", "abs"])
 def test_single_tokens_are_active_above_the_threshold(by):
-    """And as often as in training, as closely as so many batches can tell."""
+    """And as often as in training, within the sampling error of the batches."""
     momentum, batches = 0.9, 40
     activation = BatchTopK(K, by=by, momentum=momentum)
     sae = SAE(D_IN, D_SAE, activation).double()
@@ -73,8 +73,8 @@ def test_a_coefficient_follows_the_l0(l0, excess):
     """And the penalty, faster."""
     coefficient = Coefficient(None, 4.0)
     before = coefficient.value.clone()
-    price = coefficient(torch.tensor(2.0), torch.tensor(l0))
-    torch.testing.assert_close(price, 2 * before * math.exp(2 * excess))
+    penalty = coefficient(torch.tensor(2.0), torch.tensor(l0))
+    torch.testing.assert_close(penalty, 2 * before * math.exp(2 * excess))
     coefficient.after_step(Codes.every(torch.ones(1, int(l0))))
     torch.testing.assert_close(coefficient.value, before * math.exp(GAIN * excess))
 

@@ -31,7 +31,7 @@ EVERY = pytest.mark.parametrize("teacher", TEACHERS, indirect=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The matrices are small: beside other processes, threads mostly wait for each other."""
+    """For small matrices: with other processes running, threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -125,7 +125,7 @@ def test_an_upgrade(data, teacher, tmp_path):
 
 @pytest.mark.parametrize("teacher", ["topk"], indirect=True)
 def test_centered_where_the_gate_opens(data, teacher, tmp_path):
-    """As in the paper: where the gate is says nothing of the value any more."""
+    """As in the paper: the value no longer depends on where the gate opens."""
     config = small(data, tmp_path / "up", center="gate")
     upgrade(fastsae.load(teacher / "sae"), ActivationShards(data), config)
     found = rows(config.out)

@@ -79,6 +79,7 @@ flush_(rows, rows, AdamStep(2, 1e-3), window)
 """
 
 LAST = """
+assert "torch._dynamo" not in sys.modules  # seconds of imports that nothing here needs
 assert not [name for name in sys.modules if name.split(".")[0] == "triton"]
 assert not [name for name in sys.modules if name.startswith("fastsae") and "_kernel." in f"{name}."]
 """

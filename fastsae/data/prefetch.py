@@ -17,6 +17,8 @@ from fastsae.data.shuffle import Cursor, Shuffle
 Window = Callable[[Int64[np.ndarray, " N"]], Float32[np.ndarray, "N d_in"]]
 Load = Callable[[Int64[np.ndarray, " window"]], Window]
 
+AHEAD = 2  # batches that wait for the consumer
+
 
 class Batch(NamedTuple):
     """Rows to train on, and the cursor from which the stream continues after them."""
@@ -59,7 +61,7 @@ class Loader:
 
 
 class Batches:
-    """An endless iterator over shuffled batches that loads `depth` of them ahead in a thread.
+    """An endless iterator over shuffled batches that loads a few of them ahead in a thread.
 
     Every batch is a new tensor that is never written to again, so it may be kept or changed.
     Epochs follow each other without a gap: all batches have `batch_size` rows, and no row is left
@@ -67,16 +69,14 @@ class Batches:
     is raised by `next`; a row with NaN or Inf is a ValueError that names the row.
     """
 
-    def __init__(self, loader: Loader, cursor: Cursor | None = None, depth: int = 2):
-        if loader.batch_size < 1 or depth < 1:
-            raise ValueError(
-                f"batch_size and depth must be at least 1, got {loader.batch_size} and {depth}"
-            )
+    def __init__(self, loader: Loader, cursor: Cursor | None = None):
+        if loader.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {loader.batch_size}")
         if loader.pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory=True needs a CUDA device, and there is none")
         start = cursor or Cursor()
         loader.order.take(start, 1)  # raises here if the cursor does not fit
-        self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
+        self._queue: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)
         self._error: Exception | None = None
         stop = threading.Event()
         thread = threading.Thread(

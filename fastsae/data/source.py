@@ -54,12 +54,7 @@ class ActivationSource(Protocol):
         ...
 
     def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
+        self, batch_size: int, seed: int = 0, cursor: Cursor | None = None, pin_memory: bool = False
     ) -> Batches:
         """Endless shuffled batches, loaded ahead by a thread. With the cursor of an earlier batch
         they continue exactly after it. A row with NaN or Inf is a ValueError that names it."""
@@ -103,14 +98,8 @@ class Shuffled(ABC):
         return torch.from_numpy(checked(self.gather(rows), rows, self.where))
 
     def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        cursor: Cursor | None = None,
-        pin_memory: bool = False,
-        depth: int = 2,
+        self, batch_size: int, seed: int = 0, cursor: Cursor | None = None, pin_memory: bool = False
     ) -> Batches:
         """See `ActivationSource`."""
         order, load = self.shuffled(seed)
-        loader = Loader(order, load, self.where, batch_size, pin_memory)
-        return Batches(loader, cursor, depth)
+        return Batches(Loader(order, load, self.where, batch_size, pin_memory), cursor)

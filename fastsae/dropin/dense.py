@@ -64,53 +64,42 @@ class _Entries(Function):
         return *straight_through(g.to(W_enc.dtype), x, W_enc, indices, needs), None, None
 
 
-def pre_activations(
-    x: Float[Tensor, "N d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"]
-) -> Float[Tensor, "N d_sae"]:
-    """x W_enc^T + b_enc, whose backward pass skips latents without gradient, as in aux-k losses."""
-    return _PreActivations.apply(x, W_enc, b_enc)
+class Encoder(NamedTuple):
+    """Tokens as the encoder sees them, its weight and its bias."""
 
+    x: Float[Tensor, "N d_in"]
+    W_enc: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
 
-def gather_pre(
-    pre: Float[Tensor, "N d_sae"],
-    indices: Int[Tensor, "N K"],
-    x: Float[Tensor, "N d_in"],
-    W_enc: Float[Tensor, "d_sae d_in"],
-    b_enc: Float[Tensor, " d_sae"],
-) -> Float[Tensor, "N K"]:
-    """pre[n, indices[n, k]], where pre is the pre-activations of x, with a sparse gradient."""
-    return _Entries.apply(x, W_enc, b_enc, pre.detach(), indices)
+    def pre_activations(self) -> Float[Tensor, "N d_sae"]:
+        """x W_enc^T + b_enc, whose backward pass skips latents without gradient, as in aux-k
+        losses."""
+        return _PreActivations.apply(*self)
 
+    def gather(
+        self, pre: Float[Tensor, "N d_sae"], indices: Int[Tensor, "N K"]
+    ) -> Float[Tensor, "N K"]:
+        """pre[n, indices[n, k]] of its own pre-activations, with a sparse gradient."""
+        return _Entries.apply(*self, pre.detach(), indices)
 
-def batch_topk_codes(
-    pre: Float[Tensor, "N d_sae"], total: int, encoder: tuple[Tensor, Tensor, Tensor]
-) -> Codes:
-    """Codes of the `total` largest positive pre-activations of a whole batch.
+    def batch_topk(self, pre: Float[Tensor, "N d_sae"], total: int) -> Codes:
+        """Codes of the `total` largest positive of its pre-activations, in a whole batch."""
+        (N, d_sae), (values, tokens, latents) = pre.shape, topk_batch(pre.detach(), total)
+        kept = values > 0
+        found = in_rows(values[kept], (tokens * d_sae + latents)[kept], N, d_sae)
+        values = self.gather(pre, found.indices).where(found.listed, 0.0)
+        return Codes(values, found.indices, d_sae)
 
-    encoder: the tokens, weight and bias from which pre was computed.
-    """
-    (N, d_sae), (values, tokens, latents) = pre.shape, topk_batch(pre.detach(), total)
-    kept = values > 0
-    found = in_rows(values[kept], (tokens * d_sae + latents)[kept], N, d_sae)
-    values = gather_pre(pre, found.indices, *encoder).where(found.listed, 0.0)
-    return Codes(values, found.indices, d_sae)
-
-
-def above(
-    pre: Float[Tensor, "N d_sae"],
-    threshold: Float[Tensor, " d_sae"],
-    encoder: tuple[Tensor, Tensor, Tensor],
-) -> SparsePre:
-    """The pre-activations that exceed their latent's threshold, or all if those are many."""
-    N, d_sae = pre.shape
-    if not is_dense(*encoder, threshold):
-        wide = threshold.to(torch.promote_types(pre.dtype, torch.float32)).contiguous()
-        found = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
-        if found.indices.shape[1] <= WIDEST * d_sae:
-            return SparsePre(
-                gather_pre(pre, found.indices, *encoder), found.indices, found.listed, d_sae
-            )
-    return SparsePre(pre, None, pre > threshold, d_sae)
+    def above(self, pre: Float[Tensor, "N d_sae"], threshold: Float[Tensor, " d_sae"]) -> SparsePre:
+        """Its pre-activations that exceed their latent's threshold, or all if those are many."""
+        N, d_sae = pre.shape
+        if not is_dense(*self, threshold):
+            wide = threshold.to(torch.promote_types(pre.dtype, torch.float32)).contiguous()
+            found = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
+            if found.indices.shape[1] <= WIDEST * d_sae:
+                values = self.gather(pre, found.indices)
+                return SparsePre(values, found.indices, found.listed, d_sae)
+        return SparsePre(pre, None, pre > threshold, d_sae)
 
 
 def to_dense(codes: Codes, shape: tuple[int, ...]) -> Tensor:
@@ -120,22 +109,15 @@ def to_dense(codes: Codes, shape: tuple[int, ...]) -> Tensor:
     return dense if dense.requires_grad else attach_codes(dense, codes)
 
 
-class Attached(NamedTuple):
-    """Codes, and the state of their dense tensor at the time."""
-
-    codes: Codes
-    version: int
-    requires_grad: bool
-
-
 _attached = WeakTensorKeyDictionary()
+"""For dense tensors, their codes, version and requires_grad at the time of attaching."""
 
 
 def attach_codes(dense: Tensor, codes: Codes) -> Tensor:
     """Let `lookup_codes` find the codes until the tensor is modified in place or its gradient is
     requested."""
     if not torch.compiler.is_compiling() and not dense.is_inference():  # those have no version
-        _attached[dense] = Attached(codes, dense._version, dense.requires_grad)
+        _attached[dense] = codes, dense._version, dense.requires_grad
     return dense
 
 

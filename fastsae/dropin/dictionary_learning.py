@@ -1,6 +1,6 @@
 """Accelerated classes of dictionary_learning."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from dictionary_learning.dictionary import JumpReluAutoEncoder
@@ -13,35 +13,30 @@ from fastsae.nn.sparse_pre import SparsePre
 from fastsae_kernels import encode_topk, topk_indices
 
 from . import library_class
-from .dense import (
-    attach_codes,
-    batch_topk_codes,
-    gather_pre,
-    has_hooks,
-    lookup_codes,
-    pre_activations,
-    to_dense,
-    worth_accelerating,
-)
+from .dense import Encoder, attach_codes, has_hooks, lookup_codes, to_dense, worth_accelerating
+
+Linear: TypeAlias = AutoEncoderTopK | BatchTopKSAE
+"""Classes whose encoder and decoder are linear layers."""
 
 
-def uses_fast_path(sae: AutoEncoderTopK | BatchTopKSAE, x: Tensor) -> bool:
+def uses_fast_path(sae: Linear, x: Tensor) -> bool:
     """Whether fastsae's ops can encode x: nothing was customized or hooked."""
     plain = type(sae.encoder) is type(sae.decoder) is torch.nn.Linear
     return plain and worth_accelerating(sae, x) and not has_hooks(sae.encoder)
 
 
-def encoder_of(sae: AutoEncoderTopK | BatchTopKSAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The centered tokens, the encoder's weight and its bias."""
-    return (x - sae.b_dec).reshape(-1, x.shape[-1]), sae.encoder.weight, sae.encoder.bias
+def encoder_of(sae: Linear, x: Tensor) -> Encoder:
+    """The encoder with the centered tokens."""
+    seen = (x - sae.b_dec).reshape(-1, x.shape[-1])
+    return Encoder(seen, sae.encoder.weight, sae.encoder.bias)
 
 
-def decode_codes(sae: AutoEncoderTopK | BatchTopKSAE, codes: Codes, shape: torch.Size) -> Tensor:
+def decode_codes(sae: Linear, codes: Codes, shape: torch.Size) -> Tensor:
     """Decode the codes of inputs or activations of that shape."""
     return (codes.decode(sae.decoder.weight.T) + sae.b_dec).view(*shape[:-1], -1)
 
 
-def decode(self: AutoEncoderTopK | BatchTopKSAE, x: Tensor) -> Tensor:
+def decode(self: Linear, x: Tensor) -> Tensor:
     """Decode activations, through the codes attached to them if there are any."""
     codes = None if has_hooks(self.decoder) else lookup_codes(x)
     return self.decoder(x) + self.b_dec if codes is None else decode_codes(self, codes, x.shape)
@@ -64,9 +59,9 @@ class FastAutoEncoderTopK(AutoEncoderTopK):
         if not return_topk:
             return to_dense(self.codes(x), shape)
         encoder, k = encoder_of(self, x), int(self.k)
-        post = pre_activations(*encoder).relu_()
+        post = encoder.pre_activations().relu_()
         indices = topk_indices(post, k)
-        values = gather_pre(post, indices, *encoder).relu()
+        values = encoder.gather(post, indices).relu()
         codes = Codes(values, indices, self.dict_size)
         dense = attach_codes(to_dense(codes, shape), codes)  # the trainer decodes it unchanged
         top = (part.view(*shape[:-1], k) for part in (values, indices))
@@ -87,8 +82,8 @@ class FastBatchTopKSAE(BatchTopKSAE):
         if use_threshold:
             return to_dense(self.codes(x), shape)
         encoder = encoder_of(self, x)
-        post = pre_activations(*encoder).relu_()
-        codes = batch_topk_codes(post, int(self.k) * len(x), encoder)
+        post = encoder.pre_activations().relu_()
+        codes = encoder.batch_topk(post, int(self.k) * len(x))
         dense = attach_codes(to_dense(codes, shape), codes)  # the trainer decodes it unchanged
         return dense, dense.sum(0) > 0, post
 

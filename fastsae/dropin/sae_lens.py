@@ -1,6 +1,6 @@
 """Accelerated classes of SAELens."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
@@ -13,43 +13,16 @@ from fastsae.nn.jumprelu import jumprelu_codes, with_thresholds
 from fastsae.nn.sparse_pre import SparsePre
 from fastsae_kernels import encode_topk, topk_indices
 
-from .dense import (
-    above,
-    attach_codes,
-    batch_topk_codes,
-    gather_pre,
-    has_hooks,
-    lookup_codes,
-    pre_activations,
-    to_dense,
-    worth_accelerating,
-)
+from .dense import Encoder, attach_codes, has_hooks, lookup_codes, to_dense, worth_accelerating
 
-Encoder = tuple[Tensor, Tensor, Tensor]
-"""Tokens as the encoder sees them, its weight [d_sae, d_in] and its bias."""
+Library = cast(Any, object)  # type checkers let a mixin of its classes use all of their members
 
 
-class Fast:
+class Fast(Library):
     """Mixin with what all accelerated classes share."""
 
-    cfg: Any
-    d_head: Any
-    use_error_term: bool
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    activation_fn: Any
     activation: type
     """The class of activation_fn, unless it was replaced."""
-
-    hook_dict: dict[str, Any]
-    hook_sae_acts_pre: Any
-    hook_sae_acts_post: Any
-    hook_sae_recons: Any
-    process_sae_in: Any
-    run_time_activation_norm_fn_out: Any
-    reshape_fn_out: Any
 
     def codes(self, encoder: Encoder) -> Codes:
         """The codes of the tokens, with sparse gradients; each class implements it."""
@@ -74,11 +47,11 @@ class Fast:
             norm = self.W_dec.norm(dim=-1)
             W_enc, b_enc = W_enc * norm[:, None], b_enc * norm
         shape = *seen.shape[:-1], len(W_enc)
-        return (seen.reshape(-1, seen.shape[-1]), W_enc, b_enc), shape
+        return Encoder(seen.reshape(-1, seen.shape[-1]), W_enc, b_enc), shape
 
     def encode(self, x: Tensor) -> Tensor:
         if not self.uses_fast_path(x):
-            return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().encode(x)
         encoder, shape = self.encoder_of(x)
         return self.hook_sae_acts_post(self.dense(self.codes(encoder), shape))
 
@@ -89,12 +62,12 @@ class Fast:
     def decode(self, feature_acts: Tensor) -> Tensor:
         codes = lookup_codes(feature_acts)
         if codes is None:
-            return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().decode(feature_acts)
         return self.decode_codes(codes, feature_acts.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.uses_fast_path(x) or self.use_error_term or has_hooks(*self.hook_dict.values()):
-            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().forward(x)
         encoder, shape = self.encoder_of(x)
         return self.decode_codes(self.codes(encoder), shape)
 
@@ -128,9 +101,9 @@ class FastTraining(Fast):
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.uses_fast_path(x):
-            return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().encode_with_hidden_pre(x)
         encoder, shape = self.encoder_of(x)
-        pre = pre_activations(*encoder)
+        pre = encoder.pre_activations()
         codes = self.codes_among(pre, encoder)
         acts = self.dense(codes, shape)
         if not has_hooks(self.hook_sae_acts_post):  # then nothing reads them before the loss
@@ -142,7 +115,7 @@ class FastTraining(Fast):
         raise NotImplementedError
 
     def codes(self, encoder: Encoder) -> Codes:
-        return self.codes_among(pre_activations(*encoder), encoder)
+        return self.codes_among(encoder.pre_activations(), encoder)
 
 
 class FastTopKTrainingSAE(FastTraining, TopKTrainingSAE):
@@ -150,7 +123,7 @@ class FastTopKTrainingSAE(FastTraining, TopKTrainingSAE):
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         indices = topk_indices(pre, self.activation_fn.k)
-        return Codes(gather_pre(pre, indices, *encoder).relu(), indices, pre.shape[1])
+        return Codes(encoder.gather(pre, indices).relu(), indices, pre.shape[1])
 
     def dense(self, codes: Codes, shape: tuple[int, ...]) -> Tensor:
         if not self.activation_fn.use_sparse_activations:
@@ -166,7 +139,7 @@ class FastBatchTopKTrainingSAE(FastTraining, BatchTopKTrainingSAE):
     activation = BatchTopK
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
-        return batch_topk_codes(pre, int(self.activation_fn.k * len(pre)), encoder)
+        return encoder.batch_topk(pre, int(self.activation_fn.k * len(pre)))
 
 
 class FastJumpReLUTrainingSAE(FastTraining, JumpReLUTrainingSAE):
@@ -178,5 +151,5 @@ class FastJumpReLUTrainingSAE(FastTraining, JumpReLUTrainingSAE):
 
     def codes_among(self, pre: Tensor, encoder: Encoder) -> Codes:
         threshold = self.threshold.to(pre.dtype)
-        found = above(pre, threshold.detach() - self.bandwidth / 2, encoder)
+        found = encoder.above(pre, threshold.detach() - self.bandwidth / 2)
         return jumprelu_codes(found, *with_thresholds(found, threshold), self.bandwidth)

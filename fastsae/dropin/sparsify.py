@@ -8,7 +8,7 @@ from torch import Tensor
 from fastsae.nn.linear import autocast
 from fastsae_kernels import decode, encode_topk, topk_indices
 
-from .dense import gather_pre, has_overridden_methods, pre_activations
+from .dense import Encoder, has_overridden_methods
 
 
 class FastSparseCoder(SparseCoder):
@@ -20,21 +20,20 @@ class FastSparseCoder(SparseCoder):
         if x.dim() != 2:
             return super().encode(x)
         encoder = self.encoder_of(x)
-        pre_acts = pre_activations(*encoder).relu_()
+        pre_acts = encoder.pre_activations().relu_()
         if self.exact_compat:
             # sparsify's own op, to break ties among zeros as it does
             indices = pre_acts.topk(self.cfg.k, sorted=False).indices
-            values = gather_pre(pre_acts, indices, *encoder)
+            values = encoder.gather(pre_acts, indices)
             return EncoderOutput(values, indices, pre_acts.detach())
         indices = topk_indices(pre_acts, self.cfg.k)
-        values = gather_pre(pre_acts, indices, *encoder).relu()
+        values = encoder.gather(pre_acts, indices).relu()
         return EncoderOutput(values, active_only(values, indices), pre_acts)
 
-    def encoder_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens as the encoder sees them, the encoder's weight and its bias."""
+    def encoder_of(self, x: Tensor) -> Encoder:
+        """The encoder with the tokens as it sees them."""
         seen = x if self.cfg.transcode else x - self.b_dec
-        seen, W_enc, b_enc = autocast(seen, self.encoder.weight, self.encoder.bias)
-        return seen, W_enc, b_enc
+        return Encoder(*autocast(seen, self.encoder.weight, self.encoder.bias))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         assert self.W_dec is not None, "this SparseCoder has no decoder"

@@ -35,19 +35,26 @@ RECOVERED: tuple[Row, ...] = (
     ("recovered", "recovered_zero", ".2%", "of the damage of zero ablation"),
     ("recovered", "recovered_mean", ".2%", "of the damage of mean ablation"),
 )
+
+
+def _ablations(field: str) -> tuple[Row, ...]:
+    return tuple(
+        (f"  {kind}", f"{field}_{kind}", ".4f", f"with {kind} ablation instead of the SAE")
+        for kind in ("zero", "mean")
+    )
+
+
 ENCODER: tuple[Row, ...] = (
     ("windows", "windows", ",", "of text embedded by the model with the SAE spliced in"),
     ("embeddings", "cosine", ".4f", "cosine similarity with the original ones"),
-    ("  zero", "cosine_zero", ".4f", "with zero ablation instead of the SAE"),
-    ("  mean", "cosine_mean", ".4f", "with mean ablation instead of the SAE"),
+    *_ablations("cosine"),
     *RECOVERED,
 )
 CAUSAL: tuple[Row, ...] = (
     ("predicted", "tokens", ",", "next tokens, by the model with the SAE spliced in"),
     ("cross-entropy", "ce", ".4f", "nats per token"),
     ("  clean", "ce_clean", ".4f", "of the original model"),
-    ("  zero", "ce_zero", ".4f", "with zero ablation instead of the SAE"),
-    ("  mean", "ce_mean", ".4f", "with mean ablation instead of the SAE"),
+    *_ablations("ce"),
     ("KL", "kl", ".4f", "from the original model, nats per token"),
     *RECOVERED,
 )

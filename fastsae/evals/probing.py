@@ -122,7 +122,7 @@ def _spread(n: int, wanted: int) -> Int64[Tensor, " N"]:
         return torch.arange(n)
     run = min(RUN, wanted)
     runs = wanted // run
-    starts = torch.tensor([i * (n - run) // max(runs - 1, 1) for i in range(runs)])
+    starts = torch.arange(runs) * (n - run) // max(runs - 1, 1)
     return (starts[:, None] + torch.arange(run)).flatten().unique()
 
 

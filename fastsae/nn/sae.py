@@ -19,6 +19,13 @@ from .layer_norm import undo_layer_norm
 FORMAT = "fastsae.sae.1"
 
 
+def unit_rows(n: int, width: int) -> Float[Tensor, "n width"]:
+    """Random rows of norm 1. On the meta device nothing is drawn: there, normalizing imports
+    torch.compile and triton, which takes seconds."""
+    rows = torch.empty(n, width)
+    return rows if rows.is_meta else normalize(rows.normal_(), dim=-1)
+
+
 class SAE(nn.Module):
     """Reconstructs activations x from a few latents of a large dictionary.
 
@@ -64,10 +71,8 @@ class SAE(nn.Module):
         self.layers, self.by_norm, self.layer_norm = layers, by_norm, layer_norm
         activation.build(d_in, d_sae)
         self.activation = activation
-        rows = normalize(torch.randn(d_sae, d_out or d_in), dim=-1)
-        self.W_enc = nn.Parameter(
-            rows.clone() if d_out is None else normalize(torch.randn(d_sae, d_in), dim=-1)
-        )
+        rows = unit_rows(d_sae, d_out or d_in)
+        self.W_enc = nn.Parameter(rows.clone() if d_out is None else unit_rows(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(d_out or d_in))

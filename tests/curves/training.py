@@ -33,7 +33,7 @@ def small_steps() -> Iterator[None]:
 
 
 class Planted(NamedTuple):
-    """Tokens made of a few of so many directions, in what goes in and in what is to come out."""
+    """Tokens that are sums of a few planted directions, in the input and in the target."""
 
     inputs: Tensor
     outputs: Tensor
@@ -68,7 +68,7 @@ def evaluated(sae: SAE) -> float:
 def train(
     sae: SAE, objective: Objective, settings: Optimizer, steps: int, lr: float
 ) -> list[TrainingLoss]:
-    """What each step reports; the price of a dead latent's task is paid too."""
+    """What each step reports, with the aux-k loss of dead latents."""
     torch.manual_seed(2)  # of activations that draw numbers
     data = Planted.for_(sae)
     adam, silent = Adam(sae, settings), torch.zeros(sae.d_sae)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,13 +65,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=320,
-        hidden_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    )
+    width: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=320, intermediate_size=48, max_position_embeddings=64, **width)
     BertModel(config).save_pretrained(folder)
     return folder

@@ -11,19 +11,19 @@ from fastsae.data.model import load_tokenizer
 
 
 def test_the_demo_is_minilm_over_the_standard_library(tmp_path: Path):
-    shards = demo_shards(tmp_path, max_tokens=6000, progress=False)
+    shards = demo_shards(tmp_path, max_tokens=2000, progress=False)
     assert shards.path.parent == tmp_path and shards.path.name.startswith("demo-")
     assert (shards.d_in, shards.dtype, shards.hookpoint) == (384, "float16", "encoder.layer.2")
-    assert 6000 <= shards.n_tokens < 6128
+    assert 2000 <= shards.n_tokens < 2128
     assert shards.model is not None
     tokens = shards.contexts(torch.arange(shards.n_tokens)).token_ids
     assert "def " in load_tokenizer(shards.model).decode(tokens.tolist())
     written = (shards.path / "index.json").stat().st_mtime_ns
-    again = demo_shards(tmp_path, max_tokens=6000, progress=False)
+    again = demo_shards(tmp_path, max_tokens=2000, progress=False)
     assert again.fingerprint == shards.fingerprint
     assert (again.path / "index.json").stat().st_mtime_ns == written
     dense = "encoder.layer.2.output.dense"
-    other = demo_shards(tmp_path, hookpoint=f"{dense}:in", max_tokens=6000, progress=False)
+    other = demo_shards(tmp_path, hookpoint=f"{dense}:in", max_tokens=2000, progress=False)
     assert other.path != shards.path and other.d_in == 1536
     assert Joined(other, shards).widths == (1536, 384)
 

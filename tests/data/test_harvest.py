@@ -60,7 +60,7 @@ def every(shards: ActivationShards) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 
 def windows_of(labels: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Row numbers, window by window: a window begins where positions do not go on."""
+    """Row numbers, window by window: a window begins where positions do not continue."""
     places, documents = labels["positions"], labels["documents"]
     goes_on = (places[1:] == places[:-1] + 1) & (documents[1:] == documents[:-1])
     starts = [0, *((~goes_on).nonzero().flatten() + 1).tolist(), len(places)]

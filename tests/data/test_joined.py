@@ -100,7 +100,7 @@ def test_resume_equals_an_uninterrupted_run(folders: Path, done: int):
     cursor = whole[done - 1].cursor if done else None
     if cursor:
         cursor = Cursor(*json.loads(json.dumps(cursor)))
-    with joined(folders).batches(128, seed=3, cursor=cursor, depth=1) as batches:
+    with joined(folders).batches(128, seed=3, cursor=cursor) as batches:
         for before, found in zip(whole[done:], batches, strict=False):
             assert torch.equal(before.x, found.x) and before.cursor == found.cursor
 

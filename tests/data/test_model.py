@@ -99,7 +99,7 @@ def test_splice_replaces_the_output_and_is_undone(gpt2: Path):
 
 
 def test_splicing_an_input_changes_that_module_alone(bert: Path):
-    """What a block is given also goes on around it, but not around the module inside it."""
+    """A block's input also goes around it, in the residual stream; its inner module's does not."""
     model = load_model(str(bert))
     ids = torch.arange(12).view(1, 12)
     dense = module_at(model, "encoder.layer.1.output.dense")

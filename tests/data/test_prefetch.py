@@ -52,7 +52,7 @@ def test_resume_equals_an_uninterrupted_run(shards: ActivationShards, done: int)
     cursor = whole[done - 1].cursor if done else None
     if cursor:
         cursor = Cursor(*json.loads(json.dumps(cursor)))
-    with ActivationShards(shards.path).batches(128, seed=3, cursor=cursor, depth=1) as batches:
+    with ActivationShards(shards.path).batches(128, seed=3, cursor=cursor) as batches:
         for expected, found in zip(whole[done:], batches, strict=False):
             assert torch.equal(expected.x, found.x) and expected.cursor == found.cursor
 
@@ -97,7 +97,7 @@ def test_a_bad_row_is_named(shards: ActivationShards, value: float):
     ):
         list(islice(batches, N))
     assert not batch_threads()
-    with pytest.raises(ValueError, match="row 17"):  # and it goes on being raised
+    with pytest.raises(ValueError, match="row 17"):  # it is raised again
         next(batches)
 
 
@@ -124,7 +124,7 @@ def test_an_edited_shard_of_the_right_size_is_named(shards: ActivationShards):
 
 
 def test_no_thread_outlives_its_batches(shards: ActivationShards):
-    batches = shards.batches(64, depth=3)
+    batches = shards.batches(64)
     next(batches)
     assert len(batch_threads()) == 1
     batches.close()
@@ -140,7 +140,7 @@ def test_no_thread_outlives_its_batches(shards: ActivationShards):
 
 
 def test_nonsense_is_refused(shards: ActivationShards):
-    with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         shards.batches(0)
     with pytest.raises(ValueError, match="position from 0 to 999"):
         shards.batches(8, cursor=Cursor(0, N))

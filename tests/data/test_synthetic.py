@@ -1,4 +1,4 @@
-"""The planted dictionary: repeatable, as sparse as it says, recognised when found."""
+"""The planted dictionary: repeatable, as sparse as it says, recognized when found."""
 
 from itertools import islice
 from typing import Any

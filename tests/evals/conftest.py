@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastsae.data import ActivationShards
 from fastsae.data.harvest import HarvestConfig, harvest
+from fastsae.nn import SAE, AbsTopK
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, in the fixtures
 
@@ -63,15 +65,19 @@ def bert(minilm, tmp_path_factory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
+    width: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=32, **width)
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def identity(width: int) -> SAE:
+    """Reconstructs everything exactly."""
+    sae = SAE(width, width, AbsTopK(width))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(width))
+        sae.W_dec.copy_(torch.eye(width))
+    return sae
 
 
 def shards(model: Path, hookpoint: str, folder: Path, texts: list[str]) -> ActivationShards:

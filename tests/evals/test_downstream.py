@@ -7,9 +7,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from fastsae.data import ActivationShards
 from fastsae.data.model import load_model, load_tokenizer
-from fastsae.evals import CausalEffect, EncoderEffect, downstream
+from fastsae.evals import CausalEffect, Downstream, EncoderEffect, downstream
 from fastsae.evals.windows import stored_batches
-from fastsae.nn import SAE, AbsTopK, TopK, init_from_data
+from fastsae.nn import SAE, TopK, init_from_data
+
+from .conftest import identity
 
 D = 16
 
@@ -23,16 +25,8 @@ def constant(row: torch.Tensor) -> SAE:
     return sae
 
 
-def identity() -> SAE:
-    sae = SAE(D, D, AbsTopK(D))
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(D))
-        sae.W_dec.copy_(torch.eye(D))
-    return sae
-
-
 def by_hand(sae, data, module_of, judge) -> list:
-    """What judge says of each window, read alone, without padding."""
+    """What judge returns for each window, run alone and without padding."""
     model = load_model(data.model)
     found = []
     for batch in stored_batches(data, load_tokenizer(data.model), None, 1):
@@ -54,7 +48,7 @@ def by_hand(sae, data, module_of, judge) -> list:
 
 
 def test_causal_identity(gpt2_data):
-    found = downstream(identity(), gpt2_data)
+    found = downstream(identity(D), gpt2_data)
     assert isinstance(found, CausalEffect)
     assert found.ce == pytest.approx(found.ce_clean, rel=1e-6)
     assert found.kl == pytest.approx(0, abs=1e-9)
@@ -63,9 +57,14 @@ def test_causal_identity(gpt2_data):
     assert found.ce_clean < min(found.ce_zero, found.ce_mean)
 
 
+def ablated(data) -> tuple[Downstream | None, Downstream | None]:
+    """The effect of SAEs that reconstruct everything as zero, and as the mean."""
+    zero = downstream(constant(torch.zeros(D)), data, batch_size=3, progress=True)
+    return zero, downstream(constant(data.mean), data)
+
+
 def test_causal_ablations(gpt2_data):
-    zero = downstream(constant(torch.zeros(D)), gpt2_data, batch_size=3, progress=True)
-    mean = downstream(constant(gpt2_data.mean), gpt2_data)
+    zero, mean = ablated(gpt2_data)
     assert isinstance(zero, CausalEffect) and isinstance(mean, CausalEffect)
     assert (zero.ce, zero.recovered_zero) == (zero.ce_zero, 0)
     assert (mean.ce, mean.recovered_mean) == (mean.ce_mean, 0)
@@ -93,7 +92,7 @@ def test_causal_by_hand(gpt2_data):
 
 
 def test_encoder_identity(bert_data):
-    found = downstream(identity(), bert_data)
+    found = downstream(identity(D), bert_data)
     assert isinstance(found, EncoderEffect)
     assert found.tokens == bert_data.n_tokens
     for value in (found.cosine, found.recovered_zero, found.recovered_mean):
@@ -101,8 +100,7 @@ def test_encoder_identity(bert_data):
 
 
 def test_encoder_ablations(bert_data):
-    zero = downstream(constant(torch.zeros(D)), bert_data, batch_size=3, progress=True)
-    mean = downstream(constant(bert_data.mean), bert_data)
+    zero, mean = ablated(bert_data)
     assert isinstance(zero, EncoderEffect) and isinstance(mean, EncoderEffect)
     assert (zero.cosine, zero.recovered_zero) == (zero.cosine_zero, 0)
     assert (mean.cosine, mean.recovered_mean) == (mean.cosine_mean, 0)
@@ -123,7 +121,7 @@ def test_encoder_by_hand(bert_data):
 
 
 def test_minilm(minilm_data):
-    """Memorising its few tokens, an SAE of real activations changes the embeddings little."""
+    """Memorizing its few tokens, an SAE of real activations changes the embeddings little."""
     x = minilm_data.rows(torch.arange(minilm_data.n_tokens))
     sae = SAE(384, len(x), TopK(1))
     with torch.no_grad():  # a latent for each token
@@ -138,13 +136,13 @@ def test_minilm(minilm_data):
 
 def test_plain_data_has_no_model(tmp_path):
     np.save(tmp_path / "x.npy", np.eye(D, dtype=np.float32))
-    assert downstream(identity(), ActivationShards(tmp_path / "x.npy")) is None
+    assert downstream(identity(D), ActivationShards(tmp_path / "x.npy")) is None
 
 
 @pytest.mark.parametrize("change", [{"max_windows": 0}, {"batch_size": 0}])
 def test_bad_counts(change, gpt2_data):
     with pytest.raises(ValueError, match="at least 1"):
-        downstream(identity(), gpt2_data, **change)
+        downstream(identity(D), gpt2_data, **change)
 
 
 def test_wrong_width(gpt2_data):

@@ -1,4 +1,4 @@
-"""Probes on planted labels, on labels of nothing, and on what text says of its tokens."""
+"""Probes on planted labels, on random labels, and on labels derived from text."""
 
 import json
 import textwrap
@@ -13,7 +13,9 @@ from fastsae.data import ActivationShards, HarvestConfig, Joined, Synthetic, har
 from fastsae.data.model import load_tokenizer
 from fastsae.evals import probing, sparse_probing
 from fastsae.evals.probing import text_labels
-from fastsae.nn import SAE, AbsTopK, TopK, init_from_data
+from fastsae.nn import SAE, TopK, init_from_data
+
+from .conftest import identity
 
 N, D = 3000, 16
 
@@ -27,14 +29,6 @@ def stored(x: torch.Tensor, folder: Path) -> ActivationShards:
     return ActivationShards(folder / "x.npy")
 
 
-def identity() -> SAE:
-    sae = SAE(D, D, AbsTopK(D))
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(D))
-        sae.W_dec.copy_(torch.eye(D))
-    return sae
-
-
 def test_a_latent_that_is_the_label_is_found(tmp_path: Path):
     """Coordinate 3 is the label outright, and latent 40 of a wide SAE is too."""
     label, x = signs(), torch.randn(N, D)
@@ -43,7 +37,7 @@ def test_a_latent_that_is_the_label_is_found(tmp_path: Path):
     with torch.no_grad():
         wide.W_enc.zero_()
         wide.W_enc[40, 3] = 1
-    for sae, latent in ((identity(), 3), (wide, 40)):
+    for sae, latent in ((identity(D), 3), (wide, 40)):
         found = sparse_probing(sae, stored(x, tmp_path), labels={"planted": label})
         assert found.accuracy == found.baseline == {"1": 1.0, "5": 1.0}
         assert found.label_latents["planted"][0] == latent
@@ -56,7 +50,7 @@ def test_two_latents_tell_more_than_one(tmp_path: Path):
     x = torch.randn(N, D)
     data = stored(x, tmp_path)
     label = x[:, 5] + x[:, 9] > 0
-    found = sparse_probing(identity(), data, labels={"sum": label}, ks=[1, 2])
+    found = sparse_probing(identity(D), data, labels={"sum": label}, ks=[1, 2])
     assert set(found.label_latents["sum"]) == {5, 9}
     assert found.accuracy["1"] == pytest.approx(0.75, abs=0.05)
     assert found.accuracy["2"] > 0.97
@@ -163,9 +157,8 @@ def test_labels_of_text(bert: Path, tmp_path: Path):
 
 
 def test_text_of_code(minilm: Path, tmp_path: Path):
-    """Real activations say much of their token, as do joined ones."""
-    source = Path(textwrap.__file__).read_text()
-    data = code_data(minilm, tmp_path, source, Path(json.decoder.__file__).read_text())
+    """Real activations predict properties of their token; so do joined ones."""
+    data = code_data(minilm, tmp_path, Path(textwrap.__file__).read_text())
     sae = init_from_data(SAE(384, 512, TopK(16)), data.sample(1000))
     found = sparse_probing(sae, data, max_tokens=4000)
     assert {"keyword", "punctuation", "prose", "late"} <= found.label_accuracy.keys()
@@ -220,4 +213,4 @@ def test_rows_that_are_not_numbers_are_named(tmp_path: Path, monkeypatch: pytest
     x = torch.randn(N, D)
     x[7, 3] = torch.nan
     with pytest.raises(ValueError, match=r"x\.npy row 7"):
-        sparse_probing(identity(), stored(x, tmp_path), labels={"a": signs()})
+        sparse_probing(identity(D), stored(x, tmp_path), labels={"a": signs()})

@@ -1,4 +1,4 @@
-"""Rebuilt windows are the ones the model read, but for special tokens inside the text."""
+"""Rebuilt windows are the ones the model read, except special tokens inside the text."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .peers import D_IN, D_SAE, K, dictionary_learning, randomised, sae_lens, sparsify
+from .peers import D_IN, D_SAE, K, dictionary_learning, randomized, sae_lens, sparsify
 
 
 class Kind(NamedTuple):
@@ -24,7 +24,7 @@ def coder(**settings: Any) -> Kind:
     def make() -> Any:
         library = sparsify()
         config = library.SparseCoderConfig(num_latents=D_SAE, k=K, **settings)
-        return randomised(library.SparseCoder(D_IN, config)).double()
+        return randomized(library.SparseCoder(D_IN, config)).double()
 
     def loss(sae: Any, x: Tensor, dead: Tensor) -> Tensor:
         out = sae(x, y=x.flip(1) if sae.cfg.transcode else None, dead_mask=dead)
@@ -38,7 +38,7 @@ def lens(name: str, training: bool = False, **settings: Any) -> Kind:
         saes = sae_lens()
         full = f"{name}TrainingSAE" if training else f"{name}SAE"
         config = getattr(saes, f"{full}Config")(d_in=D_IN, d_sae=D_SAE, dtype="float64", **settings)
-        return randomised(getattr(saes, full)(config))
+        return randomized(getattr(saes, full)(config))
 
     def loss(sae: Any, x: Tensor, dead: Tensor) -> Tensor:
         if not training:
@@ -60,7 +60,7 @@ def dictionary(module: str, name: str, *arguments: Any) -> Kind:
 
     def make() -> Any:
         sae = getattr(dictionary_learning(module), name)(D_IN, D_SAE, *arguments)
-        return randomised(sae).double()
+        return randomized(sae).double()
 
     def loss(sae: Any, x: Tensor, dead: Tensor) -> Tensor:
         if name == "JumpReluAutoEncoder":
@@ -113,7 +113,7 @@ def recon_and_codes(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_true_gradients(sae: Any) -> Any:
-    """The module itself, but for sparsify's, whose encoder is written plainly, and for sparse
+    """The module itself, except sparsify's, whose encoder is written plainly, and for sparse
     tensors, through which SAELens has no backward pass."""
     if type(sae).__name__ == "TopKTrainingSAE":
         sae.activation_fn.use_sparse_activations = False

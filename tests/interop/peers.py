@@ -27,7 +27,7 @@ def dictionary_learning(module: str) -> Any:
     return pytest.importorskip(f"dictionary_learning.{module}")
 
 
-def randomised(module: Any) -> Any:
+def randomized(module: Any) -> Any:
     """With every parameter away from where it starts; thresholds above 0."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def lens(name: str, **settings: Any) -> Peer:
         saes = sae_lens()
         full = name if "Transcoder" in name else f"{name}SAE"
         cls, cfg = getattr(saes, full), getattr(saes, f"{full}Config")
-        sae = randomised(cls(cfg(d_in=D_IN, d_sae=D_SAE, **settings)))
+        sae = randomized(cls(cfg(d_in=D_IN, d_sae=D_SAE, **settings)))
         if "BatchTopK" in name:
             sae.topk_threshold.fill_(0.4)
         return sae
@@ -122,7 +122,7 @@ def before_6(peer: Peer, **changes: Any) -> Peer:
 def coder(**settings: Any) -> Peer:
     def make() -> Any:
         library = sparsify()
-        return randomised(
+        return randomized(
             library.SparseCoder(D_IN, library.SparseCoderConfig(num_latents=D_SAE, k=K, **settings))
         )
 
@@ -145,7 +145,7 @@ def dictionary(module: str, name: str, *arguments: Any, threshold: float | None 
         sae = getattr(dictionary_learning(module), name)(D_IN, D_SAE, *arguments)
         if threshold is not None:
             sae.threshold.fill_(threshold)
-        return randomised(sae)
+        return randomized(sae)
 
     def write(sae: nn.Module, path: Path) -> None:
         path.mkdir()

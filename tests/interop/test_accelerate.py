@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ def few_are_enough(monkeypatch):
 
 def tokens(N: int) -> torch.Tensor:
     return torch.randn(N, D_IN, dtype=torch.float64)
+
+
+def both(name: str, dtype=torch.float64) -> tuple[Any, Any]:
+    """A library's module, and an accelerated copy of it."""
+    theirs = KINDS[name].make().to(dtype)
+    return theirs, fastsae.accelerate(copy.deepcopy(theirs))
+
+
+def strided(codes: torch.Tensor) -> torch.Tensor:
+    return codes.to_dense() if codes.is_sparse else codes
 
 
 @pytest.mark.parametrize("N", TOKENS)
@@ -103,7 +114,7 @@ def test_it_is_the_same_object(name):
 
 
 JUMPRELU = "dictionary_learning jumprelu"
-WITH_HOOKS = {  # the submodules that people hook
+WITH_HOOKS = {  # the submodules that users hook
     "sae_lens": ["hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"],
     "dictionary_learning": ["encoder", "decoder"],
 }
@@ -113,16 +124,15 @@ WITH_HOOKS = {  # the submodules that people hook
     "name, hooked",
     [(n, h) for n in KINDS if n != JUMPRELU for h in WITH_HOOKS.get(n.split()[0], [])],
 )
-def test_hooks_see_and_change_what_they_did(name, hooked):
-    theirs, x = KINDS[name].make(), tokens(33)
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+def test_hooks_see_and_change_the_same_tensors(name, hooked):
+    theirs, ours, x = *both(name), tokens(33)
     found = []
     for sae in (theirs, ours):
         seen = []
 
         def overwrite(_, inputs, output, seen=seen):
-            seen.append(output.to_dense().clone() if output.is_sparse else output.clone())
-            output = output.to_dense() if output.is_sparse else output
+            output = strided(output)
+            seen.append(output.clone())
             output[..., 3] = 2  # in place
             return output
 
@@ -134,13 +144,11 @@ def test_hooks_see_and_change_what_they_did(name, hooked):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if "sparsify" not in name])
 def test_codes_that_were_written_into_are_decoded_as_they_are(name):
-    theirs, x = KINDS[name].make(), tokens(33)
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    theirs, ours, x = *both(name), tokens(33)
     found = []
     with torch.no_grad():
         for sae in (theirs, ours):
-            codes = sae.encode(x)
-            codes = codes.to_dense() if codes.is_sparse else codes
+            codes = strided(sae.encode(x))
             codes[:, 7] = 3
             found.append(sae.decode(codes))
     assert_close(*found)
@@ -148,8 +156,7 @@ def test_codes_that_were_written_into_are_decoded_as_they_are(name):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if "sparsify" not in name])
 def test_activations_have_the_gradient_of_every_latent(name):
-    theirs, x = KINDS[name].make(), tokens(33)
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    theirs, ours, x = *both(name), tokens(33)
     found = []
     for sae in (theirs, ours):
         acts = sae.encode(x)
@@ -158,7 +165,7 @@ def test_activations_have_the_gradient_of_every_latent(name):
         found.append(torch.autograd.grad(sae.decode(acts).square().sum(), acts)[0])
         with torch.no_grad():
             acts = sae.encode(x)
-        acts.requires_grad_()  # which is to make no difference
+        acts.requires_grad_()  # which must make no difference
         found.append(torch.autograd.grad(sae.decode(acts).square().sum(), acts)[0])
     assert (found[0] != 0).all()
     for gradient in found[1:]:
@@ -169,8 +176,7 @@ def test_activations_have_the_gradient_of_every_latent(name):
 def test_hooks_see_the_gradient_of_every_latent(name):
     if "sparse" in name:
         pytest.skip("SAELens has no backward pass of sparse activations")
-    theirs, x = KINDS[name].make(), tokens(33)
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    theirs, ours, x = *both(name), tokens(33)
     found = []
     for sae in (theirs, ours):
         seen = []
@@ -187,48 +193,44 @@ def test_hooks_see_the_gradient_of_every_latent(name):
 
 @pytest.mark.parametrize("name", [n for n in KINDS if "sae_lens" in n or n.endswith(" topk")])
 def test_tokens_in_sequences(name):
-    theirs, x = KINDS[name].make(), tokens(24).view(2, 3, 4, D_IN)
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    theirs, ours, x = *both(name), tokens(24).view(2, 3, 4, D_IN)
     if "layer norm" in name or "sparsify" in name:
         x = x.flatten(0, 2)
     assert_close(recon_and_codes(ours, x), recon_and_codes(theirs, x))
 
 
 def test_in_bfloat16():
-    kind = KINDS["dictionary_learning topk"]
-    theirs, x = kind.make().bfloat16(), tokens(33).bfloat16()
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    theirs, ours = both("dictionary_learning topk", torch.bfloat16)
+    x = tokens(33).bfloat16()
     recon, codes = recon_and_codes(ours, x)
     assert recon.dtype == codes.dtype == torch.bfloat16
     assert_close((recon, codes), recon_and_codes(theirs, x))
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_method_that_someone_replaced_is_heard(name):
-    ours, heard = fastsae.accelerate(KINDS[name].make()), []
+def test_a_replaced_method_is_called(name):
+    ours, calls = fastsae.accelerate(KINDS[name].make()), []
     encode = ours.encode
 
     def patched(x):
-        heard.append(x)
+        calls.append(x)
         return encode(x)
 
     ours.encode = patched
     ours(tokens(33))
-    assert len(heard) == 1
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_few_tokens_go_the_old_way(name, monkeypatch):
+def test_few_tokens_use_the_librarys_own_code(name, monkeypatch):
     monkeypatch.setattr(dense, "MIN_TOKENS", 64)
-    theirs, x = KINDS[name].make(), tokens(33)
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    theirs, ours, x = *both(name), tokens(33)
     assert_close(recon_and_codes(ours, x), recon_and_codes(theirs, x))
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if "sparsify" not in name])
 def test_under_autocast(name):
-    theirs, x = KINDS[name].make().to(torch.float32), tokens(33).float()
-    ours = fastsae.accelerate(copy.deepcopy(theirs))
+    theirs, ours, x = *both(name, torch.float32), tokens(33).float()
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(recon_and_codes(ours, x), recon_and_codes(theirs, x))
 
@@ -242,7 +244,7 @@ def test_saved_activations_are_plain_tensors(tmp_path):
 
 
 def test_latents_that_are_not_active_are_not_listed():
-    """For sparsify's trainer counts what is listed."""
+    """Because sparsify's trainer counts every listed latent as fired."""
     kind, x = KINDS["sparsify"], tokens(65)
     ours = fastsae.accelerate(kind.make())
     ours.encoder.bias.data -= 6
@@ -253,7 +255,7 @@ def test_latents_that_are_not_active_are_not_listed():
         assert torch.equal(*spare)
 
 
-def test_what_is_not_known_is_named():
+def test_an_unsupported_module_is_refused():
     with pytest.raises(ValueError) as error:
         fastsae.accelerate(nn.Linear(2, 3))
     assert "got torch's Linear" in str(error.value)

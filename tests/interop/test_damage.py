@@ -114,7 +114,7 @@ def test_a_file_cut_anywhere(form, tmp_path):
         whole = file.read_bytes()
         for length in sorted({0, 1, 8, *range(20, len(whole), max(1, len(whole) // 12))}):
             if whole[:length].strip() == whole.strip():
-                continue  # but for its last line's end, it is all there
+                continue  # only the final newline is missing
             file.write_bytes(whole[:length])
             assert str(file) in refused(path) or "holds no SAE" in refused(path)
         file.write_bytes(whole)
@@ -235,7 +235,7 @@ def test_a_state_dict_that_claims_to_be_larger_than_it_is(tmp_path):
 
 
 class Buffer:
-    """So many bytes, when it is unpickled."""
+    """Unpickles to that many bytes."""
 
     def __init__(self, size: int):
         self.size = size

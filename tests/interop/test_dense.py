@@ -1,4 +1,4 @@
-"""Dense tensors with codes behind them, against plain dense autograd."""
+"""Dense tensors with codes attached, against plain dense autograd."""
 
 import pytest
 import torch
@@ -6,22 +6,19 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
 from fastsae.codes import Codes
-from fastsae.dropin.dense import (
-    above,
-    batch_topk_codes,
-    gather_pre,
-    lookup_codes,
-    pre_activations,
-    to_dense,
-)
+from fastsae.dropin.dense import Encoder, lookup_codes, to_dense
 from fastsae_kernels.testing import assert_no_worse
 
 N, D, F = 9, 5, 24
 
 
-def encoder(dtype=torch.float64):
+def encoder(dtype=torch.float64) -> Encoder:
     shapes = (N, D), (F, D), (F,)
-    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    return Encoder(*(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes))
+
+
+def pre_activations(*arguments):
+    return Encoder(*arguments).pre_activations()
 
 
 @pytest.mark.parametrize("latents", [range(0), range(3, 5), range(F)])
@@ -44,40 +41,36 @@ def test_pre_activations_twice():
 
 
 def test_entries():
-    x, W, b = encoder()
     indices = torch.randint(F, (N, 4))
-    expected = linear(x, W, b).gather(1, indices)
-    assert torch.equal(gather_pre(linear(x, W, b), indices, x, W, b), expected)
-    assert gradcheck(lambda *e: gather_pre(linear(*e), indices, *e), (x, W, b))
+    expected = linear(*(e := encoder())).gather(1, indices)
+    assert torch.equal(e.gather(linear(*e), indices), expected)
+    assert gradcheck(lambda *e: Encoder(*e).gather(linear(*e), indices), (*e,))
 
 
 @pytest.mark.parametrize("total", [0, 1, 30, N * F])
 def test_largest_of_batch(total):
-    x, W, b = encoder()
-    pre = linear(x, W, b)
-    dense = batch_topk_codes(pre, total, (x, W, b)).to_dense()
+    pre = linear(*(e := encoder()))
+    dense = e.batch_topk(pre, total).to_dense()
     least = pre.flatten().sort(descending=True).values[max(total - 1, 0)].clamp(min=0)
     expected = pre * ((pre >= least) & (pre > 0) & (total > 0))
     assert torch.equal(dense, expected)
     g = torch.randn_like(dense)
-    got, wanted = (torch.autograd.grad(d, (x, W, b), g) for d in (dense, expected))
+    got, wanted = (torch.autograd.grad(d, e, g) for d in (dense, expected))
     torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("threshold", [-10.0, 2.0, 100.0])
 def test_above(threshold):
-    arguments = encoder()
-
     def sparse(*encoder):
         pre = pre_activations(*encoder)
-        found = above(pre, torch.full((F,), threshold, dtype=pre.dtype), encoder)
+        found = Encoder(*encoder).above(pre, torch.full((F,), threshold, dtype=pre.dtype))
         return found.codes(found.pre).to_dense()
 
     def dense(*encoder):
         pre = linear(*encoder)
         return pre * (pre > threshold)
 
-    assert_no_worse(sparse, dense, *arguments)
+    assert_no_worse(sparse, dense, *encoder())
 
 
 def test_a_dense_tensor_knows_its_codes_until_it_is_written_into():

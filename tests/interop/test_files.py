@@ -242,7 +242,7 @@ def test_the_hub(tmp_path, monkeypatch):
     assert "layers.3/sae.safetensors" in patterns and "layers.3/cfg.json" in patterns
     with pytest.raises(ValueError, match="on the Hub has no layers.4"):
         fastsae.load("EleutherAI/sae-pythia/layers.4")
-    monkeypatch.chdir(tmp_path)  # what lies beside a checkout is not known
+    monkeypatch.chdir(tmp_path)  # away from the checkout and its neighboring folders
     for name in ("nowhere", "../elsewhere", "/no/such/folder", "a/../b"):
         with pytest.raises(ValueError, match="does not exist"):
             fastsae.load(name)

@@ -44,7 +44,7 @@ def test_the_same_numbers(name, tmp_path):
 
 @pytest.mark.parametrize(("name", "form"), PAIRS)
 def test_from_one_library_to_another(name, form, tmp_path):
-    """Or an error that says what that one has not."""
+    """Or an error that says what the format does not support."""
     peer, reader = PEERS[name], READERS[form]
     theirs, x = peer.make(), torch.randn(64, D_IN)
     peer.write(theirs, tmp_path / "theirs")

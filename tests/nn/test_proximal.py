@@ -33,7 +33,7 @@ def on_grid(seed: int, *shape: int, least: float = -REACH) -> Tensor:
 def least_objective(
     h: Tensor, l0: Tensor | float, l1: Tensor | float, most: int, signed: bool
 ) -> Tensor:
-    """The minimum over z of |z - h|^2 / 2 + l0 |z|_0 + l1 |z|_1, with at most so many entries that
+    """The minimum over z of |z - h|^2 / 2 + l0 |z|_0 + l1 |z|_1, with at most `most` entries that
     are not 0 and, unless signed, none below 0: over all supports, and on each over a grid."""
     values = torch.arange(-REACH if signed else 0.0, REACH + UNIT, UNIT, dtype=h.dtype)[:, None]
     nonzero = ((values - h).square() / 2 + l1 * values.abs()).amin(0) + l0
@@ -86,9 +86,9 @@ def test_batchtopk_is_one_step_for_all_tokens_together(by, seed):
 @pytest.mark.parametrize("way", WAYS)
 def test_relu(way, monkeypatch):
     monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
-    H, price = on_grid(1, len(SEEDS), F), on_grid(2, F, least=0.0)
-    for z, h in zip(encoded(ReLU(), H, b_enc=-price), H, strict=True):
-        problem = h, 0, price, F, False
+    H, penalty = on_grid(1, len(SEEDS), F), on_grid(2, F, least=0.0)
+    for z, h in zip(encoded(ReLU(), H, b_enc=-penalty), H, strict=True):
+        problem = h, 0, penalty, F, False
         assert objective(z, *problem) == least_objective(*problem)
 
 
@@ -99,27 +99,27 @@ def test_jumprelu(way, trained, monkeypatch):
     monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
     H, threshold = on_grid(3, len(SEEDS), F), on_grid(4, F, least=0.0)
     H[:9] = threshold  # where it makes no difference whether an entry is kept
-    price = threshold.square() / 2
+    penalty = threshold.square() / 2
     activation = JumpReLU(bandwidth=0.5)
     activation.build(F, F)
     activation.threshold.data = threshold
     with torch.set_grad_enabled(trained):
         codes = encoded(activation, H)
     for z, h in zip(codes, H, strict=True):
-        problem = h, price, 0, F, False
+        problem = h, penalty, 0, F, False
         assert objective(z, *problem) == least_objective(*problem)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_gate_is_that_of_relu_and_magnitudes_do_not_shrink(way, monkeypatch):
     monkeypatch.setattr(sparse_pre, "DENSE", WAYS[way])
-    H, price = on_grid(5, len(SEEDS), F), on_grid(6, F, least=0.0)
+    H, penalty = on_grid(5, len(SEEDS), F), on_grid(6, F, least=0.0)
     activation = Gated()
     activation.build(F, F)
-    codes = encoded(activation, H, b_enc=-price)
+    codes = encoded(activation, H, b_enc=-penalty)
     for z, h in zip(codes, H, strict=True):
-        shrunk = (h - price).where(z != 0, 0.0)
-        problem = h, 0, price, F, False
+        shrunk = (h - penalty).where(z != 0, 0.0)
+        problem = h, 0, penalty, F, False
         assert objective(shrunk, *problem) == least_objective(*problem)
         assert torch.equal(z, h.where(z != 0, 0.0))
     assert (codes != 0).any()

@@ -19,19 +19,11 @@ from fastsae.nn.rational_fit import JUMP, RationalFit
 from fastsae.nn.relu import ReLU
 from fastsae.train import Optimizer, TrainConfig, Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, D_IN, D_SAE, K = 50, 6, 20, 5
 GATES = {"relu": {}, "jumprelu": {}, "topk": {"k": K}}
 EVERY = pytest.mark.parametrize("gate", GATES)
 SUPPORTS = pytest.mark.parametrize("support", ["teacher", "none"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The matrices are small: beside other processes, threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(gate, bias=0.0, **settings) -> SAE:

@@ -23,16 +23,8 @@ ERRORS = {  # that a fit can reach, computed elsewhere; of JumpReLU one that it 
     ("relu", 7, 6): 1.14e-3,
     ("jumprelu", 9, 8): 8.5e-4,
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 TABULATED = pytest.mark.parametrize(("function", "p", "q"), ERRORS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The matrices are small: beside other processes, threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def values(fit, t):

@@ -10,16 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
 
 from fastsae import SAE
-from fastsae.nn import (
-    Activation,
-    BatchTopK,
-    Gated,
-    JumpReLU,
-    Rational,
-    ReLU,
-    TopK,
-    Variational,
-)
+from fastsae.nn import Activation, BatchTopK, Gated, JumpReLU, Rational, ReLU, TopK, Variational
 
 D_IN, D_SAE = 6, 20
 

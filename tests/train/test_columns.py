@@ -83,7 +83,7 @@ def test_a_crosscoder_codes_layers_together(folders, tmp_path, layer_norm):
 
 @pytest.mark.parametrize("step", ["fused", "autograd"])
 def test_layer_norm_is_in_the_saved_sae(folders, tmp_path, step):
-    """Its figures are of activations as they are, and of whatever size."""
+    """Its metrics refer to the activations as given, whatever their scale."""
     settings = {**SMALL, "k": 4, "layer_norm": True, "step": step}
     config = train_config(out=str(tmp_path / "run"), **settings)
     sae, summary, lines = trained(config, folders["y"])

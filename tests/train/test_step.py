@@ -192,7 +192,7 @@ def test_schedule():
     assert default_lr(2**12, 600) == 2e-3
 
 
-def test_float32_figures_at_a_real_size():
+def test_float32_fvu_at_a_real_size():
     """FVU of a [4096, 512] batch is as exact as its float64 formula allows."""
     x = torch.randn(4096, 512) + 1
     sae = SAE(512, 1024, TopK(8))
