@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 from ._launch import check_devices, use_triton
-from .dense_adam import (
-    AdamStep as AdamStep,
-)
+from .dense_adam import AdamStep as AdamStep
 from .dense_adam import (
     fused_adam_,
     normalize_rows_,

@@ -128,15 +128,9 @@ def _candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
 class _EncodeTopk(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        k: int,
-        by: str,
-        shadow: Tensor | None,
-        scale: Tensor | None,
-        columns: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by: str,
+        shadow: Tensor | None, scale: Tensor | None, columns: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if shadow is None:
             return _select(x, W_enc, b_enc, k, by)
         copy = shadow

@@ -118,7 +118,26 @@ def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> Ragged:
 # --- autograd -------------------------------------------------------------------------------
 
 
-class _EncodeAbove(torch.autograd.Function):
+class RaggedEncoder(torch.autograd.Function):
+    """Autograd of an encoder that returns Ragged rows; subclasses define forward(x, W, b, ...)."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, indices, count = output
+        ctx.save_for_backward(*inputs[:2], indices, count)
+        ctx.mark_non_differentiable(indices, count)
+
+    @staticmethod
+    def backward(ctx, g, *_):  # g: [N, K]
+        x, W_enc, indices, count = ctx.saved_tensors
+        # Padding gets no gradient; a listed entry does, even if its value is 0.
+        g = g.where(Ragged(g, indices, count).listed, 0.0)
+        need_x, need_W, need_b, *others = ctx.needs_input_grad
+        gradients = straight_through(g, x, W_enc, indices, (need_x, need_W, need_b))
+        return *gradients, *(None for _ in others)
+
+
+class _EncodeAbove(RaggedEncoder):
     @staticmethod
     def forward(
         x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, by: str
@@ -130,26 +149,6 @@ class _EncodeAbove(torch.autograd.Function):
             del pre
         values, position = (torch.cat(parts) for parts in zip(*lists, strict=True))
         return in_rows(values, position, len(x), len(W_enc))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, indices, count = output
-        ctx.save_for_backward(*inputs[:2], indices, count)
-        ctx.mark_non_differentiable(indices, count)
-
-    @staticmethod
-    def backward(ctx, g, *_):  # g: [N, K]
-        return *listed_gradients(ctx, g), None, None
-
-
-def listed_gradients(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, W_enc and b_enc, for a ctx that saved x, W_enc, indices and count: through each entry.
-
-    An entry of value 0 passes it on as well; the padding does not.
-    """
-    x, W_enc, indices, count = ctx.saved_tensors
-    g = g.where(Ragged(g, indices, count).listed, 0.0)
-    return straight_through(g, x, W_enc, indices, ctx.needs_input_grad[:3])
 
 
 def fake_rows(x: Tensor) -> Ragged:

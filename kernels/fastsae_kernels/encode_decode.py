@@ -27,15 +27,9 @@ Gradient = Literal["straight_through", "rotation_support", "rotation_dense"]
 
 
 def encode_decode_reference(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    k: int,
-    by: By = "value",
-    gradient: Gradient = "straight_through",
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int,
+    by: By = "value", gradient: Gradient = "straight_through",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """[N, D], [F, D], [F], [F, D_out], [D_out] -> [N, D_out], [N, K], [N, K]"""
     h = linear(x, W_enc, b_enc)
     values, indices = topk_reference(h, k, by)
@@ -54,15 +48,9 @@ def encode_decode_reference(
 class _EncodeDecode(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        k: int,
-        by: str,
-        gradient: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+        k: int, by: str, gradient: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         with torch.no_grad():
             values, indices = encode_topk(x, W_enc, b_enc, k, by)
             return decode(values, indices, W_dec) + b_dec, values, indices

@@ -12,14 +12,7 @@ Shapes: N tokens, K active latents per token, F latents, D width.
 import torch
 from torch import Tensor
 
-from ._launch import (
-    check_codes,
-    check_devices,
-    check_indices,
-    check_shape,
-    use_triton,
-    wide_dtype,
-)
+from ._launch import check_codes, check_devices, check_indices, check_shape, use_triton, wide_dtype
 from ._op import register
 from .sparse import decode, decode_reference, gather_dot, gather_dot_reference, scatter_outer
 

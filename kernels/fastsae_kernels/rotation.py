@@ -69,16 +69,9 @@ def rotation_gradient_reference(h: Tensor, q: Tensor, g: Tensor) -> Tensor:
 
 
 def rotation_gradients_reference(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    d_recon: Tensor,
-    d_values: Tensor,
-    mode: Mode,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor,
+    d_recon: Tensor, d_values: Tensor, mode: Mode,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx [N, D], dW_enc [F, D], db_enc [F]"""
     h = linear(x, W_enc, b_enc)
     q, g = (torch.zeros_like(h).scatter(1, indices, t) for t in (values, d_values))

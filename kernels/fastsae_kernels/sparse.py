@@ -50,8 +50,9 @@ def _decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), F = indices.shape, W.shape[0]
     wide = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
-    # sampled_addmm knows one dtype, no half precision, and no more entries than a dense matrix has.
-    if not x.dtype == W.dtype == wide or K > F:
+    # sampled_addmm supports neither mixed dtypes, half precision nor empty indices, and no more
+    # entries than a dense matrix has.
+    if not x.dtype == W.dtype == wide or K > F or not indices.numel():
         rows = zip(x.to(wide).split(64), indices.split(64), strict=True)
         return torch.cat([(W[i].to(wide) @ t[:, :, None])[:, :, 0] for t, i in rows]).to(x)
     start = torch.arange(0, N * K + 1, K, dtype=indices.dtype)
@@ -100,8 +101,6 @@ class _GatherDot(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         check_indices(indices, W.shape[0])
-        if not indices.numel():
-            return x.new_zeros(indices.shape)
         if use_triton(W):
             from ._sparse_kernel import launch_gather_dot as run
         else:

@@ -24,10 +24,10 @@ from ._op import register, register_constant
 from .encode import check_encoder
 from .encode_above import (
     Ragged,
+    RaggedEncoder,
     fake_rows,
     in_rows,
     list_above,
-    listed_gradients,
     listed_reference,
     products,
 )
@@ -160,7 +160,7 @@ _topk_batch_op = register_constant(
 # --- encode_topk_batch ----------------------------------------------------------------------
 
 
-class _EncodeTopkBatch(torch.autograd.Function):
+class _EncodeTopkBatch(RaggedEncoder):
     @staticmethod
     def forward(
         x: Tensor, W_enc: Tensor, b_enc: Tensor, k_total: int, by: str, hint: Tensor
@@ -181,20 +181,9 @@ class _EncodeTopkBatch(torch.autograd.Function):
         chosen = _choose(lambda: products(x, W_enc, b_enc), guesses(), like, k_total, by)
         return in_rows(*chosen, N, F)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, indices, count = output
-        ctx.save_for_backward(*inputs[:2], indices, count)
-        ctx.mark_non_differentiable(indices, count)
-
-    @staticmethod
-    def backward(ctx, g, *_):  # g: [N, K]
-        return *listed_gradients(ctx, g), None, None, None
-
 
 _encode_topk_batch = register(
-    _EncodeTopkBatch,
-    lambda x, W_enc, b_enc, k_total, by, hint: fake_rows(x),
+    _EncodeTopkBatch, lambda x, W_enc, b_enc, k_total, by, hint: fake_rows(x)
 )
 
 # --- public ---------------------------------------------------------------------------------
