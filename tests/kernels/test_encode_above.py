@@ -8,10 +8,8 @@ from fastsae_kernels.encode_above import encode_above_reference
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
 
-from .pairs import pairwise
+from .parametrize import BY, each_by, pairwise
 
-BY = "value", "abs"
-each_by = pytest.mark.parametrize("by", BY)
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # N, D, F
     (1, 1, 1),

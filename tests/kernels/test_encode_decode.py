@@ -15,12 +15,11 @@ from fastsae_kernels.encode_decode import (
 )
 from fastsae_kernels.testing import assert_no_worse
 
-from .pairs import pairwise
+from .parametrize import BY, each_by, pairwise
 
 GRADIENTS = get_args(Gradient)
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 ROTATIONS = GRADIENTS[1:]
-BY = "value", "abs"
 ALGORITHMS = "gram", "dense"
 DTYPES = torch.float32, torch.bfloat16
 SHAPES = [  # N, D, D_out, F, k
@@ -104,7 +103,7 @@ def test_straight_through_gradients_are_those_of_the_parts_to_the_bit(device, sh
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("by", BY)
+@each_by
 def test_straight_through(device, by):
     against_reference(separated(SHAPES[0], device, by=by), 3, by, "straight_through")
 
@@ -180,7 +179,7 @@ def test_loss_of_one_output_alone(device, gradient):
         )
 
 
-@pytest.mark.parametrize("by", BY)
+@each_by
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_first_and_second_derivatives(device, check, by):
     """Of the straight-through gradient: the others are not derivatives."""

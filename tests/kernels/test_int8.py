@@ -4,25 +4,22 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from fastsae_kernels import encode_topk, int8
+from fastsae_kernels import balance, encode_topk, int8, quantize_int8, why_not_int8
 from fastsae_kernels.adam import Rows
 from fastsae_kernels.encode import candidates_for, encode_topk_reference
 from fastsae_kernels.int8 import (
     LARGEST,
     SMALLEST_SCALE,
     Int8Rows,
-    balance,
     int8_product,
     int8_product_reference,
-    quantize_int8,
     quantize_int8_reference,
-    why_not_int8,
 )
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import largest_in_columns, topk_reference
 
-BY = pytest.mark.parametrize("by", ["value", "abs"])
-DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+from .parametrize import each_by, each_dtype
+
 K = 4
 
 
@@ -39,7 +36,7 @@ def problem(N: int, D: int, F: int, dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(size).to(dtype) for size in ((N, D), (F, D), (F,))]
 
 
-@DTYPE
+@each_dtype
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 33), (3, 300)], ids=str)
 def test_rows_are_rounded_to_the_nearest_level(shape, dtype):
     x = (torch.randn(shape) * 10 ** torch.randn(shape[0], 1)).to(dtype)
@@ -79,7 +76,7 @@ def test_the_product_is_rounded_to_bfloat16_three_times(gemm, shape):
     assert ((h.double() - exact).abs() <= ((1 + one) ** 3 - 1) * terms).all()
 
 
-@BY
+@each_by
 @pytest.mark.parametrize(("F", "k"), [(1, 1), (9, 3), (1000, 20), (1000, 3), (1003, 5), (40, 40)])
 def test_largest_in_columns(F, k, by):
     pre = torch.stack([torch.randperm(F) - F // 3 for _ in range(6)], 1).to(torch.bfloat16)
@@ -89,8 +86,8 @@ def test_largest_in_columns(F, k, by):
     assert torch.equal((found.abs() if by == "abs" else found).float().sort(1).values, expected)
 
 
-@BY
-@DTYPE
+@each_by
+@each_dtype
 def test_where_candidates_hold_all_the_ranking_is_exact(gemm, dtype, by):
     """With gradients: what the shadow proposes does not enter them."""
     F = candidates_for(K, 100, torch.int8)  # so few that all are candidates
@@ -102,7 +99,7 @@ def test_where_candidates_hold_all_the_ranking_is_exact(gemm, dtype, by):
     )
 
 
-@BY
+@each_by
 def test_true_members_are_among_the_candidates(gemm, by):
     """Also with outlier dimensions and tokens, and however the rows of W are scaled."""
     x, W, b = problem(300, 64, 2048)
@@ -115,7 +112,7 @@ def test_true_members_are_among_the_candidates(gemm, by):
     assert kept.all()
 
 
-@BY
+@each_by
 def test_a_wrong_shadow_only_proposes(gemm, by):
     x, W, b = (torch.randint(-3, 4, t.shape).float() for t in problem(9, 32, 200))
     shadow = quantize_int8(torch.randn(200, 32))

@@ -12,10 +12,8 @@ from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
 from fastsae_kernels.topk_batch import encode_topk_batch_reference, topk_batch_reference
 
-from .pairs import pairwise
+from .parametrize import BY, each_by, pairwise
 
-BY = "value", "abs"
-each_by = pytest.mark.parametrize("by", BY)
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # N, D, F, k_total
     (1, 1, 1, 1),
