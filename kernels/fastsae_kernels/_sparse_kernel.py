@@ -1,4 +1,4 @@
-"""The kernels of sparse.py: a program takes some columns of a token's rows, or all its rows.
+"""The kernels of sparse.py: one program per token, in decode also per block of columns.
 
 Shapes: N tokens, K active latents per token, F latents, D model width.
 """
@@ -15,7 +15,7 @@ from ._launch import launch
 
 @triton.jit
 def load_latents(i_ptr, k, K, F):
-    """Latents at places k of a token's code, and which of them exist: [BLOCK_K] -> twice that"""
+    """Latents at positions k of a token's code, and a mask of those in [0, F): [BLOCK_K] each"""
     f = tl.load(i_ptr + k, mask=k < K, other=-1)
     return f, (f >= 0) & (f < F)
 

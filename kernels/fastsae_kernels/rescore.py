@@ -1,4 +1,4 @@
-"""The k largest of some candidates of each token, ranked by exact pre-activations.
+"""Rank each token's candidate latents by their exact pre-activations, and keep the k largest.
 
     h[n, c] = x[n] . W[candidates[n, c]] + b[candidates[n, c]],  by sums in fp32
     rescore(x, W, b, candidates, k)            max(h, 0) at the k largest h of each token
@@ -45,11 +45,11 @@ def _rescore_torch(
 def rescore(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By = "value"
 ) -> tuple[Tensor, Tensor]:
-    """Rank candidates [N, C], different latents of each token, and keep k of them.
+    """Rank candidates [N, C], distinct latents for each token, and keep the k largest.
 
-    x [N, D], W [F, D], b [F] -> values and indices [N, K] as of topk, largest first, ties to the
-    lowest latent, NaN before any number; values are rounded to x's dtype after they are ranked. Not
-    differentiable. Reads N C D elements of W. encode_topk, which calls it, checks its arguments.
+    x [N, D], W [F, D], b [F] -> values and indices [N, K] as of topk: largest first, ties to the
+    lowest latent, NaN before any number. Values are ranked in fp32 and then rounded to x's dtype.
+    Not differentiable. Reads N C D elements of W. encode_topk, its caller, checks the arguments.
     """
     if use_triton(x) and x.dtype != torch.float64:
         from ._rescore_kernel import launch_rescore as run

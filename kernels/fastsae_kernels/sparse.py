@@ -1,12 +1,11 @@
-"""Three products of a sparse code with a dense matrix, closed under differentiation.
+"""Three sparse products, whose gradients are again these three products.
 
     decode(v, i, W)         out[n]    = sum_k v[n, k] * W[i[n, k]]
     gather_dot(x, i, W)     out[n, k] = x[n] . W[i[n, k]]
     scatter_outer(v, i, x)  out[f]    = sum over (n, k) with i[n, k] = f of v[n, k] * x[n]
 
-The gradient of each is the other two, so there is one kernel per product and no backward kernel.
-An index outside [0, F) is a ValueError on a CPU, and stands for a row of zeros on a GPU, where to
-look at it would mean to wait.
+So there is one kernel per product and no backward kernel. An index outside [0, F) is a ValueError
+on a CPU; on a GPU, where checking would have to wait, it stands for a row of zeros.
 Shapes: N tokens, K active latents per token, F latents, D model width. Accumulation is in fp32
 (fp64 for fp64 inputs), in a fixed order: the same inputs give the same bits.
 """
@@ -154,7 +153,7 @@ _scatter_outer = register(_ScatterOuter, lambda values, indices, x, F: x.new_emp
 
 
 def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """Sum the rows of W that each token picks, weighted by its values.
+    """Reconstruct tokens: sum the rows of W that each token picks, weighted by its values.
 
     values [N, K] and W [F, D] floating, indices [N, K] int32 or int64 below F (repeats add up)
     -> [N, D] in W's dtype. Differentiable in values and W, twice and more.
@@ -181,7 +180,7 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
-    """Sum, for each of F latents, the tokens that picked it, weighted by their values.
+    """Sum, for each of F latents, the tokens that pick it, weighted by their values.
 
     values [N, K] and x [N, D] floating, indices [N, K] int32 or int64 below F -> [F, D] in x's
     dtype: the weight gradient of decode. Differentiable in values and x, twice and more.
