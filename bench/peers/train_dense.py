@@ -1,4 +1,4 @@
-"""Dense PyTorch with fastsae's recipe: the same initialization, schedule and aux-k."""
+"""Trains dense PyTorch with fastsae's recipe: the same initialization, schedule and aux-k."""
 
 import torch
 
