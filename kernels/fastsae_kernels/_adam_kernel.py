@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._float8_kernel import quantize_row
+from ._float8_kernel import quantize_row, warps_for_row
 from ._latent_major_kernel import CHUNK, launch_sum_chunks, sum_run
 from ._launch import capability, launch, power_of_2
 
@@ -194,14 +194,11 @@ PROGRAMS = 2048
 all multiprocessors finish at about the same time, and few enough that each visits several rows. The
 number, and so the order of every sum, does not depend on the GPU."""
 
-COLUMNS = 16
-"""Columns of each row that a thread holds in registers."""
-
 WIDE = 2048
 """Above this D, registers are capped so that a multiprocessor holds two programs of D = 4096: one
-waits for memory while the other computes. Halving COLUMNS and registers does not work, since a
-third of the registers hold addresses. Narrower programs can use a few more registers, and 3 to 6 of
-them still fit."""
+waits for memory while the other computes. Half as many columns per thread with half the registers
+does not work, since a third of the registers hold addresses. Narrower programs can use a few more
+registers, and 3 to 6 of them still fit."""
 
 
 def launch_options(x: Tensor, D: int, unit: bool, float8: bool) -> dict[str, int]:
@@ -214,8 +211,7 @@ def launch_options(x: Tensor, D: int, unit: bool, float8: bool) -> dict[str, int
         # One warp with 24 columns per thread: with two, a quarter of the threads would be idle.
         return {"num_warps": 1, "maxnreg": 168, "BLOCK_K": 4}
     rows = (4 if wide else 8) if half else (4 if unit else 1)
-    warps = min(16, max(1, power_of_2(D) // (32 * COLUMNS)))
-    return {"num_warps": warps, "maxnreg": 128 if wide else 160, "BLOCK_K": rows}
+    return {"num_warps": warps_for_row(D), "maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
 def launch_visits(

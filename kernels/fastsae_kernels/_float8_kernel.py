@@ -57,7 +57,12 @@ def _quantize_kernel(x_ptr, row_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
 # --- launcher -------------------------------------------------------------------------------
 
 COLUMNS = 16
-"""Columns per thread: two 16-byte loads of bfloat16, one 16-byte store."""
+"""Columns per thread: two 16-byte loads of bfloat16, one 16-byte store of e4m3."""
+
+
+def warps_for_row(D: int) -> int:
+    """Warps of a program that holds a row of D columns in registers."""
+    return min(16, max(1, power_of_2(D) // (32 * COLUMNS)))
 
 
 def launch_quantize(x: Tensor, out: "Float8Rows") -> None:
@@ -67,5 +72,5 @@ def launch_quantize(x: Tensor, out: "Float8Rows") -> None:
         (N,),
         *(x, out.rows, out.scale, D),
         BLOCK_D=power_of_2(D),
-        num_warps=min(16, max(1, power_of_2(D) // (32 * COLUMNS))),
+        num_warps=warps_for_row(D),
     )

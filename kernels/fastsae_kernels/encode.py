@@ -219,6 +219,7 @@ def encode_topk(
     """
     check_encoder(x, W_enc, b_enc, by)
     check_choice(k, by, W_enc.shape[0])
+    # Ops take only tensors, None where the kind of shadow lacks a part: fp8 has no columns.
     rows, scale, columns = (
         (*shadow, None)[:3] if isinstance(shadow, tuple) else (shadow, None, None)
     )

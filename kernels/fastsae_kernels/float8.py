@@ -68,8 +68,7 @@ def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
     if out is None:
         scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
         out = Float8Rows(torch.empty_like(x, dtype=E4M3), scale)
-    fast = use_triton(x) and capability(x) >= FIRST_CAPABILITY and x.dtype != torch.float64
-    if fast:
+    if use_triton(x) and capability(x) >= FIRST_CAPABILITY and x.dtype != torch.float64:
         from ._float8_kernel import launch_quantize as run
     else:
         run = _quantize_torch

@@ -67,11 +67,15 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 # --- autograd -------------------------------------------------------------------------------
 
 
-def save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+class _Product(torch.autograd.Function):
+    """What the three products have in common: backward needs their three tensors."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
 
 
-class _Decode(torch.autograd.Function):
+class _Decode(_Product):
     @staticmethod
     def forward(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         check_indices(indices, W.shape[0])
@@ -82,8 +86,6 @@ class _Decode(torch.autograd.Function):
         else:
             run = _decode_torch
         return run(values.contiguous(), indices.contiguous(), W.contiguous())
-
-    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, D]
@@ -96,7 +98,7 @@ class _Decode(torch.autograd.Function):
         )
 
 
-class _GatherDot(torch.autograd.Function):
+class _GatherDot(_Product):
     @staticmethod
     def forward(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         check_indices(indices, W.shape[0])
@@ -105,8 +107,6 @@ class _GatherDot(torch.autograd.Function):
         else:
             run = _gather_dot_torch
         return run(x.contiguous(), indices.contiguous(), W.contiguous())
-
-    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, K]
@@ -119,7 +119,7 @@ class _GatherDot(torch.autograd.Function):
         )
 
 
-class _ScatterOuter(torch.autograd.Function):
+class _ScatterOuter(_Product):
     @staticmethod
     def forward(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
         check_indices(indices, F)
@@ -128,10 +128,6 @@ class _ScatterOuter(torch.autograd.Function):
         runs = latent_major_once(indices, F)
         weights = values.flatten()[runs.entry].to(x.dtype)
         return sum_runs(weights, x.contiguous(), runs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx, g):  # g: [F, D]
