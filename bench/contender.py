@@ -32,6 +32,8 @@ LOW = ["bf16"] * (GPU or has_bf16()) + ["int8"] * (not GPU and why_not_int8("cpu
 
 
 class Contender(NamedTuple):
+    """A trainer with its settings."""
+
     trainer: str = "fastsae"
     """fastsae, dense (dense.py), or a library with a file train_LIBRARY.py in peers/."""
     options: dict[str, Any] = {}

@@ -181,6 +181,7 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    """Time the chosen ops, print a line for each, and write what was asked for."""
     problems, backward = problems_of(arguments), arguments.backward
     if arguments.ncu is not None:
         return launch_once(chosen_ops([arguments.ncu], backward)[0], problems[0], backward)

@@ -161,6 +161,7 @@ def error_torch(values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: T
 
 
 def adam_inputs(p: Problem, moments: torch.dtype, T: int) -> tuple:
+    """Both weights with moments of this dtype, and gradients from random codes."""
     rows = []
     for W in (p.weights(fp32), p.weights(fp32)):
         first = p.normal(p.F, p.D, dtype=moments, std=1e-3)
@@ -194,6 +195,7 @@ def adam_bytes(moments: torch.dtype) -> int:
 
 
 def dense_adam_inputs(p: Problem) -> tuple:
+    """torch.optim.Adam with state for two weights, and their dense gradients."""
     weights = [p.weights(fp32) for _ in range(2)]
     for W in weights:
         W.grad = p.normal(p.F, p.D, dtype=fp32)

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    """Measure every shape, print a row for each, and write the results."""
     keep_freed_memory()  # as the trainer does; it helps dense PyTorch as well
     results = {}
     print("milliseconds and multiples of the floor")

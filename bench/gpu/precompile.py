@@ -66,6 +66,7 @@ def compile_error(launch: Any, launcher: bool) -> str:
 
 
 def main() -> None:
+    """Record and compile all launches, and print a summary as JSON."""
     arch, names, *dry = sys.argv[1:]
     start, workers = time.time(), len(os.sched_getaffinity(0))
     launches, problems = recorded(int(arch), names)

@@ -102,6 +102,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
 
 
 def bench(arguments: argparse.Namespace) -> int:
+    """Run the chosen parts; returns an exit code of guard.py."""
     names = arguments.parts or [*PARTS]
     check_names("parts", names, PARTS)
     dry = arguments.dry_run

@@ -87,6 +87,7 @@ def plain(name: str) -> str:
 
 
 def point(axes: Any, name: str, colors: dict[str, str], x: float, y: float) -> None:
+    """Plot one contender; its marker shows the variant."""
     marker = "^" if name.endswith(SAME_LR) else "s" if name.endswith(", Adam") else "o"
     style = {"fillstyle": "none" if name.endswith(", accelerated") else "full", "mew": 2}
     axes.plot(x, y, marker, color=colors[plain(name)], markersize=8, **style)

@@ -51,6 +51,7 @@ def config_of(task: Task, **options: Any) -> TrainConfig:
 
 
 def train(task: Task, stream: Stream, **options: Any) -> Trained:
+    """Options are those of TrainConfig; the others are its defaults."""
     source: Any = StreamSource(stream)
     with TemporaryDirectory() as folder:
         config = replace(config_of(task, **options), out=Path(folder) / "run")

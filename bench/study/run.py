@@ -176,6 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    """Train, tune and measure what is missing, then write and print the report."""
     seeds, scale = arguments.seeds, Scale(arguments.steps, max(1, 3 * arguments.steps // 10))
     FOLDER.mkdir(parents=True, exist_ok=True)
     study = Study(FOLDER / "results.json", arguments.work, scale)
