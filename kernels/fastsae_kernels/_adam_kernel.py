@@ -97,6 +97,7 @@ def _round_bf16(x, bits):
 
 @triton.jit
 def _sum_weights(w_ptr, first, last, CHUNK: tl.constexpr):
+    """Sum of w over entries first to last."""
     total = 0.0
     for start in range(first, last, CHUNK):
         e = start + tl.arange(0, CHUNK)
@@ -115,6 +116,7 @@ def _adam_kernel(
     UNIT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One Adam step on a program's rows: gradient, catch-up, update, and the weight's copies."""
     p = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     mask = d < D
@@ -240,6 +242,7 @@ def launch_visits(
 def launch_adam(
     decoder: "Rows", encoder: "Rows", g: "RowGradients", at: "AdamStep", window: "Window | None"
 ) -> tuple[Tensor, Tensor]:
+    """Run the step on decoder and encoder; returns the gradients of both biases."""
     F, D = decoder.weight.shape
     new = decoder.weight.new_zeros if window is not None else decoder.weight.new_empty
     rows = max(4, power_of_2(-(-F // PROGRAMS)))

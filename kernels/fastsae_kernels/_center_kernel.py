@@ -37,6 +37,7 @@ def _center_kernel(
     x_ptr, b_ptr, out_ptr, mean_ptr, squares_ptr, N, D,
     ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Write x - b, and the mean and squares of each column over a program's rows."""
     block = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     b = tl.load(b_ptr + d, mask=d < D, other=0.0).to(ACC)
@@ -61,6 +62,7 @@ def _total_variance_kernel(
     mean_ptr, squares_ptr, out_ptr, N, D,
     ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Merge the statistics of all blocks, and sum the squares of a program's columns."""
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mean, squares = tl.zeros((COLUMNS,), dtype=ACC), tl.zeros((COLUMNS,), dtype=ACC)
     blocks = tl.cdiv(N, ROWS)
@@ -92,6 +94,7 @@ MERGED = 32, 32
 
 
 def launch_center(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Contiguous [N, D], [D] -> x - b [N, D] in dtype, total variance []"""
     N, D = x.shape
     wide = wide_dtype(x)
     out = torch.empty(N, D, dtype=dtype, device=x.device)

@@ -44,6 +44,7 @@ BLOCK = 2048
 
 
 def _launch_above(pre: Tensor, threshold: Tensor, by: By, *lists: Tensor | None) -> None:
+    """Count without `values` among the lists; otherwise list."""
     (N, F), (_, values, _) = pre.shape, lists
     launch(
         _above_kernel,

@@ -29,6 +29,7 @@ def _encode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BAND: tl.constexpr,
     S: tl.constexpr, ABS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    """One tile of x W^T + b, and the largest rank of each of its groups."""
     # Programs that run concurrently share a band of tokens, so that they read W's tiles from L2.
     tiles_n, tiles_f = tl.cdiv(N, BLOCK_N), tl.cdiv(F, BLOCK_F)
     band = tl.program_id(0) // (BAND * tiles_f)

@@ -46,6 +46,7 @@ def quantize_row(x):
 
 @triton.jit
 def _quantize_kernel(x_ptr, row_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
+    """Quantize one row."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -66,6 +67,7 @@ def warps_for_row(D: int) -> int:
 
 
 def launch_quantize(x: Tensor, out: "Float8Rows") -> None:
+    """Quantize contiguous rows [F, D] into `out`."""
     N, D = x.shape
     launch(
         _quantize_kernel,

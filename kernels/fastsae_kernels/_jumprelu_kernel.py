@@ -20,6 +20,7 @@ def _jumprelu_kernel(
     h_ptr, threshold_ptr, out_ptr, N, F,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, L0: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """A block of jumprelu; or with L0, the counts of active entries in its rows."""
     across = tl.cdiv(F, COLUMNS)
     n = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     f = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
@@ -40,6 +41,7 @@ def _jumprelu_backward_kernel(
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     L0: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """dh unless L0, and sums of g inside the window, for SPAN rows of some columns."""
     across = tl.cdiv(F, COLUMNS)
     span = (tl.program_id(0) // across).to(tl.int64)
     first = span * SPAN
@@ -80,6 +82,7 @@ def _constants(h: Tensor, l0: bool) -> dict[str, Any]:
 
 
 def launch_jumprelu(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> None:
+    """Contiguous [N, F], [F]; writes [N, F], or with l0 [N]."""
     N, F = h.shape
     constants = _constants(h, l0)
     across = -(-F // constants["COLUMNS"])
@@ -94,6 +97,7 @@ def launch_jumprelu(h: Tensor, threshold: Tensor, out: Tensor, l0: bool) -> None
 def launch_jumprelu_backward(
     g: Tensor, h: Tensor, threshold: Tensor, dh: Tensor, half: float, l0: bool
 ) -> Tensor:
+    """Writes dh [N, F] unless l0; returns the sums of g inside the window, [F]."""
     N, F = h.shape
     constants = _constants(h, l0)
     span = max(SPAN, constants["ROWS"])

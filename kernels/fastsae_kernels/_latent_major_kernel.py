@@ -62,6 +62,7 @@ def _sum_chunks_kernel(
     w_ptr, token_ptr, latent_ptr, x_ptr, out_ptr, F, D,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Sum one chunk of entries, if all of them have the same latent."""
     c = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = c * CHUNK, (c + 1) * CHUNK
@@ -79,6 +80,7 @@ def _sum_runs_kernel(
     w_ptr, token_ptr, start_ptr, x_ptr, chunk_ptr, out_ptr, D,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Sum all entries of one latent."""
     f = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
@@ -132,6 +134,7 @@ def launch_sum_chunks(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
 
 
 def launch_sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) -> Tensor:
+    """Weighted sums of the tokens of each latent in `rows`: [rows, D]"""
     chunks = launch_sum_chunks(weights, x, runs)
     out = x.new_empty(rows.stop - rows.start, x.shape[1])
     arguments = weights, runs.token, runs.start[rows.start :], x, chunks, out

@@ -31,6 +31,7 @@ def _squared_error_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    """Error, its square and dots of one token; RESIDENT keeps its rows of W in registers."""
     n = tl.program_id(0).to(tl.int64)
     v_ptr, i_ptr, dots_ptr = v_ptr + n * K, i_ptr + n * K, dots_ptr + n * K
     k = tl.arange(0, BLOCK_K)
@@ -85,6 +86,7 @@ their addresses would take too many registers: they use one stage."""
 def launch_squared_error(
     values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K], [N, K], [F, D], [D], [N, D] -> sse [N], error [N, D], dots [N, K]"""
     (N, K), (F, D) = indices.shape, W.shape
     wide = wide_dtype(W)
     sse, dots = W.new_empty(N, dtype=wide), W.new_empty(N, K, dtype=wide)

@@ -66,6 +66,8 @@ def dispatcher(function: type[Function], op: Any, name: str) -> Callable[..., An
     """A callable that calls the Function or the library op, depending on the context."""
 
     class Eager(Function):
+        """For eager mode: runs the op's own forward, without the library's overhead."""
+
         @staticmethod
         def forward(ctx, *arguments):
             output = function.forward(*arguments)
@@ -75,6 +77,8 @@ def dispatcher(function: type[Function], op: Any, name: str) -> Callable[..., An
         backward = function.backward
 
     class Transformed(Function):
+        """For torch.func, which needs forward without a context, jvp and vmap."""
+
         setup_context, backward = function.setup_context, function.backward
 
         @staticmethod

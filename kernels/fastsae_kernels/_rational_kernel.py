@@ -62,6 +62,7 @@ def _rational_kernel(
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """One tile of c_out P / Q."""
     x, offset, inside = _load_shifted(  # pyright: ignore[reportGeneralTypeIssues]
         h_ptr, shift_ptr, R, C, shift_row, shift_column, ROWS, COLUMNS, ACROSS, ACC
     )
@@ -79,6 +80,7 @@ def _rational_backward_kernel(
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """One tile of dh, and its sums for the gradients of a, b, c_in and c_out."""
     x, offset, inside = _load_shifted(  # pyright: ignore[reportGeneralTypeIssues]
         h_ptr, shift_ptr, R, C, shift_row, shift_column, ROWS, COLUMNS, ACROSS, ACC
     )
@@ -120,6 +122,7 @@ def tile(shape: torch.Size, block: int) -> tuple[int, int, int]:
 
 
 def _launch(kernel, block: int, h: Tensor, shift: Tensor, scalars: Scalars, *tensors: Tensor):
+    """One program per tile; both kernels have these arguments in common."""
     rows, columns, programs = tile(h.shape, block)
     launch(
         kernel,

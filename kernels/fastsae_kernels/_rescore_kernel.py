@@ -37,6 +37,7 @@ def _rescore_kernel(
     ABS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    """Compute a token's candidates h, then rank them and store the first K."""
     n = tl.program_id(0).to(tl.int64)
     h_ptr += n * C
     i_ptr += n * C
@@ -74,6 +75,7 @@ def _rescore_kernel(
 def launch_rescore(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By
 ) -> tuple[Tensor, Tensor]:
+    """[N, D], [F, D], [F], [N, C] -> values [N, K], indices [N, K]"""
     (N, C), (F, D) = candidates.shape, W.shape
     constants = constants_for(x)
     h = torch.empty(N, C, dtype=torch.float32, device=x.device)

@@ -120,6 +120,7 @@ def _rotate(
 def _gram_weights(
     layer: Layer, code: Code, a: Tensor, p: Tensor, u: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
+    """dW_enc and db_enc of the Gram algorithm, from the coefficients a, p, u."""
     x, W_enc, b_enc, W_dec, d_recon = layer
     _, need_W, need_b = needs
     dW, db = x.new_empty(0), x.new_empty(0)
@@ -161,6 +162,7 @@ def dense_backward(layer: Layer, code: Code, needs: Sequence[bool]) -> Gradients
 
 
 def _dh(layer: Layer, code: Code) -> Tensor:
+    """The gradient of h for a chunk of tokens: [n, F]"""
     x, W_enc, b_enc, W_dec, d_recon = layer
     h = torch.addmm(b_enc, x, W_enc.t())
     if W_dec is None:

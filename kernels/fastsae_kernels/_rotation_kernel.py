@@ -29,6 +29,7 @@ def _rotation_kernel(
     DENSE: tl.constexpr, NEED_X: tl.constexpr, MOST_K: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Coefficients of one token, as in _coefficients of _rotation_backward.py, then dx."""
     n = tl.program_id(0).to(tl.int64)
     x_ptr, h_W_ptr = x_ptr + n * D, h_W_ptr + n * D
     v_ptr, i_ptr, t_ptr, u_ptr = v_ptr + n * K, i_ptr + n * K, t_ptr + n * K, u_ptr + n * K

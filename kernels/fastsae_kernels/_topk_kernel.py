@@ -221,6 +221,7 @@ def _topk_kernel(
     EVEN: tl.constexpr, CAPACITY: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
     ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
+    """Top-k of one row; steps 1 to 4 of the module."""
     n = tl.program_id(0).to(tl.int64)
     row_ptr = pre_ptr + n * stride
     packed_ptr += n * CAPACITY

@@ -171,6 +171,7 @@ def _update_block(
 def _adam_torch(
     decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
 ) -> BiasGradients:
+    """The step in blocks of rows, so that dense gradients exist of one block at a time."""
     latent = sum_runs(g.d_values, g.x.new_ones(len(g.x), 1), g.runs)[:, 0].to(encoder.weight.dtype)
     biases = BiasGradients(latent, latent @ encoder.weight)
     generator = torch.Generator(decoder.weight.device)

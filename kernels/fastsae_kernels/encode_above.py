@@ -66,6 +66,7 @@ def encode_above_reference(
 
 
 def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
+    """Entries above the threshold and their positions."""
     above = torch.zeros(-(-pre.numel() // 8) * 8, dtype=torch.bool)
     torch.gt(_rank(pre, by), threshold, out=above[: pre.numel()].view(pre.shape))
     # Few are true: test eight at a time, as one int64, then only the eights that are not all false.

@@ -26,6 +26,8 @@ from ._op import register, register_constant
 
 
 class _Reference(torch.autograd.Function):
+    """Both functions; the straight-through gradients are written as in the module."""
+
     @staticmethod
     def forward(ctx, h, threshold, bandwidth, l0):
         ctx.save_for_backward(h, threshold)

@@ -88,6 +88,7 @@ def _rational_torch(h: Tensor, shift: Tensor, scalars: Scalars, out: Tensor) -> 
 def _rational_backward_torch(
     g: Tensor, h: Tensor, shift: Tensor, scalars: Scalars, dh: Tensor
 ) -> Tensor:
+    """Writes dh; returns the concatenated gradients of a, b, c_in and c_out."""
     wide = wide_dtype(h)
     a, b, c_in, c_out = (c.to(wide) for c in scalars)
     b_from_0, sums = pad(b, (1, 0)), []
