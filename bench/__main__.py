@@ -1,31 +1,33 @@
-"""python -m bench step | kernels | peers | study | gpu"""
+"""Command line of the benchmarks: `python -m bench COMMAND --help` explains each of them."""
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 
 COMMANDS = {
-    "step": ("bench.step", "a training step against dense PyTorch and the floor"),
-    "kernels": ("bench.kernels", "any op: time, roof, PyTorch and torch.compile"),
-    "peers": ("bench.peers.race", "a race against other trainers of SAEs"),
-    "study": ("bench.study.run", "every method on real and planted data, with seeds"),
-    "gpu": ("bench.gpu.guard", "the full GPU benchmark, in under eight minutes"),
+    "step": ("bench.step", "time a training step on the CPU against dense PyTorch and a floor"),
+    "kernels": ("bench.kernels", "time any op against the roof, PyTorch and torch.compile"),
+    "peers": ("bench.peers.race", "compare step time and error with other SAE trainers"),
+    "study": ("bench.study.run", "compare the error of every method on real and synthetic data"),
+    "gpu": ("bench.gpu.guard", "run the full GPU benchmark in under eight minutes"),
 }
-"""The module of each, with its `add_arguments` and `bench`, and what it measures."""
+"""Module of each command (it defines `add_arguments` and `bench`), and what the command does."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="fastsae's benchmarks")
+    parser = ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if sys.argv[1:2] == [name]:  # a GPU machine may lack what the others import
-            import_module(module).add_arguments(command)
+        command = commands.add_parser(name, help=text, formatter_class=RawDescriptionHelpFormatter)
+        if sys.argv[1:2] == [name]:  # a GPU machine may lack what the other commands import
+            chosen = import_module(module)
+            command.description = chosen.__doc__
+            chosen.add_arguments(command)
     arguments = parser.parse_args()
     module, _ = COMMANDS[arguments.command]
     try:
         sys.exit(import_module(module).bench(arguments))
-    except ValueError as error:  # what was given and what is allowed
+    except ValueError as error:  # it says what was given and what is allowed
         parser.error(str(error))
 
 

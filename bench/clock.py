@@ -1,4 +1,4 @@
-"""One clock for CPUs and GPUs: time per call, rounds in turns, and peak memory."""
+"""Timing on CPUs and GPUs: time per call, interleaved rounds, and peak memory."""
 
 import gc
 import statistics
@@ -13,24 +13,26 @@ from torch import Tensor
 from torch import device as Device
 
 SPACER = 2_000_000
-"""Cycles that a GPU sleeps before a call, about a millisecond: until then it has been launched."""
+"""Cycles that a GPU sleeps before a timed call, about 1 ms: the call is queued by then, so that the
+time of its launch does not count."""
 
-ROTATED = 1 << 30
-"""Bytes of inputs to take turns among, several times any L2 cache."""
+ROTATION_BYTES = 1 << 30
+"""Size of the input sets that successive calls rotate through: several times any L2 cache."""
 
 
-def digits(x: float) -> float:
-    """x to four significant digits."""
+def significant(x: float) -> float:
+    """x rounded to four significant digits."""
     return float(f"{x:.4g}")
 
 
 def summary(times: list[float], digits: int = 2) -> dict[str, float]:
+    """Median, minimum and maximum."""
     found = {"median": statistics.median(times), "min": min(times), "max": max(times)}
     return {name: round(ms, digits) for name, ms in found.items()}
 
 
 class Stopwatch:
-    """Time on the device between construction and `stop`, known after `synchronize`."""
+    """Device time between construction and `stop`; can be read after `synchronize`."""
 
     def __init__(self, device: Device):
         self.events = None
@@ -58,11 +60,11 @@ def synchronize(device: Device) -> None:
 
 Run = Callable[..., object]
 Sets = list[tuple]
-"""Arguments of a run, which take turns."""
+"""Arguments of a run: successive calls rotate through them."""
 
 
 def timed(run: Run, sets: Sets, device: Device, count: int, space: bool = True) -> list[Stopwatch]:
-    """A stopwatch of each of count calls; with `space`, launched ahead of the GPU."""
+    """One stopwatch per call. With `space`, the GPU sleeps before each, to hide launch times."""
     watches = []
     for n in range(count):
         if space and device.type == "cuda":
@@ -78,14 +80,14 @@ def timed(run: Run, sets: Sets, device: Device, count: int, space: bool = True) 
 def measure(
     run: Run, sets: Sets, device: Device, budget: float = 200.0, *, space: bool = True, dry=False
 ) -> dict[str, Any]:
-    """Milliseconds per call, over as many calls as fit a budget of ms; one where it is a dry run.
+    """Time as many calls as fit into a budget of milliseconds, or just one in a dry run.
 
-    `ms` is time on the device: median, min and max; `host ms` the median that a launch took.
+    `ms` is the device time per call (median, min, max), `host ms` the median launch time.
     """
     watches = timed(run, sets, device, 1 if dry else 2, False)
     if not dry:
         once = timed(run, sets, device, 1, space)[0].ms()
-        most = 50 if space else 2000  # back to back, a burst may last as long as it is asked to
+        most = 50 if space else 2000  # back-to-back calls may use the whole budget
         count = min(most, max(5 if once < 200 else 3, round(budget / once)))
         watches = timed(run, sets, device, count, space)
     host = statistics.median(watch.seconds for watch in watches) * 1e3
@@ -93,10 +95,10 @@ def measure(
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per call of each run, in turns of half a second, after one uncounted turn.
+    """Milliseconds per call of each run, in interleaved rounds after one warm-up round.
 
-    Taking turns spreads a change in the machine's speed over all of them; short runs are called
-    several times in theirs, as a training loop calls them.
+    Interleaving spreads changes of the machine's speed over all runs. A turn takes about half a
+    second: short runs are called repeatedly, as a training loop calls them.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     calls = dict.fromkeys(runs, 1)
@@ -115,7 +117,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def nbytes(arguments: Iterable[Any]) -> int:
-    """Of all tensors among arguments and the tuples in them."""
+    """Total size of all tensors among the arguments, also of those inside tuples."""
     return sum(
         a.nbytes if isinstance(a, Tensor) else nbytes(a) if isinstance(a, tuple) else 0
         for a in arguments
@@ -123,21 +125,22 @@ def nbytes(arguments: Iterable[Any]) -> int:
 
 
 def input_sets(make: Callable[[], tuple], most: int = 64) -> list[tuple]:
-    """As many sets of inputs as it takes for none to be in the cache when its turn comes."""
+    """Enough sets of inputs that none is still in the cache when its turn comes again."""
     sets = [make()]
-    wanted = min(most, -(-ROTATED // max(nbytes(sets[0]), 1)))
+    wanted = min(most, -(-ROTATION_BYTES // max(nbytes(sets[0]), 1)))
     return sets + [make() for _ in range(wanted - 1)]
 
 
 def free() -> None:
+    """Return unused memory to the device."""
     gc.collect()
     if torch.cuda.is_available():
-        with suppress(RuntimeError):  # of a context that is lost: record.py finds that
+        with suppress(RuntimeError):  # if the CUDA context is lost, record.py handles it
             torch.cuda.empty_cache()
 
 
 def peak_bytes(run: Callable[[], object], device: Device) -> int | None:
-    """The most memory that run holds beyond what was held before; None where that is unknown."""
+    """Peak memory of a run, beyond what was allocated before; None where it is unknown."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -146,7 +149,7 @@ def peak_bytes(run: Callable[[], object], device: Device) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux sets the peak back to the present
+        Path("/proc/self/clear_refs").write_text("5")  # resets Linux's peak to the current size
     except OSError:
         return None
     before = resident_bytes("VmRSS")

@@ -1,4 +1,4 @@
-"""A trainer with its settings, as a row of a table, and the step that it takes."""
+"""A contender is a trainer with its settings, one row of a table; `step_of` builds its step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,29 +28,29 @@ LR = 1e-5
 
 GPU = torch.cuda.is_available()
 LOW = ["bf16"] * (GPU or has_bf16()) + ["int8"] * (not GPU and why_not_int8("cpu") is None)
-"""Precisions of the encoder that this machine has besides fp32."""
+"""Encoder precisions below fp32 that this machine supports."""
 
 
 class Contender(NamedTuple):
+    """A trainer with its settings."""
+
     trainer: str = "fastsae"
-    """fastsae, dense (dense.py), or the library that a file of peers/ is named after."""
+    """fastsae, dense (dense.py), or a library with a file train_LIBRARY.py in peers/."""
     options: dict[str, Any] = {}
-    """Of TrainConfig, or of the library's trainer."""
+    """Options of TrainConfig, or of the library's trainer."""
     dead: bool = False
-    """Whether 5 % of the latents are dead, so that aux-k runs."""
+    """Whether 5 % of the latents are dead, so that the aux-k loss applies."""
     buffer_mb: int | None = None
-    """Room for pre-activations, if not the default."""
+    """Size of the pre-activation buffer; None for the default."""
     package: str | None = None
-    """What must be installed, by its name on PyPI; None for what is here."""
+    """Name on PyPI of the library that must be installed, if any."""
     adam: bool = True
-    """Whether a learning rate means what it does in fastsae."""
-    accelerated: bool = False
-    """Whether its SAE has fastsae's encode and decode in it: then it is timed, but no peer."""
+    """Whether it trains with Adam, so that fastsae's learning rate can be used."""
 
 
 @torch.no_grad()
-def empty_sae(p: Problem) -> SAE:
-    """Tied unit rows, made on the device without a copy."""
+def random_sae(p: Problem) -> SAE:
+    """An SAE with tied unit-norm rows, allocated directly on the device."""
     with torch.device("meta"):
         sae = SAE(p.D, p.F, TopK(p.K))
     sae = sae.to_empty(device=p.device)
@@ -64,9 +64,9 @@ def empty_sae(p: Problem) -> SAE:
 
 @torch.no_grad()
 def batches(p: Problem, W_dec: Tensor) -> list[tuple[Tensor]]:
-    """Two batches of the dictionary's own rows, so that some latents fire often, and noise.
+    """Two batches of noisy sums of dictionary rows, so that some latents fire often.
 
-    By PyTorch: no kernel of ours that fails may take the rows of others with it.
+    Computed by PyTorch: a kernel of ours that fails must not affect the other contenders.
     """
     rows = (decode_torch(*p.codes(torch.float32), W_dec) for _ in range(2))
     return [(x.add_(torch.randn_like(x), alpha=0.02),) for x in rows]
@@ -76,22 +76,24 @@ Step = Callable[[Tensor], object]
 
 
 def step_of(contender: Contender, p: Problem, sae: SAE) -> Step:
-    """A whole training step, with the count of tokens since each latent fired.
+    """A full training step, including the count of tokens since each latent fired.
 
-    ValueError or TypeError for options that this code or this machine does not have.
+    Raises ValueError or TypeError for options that this version or machine does not support.
     """
-    update = (our_update if contender.trainer == "fastsae" else their_update)(contender, p, sae)
+    update = (fused_update if contender.trainer == "fastsae" else dense_update)(contender, p, sae)
     unfired = torch.zeros(p.F, dtype=torch.int64, device=p.device)
     return lambda x: unfired.add_(len(x)).masked_fill_(update(x), 0)
 
 
 Update = Callable[[Tensor], Tensor]
-"""Updates the weights, and returns which latents fired."""
+"""Updates the weights and returns a mask of the latents that fired."""
 
 
-def our_update(contender: Contender, p: Problem, sae: SAE) -> Update:
-    """The fused step, as the Trainer sets it up for these options; a CUDA graph only if it is
-    "on", so that no other row is lost with a capture that fails."""
+def fused_update(contender: Contender, p: Problem, sae: SAE) -> Update:
+    """The fused step, set up as in the Trainer.
+
+    A CUDA graph is captured only if it is "on": a capture that fails would spoil other rows.
+    """
     config = TrainConfig(d_sae=p.F, activation=TopKConfig(k=p.K), **contender.options)
     device = "cuda" if p.dry or p.device.type == "meta" else p.device.type
     precision = "bf16" if config.encoder_precision == "auto" else config.encoder_precision
@@ -109,14 +111,14 @@ def our_update(contender: Contender, p: Problem, sae: SAE) -> Update:
         room = patch.object(_launch, "_BUFFER_MB", contender.buffer_mb or _launch._BUFFER_MB)
         with room, tf32_products(precision == "tf32"):
             result = captured(x) if captured else fused_step(sae, adam, x, dead, Objective())
-        assert result.fired is not None, "a training step says"
+        assert result.fired is not None, "only evaluation leaves it out"
         return result.fired
 
     return update
 
 
-def their_update(contender: Contender, p: Problem, sae: SAE) -> Update:
-    """Dense PyTorch's, with its products in bfloat16 on a GPU."""
+def dense_update(contender: Contender, p: Problem, sae: SAE) -> Update:
+    """Dense PyTorch's step, on a GPU with matmuls in bfloat16."""
     model = DenseTopK(sae)
     adam = dense_adam(model, LR)
     dead = torch.arange(p.F, device=p.device) % 20 == 0 if contender.dead else None

@@ -1,6 +1,6 @@
-"""The yardstick: a TopK SAE in plain dense PyTorch, as most trainers write it.
+"""The baseline: a TopK SAE in plain dense PyTorch, as most trainers write it.
 
-The same recipe as fastsae's (arXiv:2406.04093), so that the same data and seed give the same model
+It follows fastsae's recipe (arXiv:2406.04093), so that the same data and seed give the same model
 up to rounding: linear, torch.topk, scatter, dense decode, dense aux-k, autograd, fused Adam.
 """
 
@@ -13,7 +13,7 @@ from fastsae.nn import SAE
 
 
 class DenseTopK(nn.Module):
-    """Starts from a copy of an SAE's weights."""
+    """A dense TopK SAE that starts from a copy of an SAE's weights."""
 
     def __init__(self, sae: SAE):
         super().__init__()
@@ -23,22 +23,23 @@ class DenseTopK(nn.Module):
         )
 
     def loss(self, x: Tensor, dead: Tensor | None, k_aux: int) -> tuple[Tensor, Tensor, Tensor]:
-        """FVU plus aux-k / 32, FVU alone, and which latents fired; dead is a mask."""
+        """FVU plus aux-k / 32, FVU alone, and which latents fired; `dead` is a mask of latents."""
         pre = linear(x - self.b_dec, self.W_enc, self.b_enc)
-        codes = largest(pre, self.k)
+        codes = dense_codes(pre, self.k)
         residual = x - (codes @ self.W_dec + self.b_dec)
         loss = fvu = residual.square().sum() / total_variance(x)
         n_dead = 0 if dead is None else int(dead.sum())
         if dead is not None and n_dead:
             k = min(k_aux, n_dead)
-            aux_codes = largest(pre.masked_fill(~dead, -torch.inf), k)
+            aux_codes = dense_codes(pre.masked_fill(~dead, -torch.inf), k)
             left = residual.detach()
             auxk = (aux_codes @ self.W_dec - left).square().sum() / total_variance(left)
             loss = fvu + auxk / 32 * min(n_dead / k_aux, 1)
         return loss, fvu.detach(), (codes > 0).any(0)
 
 
-def largest(pre: Tensor, k: int) -> Tensor:
+def dense_codes(pre: Tensor, k: int) -> Tensor:
+    """TopK codes with all F latents: [N, F] -> [N, F]"""
     values, indices = pre.topk(k)
     return torch.zeros_like(pre).scatter(1, indices, values.relu())
 
@@ -48,7 +49,7 @@ def dense_step(
 ) -> tuple[Tensor, Tensor]:
     """One optimization step; returns the FVU before it and which latents fired.
 
-    `low` lets autocast run the products in bfloat16.
+    With `low`, autocast runs the matmuls in bfloat16.
     """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
         loss, fvu, fired = model.loss(x, dead, k_aux)
@@ -71,9 +72,9 @@ def rotation_dense(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor,
     d_recon: Tensor, d_values: Tensor, mode: str, *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """rotation_gradients with all pre-activations and their gradients written out.
+    """rotation_gradients from dense pre-activations and gradients.
 
-    dh = a g + b h / |h| + c q / |q| of fastsae_kernels/rotation.py.
+    dh = a g + b h / |h| + c q / |q|, as fastsae_kernels/rotation.py derives it.
     """
     h = torch.addmm(b_enc, x, W_enc.t())
     q, g = (torch.zeros_like(h).scatter_(1, indices, t) for t in (values, d_values))

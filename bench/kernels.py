@@ -1,4 +1,4 @@
-"""The kernel table: each op at a shape, against the roof, plain PyTorch and torch.compile.
+"""Times each op at a shape, against the machine's roof, eager PyTorch and torch.compile.
 
 examples:
   python -m bench kernels --op decode --backward
@@ -8,11 +8,15 @@ examples:
   python -m bench kernels --op encode_topk --sweep F --plot encode.png
       time against the number of latents, with the roof
   python -m bench kernels --ncu squared_error --shape A
-      one warmed launch, to be run under the profiler command that it prints
+      one launch after warm-up; prints the Nsight Compute command that profiles it
 
-columns: median time (fastest to slowest call), bytes and FLOPs that the op has to move and do per
-second, share of the roof (a copy or a GEMM measured in the same run), time of the others as a
-multiple of ours, what Triton's kernels use, and the most memory on top of the arguments.
+shapes: N,D,F,K; a is 4096,384,4096,32 and A is 8192,4096,131072,64 (all are in bench/problem.py)
+
+indices: latents fire equally often (uniform), by Zipf's law (zipf), or one on every token (hot)
+
+columns: median time (min to max); GB/s and TFLOP/s, of the least bytes and FLOPs that the op needs;
+fraction of the roof (a copy or a GEMM measured in the same run); each baseline's time as a multiple
+of fastsae's; registers and resident CTAs of each Triton kernel; peak memory beyond the arguments.
 """
 
 import argparse
@@ -29,7 +33,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from .clock import digits, free, input_sets, measure, peak_bytes, timed
+from .clock import free, input_sets, measure, peak_bytes, significant, timed
 from .ops import Make, Op, chosen_ops
 from .problem import DTYPES, Problem, Spread, check_names, parse_shape, precision
 from .record import ROOT, attempt, stamp
@@ -38,11 +42,11 @@ from .roofs import Cost, Roofs, measure_roofs
 AGAINST = "torch", "compile"
 
 FACTORS = 0.25, 0.5, 1, 2, 4
-"""Multiples of a size that a sweep goes through."""
+"""Multiples of a size in a sweep."""
 
 
 def with_gradients(function: Callable[..., Any], *arguments: Any) -> object:
-    """A call and its backward pass, for a gradient of the outputs themselves."""
+    """Forward and backward pass; each output is its own gradient."""
     result = function(*arguments)
     outs = result if isinstance(result, tuple) else (result,)
     outs = [out for out in outs if isinstance(out, Tensor) and out.requires_grad]
@@ -51,7 +55,7 @@ def with_gradients(function: Callable[..., Any], *arguments: Any) -> object:
 
 
 def arguments_of(make: Make, p: Problem, backward: bool) -> tuple:
-    """Of a call; backward, floating tensors ask for gradients."""
+    """Arguments of one call; for a backward pass, floating-point tensors require gradients."""
     return tuple(
         a.requires_grad_() if backward and isinstance(a, Tensor) and a.is_floating_point() else a
         for a in make(p)
@@ -59,18 +63,18 @@ def arguments_of(make: Make, p: Problem, backward: bool) -> tuple:
 
 
 def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> dict[str, Any]:
-    """Time, cost and roof of an op; the same op by other means."""
+    """Time, cost and roof of an op, and the times of its baselines."""
     torch.manual_seed(0)
     free()
     most = 1 if p.dry else 64 if p.device.type == "cuda" else 4
     sets = input_sets(partial(arguments_of, op.make, p, backward), most)
     cost = op.cost(p, int(backward), *sets[0])
     run = partial(with_gradients, op.run) if backward else op.run
-    with launched() as kernels:
+    with launched_kernels() as kernels:
         row = measure(run, sets, p.device, dry=p.dry)
-    row |= described(op, p, row["ms"]["median"], cost, roofs) | {"backward": backward}
+    row |= roofline(op, p, row["ms"]["median"], cost, roofs) | {"backward": backward}
     peak = None if p.dry else peak_bytes(lambda: run(*sets[0]), p.device)
-    row |= {"peak MB": peak and digits(peak / 2**20), "kernels": resources(kernels)}
+    row |= {"peak MB": peak and significant(peak / 2**20), "kernels": resources(kernels)}
     if op.torch_make is not None and against:
         del sets
         free()
@@ -80,24 +84,24 @@ def op_row(op: Op, p: Problem, roofs: Roofs, backward: bool, against: tuple) -> 
         other = partial(with_gradients, other) if backward else other
         row[name] = attempt(partial(measure, other, sets, p.device, 80, dry=p.dry))
         if "ms" in row[name]:
-            row[name]["ratio"] = digits(row[name]["ms"]["median"] / row["ms"]["median"])
+            row[name]["ratio"] = significant(row[name]["ms"]["median"] / row["ms"]["median"])
     return row
 
 
-def described(op: Op, p: Problem, ms: float, cost: Cost, roofs: Roofs) -> dict[str, Any]:
-    """What was done in a time, and how near that is to the roof."""
+def roofline(op: Op, p: Problem, ms: float, cost: Cost, roofs: Roofs) -> dict[str, Any]:
+    """The rates that an op reached in this time, and the fraction of the roof."""
     roof = roofs.ms(cost)
     row: dict[str, Any] = {"op": op.function, "variant": op.variant, "dtype": precision(p)}
     row |= {"shape": {"N": p.N, "D": p.D, "F": p.F, "K": p.K}, "indices": p.spread}
-    row |= {"bytes": cost.bytes, "GB/s": digits(cost.bytes / ms / 1e6)}
-    row |= {"flops": cost.flops, "TFLOP/s": digits(cost.flops / ms / 1e9), "rate": cost.rate}
-    row |= {"roof ms": digits(roof), "of roof": digits(roof / ms)}
-    return row | {"gathered GB/s": digits(cost.gathered / ms / 1e6)} if cost.gathered else row
+    row |= {"bytes": cost.bytes, "GB/s": significant(cost.bytes / ms / 1e6)}
+    row |= {"flops": cost.flops, "TFLOP/s": significant(cost.flops / ms / 1e9), "rate": cost.rate}
+    row |= {"roof ms": significant(roof), "of roof": significant(roof / ms)}
+    return row | {"gathered GB/s": significant(cost.gathered / ms / 1e6)} if cost.gathered else row
 
 
 @contextmanager
-def launched() -> Iterator[dict[str, Any]]:
-    """Collects the compiled Triton kernels that are launched, by name; none on a CPU."""
+def launched_kernels() -> Iterator[dict[str, Any]]:
+    """Collects the compiled Triton kernels that are launched inside, by name; none on a CPU."""
     found: dict[str, Any] = {}
     if not torch.cuda.is_available():
         yield found
@@ -115,7 +119,7 @@ def launched() -> Iterator[dict[str, Any]]:
 
 
 def resources(kernels: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Registers, spilled bytes, shared memory and CTAs that fit a multiprocessor at once."""
+    """Registers, spills, shared memory and resident CTAs per multiprocessor of each kernel."""
     sys.path.append(str(ROOT / "tests" / "compile"))
     found = {}
     for name, kernel in kernels.items():
@@ -129,6 +133,7 @@ def resources(kernels: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def line(row: dict[str, Any]) -> str:
+    """A row as one line of text."""
     if "ms" not in row:
         return row["error"][:90]
     text = "{median:9.3f} ms ({min:.3f} to {max:.3f})".format(**row["ms"])
@@ -146,23 +151,22 @@ def line(row: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--op", nargs="+", metavar="OP", help="which ops (default: all)")
+    add("--op", nargs="+", metavar="OP", help="ops to time (default: all)")
     add("--shape", help="a-d, A-D, or N,D,F,K (default: a; on a GPU A)")
-    add("--dtype", choices=DTYPES, help="(default: fp32; on a GPU bf16)")
-    add("--backward", action="store_true", help="time the call and its gradients")
-    add("--against", nargs="*", choices=AGAINST, default=["torch"], help="(default: torch)")
-    add("--indices", default="zipf", help="uniform, zipf or hot, one that fires always (zipf)")
+    add("--dtype", choices=DTYPES, help="dtype of the inputs (default: fp32; on a GPU bf16)")
+    add("--backward", action="store_true", help="time forward and backward together")
+    baselines = "baselines to time (default: torch)"
+    add("--against", nargs="*", choices=AGAINST, default=["torch"], help=baselines)
+    add("--indices", default="zipf", help="how latents fire: uniform, zipf or hot (default: zipf)")
     add("--sweep", choices=list("NDFK"), help="repeat at 1/4 to 4 times this size of the shape")
-    add("--json", type=Path, help="write the rows and the machine's stamp here")
-    add("--plot", type=Path, help="draw the times of a --sweep, and the roof")
-    add("--ncu", metavar="OP", help="one warmed launch of an op for Nsight Compute")
+    add("--json", type=Path, help="write the rows, the machine and the versions to this file")
+    add("--plot", type=Path, help="plot the times of a --sweep and the roof to this file")
+    add("--ncu", metavar="OP", help="launch an op once, for Nsight Compute")
 
 
 def problems_of(arguments: argparse.Namespace) -> list[Problem]:
-    """One, or those of a sweep."""
+    """The problem to time, or all those of a sweep."""
     check_names("indices", [arguments.indices], get_args(Spread))
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", "bf16") if gpu else ("cpu", "fp32")
@@ -177,12 +181,13 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    """Time the chosen ops, print a line for each, and write what was asked for."""
     problems, backward = problems_of(arguments), arguments.backward
     if arguments.ncu is not None:
-        return one_launch(chosen_ops([arguments.ncu], backward)[0], problems[0], backward)
+        return launch_once(chosen_ops([arguments.ncu], backward)[0], problems[0], backward)
     ops = chosen_ops(arguments.op, backward)
     if arguments.plot is not None and (not arguments.sweep or len(ops) > 1):
-        raise ValueError("--plot draws one op over a --sweep: choose it with --op")
+        raise ValueError("--plot shows one op over a --sweep: select the op with --op")
     roofs = measure_roofs(problems[0], {"fp32", precision(problems[0])})
     rates = ", ".join(f"{n} {rate / 1e12:.4g} TFLOP/s" for n, rate in roofs.rates.items())
     print(f"roof: copy {roofs.bandwidth / 1e9:.4g} GB/s, {rates}", flush=True)
@@ -202,8 +207,8 @@ def bench(arguments: argparse.Namespace) -> None:
     return None
 
 
-def one_launch(op: Op, p: Problem, backward: bool) -> None:
-    """Print the profiler's command, and run what it is to see: a call, once all is compiled."""
+def launch_once(op: Op, p: Problem, backward: bool) -> None:
+    """Print the profiler's command, then call the op once under the profiler, after warm-up."""
     ncu = "ncu --set full --profile-from-start off --clock-control none -o "
     print(ncu + shlex.join([op.function, sys.executable, "-m", "bench", *sys.argv[1:]]), flush=True)
     run = partial(with_gradients, op.run) if backward else op.run

@@ -1,7 +1,7 @@
-"""Every op that is timed: what it is called on, the least it must do, and plain PyTorch's way.
+"""Every op that is timed: its arguments, its least cost, and the same computation in plain PyTorch.
 
-Adding an op takes an entry of OPS, which `python -m bench kernels` and the GPU run both read.
-Bytes count inputs read once and outputs written once; an index takes 8, other entries `item`.
+To add an op, add an entry to OPS, which `python -m bench kernels` and the GPU benchmark both read.
+A cost counts every input as read once and every output as written once; indices take 8 bytes.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from fastsae_kernels.rescore import rescore, rescore_reference
 from fastsae_kernels.rotation import rotation_gradients
 from fastsae_kernels.sparse import gather_dot_reference, scatter_outer_reference
 
-from .dense import rotation_dense
+from .dense import dense_codes, rotation_dense
 from .problem import Problem, check_names, precision
 from .roofs import Cost
 
@@ -34,24 +34,26 @@ Make = Callable[[Problem], tuple]
 
 @dataclass(frozen=True)
 class Op:
+    """An op of the kernel benchmark."""
+
     run: Callable[..., Any]
-    """The public function, or what calls it."""
+    """The public function, or a wrapper of it."""
     make: Make
-    """Its arguments."""
+    """Builds the arguments for a problem."""
     cost: Callable[..., Cost]
-    """From the problem, whether gradients are taken (0 or 1), and the arguments."""
+    """The least cost, from the problem, whether to add gradients (0 or 1), and the arguments."""
     torch: Callable[..., Any]
-    """Plain PyTorch's way to the same."""
+    """The same computation in plain PyTorch."""
     gradients: bool = True
-    """Whether it is differentiable."""
+    """Whether the op is differentiable."""
     step: bool = False
-    """Whether a training step may consist of it."""
+    """Whether training steps use the op."""
     called: str = ""
-    """The function's name, where it is not that of run."""
+    """The function's name, if `run` is a wrapper."""
     variant: str = ""
-    """What distinguishes it from other entries of the function."""
+    """Distinguishes several entries of one function."""
     torch_make: Make | None = None
-    """The arguments of PyTorch's way, where they are others."""
+    """Builds the arguments of the PyTorch version, if they differ."""
 
     @property
     def function(self) -> str:
@@ -70,8 +72,10 @@ def encoder(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def encode_cost(p: Problem, back: int, *_: Any, parts: int = 1) -> Cost:
-    """An encoder, or in two parts with its decoder: for gradients, tokens and weights are read
-    again, and as much is written."""
+    """Cost of an encoder, or with parts=2 of an encoder and its decoder.
+
+    The backward pass reads tokens and weights again and writes a gradient of each.
+    """
     item, entries = p.dtype.itemsize, p.N * p.K
     moved = (1 + 2 * back) * parts * item * (p.N + p.F) * p.D + (8 + item) * entries
     sparse = (2 * back * parts + parts - 1) * 2 * entries * p.D
@@ -79,13 +83,13 @@ def encode_cost(p: Problem, back: int, *_: Any, parts: int = 1) -> Cost:
 
 
 def above_threshold(p: Problem) -> tuple:
-    """With a threshold that about K of F pre-activations exceed."""
+    """Encoder inputs, and a threshold that about K of F pre-activations exceed."""
     threshold = -float(torch.special.ndtri(torch.tensor(min(p.K / p.F, 0.5))))
     return *encoder(p), torch.full((p.F,), threshold, device=p.device)
 
 
 def above_torch(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Tensor:
-    """Codes are dense."""
+    """encode_above with dense codes."""
     h = linear(x, W, b)
     return h.where(h > threshold, 0.0)
 
@@ -96,24 +100,25 @@ def topk_torch(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def batch_torch(pre: Tensor, k_total: int) -> Tensor:
-    """Codes are dense."""
+    """topk_batch with dense codes."""
     values, position = pre.flatten().topk(k_total)
     return torch.zeros_like(pre).flatten().scatter(0, position, values.relu()).view_as(pre)
 
 
 def autoencoder_torch(x: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor, k: int) -> Tensor:
-    values, indices = topk_torch(x, W, b, k)
-    return x.new_zeros(len(x), len(W)).scatter(1, indices, values) @ V + c
+    return dense_codes(linear(x, W, b), k) @ V + c
 
 
 def pre_activations(p: Problem) -> Tensor:
-    """As many as exist at a time."""
+    """Pre-activations of one chunk of tokens."""
     return p.normal(p.chunk(), p.F)
 
 
 def elementwise(p: Problem, back: int, h: Tensor, *_: Any, outputs=1, flops=1) -> Cost:
-    """Reads h and writes `outputs` tensors like it, at `flops` per entry. The gradient reads h and
-    the gradients of the outputs, and writes one tensor."""
+    """Cost of reading h and writing `outputs` tensors of its size, at `flops` per entry.
+
+    The backward pass reads h and the gradients of the outputs, and writes one tensor.
+    """
     tensors = 1 + outputs + back * (2 + outputs)
     return Cost(tensors * h.nbytes, (1 + 3 * back) * flops * h.numel())
 
@@ -122,8 +127,10 @@ def elementwise(p: Problem, back: int, h: Tensor, *_: Any, outputs=1, flops=1) -
 
 
 def sparse_cost(p: Problem, back: int, *arguments: Any, rows: float = 1, products=1) -> Cost:
-    """Products of codes with the rows of W that occur in them; tokens are read `rows` times. For
-    gradients, tokens and rows are read again, and a dense gradient of W is written."""
+    """Cost of products of codes with the rows of W that they pick; tokens are read `rows` times.
+
+    The backward pass reads tokens and rows again and writes a dense gradient of W.
+    """
     item, entries = p.dtype.itemsize, p.N * p.K
     indices = next(a for a in arguments if isinstance(a, Tensor) and a.dtype == torch.int64)
     touched = int(torch.bincount(indices.flatten(), minlength=p.F).count_nonzero())
@@ -144,7 +151,7 @@ def decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
 
 def error_torch(values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor) -> tuple:
-    """Error and dots are constants."""
+    """squared_error; the error and the dot products are constants."""
     error = decode_torch(values, indices, W) + b - target
     low = error.detach().to(W.dtype)
     return error.square().sum(1), low, gather_dot_reference(low, indices, W.detach())
@@ -154,6 +161,7 @@ def error_torch(values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: T
 
 
 def adam_inputs(p: Problem, moments: torch.dtype, T: int) -> tuple:
+    """Both weights with moments of this dtype, and gradients from random codes."""
     rows = []
     for W in (p.weights(fp32), p.weights(fp32)):
         first = p.normal(p.F, p.D, dtype=moments, std=1e-3)
@@ -173,7 +181,7 @@ def adam_step(decoder: Rows, encoder: Rows, g: RowGradients, window: Any, step: 
 
 
 def adam_cost(p: Problem, back: int, decoder: Rows, encoder: Rows, g: RowGradients, window, _):
-    """Rows without a gradient are visited in every T-th step."""
+    """Cost of an Adam step that visits rows without a gradient every T-th time."""
     busy = int((g.runs.start.diff() > 0).sum())
     visited = busy + (p.F - busy) / (len(window.history) if window else 1)
     item, entries = p.dtype.itemsize, p.N * p.K
@@ -182,11 +190,12 @@ def adam_cost(p: Problem, back: int, decoder: Rows, encoder: Rows, g: RowGradien
 
 
 def adam_bytes(moments: torch.dtype) -> int:
-    """Of a parameter: it and two moments, read and written, and its bfloat16 copy, written."""
+    """Bytes per parameter: it and two moments, read and written, and a written bfloat16 copy."""
     return 2 * (4 + 2 * moments.itemsize) + 2
 
 
 def dense_adam_inputs(p: Problem) -> tuple:
+    """torch.optim.Adam with state for two weights, and their dense gradients."""
     weights = [p.weights(fp32) for _ in range(2)]
     for W in weights:
         W.grad = p.normal(p.F, p.D, dtype=fp32)
@@ -225,7 +234,7 @@ def rotation_inputs(p: Problem, mode: str) -> tuple:
 
 
 def rotation_cost(p: Problem, back: int, *arguments: Any) -> Cost:
-    """The FLOPs of the cheaper way; both weights and three gradients."""
+    """Cost of the cheaper algorithm; reads both weights and writes three gradients."""
     E = p.D if arguments[-2] == "dense" else 0
     gram = 4 * (p.F + p.N) * p.D * (p.D + E)
     dense = 2 * p.N * p.F * (p.D + E) + 4 * p.N * p.F * p.D
@@ -282,11 +291,11 @@ OPS: list[Op] = [
 
 
 def chosen_ops(names: list[str] | None, backward: bool) -> list[Op]:
-    """The entries of the named functions, or all; ValueError for a name that there is not."""
+    """Entries of the named functions, or all of them. Raises ValueError for unknown names."""
     functions = list(dict.fromkeys(op.function for op in OPS))
     check_names("ops", names, functions)
     chosen = [op for op in OPS if op.function in (names or functions)]
     found = [op for op in chosen if op.gradients or not backward]
     if not found:
-        raise ValueError(f"{', '.join(names or ())} has no gradient of its own to time")
+        raise ValueError(f"{', '.join(names or ())} has no gradient: omit --backward")
     return found

@@ -1,11 +1,11 @@
-"""Recall of low-precision candidates: how many of the true active entries they contain.
+"""Measures the recall of low-precision candidates: how many true active entries they contain.
 
     fastsae train --out runs/sae --steps 600 --batch-size 1024
     python -m bench.recall runs/sae --name "minilm layer 3"
 
-The encoder of a trained top-k SAE and held-out tokens are rounded as a low-precision GEMM rounds
-them, and the m k largest entries of that product are compared with the k largest in fp32. Results
-go to bench/results/recall-cpu.json.
+The encoder of a trained TopK SAE and held-out tokens are rounded as in a low-precision GEMM. Its
+m k largest pre-activations, for several m, are compared with the k largest in fp32. Results go to
+bench/results/recall-cpu.json.
 
 Outlier dimensions are the hardest case. To plant three in activations x [N, d_in]:
 
@@ -34,11 +34,11 @@ from fastsae_kernels.int8 import balance, int8_product, quantize_int8
 from .record import write
 
 MARGINS = (1.0, 1.25, 1.5, 1.75, 2.0, 4.0)
-TOKENS = 512  # of which all pre-activations exist at a time
+TOKENS = 512  # per chunk, all of whose pre-activations are in memory
 
 
 def rounded(x: Tensor, format: str) -> Tensor:
-    """As a GEMM in bf16 or fp8 takes the rows of a matrix."""
+    """The rows of a matrix as a GEMM in bf16 or fp8 reads them."""
     if format == "bf16":
         return x.bfloat16().float()
     rows, scale = quantize_rows(x)
@@ -47,7 +47,7 @@ def rounded(x: Tensor, format: str) -> Tensor:
 
 @torch.no_grad()
 def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
-    """Share of the active entries of centered tokens x among the candidates, per format."""
+    """Fraction of the active entries of centered tokens x among the candidates, per format."""
     exact = [torch.addmm(b, rows, W.t()).topk(k) for rows in x.split(TOKENS)]
     fired = torch.cat([indices for _, indices in exact]).unique()
     found: dict[str, Any] = {"latents active": len(fired)}
@@ -74,14 +74,14 @@ def recall(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.recall", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path, help="folder of a `fastsae train` run")
-    parser.add_argument("--data", type=Path, help="activations to count on (default: the run's)")
-    parser.add_argument("--name", help="of the data, in the results (default: the run's folder)")
-    parser.add_argument("--tokens", type=int, default=16_384, help="at most (default: 16384)")
+    parser.add_argument("run", type=Path, help="directory of a `fastsae train` run")
+    parser.add_argument("--data", type=Path, help="activations to measure on (default: the run's)")
+    parser.add_argument("--name", help="name of the data in the results (default: the run's)")
+    parser.add_argument("--tokens", type=int, default=16_384, help="maximum (default: 16384)")
     args = parser.parse_args()
     sae, config = fastsae.load(args.run), stored_config(args.run)
     if not isinstance(sae.activation, TopK) or sae.activation.signed:
-        parser.error(f"recall is defined for TopK: {args.run} has {sae.activation.cfg}")
+        parser.error(f"recall needs a TopK SAE, got {sae.activation.cfg} in {args.run}")
     x, k = eval_data(args.run, args.data).sample(args.tokens), sae.activation.cfg.k
     about = {"data": args.name or args.run.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": k}
     about["steps"] = read_json(args.run / "config.json")["plan"]["steps"]

@@ -1,4 +1,4 @@
-"""Results: the stamp that each carries, and files that are written after every row."""
+"""Result files: each result is stamped, and rows are saved one by one to survive a crash."""
 
 import faulthandler
 import json
@@ -26,20 +26,20 @@ RESULTS = ROOT / "bench" / "results"
 NO_ROOM, NO_TIME = "does not fit", "no time left"
 
 LOST = 11
-"""Exit code of a process whose GPU context is gone."""
+"""Exit code of a process that lost its CUDA context."""
 
-PATIENCE = 90
-"""Seconds after which a row is taken to hang."""
+TIMEOUT = 90
+"""Seconds after which a row counts as hung."""
 
 LAST, END = 450, 475
-"""Seconds since the start after which no row begins, and none continues: all of it in 8 minutes."""
+"""Seconds since the start after which no row begins, and none continues: 8 minutes in all."""
 
 
 # --- the stamp ------------------------------------------------------------------------------
 
 
 def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
-    """The machine, the versions and the commit that a result belongs to."""
+    """Machine, versions and commit of a result."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     found = {
@@ -48,7 +48,7 @@ def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
         "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in lines),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit or commit_of_sources(),
+        "commit": commit or source_commit(),
     }
     if device == "cuda":
         gpu = torch.cuda.get_device_properties()
@@ -59,26 +59,26 @@ def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
     return found
 
 
-def commit_of_sources() -> str:
-    """That of the code, and whether anything but results was changed since."""
+def source_commit() -> str:
+    """The commit that is checked out, with -dirty if anything except results has changed since."""
     found = shell_output("git describe --always --exclude '*'")
     status = "git status --porcelain --untracked-files=no -- ':(top,exclude)bench/results'"
     return f"{found}-dirty" if shell_output(status) else found or "unknown"
 
 
 def shell_output(command: str) -> str:
-    """What a program prints, or nothing where it is missing or fails."""
+    """The output of a command; empty if it is missing or fails."""
     failed, output = subprocess.getstatusoutput(command)
     return "" if failed else output.strip()
 
 
 def machine(device: str = "cpu") -> str:
-    """What the names of results end in: cuda, or the processor's maker."""
+    """The suffix of result files: cuda, or the CPU's vendor."""
     return device if device == "cuda" else processor()[0].lower()
 
 
 def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") -> Path:
-    """Put results, each with its stamp, next to the other ones in that file."""
+    """Add stamped results to bench/results/NAME.json; other results in it are kept."""
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept.update({key: {**stamp(device), **result} for key, result in results.items()})
@@ -87,21 +87,21 @@ def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") ->
 
 
 def markdown(titles: list[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table."""
+    """A table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-# --- rows that fail, and a run that may die -------------------------------------------------
+# --- rows that may fail, in a process that may die ------------------------------------------
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What work returns, or what went wrong, with its memory freed."""
+    """The row that `work` returns, or one with its error, after freeing its memory."""
     try:
         return work()
     except torch.OutOfMemoryError:
         error = NO_ROOM
-    except Exception as problem:  # it goes into the record; the other rows are worth having
+    except Exception as problem:  # recorded, so that the other rows are still measured
         lines = str(problem).strip().splitlines() or [""]
         error = f"{type(problem).__name__}: {lines[0][:300]}"
     free()
@@ -109,7 +109,11 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class Record:
-    """Parts of rows: a row is measured once, and is an error if its process died with it."""
+    """Rows of the GPU benchmark by part, in one JSON file that is saved after every row.
+
+    A process that was started again skips rows that were measured, and records an error for the
+    row during which the last process died.
+    """
 
     def __init__(self, folder: Path, device: torch.device, since: float, again: bool, commit=""):
         self.device, self.since, self.again = device, since, again
@@ -126,16 +130,17 @@ class Record:
         if again and running:
             part, key = running
             self.rows(part).setdefault(key, {"error": "its process died"})
-            self.say(f"{part}: {key}: its process died")
+            self.log(f"{part}: {key}: its process died")
 
     def age(self) -> float:
         """Seconds since the start."""
         return time.time() - self.since
 
     def begin(self, part: str, seconds: float = LAST) -> None:
-        """Start a part over, unless this process continues one that died in the midst of it.
+        """Start a part over, unless this process continues one that died during the part.
 
-        No row begins after `seconds`."""
+        No row begins after `seconds`.
+        """
         if not self.again or self.parts.get(part, {}).get("since") != self.since:
             until = min(self.age() + seconds, LAST)
             new = {"since": self.since, "stamp": self.stamp, "until": round(until, 1), "rows": {}}
@@ -147,7 +152,7 @@ class Record:
         self.save()
 
     def rows(self, part: str) -> dict[str, Any]:
-        """Of this run."""
+        """Rows of a part that were measured in this run."""
         found = self.parts.get(part, {})
         return found["rows"] if found.get("since") == self.since else {}
 
@@ -156,7 +161,7 @@ class Record:
         fresh.write_text(json.dumps(self.parts, indent=1, allow_nan=False) + "\n")
         fresh.replace(self.path)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(f"[{self.age():5.0f} s] {text}", flush=True)
 
     def put(self, part: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -165,13 +170,13 @@ class Record:
         return self.rows(part)[key]
 
     def left(self, part: str) -> float:
-        """Seconds until a part has to end."""
+        """Seconds until no more rows of a part begin."""
         return self.parts[part]["until"] - self.age()
 
     def row(
-        self, part: str, key: str, work: Callable[[], dict[str, Any]], patience: float = PATIENCE
+        self, part: str, key: str, work: Callable[[], dict[str, Any]], timeout: float = TIMEOUT
     ) -> dict[str, Any]:
-        """The row that work returns, unless it is there already or no time is left."""
+        """The row that `work` returns, unless it was measured already or no time is left."""
         if key in self.rows(part):
             return self.rows(part)[key]
         if self.device.type == "cuda" and self.left(part) < 0:
@@ -179,28 +184,28 @@ class Record:
         self.parts["running"] = part, key
         self.save()
         if self.device.type == "cuda":
-            faulthandler.dump_traceback_later(max(1, min(patience, END - self.age())), exit=True)
+            faulthandler.dump_traceback_later(max(1, min(timeout, END - self.age())), exit=True)
         row = attempt(work)
         faulthandler.cancel_dump_traceback_later()
         del self.parts["running"]
         row = self.put(part, key, row)
         if "error" in row:
-            self.leave_if_lost()
+            self.exit_if_context_lost()
         return row
 
-    def leave_if_lost(self) -> None:
-        """A GPU context that met a bad access answers nothing but that: only a new one helps."""
+    def exit_if_context_lost(self) -> None:
+        """Exit if the CUDA context is lost: after an illegal access, only a new process helps."""
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize()
             except RuntimeError as problem:
-                self.say(f"the GPU context is lost: {str(problem).splitlines()[0]}")
+                self.log(f"the CUDA context is lost: {str(problem).splitlines()[0]}")
                 sys.stdout.flush()
                 os._exit(LOST)
 
 
 def without_nan(row: Any) -> Any:
-    """NaN, which JSON does not allow, as None."""
+    """Replace NaN and Inf, which JSON does not allow, by None."""
     if isinstance(row, dict):
         return {key: without_nan(value) for key, value in row.items()}
     return None if isinstance(row, float) and not math.isfinite(row) else row

@@ -1,9 +1,12 @@
-"""One whole training step against dense PyTorch and the machine's floor, on a CPU.
+"""Times full training steps on the CPU against dense PyTorch and the machine's floor.
 
-The floor is what no step in fp32 can avoid: the encoder's GEMM, by the faster of the libraries that
-torch has, and Adam reading and writing each parameter and its two moments once (24 bytes), at the
-speed this machine copies memory. The last line that is printed belongs into CPU_PRODUCTS of
-kernels/fastsae_kernels/product.py.
+The floor is what no step in fp32 can avoid: the encoder GEMM, by the faster of torch's libraries,
+and Adam reading and writing each parameter and its two moments once (24 bytes), at the bandwidth
+of a copy. All contenders take turns. The table shows milliseconds, multiples of the floor, and peak
+memory including imports. Shapes are in bench/problem.py.
+
+Results go to bench/results/step-amd.json or step-intel.json. The line printed before that is this
+processor's entry for CPU_PRODUCTS in kernels/fastsae_kernels/product.py: the fastest GEMM.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from fastsae.train.memory import keep_freed_memory
 from fastsae_kernels.product import LIBRARIES, CpuProduct, cpu_product, processor, product
 
 from .clock import interleaved, resident_bytes, summary
-from .contender import LOW, Contender, empty_sae, step_of
+from .contender import LOW, Contender, random_sae, step_of
 from .problem import SHAPES, Problem
 from .record import machine, write
 
@@ -30,14 +33,14 @@ PRODUCTS = {f"{name}:{n}": CpuProduct(name, n) for name in LIBRARIES for n in (2
 
 
 def run_of(shape: str, name: str):
-    """What is timed of a contender at a shape, on weights of its own."""
+    """A step of a contender at a shape, on its own copy of the weights."""
     p = Problem(shape, *SHAPES[shape], torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
-    return partial(step_of(CONTENDERS[name], p, empty_sae(p)), p.normal(p.N, p.D))
+    return partial(step_of(CONTENDERS[name], p, random_sae(p)), p.normal(p.N, p.D))
 
 
 def floor(shape: str) -> dict[str, Any]:
-    """The parts of the floors."""
+    """The parts of the floor: Adam's memory traffic, and the encoder GEMM of each library."""
     N, d_in, d_sae, _ = SHAPES[shape]
     x, W, bias = torch.randn(N, d_in), torch.randn(d_sae, d_in), torch.zeros(d_sae)
     copy, state = torch.randn(2, 6, d_sae, d_in)  # both matrices with two moments each
@@ -48,6 +51,7 @@ def floor(shape: str) -> dict[str, Any]:
 
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
+    """Times of all contenders and of the floor at a shape, and peak memory of each contender."""
     runs = floor(shape) | {name: run_of(shape, name) for name in CONTENDERS}
     times = interleaved(runs, rounds)
     result: dict[str, Any] = {"unit": "ms", "rounds": rounds, "product": str(cpu_product())}
@@ -55,7 +59,7 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     medians = {name: result[name]["median"] for name in runs}
     least = min(medians[name] for name in PRODUCTS) + medians["Adam's bytes"]
     result["floor"] = {"median": round(least, 2)}
-    for name in CONTENDERS:  # alone in a process, for its memory
+    for name in CONTENDERS:  # in its own process, to measure its memory
         result[name]["of floor"] = round(result[name]["median"] / least, 3)
         command = [sys.executable, "-m", "bench.step", shape, name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -64,14 +68,16 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", choices=list("abcd"), default=list("abcd"))
-    parser.add_argument("--rounds", type=int, default=7)
+    add, shapes = parser.add_argument, list("abcd")
+    add("--shapes", nargs="+", choices=shapes, default=shapes, help="shapes to time (default: all)")
+    add("--rounds", type=int, default=7, help="rounds in which contenders take turns (default: 7)")
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    """Measure every shape, print a row for each, and write the results."""
     keep_freed_memory()  # as the trainer does; it helps dense PyTorch as well
     results = {}
-    print("milliseconds, and multiples of the floor")
+    print("milliseconds and multiples of the floor")
     print(f"{'shape':<15}", *(f"{name:>12}{'':>8}" for name in CONTENDERS), "   peak MB", sep=" ")
     for shape in arguments.shapes:
         r = results[shape] = measure(shape, arguments.rounds)

@@ -155,12 +155,12 @@ def test_the_committed_results_have_tables():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--contenders nobody", "contenders are fastsae; .*: got nobody"),
-        ("--variants --contenders SAELens", "contenders are fastsae; .*: got SAELens"),
+        ("--contenders nobody", r"unknown contenders: nobody \(allowed: fastsae; "),
+        ("--variants --contenders SAELens", r"unknown contenders: SAELens \(allowed: fastsae; "),
         ("--steps 2", "steps must be at least 3, or 0"),
         ("--rounds 0 --steps 0", "rounds or steps must be above 0, got 0 and 0"),
         ("--data {data}/heldout", "must have a held-out part"),
-        ("--shapes z", "shapes here are .*: got z"),
+        ("--shapes z", r"unknown shapes for this machine: z \(allowed: "),
     ],
 )
 def test_what_the_user_can_get_wrong(words, message, data):

@@ -1,7 +1,9 @@
-"""Starts the GPU benchmark in a process of its own, and again if that one dies.
+"""Runs the full GPU benchmark in under eight minutes: tests, training steps, profiles and kernels.
 
-A kernel that reads where it must not takes its process's GPU context with it, a crash of the
-compiler its process. What was measured is in the file; the new process continues after what failed.
+It runs in its own process, which is started again if it dies: an illegal memory access destroys the
+CUDA context, a crash of the compiler the process. Results are saved after every row, so the new
+process continues after the one that failed. Parts, in order: compile, floors, core tests, step,
+kernels, tests. Rows whose tests failed are marked UNVERIFIED. The last lines are a short table.
 """
 
 import argparse
@@ -13,12 +15,12 @@ import time
 from pathlib import Path
 
 DONE, FAILED, INTERRUPTED = 0, 10, 130
-"""Exit codes of a process that got to the end, every test passed or not, or was stopped."""
+"""Exit codes: finished and every test passed; finished with failures; interrupted."""
 
 RESTARTS = 10
 
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""What large allocations would like best, where the driver allows it."""
+"""The best allocator for large tensors; some drivers do not support it."""
 
 PROBE = "import torch; torch.ones(1 << 26, device='cuda').sum().item()"
 
@@ -30,19 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", choices=list("ABCD"), default=list("BCAD"), help=shapes)
     add("--parts", nargs="+", help="which parts to run (default: all)")
     add("--commit", default="", help="commit hash to record when git is unavailable")
-    add("--out", type=Path, help="folder of the JSON (default: $OUT or bench/results)")
+    add("--out", type=Path, help="directory of the JSON file (default: $OUT or bench/results)")
     add("--since", type=float, help=argparse.SUPPRESS)
     add("--again", action="store_true", help=argparse.SUPPRESS)
 
 
 def folder(arguments: argparse.Namespace) -> Path:
+    """Where results go; a dry run's, by default, to a temporary directory."""
     if arguments.out is None and arguments.dry_run:
         return Path(tempfile.mkdtemp(prefix="fastsae-dry-run-"))
     return arguments.out or Path(os.environ.get("OUT") or Path(__file__).parents[1] / "results")
 
 
 def environment(dry_run: bool) -> dict[str, str]:
-    """Of all processes of the benchmark."""
+    """Environment variables of the benchmark's processes."""
     root = Path(__file__).parents[2]
     paths = os.environ.get("PYTHONPATH"), str(root), str(root / "kernels")
     found = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
@@ -51,13 +54,13 @@ def environment(dry_run: bool) -> dict[str, str]:
         return found | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", PROBE]
     if subprocess.run(command, env=found | ALLOCATOR, capture_output=True).returncode:
-        print(f"this machine refuses {ALLOCATOR}: running without it", flush=True)
+        print(f"this machine does not support {ALLOCATOR}: running without it", flush=True)
         return found
     return found | ALLOCATOR
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Start the process that measures; in that process, measure."""
+    """Start the process that measures; inside that process (it has --since), measure."""
     if arguments.since is None:
         return guarded(arguments)
     from .run import bench
@@ -66,6 +69,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def guarded(arguments: argparse.Namespace) -> int:
+    """Run the measuring process, again each time it dies; returns the last exit code."""
     since, out, variables = time.time(), folder(arguments), environment(arguments.dry_run)
     command = [sys.executable, "-m", "bench", *sys.argv[1:], f"--since={since}", f"--out={out}"]
     for again in range(RESTARTS):
@@ -73,10 +77,10 @@ def guarded(arguments: argparse.Namespace) -> int:
         code = subprocess.call(command + ["--again"] * (again > 0), env=variables)
         if code in (DONE, FAILED, INTERRUPTED) or written(out) == before:
             return code
-        print(f"the process died (exit code {code}): starting again after that row", flush=True)
+        print(f"the process died (exit code {code}): continuing after that row", flush=True)
     return 1
 
 
 def written(out: Path) -> list[int]:
-    """When results were last written: a process that died without any would do so again."""
+    """When results were last written: a process that died before that would die there again."""
     return [path.stat().st_mtime_ns for path in out.glob("gpu-*.json")]

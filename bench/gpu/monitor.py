@@ -1,4 +1,4 @@
-"""Clocks, power and temperature of the GPU while it works, as nvidia-smi reads them."""
+"""Records the GPU's clocks, power and temperature during the benchmark, with nvidia-smi."""
 
 import subprocess
 import threading
@@ -10,7 +10,7 @@ QUERIES |= {"temperature.gpu": "C"}
 
 
 class Monitor:
-    """Reads five times a second, in a process of its own; without nvidia-smi, nothing."""
+    """Takes five samples a second in the background; none without nvidia-smi."""
 
     def __init__(self):
         self.samples: list[tuple[float, list[float]]] = []
@@ -25,12 +25,12 @@ class Monitor:
     def read(self) -> None:
         for line in (self.process and self.process.stdout) or ():
             try:
-                self.samples.append((time.time(), [float(word) for word in line.split(",")]))
+                self.samples.append((time.time(), [float(number) for number in line.split(",")]))
             except ValueError:  # [N/A]
                 continue
 
     def since(self, start: float) -> dict[str, float]:
-        """The medians from a time on."""
+        """Medians of the samples since a time."""
         rows = [numbers for at, numbers in self.samples if at > start]
         columns = zip(*rows, strict=True)
         return {name: median(found) for name, found in zip(QUERIES.values(), columns, strict=False)}

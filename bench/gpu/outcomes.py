@@ -1,8 +1,8 @@
-"""A pytest plugin that writes each test's outcome as soon as it is known, whatever happens next.
+"""A pytest plugin that writes each test's outcome at once, so that it survives a crash.
 
     FASTSAE_OUTCOMES=FILE pytest -p bench.gpu.outcomes
 
-leaves a line of JSON per test: its node id, passed, failed or skipped, and the error.
+writes a line of JSON per test: its node ID; passed, failed or skipped; and the error.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 worker = False
-"""Whether pytest-xdist started this process. Its environment does not say: a test of a worker may
-start pytest itself, as those of this module do."""
+"""Whether this process is a worker of pytest-xdist. The environment does not tell: a test that runs
+in a worker may start pytest itself, as this module's tests do."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if worker or (report.when != "call" and report.passed):
-        return  # the process that started the workers hears of all their tests
+        return  # workers report to the process that started them, which writes their outcomes
     error = ""
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
@@ -33,7 +33,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """A test that lost the GPU's context ends its worker: in it, all others would fail too."""
+    """End a worker that lost its CUDA context: all later tests in it would fail too."""
     import torch
 
     if worker and torch.cuda.is_initialized():

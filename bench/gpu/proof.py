@@ -1,6 +1,6 @@
-"""The proof that timings rest on: the project's own tests, run by pytest on the GPU.
+"""Runs the project's tests on the GPU, and marks timings whose tests failed as UNVERIFIED.
 
-A failed test marks the rows of what it tests as UNVERIFIED; it keeps nothing from being measured.
+A failed test does not stop anything from being measured.
 """
 
 import json
@@ -19,22 +19,22 @@ from bench.ops import OPS
 from bench.record import ROOT, Record
 
 STEP_OPS = *dict.fromkeys(op.function for op in OPS if op.step), "step"
-"""What a training step is made of."""
+"""Ops that training steps use."""
 
 WORKERS = {True: ["-n", "4"], False: ["-n", "8", "--dist", "loadfile"]}
-"""Where pytest-xdist is installed, processes for core tests and for others: no more, and those of
-a file one after another, so that the largest fit into memory together."""
+"""Options of pytest-xdist, if it is installed, for core tests and for all others: few enough
+processes, and one per test file, that the largest tests fit in memory together."""
 
 FILES = {op.function: op.run.__module__.rpartition(".")[2] for op in OPS}
 FILES |= {"adam_": "adam", "latent_major": "sparse"}
-"""Whose tests those of an op are: its module's, tests/kernels/test_MODULE.py."""
+"""The test file of each op, tests/kernels/test_NAME.py: named after the op's module."""
 
 
 def run_tests(record: Record, part: str, dry: bool) -> None:
-    """Those marked core, every kernel once at real widths; or all others."""
+    """Run the tests marked core (every kernel once at real widths), or all others."""
 
     def outcomes() -> dict[str, Any]:
-        free()  # the tests' processes need what this one caches
+        free()  # the tests' processes need the memory that this one caches
         with TemporaryDirectory() as folder:
             file = Path(folder) / "outcomes.jsonl"
             ended = run_pytest(part == "core tests", file, dry, record.left(part))
@@ -46,14 +46,14 @@ def run_tests(record: Record, part: str, dry: bool) -> None:
         return {"ended": ended, **counts, "failures": failed, "nodes": passed}
 
     row = record.row(part, "pytest", outcomes, 1e9)
-    record.say(", ".join(f"{key} {value}" for key, value in row.items() if key != "nodes"))
+    record.log(", ".join(f"{key} {value}" for key, value in row.items() if key != "nodes"))
     mark_rows(record)
 
 
 def run_pytest(core: bool, file: Path, dry: bool, seconds: float) -> str:
-    """How it ended; after too long, with all of its processes."""
-    # An empty addopts: the project's ask for plugins that a GPU's machine may lack. A warning, of
-    # versions that are others there, is no wrong result.
+    """Run pytest, kill all of its processes after `seconds`, and return how it ended."""
+    # Without the project's addopts, which need plugins that a GPU machine may lack; and its other
+    # versions of libraries may warn, which is not a failure.
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "filterwarnings=default"]
     command += ["-q", "--import-mode=importlib"]
     command += ["-p", "no:cacheprovider", "-p", "bench.gpu.outcomes", "tests/gpu"]
@@ -73,30 +73,30 @@ def run_pytest(core: bool, file: Path, dry: bool, seconds: float) -> str:
 
 
 def failures(record: Record) -> dict[str, str]:
-    """Error by node id of the tests that failed."""
+    """Errors of failed tests, by node ID."""
     rows = (record.rows(part).get("pytest", {}) for part in ("core tests", "tests"))
     return {node: error for row in rows for node, error in row.get("failures", {}).items()}
 
 
-def concerns(node: str, op: str) -> bool:
-    """Whether a test is of an op: it is in the op's file, or has its name among its parameters."""
+def covers(node: str, op: str) -> bool:
+    """Whether a test covers an op: it is in the op's file, or the op is one of its parameters."""
     file, _, test = node.partition("::")
     named = op in re.split(r"[\[\]\-]", test) or op == "step" and "test_step" in file
     return named or file.endswith(f"/test_{FILES.get(op, op)}.py")
 
 
 def unverified(record: Record, ops: tuple[str, ...]) -> str:
-    """Why a row of these ops is not to be trusted; empty where its tests have passed."""
+    """Why a row of these ops is unverified; empty if all their tests passed."""
     for node, error in failures(record).items():
-        if any(concerns(node, op) for op in ops):
+        if any(covers(node, op) for op in ops):
             return f"{node}: {error[:150]}"
     passed = record.rows("core tests").get("pytest", {}).get("nodes", [])
-    untested = [op for op in ops if not any(concerns(node, op) for node in passed)]
+    untested = [op for op in ops if not any(covers(node, op) for node in passed)]
     return f"not tested: {', '.join(untested)}" if untested else ""
 
 
 def mark_rows(record: Record) -> None:
-    """Mark every row of ours that was measured, or take back the mark."""
+    """Mark fastsae's measured rows as unverified, or remove the mark."""
     for part in ("step", "kernels"):
         for key, row in record.rows(part).items():
             reason = unverified(record, (row["op"],) if "op" in row else STEP_OPS)

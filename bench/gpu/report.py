@@ -1,4 +1,4 @@
-"""The short table: what has been measured, where a reader of the end of the output finds it."""
+"""The short table of results that ends the output."""
 
 from collections.abc import Iterator
 
@@ -7,15 +7,15 @@ from bench.record import Record
 
 from . import proof, step
 
-ROOM = 11_800
-"""Characters, of the 12,000 that a machine far away may send back."""
+MAX_CHARACTERS = 11_800
+"""A remote runner may return only the last 12,000 characters of the output."""
 
-MOST = 10
-"""Failures that are listed, and kernels of a step."""
+MAX_LISTED = 10
+"""Most failures, and most kernels per step, that are listed."""
 
 
 def lines_of(record: Record) -> Iterator[str]:
-    """The most valuable last."""
+    """Lines in order of increasing importance."""
     for key, row in reversed(record.rows("kernels").items()):
         yield f"{key:34} {kernels.line(row)}"
     for name, row in record.rows("floors").items():
@@ -23,10 +23,10 @@ def lines_of(record: Record) -> Iterator[str]:
         yield f"  {name:20} {rate[0] if rate else row.get('error')}{step.clocks(row)}"
     for key in record.rows("profile"):
         if step.WINDOW in key:
-            yield from (key, *step.profile_lines(record, key, MOST))
+            yield from (key, *step.profile_lines(record, key, MAX_LISTED))
     for key, row in record.rows("step").items():
         yield step.line(key, row)
-    for node, error in list(proof.failures(record).items())[:MOST]:
+    for node, error in list(proof.failures(record).items())[:MAX_LISTED]:
         yield f"  FAILED {node[-70:]}: {' '.join(error.split())[:90]}"
     for part in ("core tests", "tests"):
         for row in record.rows(part).values():
@@ -35,12 +35,12 @@ def lines_of(record: Record) -> Iterator[str]:
 
 
 def short_table(record: Record) -> str:
-    """The lines that there is room for; the first are left out."""
+    """As many lines as fit; the least important are dropped."""
     header = f"{record.stamp['gpu']}, commit {record.stamp['commit']}, {record.path}"
     lines = [*lines_of(record)]
-    whole = len(lines)
-    while sum(map(len, lines)) + len(lines) + len(header) + 80 > ROOM:
+    total = len(lines)
+    while sum(map(len, lines)) + len(lines) + len(header) + 80 > MAX_CHARACTERS:
         lines.pop(0)
-    if len(lines) < whole:
-        lines.insert(0, f"({whole - len(lines)} rows are in the file alone)")
+    if len(lines) < total:
+        lines.insert(0, f"({total - len(lines)} more rows are in the file)")
     return "\n".join(["", header, *lines])

@@ -1,7 +1,6 @@
-"""Full GPU benchmark: precompile, floors, core tests, training steps, kernels, all tests.
+"""The parts of the GPU benchmark: compile, floors, core tests, training steps, kernels, all tests.
 
-It ends within ten minutes and writes every row as soon as it is measured. `--dry-run` runs the
-whole benchmark on a CPU at tiny sizes, through Triton's interpreter.
+`--dry-run` runs all of them on a CPU at tiny sizes, through Triton's interpreter.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from .step import step_rows
 
 @dataclass
 class Run:
-    """What every part gets."""
+    """The arguments of every part."""
 
     record: Record
     problems: list[Problem]
@@ -40,24 +39,25 @@ class Run:
     dry: bool
 
     def row(self, part: str, key: str, work: Callable[[], dict[str, Any]]) -> None:
-        """Measure and show a row, with the clocks at which it ran."""
+        """Measure and print a row, with the GPU's clocks during the measurement."""
 
         def watched() -> dict[str, Any]:
             start = time.time()
             return work() | self.monitor.since(start)
 
         row = self.record.row(part, key, watched)
-        self.record.say(f"{key:20} " + ", ".join(f"{name} {value}" for name, value in row.items()))
+        self.record.log(f"{key:20} " + ", ".join(f"{name} {value}" for name, value in row.items()))
 
 
 def compile_kernels(run: Run) -> None:
+    """Compile all kernels of the shapes that will run."""
     major, minor = (9, 0) if run.dry else torch.cuda.get_device_capability()
     names = "".join(p.name for p in run.problems)
     run.row("compile", "triton", partial(precompile, 10 * major + minor, names, run.dry))
 
 
 def measure_floors(run: Run) -> None:
-    """Short bursts, and for copy and GEMM two seconds back to back, as hot as a step runs."""
+    """Measure roofs in short bursts; a copy and a GEMM also for 2 s, as hot as in training."""
     p = run.problems[0]
     held = {"budget": 2000.0, "space": False}
     rows: dict[str, Callable[[], dict[str, Any]]] = {"copy": partial(copy_row, p)}
@@ -73,19 +73,20 @@ def measure_floors(run: Run) -> None:
 
 
 def time_steps(run: Run) -> None:
+    """Time and profile the training steps of all contenders."""
     run.record.begin("profile")
     step_rows(run.record, run.problems, run.monitor)
     proof.mark_rows(run.record)
 
 
 def time_kernels(run: Run) -> None:
-    """What a step consists of first."""
+    """Time every op, those of training steps first."""
     roofs = roofs_from(run.record.rows("floors"))
     for op in sorted(OPS, key=lambda op: not op.step):
         for p in run.problems:
             key = f"{p.name} {op.name}"
             work = partial(kernels.op_row, op, p, roofs, False, ("torch",))
-            run.record.say(f"{key:34} {kernels.line(run.record.row('kernels', key, work))}")
+            run.record.log(f"{key:34} {kernels.line(run.record.row('kernels', key, work))}")
     proof.mark_rows(run.record)
 
 
@@ -97,10 +98,11 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "kernels": (time_kernels, 100),
     "tests": (lambda run: proof.run_tests(run.record, "tests", run.dry), 120),
 }
-"""Each with the seconds after which it begins no row. In order; all of it ends with record.LAST."""
+"""In this order, each with the seconds after which it begins no row, at most until record.LAST."""
 
 
 def bench(arguments: argparse.Namespace) -> int:
+    """Run the chosen parts; returns an exit code of guard.py."""
     names = arguments.parts or [*PARTS]
     check_names("parts", names, PARTS)
     dry = arguments.dry_run
@@ -117,7 +119,7 @@ def bench(arguments: argparse.Namespace) -> int:
         try:
             with interpreted() if dry else nullcontext():
                 part(run)
-        except Exception:  # a mistake of this program: the other parts are worth having
+        except Exception:  # a bug in one part must not lose the results of the others
             traceback.print_exc()
             broken = True
         record.end(name)

@@ -1,4 +1,4 @@
-"""The step table: whole training steps, one row per contender, and what each kernel takes of it."""
+"""Times full training steps on the GPU, one row per contender, and profiles their kernels."""
 
 import time
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.clock import free, measure, peak_bytes, synchronize, timed
-from bench.contender import Contender, Step, batches, empty_sae, step_of
+from bench.contender import Contender, Step, batches, random_sae, step_of
 from bench.ops import adam_bytes
 from bench.problem import Problem
 from bench.record import Record, attempt
@@ -17,8 +17,7 @@ from fastsae.train import Optimizer
 
 from .monitor import Monitor
 
-SMALL = {"encoder_precision": "bf16"}
-SMALL |= {"optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
+SMALL = {"encoder_precision": "bf16", "optimizer": Optimizer(adam_moments="bf16", adam_window=8)}
 WINDOW = "fastsae, bf16 moments, window 8"
 
 CONTENDERS = {
@@ -31,18 +30,19 @@ CONTENDERS = {
     "fastsae, 5 % dead": Contender(dead=True),
     "dense, 5 % dead": Contender("dense", dead=True),
 }
-"""Between the second and dense, all have the second's options too."""
+"""Those from WINDOW to dense build on WINDOW's options."""
 
 BUDGET = 1500.0
-"""Milliseconds of steps that are timed for a row."""
+"""Milliseconds of timed steps per row."""
 
 
 def contenders(p: Problem) -> dict[str, Contender]:
-    """Those with dead latents at one shape only."""
+    """Contenders at a shape: those with dead latents run at B only."""
     return {name: one for name, one in CONTENDERS.items() if p.name == "B" or not one.dead}
 
 
 def step_rows(record: Record, problems: list[Problem], monitor: Monitor) -> None:
+    """Measure and print the row of every contender at every shape."""
     roofs = roofs_from(record.rows("floors"))
     for p in problems:
         for name in contenders(p):
@@ -51,17 +51,17 @@ def step_rows(record: Record, problems: list[Problem], monitor: Monitor) -> None
             if "ms" in row:
                 floor = floor_ms(p, CONTENDERS[name], record, roofs)
                 row |= {"floor ms": round(floor, 3), "of floor": floor / row["ms"]["median"]}
-            record.say(line(key, record.put("step", key, row)))
+            record.log(line(key, record.put("step", key, row)))
             free()
 
 
 def step_row(record: Record, key: str, p: Problem, name: str, monitor: Monitor) -> dict[str, Any]:
-    """Times of a contender's steps; their profile goes to a part of its own."""
+    """Step time, throughput and peak memory of a contender; its profile is a separate part."""
     cuda, contender = p.device.type == "cuda", CONTENDERS[name]
     torch.manual_seed(0)
     free()
     before = torch.cuda.memory_allocated() if cuda else 0
-    sae = empty_sae(p)
+    sae = random_sae(p)
     data = batches(p, sae.W_dec)
     try:
         step = step_of(contender, p, sae)
@@ -78,13 +78,13 @@ def step_row(record: Record, key: str, p: Problem, name: str, monitor: Monitor) 
     row = measure(step, data, p.device, BUDGET, space=False, dry=p.dry)
     row |= {"tokens/s": round(p.N / row["ms"]["median"] * 1e3), **monitor.since(start)}
     row["peak GB"] = round(peak / 1e9, 2)
-    record.put("step", key, row)  # whatever becomes of the profile
+    record.put("step", key, row)  # before profiling, which may fail
     record.put("profile", key, attempt(partial(profiled, step, data, p)))
     return row
 
 
 def profiled(step: Step, data: list[tuple], p: Problem) -> dict[str, Any]:
-    """Calls and milliseconds of each kernel in a step; of each operator where it is a dry run."""
+    """Calls and milliseconds per step of each kernel (in a dry run, of each operator)."""
     kind, steps = (ProfilerActivity.CPU, 1) if p.dry else (ProfilerActivity.CUDA, 3)
     with profile(activities=[kind]) as events:
         for n in range(steps):
@@ -101,7 +101,7 @@ def profiled(step: Step, data: list[tuple], p: Problem) -> dict[str, Any]:
 
 
 def floor_ms(p: Problem, contender: Contender, record: Record, roofs: Roofs) -> float:
-    """What no step can avoid: the encoder's GEMM in bf16, as measured, and Adam's bytes."""
+    """What no step can avoid: the encoder GEMM in bf16, as measured, and Adam's memory traffic."""
     optimizer = contender.options.get("optimizer", Optimizer())
     moments = torch.bfloat16 if optimizer.adam_moments == "bf16" else torch.float32
     busy = int(torch.bincount(p.indices().flatten(), minlength=p.F).count_nonzero())
@@ -111,6 +111,7 @@ def floor_ms(p: Problem, contender: Contender, record: Record, roofs: Roofs) -> 
 
 
 def line(key: str, row: dict[str, Any]) -> str:
+    """A row as one line of text."""
     if "ms" not in row:
         return f"{key:40} {row.get('error') or 'skipped: ' + row['skipped']}"[:130]
     text = f"{key:40} {row['ms']['median']:9.3f} ms (host {row['host ms']:.2f})"
@@ -125,7 +126,7 @@ def clocks(row: dict[str, Any]) -> str:
 
 
 def profile_lines(record: Record, key: str, most: int) -> list[str]:
-    """The kernels that take the most of a step."""
+    """The kernels that take the most time in a step."""
     found = record.rows("profile")[key]
     return [
         f"  {one['share']:6.1%} {one['ms']:8.3f} ms {one['calls']:6.1f} x {name[:60]}"

@@ -1,4 +1,4 @@
-"""One contender at one task, in a process of its own: python -m bench.peers.contender TASK"""
+"""Runs one contender on one task, in its own process: python -m bench.peers.contender TASK"""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from .task import Code, Task, TimeUp, open_stream, scale_of
 LENS = Contender("sae_lens", {"use_sparse_activations": False}, package="sae-lens")
 SPARSIFY = Contender("sparsify", {"optimizer": "adam"}, package="eai-sparsify")
 SPARSE = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
-"""The rescaling has no gradient on a CPU's sparse tensors."""
+"""SAELens's rescaling has no gradient for sparse tensors on a CPU."""
 
 CONTENDERS = {
     "fastsae": Contender(),
@@ -33,27 +33,29 @@ CONTENDERS = {
     "sparsify, Adam": SPARSIFY,
 }
 for name in ("SAELens", "dictionary_learning", "sparsify"):
-    own = CONTENDERS[name]
-    options = {**own.options, "accelerate": True}
-    CONTENDERS[f"{name}, accelerated"] = own._replace(options=options, accelerated=True)
+    accelerate = {**CONTENDERS[name].options, "accelerate": True}
+    CONTENDERS[f"{name}, accelerated"] = CONTENDERS[name]._replace(options=accelerate)
 
 VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None} | {
     "fastsae, bf16 moments": Contender(options={"optimizer": Optimizer(adam_moments="bf16")}),
     "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
     "fastsae, tied encoder": Contender(options={"init": Init(encoder="tied")}),
 }
-"""What `python -m bench peers --variants` compares."""
+"""Contenders of `python -m bench peers --variants`."""
 
 KNOWN = CONTENDERS | VARIANTS
 
 SAME_LR = ", fastsae's learning rate"
-"""What the name of a run with it ends in."""
+"""Suffix of a peer that trains with fastsae's learning rate."""
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Milliseconds of each step and peak memory; of a whole run, its settings and quality too."""
+    """Milliseconds of each step and peak memory; for a complete run, also its settings and quality.
+
+    All contenders keep freed memory, as fastsae's trainer does: it speeds up the others as well.
+    """
     contender = KNOWN[task.contender]
-    keep_freed_memory()  # as fastsae's trainer does; it helps the others as well
+    keep_freed_memory()
     train = import_module(f".train_{contender.trainer}", __package__).train
     stream, trained = open_stream(task), None
     with suppress(TimeUp):
@@ -68,7 +70,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 @torch.no_grad()
 def quality(code: Code, shards: ActivationShards, device: str) -> dict[str, float]:
-    """Fraction of variance unexplained, active latents per token, and those that never are."""
+    """Held-out FVU, L0, and the fraction of latents that are never active."""
     heldout = shards.heldout
     assert heldout is not None
     x = heldout.rows(torch.arange(heldout.n_tokens)) * scale_of(shards)
@@ -84,6 +86,6 @@ def quality(code: Code, shards: ActivationShards, device: str) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # the libraries print
+    with redirect_stdout(sys.stderr):  # the libraries print to stdout, which is for the result
         found = measure(Task(**json.loads(sys.argv[1])))
     print(json.dumps(found))

@@ -1,4 +1,18 @@
-"""Starts every contender when its turn comes, and keeps what they say."""
+"""Compares step time and held-out error with other SAE trainers.
+
+Each contender trains with its library's own loop, on the same batches in the same order, in its own
+process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
+take turns. Then each one trains for the same number of tokens, which gives its held-out FVU.
+Libraries that use Adam train twice: with their default learning rate, and with fastsae's.
+
+Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
+results of other shapes, and, if matplotlib is installed, to a plot. One environment for all:
+
+    pip install -c constraints.txt -e '.[demo,peers]' && pip uninstall torchvision
+
+The second command is for CPU builds of torch, with which the torchvision that one of the libraries
+installs breaks the import of transformers.
+"""
 
 import argparse
 import json
@@ -12,7 +26,7 @@ from statistics import median
 from typing import Any
 
 from bench import record
-from bench.clock import digits, summary
+from bench.clock import significant, summary
 from bench.problem import SHAPES, Size, check_names
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.device import choose_device
@@ -23,26 +37,24 @@ from .report import plot, tables
 from .task import Task
 
 TURN = 2.0
-"""Seconds for which steps are timed in a turn; a step that takes longer is timed once."""
+"""Seconds of steps per turn; a step that takes longer is timed once."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shapes", nargs="+", help="of a to d, on a GPU A to D (all)")
-    add("--rounds", type=int, default=3, help="of timed steps (3; 0 for none)")
-    add("--steps", type=int, default=300, help="of training (300; 0 for none)")
-    add("--contenders", nargs="+", help="by their names in the results (all)")
-    add("--data", type=Path, help="a folder of activations (the demo's)")
-    add("--variants", action="store_true", help="race fastsae's own settings instead")
+    add("--shapes", nargs="+", help="shapes to time, a-d, on a GPU A-D (default: all)")
+    add("--rounds", type=int, default=3, help="rounds of timed steps, 0 for none (default: 3)")
+    add("--steps", type=int, default=300, help="training steps, 0 for none (default: 300)")
+    add("--contenders", nargs="+", help="names of contenders, as in the results (default: all)")
+    add("--data", type=Path, help="directory of activations (default: demo activations)")
+    add("--variants", action="store_true", help="compare settings of fastsae instead")
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Race at every size, then over steps of training, of size a but as wide as the data.
+    """Time steps at every shape, then train at shape a with the data's width; print tables.
 
-    Leaves peers-amd.json, peers-intel.json or peers-cuda.json in bench/results (of variants,
-    variants-...), beside what is there of other sizes, and with matplotlib a plot; prints tables.
-    ValueError for a contender that there is not, for nothing to do, for a run too short to be
-    timed, and for data without a held-out part.
+    Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, and data
+    without a held-out part.
     """
     rounds, steps = arguments.rounds, arguments.steps
     if rounds < 0 or not (rounds or steps):
@@ -74,19 +86,19 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def chosen(names: list[str] | None) -> dict[str, Size]:
-    """Those of this machine's sizes that have these names, by default all."""
+    """This machine's shapes with these names, by default all of them."""
     here = list("ABCD" if choose_device("auto") == "cuda" else "abcd")
-    check_names("shapes here", names, here)
+    check_names("shapes for this machine", names, here)
     return {name: SHAPES[name] for name in names or here}
 
 
 def sized(size: Size) -> dict[str, Any]:
-    """The part of a task that its size is."""
+    """A shape as fields of a task."""
     return dict(zip(("tokens", "d_in", "d_sae", "k"), size, strict=True))
 
 
 def training_data(folder: Path | None) -> ActivationShards:
-    """The activations in a folder, or the demo's."""
+    """The activations in a directory, or the demo activations."""
     shards = ActivationShards(folder) if folder else demo_shards()
     if shards.heldout is None:
         raise ValueError(f"{shards.path} must have a held-out part to measure on, in heldout/")
@@ -94,18 +106,18 @@ def training_data(folder: Path | None) -> ActivationShards:
 
 
 def installed(names: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Those contenders that can run here; and the versions of their libraries, and which lack."""
+    """Contenders that can run here; versions of their libraries, and which are missing and why."""
     packages = {name: one.package for name in names if (one := KNOWN[name]).package}
     versions = {d.name: d.version for d in distributions() if d.name in packages.values()}
     missing = {n: f"{package} is not installed" for n, package in packages.items()
                if package not in versions}  # fmt: skip
     for name, why in missing.items():
-        print(f"{name} is missing: {why}", flush=True)
+        print(f"skipping {name}: {why}", flush=True)
     return [n for n in names if n not in missing], {"versions": versions, "missing": missing}
 
 
 def race(shape: str, task: dict[str, Any], names: list[str], rounds: int) -> dict[str, Any]:
-    """Times of a step and the most memory of each contender, or why it has none."""
+    """Step time and peak memory of each contender, or its error."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
@@ -119,7 +131,7 @@ def race(shape: str, task: dict[str, Any], names: list[str], rounds: int) -> dic
 
 
 def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """What a contender's turns come to: of each, the median counts."""
+    """Summary of a contender's turns, by the median step of each."""
     if "error" in turns[-1]:
         return turns[-1]
     ms = summary([median(turn["ms"]) for turn in turns])
@@ -128,10 +140,11 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 
 
 def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Every contender's run with its own learning rate, and where it means the same, fastsae's."""
+    """Train each contender with its own learning rate, and Adam-trained peers with fastsae's."""
     lr = default_lr(task["d_sae"], task["steps"])
     results, runs = {}, {}
-    for name in (name for name in names if not KNOWN[name].accelerated):  # the same mathematics
+    # An accelerated contender would train the same SAE again: only its steps are timed.
+    for name in (name for name in names if "accelerate" not in KNOWN[name].options):
         runs[name] = Task(contender=name, **task)
         if KNOWN[name].package and KNOWN[name].adam:
             runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
@@ -139,15 +152,15 @@ def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
         found = run(one)
         if "error" not in found:
             times = found.pop("ms")
-            each = sum(times) / len(times) / 1e3
-            found |= {"tokens/s": round(one.tokens / each), "seconds": digits(one.steps * each)}
+            s = sum(times) / len(times) / 1e3  # per step
+            found |= {"tokens/s": round(one.tokens / s), "seconds": significant(one.steps * s)}
         results[name] = found
         print(f"training, {name}: {found}", flush=True)
     return results
 
 
 def run(task: Task) -> dict[str, Any]:
-    """What a contender's process says, or the error that it ended with."""
+    """Run a task in its own process; returns the result it prints, or its error."""
     command = [sys.executable, "-m", "bench.peers.contender", json.dumps(asdict(task))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:

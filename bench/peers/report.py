@@ -1,4 +1,4 @@
-"""The race's tables in Markdown, and its plot."""
+"""Tables in Markdown and a plot of the comparison with other trainers."""
 
 import math
 from pathlib import Path
@@ -9,11 +9,11 @@ from bench.record import markdown
 from .contender import SAME_LR
 
 Rows = dict[str, dict[str, Any]]
-"""What was found of each contender that came to the end."""
+"""Results of each contender that finished."""
 
 
 def tables(results: dict[str, Any]) -> str:
-    """A table for each size and one of the training runs."""
+    """A table of step times per shape, and one of the training runs."""
     parts = []
     for name, found in results.items():
         rows = finished(found)
@@ -33,7 +33,7 @@ def finished(found: dict[str, Any]) -> Rows:
 
 def step_table(rows: Rows) -> str:
     least = min((row["ms"]["median"] for row in rows.values()), default=0)
-    titles = ["", "ms per step, median (min to max)", "times the fastest's", "tokens/s", "peak MB"]
+    titles = ["", "ms per step, median (min to max)", "relative to fastest", "tokens/s", "peak MB"]
     cells = []
     for name, row in rows.items():
         ms, times = "{median:.1f} ({min:.1f} to {max:.1f})", row["ms"]["median"] / least
@@ -46,17 +46,17 @@ TRAINING = "lr", "warm-up", "held-out FVU", "L0", "tokens/s", "seconds"
 
 
 def training_table(rows: Rows) -> str:
-    """What a row lacks, as old results do, is NaN."""
+    """Old results lack some columns, which show as NaN."""
     cells = [[n, *(f"{row.get(key, math.nan):.4g}" for key in TRAINING)] for n, row in rows.items()]
     return markdown(["", *TRAINING], cells)
 
 
 COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#999999"
-"""Okabe and Ito's, for color-blind readers too."""
+"""The Okabe-Ito palette, which color-blind readers can tell apart."""
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Left, the time of a step at each size; right, time and held-out FVU of the training runs."""
+    """Plot step time per shape (left), and FVU against time of the training runs (right)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
@@ -82,10 +82,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def plain(name: str) -> str:
+    """The trainer's name without its variant: trainers share a color, variants have markers."""
     return name.removesuffix(SAME_LR).removesuffix(", Adam").removesuffix(", accelerated")
 
 
 def point(axes: Any, name: str, colors: dict[str, str], x: float, y: float) -> None:
+    """Plot one contender; its marker shows the variant."""
     marker = "^" if name.endswith(SAME_LR) else "s" if name.endswith(", Adam") else "o"
     style = {"fillstyle": "none" if name.endswith(", accelerated") else "full", "mew": 2}
     axes.plot(x, y, marker, color=colors[plain(name)], markersize=8, **style)

@@ -1,4 +1,4 @@
-"""What every contender is given, a task and its batches, and what it gives back."""
+"""The interface of all contenders: a task and its stream of batches in, a trained SAE out."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +13,15 @@ from fastsae.data import ActivationShards
 from fastsae.train.trainer import SAMPLE_TOKENS
 
 LONG = 10_000
-"""Steps of the run that timed steps belong to: more than anybody waits for."""
+"""Steps of a run that is only timed; it stops long before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A run for one contender in a process of its own, which gets it as JSON."""
+    """A run of one contender, passed to its process as JSON."""
 
     contender: str
-    """Its name in the race."""
+    """Its name in the results."""
 
     tokens: int
     """Tokens per step."""
@@ -34,28 +34,28 @@ class Task:
     """cpu or cuda."""
 
     seconds: float | None = None
-    """Stop once steps have been timed for so long."""
+    """Stop after timing steps for this long."""
 
     data: str | None = None
-    """A folder of activations; without it, two batches of Gaussian random numbers in turn."""
+    """Directory of activations; None alternates two batches of Gaussian noise."""
 
     steps: int = LONG
     """Optimization steps."""
 
     lr: float | None = None
-    """Learning rate, where it is not to be the contender's own."""
+    """Learning rate; None for the contender's default."""
 
     def warmup(self, default: int) -> int:
-        """A trainer's default warm-up; a twentieth of the run where that is longer than the run."""
+        """A trainer's default warm-up, or 1/20 of the run if the default exceeds the run."""
         return default if default < self.steps else self.steps // 20
 
 
 Code = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Takes tokens to their reconstructions and a mask [N, d_sae] of their active latents."""
+"""Maps tokens to their reconstructions and a mask [N, d_sae] of their active latents."""
 
 
 def code_of(sae: Any) -> Code:
-    """Of an SAE with encode and decode, whose codes may be sparse."""
+    """The Code of an SAE with encode and decode; its codes may be sparse."""
 
     def code(x: Tensor) -> tuple[Tensor, Tensor]:
         codes = sae.encode(x)
@@ -65,31 +65,31 @@ def code_of(sae: Any) -> Code:
 
 
 class Trained(NamedTuple):
-    """What a contender makes of a task."""
+    """The result of a training run."""
 
     code: Code
 
     lr: float
-    """The highest learning rate of the run."""
+    """Peak learning rate."""
 
     warmup: int
-    """Steps over which the learning rate rose to it."""
+    """Warm-up steps."""
 
 
 class TimeUp(Exception):
-    """Ends a trainer's loop from within, once its steps have been timed for long enough."""
+    """Ends a trainer's loop from inside, after enough timed steps."""
 
 
 class Stream:
-    """Hands out batches and reads the clock at each: a step lasts from one batch to the next.
+    """Yields batches and records the time of each: a step lasts from one batch to the next.
 
-    So a step is all that a library's own training loop does for it, and no loop needs to be
-    rewritten to be timed. The first step warms up and does not count.
+    So a step includes everything that the library's own training loop does, and no loop has to be
+    rewritten to be timed. The first step is for warm-up and does not count.
     """
 
     def __init__(self, sample: Tensor, batches: Iterator[Tensor], task: Task):
         self.sample = sample
-        """[some, d_in]: tokens to initialize from."""
+        """[n, d_in]: tokens to initialize from."""
         self._batches, self._device, self._seconds = batches, task.device, task.seconds
         self._ticks: list[float] = []
 
@@ -106,7 +106,7 @@ class Stream:
         return next(self._batches)
 
     def step_ms(self) -> list[float]:
-        """Of each timed step."""
+        """Duration of each timed step."""
         return [(end - start) * 1e3 for start, end in pairwise(self._ticks[1:])]
 
 
@@ -124,5 +124,5 @@ def open_stream(task: Task) -> Stream:
 
 
 def scale_of(shards: ActivationShards) -> float:
-    """What activations are multiplied by, for a mean square of 1."""
+    """The factor that gives activations a mean square of 1."""
     return shards.mean_square**-0.5

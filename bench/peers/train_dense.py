@@ -1,4 +1,4 @@
-"""Dense PyTorch with fastsae's recipe: the same initialization, schedule and aux-k."""
+"""Trains dense PyTorch with fastsae's recipe: the same initialization, schedule and aux-k."""
 
 import torch
 
@@ -13,6 +13,7 @@ from .train_fastsae import config_of
 
 
 def train(task: Task, stream: Stream) -> Trained:
+    """The settings are those that fastsae's plan gives for the task."""
     config = config_of(task)
     plan = Plan.of(config, task.d_in, len(stream.sample))
     generator = torch.Generator().manual_seed(config.seed)

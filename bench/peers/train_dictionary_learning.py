@@ -1,4 +1,4 @@
-"""dictionary_learning: its trainSAE with a TopKTrainer."""
+"""Trains with dictionary_learning: its trainSAE with a TopKTrainer."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ def accelerated(*sizes: int) -> Any:
 
 
 def train(task: Task, stream: Stream, *, accelerate: bool = False) -> Trained:
-    """All other settings are the defaults: Adam at 2e-4 / sqrt(d_sae / 16384)."""
+    """Other settings are the library's defaults: Adam at 2e-4 / sqrt(d_sae / 16384)."""
     own = accelerated if accelerate else top_k.AutoEncoderTopK
     settings: dict[str, Any] = {"trainer": top_k.TopKTrainer, "dict_class": own, "k": task.k}
     settings |= {"activation_dim": task.d_in, "dict_size": task.d_sae, "steps": task.steps}

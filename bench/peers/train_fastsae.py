@@ -1,4 +1,4 @@
-"""fastsae: its Trainer."""
+"""Trains with fastsae's Trainer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ from fastsae.train.plan import Plan
 from .task import Stream, Task, Trained, code_of
 
 
-class Handed:
-    """As much of an ActivationSource as a run needs, with the batches of a stream."""
+class StreamSource:
+    """The part of the ActivationSource interface that a run needs, with a stream's batches."""
 
-    mean_square, fingerprint, heldout = 1.0, "handed", None
+    mean_square, fingerprint, heldout = 1.0, "stream", None
 
     def __init__(self, stream: Stream):
         self.stream = stream
@@ -38,12 +38,12 @@ class Handed:
 
     @contextmanager
     def batches(self, *order: Any, **loading: Any) -> Iterator[Iterator[Batch]]:
-        nowhere = Cursor(), np.empty(0, np.int64)
-        yield (Batch(x, *nowhere) for x in self.stream)
+        no_position = Cursor(), np.empty(0, np.int64)  # needed only to resume
+        yield (Batch(x, *no_position) for x in self.stream)
 
 
 def config_of(task: Task, **options: Any) -> TrainConfig:
-    """All settings that are not given are the defaults."""
+    """A task's TrainConfig; settings that are not given keep their defaults."""
     options |= {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k), "device": task.device}
     config = TrainConfig(steps=task.steps, batch_size=task.tokens, **options)
     lr = config.optimizer.lr if task.lr is None else task.lr
@@ -51,7 +51,8 @@ def config_of(task: Task, **options: Any) -> TrainConfig:
 
 
 def train(task: Task, stream: Stream, **options: Any) -> Trained:
-    source: Any = Handed(stream)
+    """Options are those of TrainConfig; the others are its defaults."""
+    source: Any = StreamSource(stream)
     with TemporaryDirectory() as folder:
         config = replace(config_of(task, **options), out=Path(folder) / "run")
         sae = Trainer(config, source).fit()

@@ -1,4 +1,4 @@
-"""SAELens: its SAETrainer with a TopKTrainingSAE."""
+"""Trains with SAELens: its SAETrainer with a TopKTrainingSAE."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .task import Stream, Task, Trained, code_of
 
 
 def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: Any) -> Trained:
-    """All other settings are the defaults: Adam at 3e-4, without warm-up."""
+    """Other settings are the library's defaults: Adam at 3e-4, without warm-up."""
     settings |= {"d_in": task.d_in, "d_sae": task.d_sae, "k": task.k, "device": task.device}
     sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**settings))
     if accelerate:
@@ -21,7 +21,7 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: A
         total_training_samples=task.steps * task.tokens,
         train_batch_size_samples=task.tokens,
         device=task.device,
-        lr_end=0.0,  # must be given, though a constant learning rate has no use for it
+        lr_end=0.0,  # required, but not used with a constant learning rate
         **({} if task.lr is None else {"lr": task.lr}),
     )
     SAETrainer(config, sae, stream).fit()

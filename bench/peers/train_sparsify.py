@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify: its Trainer, on a model whose only layer hands out the batches."""
+"""Trains with EleutherAI's sparsify: its Trainer, on a model whose one layer yields the batches."""
 
 import os
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ import fastsae
 from .task import Stream, Task, Trained
 
 if not torch.cuda.is_available():
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton wherever that is installed
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it uses Triton if installed, even without a GPU
 
 import sparsify  # pyright: ignore[reportMissingImports]  # noqa: E402
 
 
 class Layer(nn.Module):
-    """Answers with the next activations, whichever tokens it is asked for."""
+    """Returns the next batch of activations, whatever the input tokens are."""
 
     def __init__(self, activations: Iterator[Tensor]):
         super().__init__()
@@ -32,7 +32,7 @@ class Layer(nn.Module):
 
 
 class Model(PreTrainedModel):
-    """As much of a language model as the Trainer needs: a layer to hook, and a device."""
+    """The part of a language model that the Trainer needs: a layer to hook, and a device."""
 
     config_class = PretrainedConfig
 
@@ -43,7 +43,7 @@ class Model(PreTrainedModel):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """With which the Trainer asks for the width of the activations, before all else."""
+        """Input of the Trainer's first call, which finds the width of the activations."""
         return {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -51,10 +51,10 @@ class Model(PreTrainedModel):
 
 
 def train(task: Task, stream: Stream, *, optimizer: Any, accelerate: bool = False) -> Trained:
-    """All other settings are the defaults; what is measured is the SAE that it saves."""
+    """Other settings are the library's defaults; returns the SAE that it saved."""
     model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
     warmup = task.warmup(default=1000)
-    # One sequence for each step; what its tokens are does not matter to the model.
+    # One sequence per step; the model ignores its tokens.
     sequences: Any = [{"input_ids": torch.zeros(task.tokens, dtype=torch.long)}] * task.steps
     with TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"optimizer": optimizer, "lr": task.lr, "save_dir": folder}

@@ -1,4 +1,4 @@
-"""What the papers claim, and whether it held here: paired by seed, data and order of batches."""
+"""Checks claims of the papers: methods are compared on the same seed, data and batch order."""
 
 from statistics import mean
 from typing import Any, NamedTuple
@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 from bench.record import markdown
 
 Runs = dict[str, dict[str, dict[str, Any]]]
-"""The results of one data set: by method, by seed."""
+"""Results of one data set, by method and seed."""
 
-
-L0_APART = 0.02
-"""Part by which the L0 of two methods may differ."""
+L0_TOLERANCE = 0.02
+"""Relative difference up to which two methods' L0 count as equal."""
 
 
 class Claim(NamedTuple):
@@ -22,13 +21,13 @@ class Claim(NamedTuple):
     other: str
     metric: str
     higher: bool
-    """Whether it is claimed to be the higher one."""
+    """Whether the paper claims that `method` has the higher value."""
 
 
 RT, VSAE = "RT-TopKSAE (rotation trick, arXiv:2410.06424)", "vSAE, arXiv:2509.22994"
 FEWER = "fewer dead latents than plain TopK; the paper has none against 53 % (dense)"
 BETTER = "better retention of principal components; the paper has 40 % (dense)"
-TUNED = "a rational {0} has a lower error than the {0} tuned for as long"
+TUNED = "a rational {0} has a lower error than the {0} fine-tuned for the same steps"
 PLAIN = "TopK, no aux-k"
 
 CLAIMS = (
@@ -55,11 +54,10 @@ def value(run: dict[str, Any], metric: str) -> float:
 
 
 def verdict(claim: Claim, runs: Runs) -> str | None:
-    """What was measured on one data set; None where a method is missing.
+    """Whether a claim held on one data set, with the numbers; None if a method is missing.
 
-    A claim holds where it is so from every seed, by however little: the change is given. Where L0
-    differs by more than L0_APART, the two are not compared, unless the one of the better metric
-    also has fewer active latents.
+    A claim holds if it is true of every seed, by any margin. If L0 differs by more than
+    L0_TOLERANCE, two methods are comparable only if the better one has fewer active latents.
     """
     own, other = runs.get(claim.method, {}), runs.get(claim.other, {})
     seeds = sorted(own.keys() & other.keys())
@@ -67,23 +65,23 @@ def verdict(claim: Claim, runs: Runs) -> str | None:
         return None
     ours, theirs = ([value(runs[s], claim.metric) for s in seeds] for runs in (own, other))
     sign = 1 if claim.higher else -1
-    so = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
-    contrary = sum(sign * (a - b) < 0 for a, b in zip(ours, theirs, strict=True))
+    agree = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
+    disagree = sum(sign * (a - b) < 0 for a, b in zip(ours, theirs, strict=True))
     change = f" ({mean(ours) / mean(theirs) - 1:+.1%})" if mean(theirs) else ""
-    numbers = f"{mean(ours):.4f} against {mean(theirs):.4f}{change}, as claimed in {so}"
-    numbers += f" of {len(seeds)}"
+    numbers = f"{mean(ours):.4f} vs. {mean(theirs):.4f}{change}"
+    numbers += f", as claimed in {agree} of {len(seeds)} seeds"
     l0, their_l0 = (mean(runs[s]["l0"] for s in seeds) for runs in (own, other))
-    whole = {so: "held", contrary: "did not hold"}.get(len(seeds), "undecided")
-    if abs(l0 / their_l0 - 1) > L0_APART:
-        numbers = f"L0 {l0:.1f} against {their_l0:.1f}, {numbers}"
-        more_is_good = claim.metric == "pcr"
-        ours_is_good = (whole == "held") == (claim.higher == more_is_good)
-        if whole == "undecided" or ours_is_good != (l0 < their_l0):
+    result = {agree: "held", disagree: "did not hold"}.get(len(seeds), "mixed")
+    if abs(l0 / their_l0 - 1) > L0_TOLERANCE:
+        numbers = f"L0 {l0:.1f} vs. {their_l0:.1f}, {numbers}"
+        higher_is_better = claim.metric == "pcr"
+        ours_is_better = (result == "held") == (claim.higher == higher_is_better)
+        if result == "mixed" or ours_is_better != (l0 < their_l0):
             return f"not comparable: {numbers}"
-    return f"{whole}: {numbers}"
+    return f"{result}: {numbers}"
 
 
 def claims_table(data: dict[str, Runs]) -> str:
-    """A line for each claim, a column for each data set, in Markdown."""
+    """A Markdown table of all claims, with a column per data set."""
     rows = ([c.paper, c.text, *(verdict(c, runs) or "–" for runs in data.values())] for c in CLAIMS)
     return markdown(["paper", "claim", *data], rows)

@@ -1,4 +1,4 @@
-"""What the study trains: every method on every data set from every seed, at a matched L0."""
+"""Configuration of the study: methods, data sets, seeds and scale; L0 is matched across methods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,26 +16,26 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """The size of the study's runs and evaluations."""
 
     steps: int = 500
-    """Of training, from scratch."""
+    """Training steps from scratch."""
     tune_steps: int = 150
-    """Of fine-tuning, for upgrades and their teachers."""
+    """Fine-tuning steps of upgrades and their teachers."""
     batch_size: int = 1024
     windows: int = 64
-    """Of text that the model reads with an SAE in place."""
+    """Windows of text for the downstream evaluation."""
 
 
 def run_options(scale: Scale, steps: int, seed: int) -> dict[str, Any]:
-    """Of every run, here and of upgrades."""
+    """Options that training runs and upgrades share; neither saves a checkpoint on the way."""
     run = {"steps": steps, "batch_size": scale.batch_size, "seed": seed, "log_every": 50}
     return run | {"checkpoint_every": 10 * steps}
 
 
 @dataclass(frozen=True)
 class Data:
-    """Activations, and how many latents of each token the SAEs may use."""
+    """A source of activations, and the L0 of SAEs trained on it."""
 
     k: int
     open: Callable[[], ActivationSource]
@@ -53,7 +53,7 @@ DATA = {
 
 @dataclass(frozen=True)
 class Method:
-    """An activation with its settings, and what else differs from the default run."""
+    """An activation with its settings, and other changes to the default run."""
 
     activation: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Method:
     prefixes: tuple[int, ...] = ()
 
     def config(self, k: int, seed: int, scale: Scale) -> TrainConfig:
-        """The run; "K" among the settings stands for the latents per token."""
+        """The run's configuration; "K" among the settings stands for the data set's L0."""
         settings = {name: k if value == "K" else value for name, value in self.settings.items()}
         cfg = ActivationConfig.named(self.activation)
         coef = Objective().auxk_coef if self.auxk else 0.0
@@ -69,7 +69,7 @@ class Method:
             d_sae=D_SAE,
             activation=cfg(**settings),
             objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
-            init=Init(encoder="tied"),  # all methods alike
+            init=Init(encoder="tied"),  # the same for all methods
             data_seed=0,
             **run_options(scale, scale.steps, seed),
         )
@@ -95,7 +95,7 @@ METHODS = {
 }
 
 TEACHERS = ("TopK", "JumpReLU", "ReLU")
-"""Methods whose SAEs are upgraded to a rational one, and fine-tuned as they are for as long."""
+"""Methods whose SAEs are upgraded to rational ones, and as a baseline fine-tuned unchanged."""
 
 
 def upgrade_config(seed: int, scale: Scale) -> UpgradeConfig:

@@ -1,4 +1,4 @@
-"""The study's tables and plots, from its results."""
+"""Tables in Markdown and plots of the study's results."""
 
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,11 +13,11 @@ COLUMNS |= {"utilisation": ("utilization", 3), "pcr16": ("PCR 16", 4), "pcr64": 
 COLUMNS |= {"pcr192": ("PCR d/2", 4), "pcr128": ("PCR d/2", 4), "cosine": ("cosine", 4)}
 COLUMNS |= {"probing1": ("probing, 1 latent", 3), "probing5": ("probing, 5", 3)}
 COLUMNS |= {"recovery": ("recovery", 3)}
-"""Title and digits of each metric."""
+"""Title and number of digits of each metric."""
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """Write results.md and a plot for each data set; returns the text."""
+    """Write results.md and a plot per data set; returns the text."""
     data: dict[str, Runs] = results["runs"]
     parts = ["# Study", about(results), "## Claims", claims_table(data)]
     if results["time"]:
@@ -32,6 +32,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
 
 
 def about(results: dict[str, Any]) -> str:
+    """How the results were measured."""
     scale, data = results["scale"], results["runs"].values()
     stamps = [run["stamp"] for runs in data for seeds in runs.values() for run in seeds.values()]
     machines = {f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}" for s in stamps}
@@ -39,14 +40,14 @@ def about(results: dict[str, Any]) -> str:
     return (
         f"Written by `python -m bench study`: {scale['steps']} steps of {scale['batch_size']} "
         f"tokens, 4096 latents, the same batches in the same order for all; mean ± standard "
-        f"deviation over seeds. Upgrades and their teachers are tuned for {scale['tune_steps']} "
-        f"steps more. {'; '.join(sorted(machines))}; commit {', '.join(sorted(commits))}. "
-        f"Learning rate and settings are the defaults, except JumpReLU's, which were tried."
+        f"deviation over seeds. Upgrades and their teachers are fine-tuned for "
+        f"{scale['tune_steps']} more steps. {'; '.join(sorted(machines))}; commit "
+        f"{', '.join(sorted(commits))}. All settings are the defaults, except JumpReLU's."
     )
 
 
 def table(runs: Runs) -> str:
-    """Mean and spread over seeds of each metric, a row for each method, in Markdown."""
+    """A Markdown table of all methods: mean and standard deviation over seeds of each metric."""
     known = {name for seeds in runs.values() for run in seeds.values() for name in run}
     columns = {name: column for name, column in COLUMNS.items() if name in known}
     rows = []
@@ -57,18 +58,19 @@ def table(runs: Runs) -> str:
 
 
 def time_table(time: dict[str, Any]) -> str:
-    """Seconds of training for a million tokens, in Markdown."""
+    """A Markdown table of the training time per million tokens."""
     stamp, methods = time["stamp"], time["methods"]
-    about = f"Training steps alone, on {time['data']}, from the SAEs that training ended with, in "
-    about += f"turns: median (least to most). {stamp['cpu']}, {stamp['threads']} threads."
+    about = f"Training steps without data loading, on {time['data']}, from the final checkpoints, "
+    about += f"interleaved: median (min to max). {stamp['cpu']}, {stamp['threads']} threads."
     rows = []
     for method, found in sorted(methods.items(), key=lambda item: item[1]["median"]):
         ratio = found["median"] / methods["TopK"]["median"]
         rows.append([method, "{median} ({min} to {max})".format(**found), f"{ratio:.2f}"])
-    return f"{about}\n\n" + markdown(["", "s / 1M tokens", "times TopK's"], rows)
+    return f"{about}\n\n" + markdown(["", "s / 1M tokens", "relative to TopK"], rows)
 
 
 def spread(values: list[float | None], digits: int) -> str:
+    """Mean ± standard deviation."""
     found = [value for value in values if value is not None]
     if not found:
         return "–"
@@ -76,7 +78,7 @@ def spread(values: list[float | None], digits: int) -> str:
 
 
 def plot(runs: Runs, name: str, path: Path) -> None:
-    """Held-out FVU of each method and seed, and FVU while training."""
+    """Plot the held-out FVU of each method and seed (left), and FVU during training (right)."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,4 +1,13 @@
-"""Trains and measures what plan.py lists; every result is written as soon as it is known."""
+"""Trains every method on every data set from several seeds, and checks the papers' claims.
+
+Methods use the same batches in the same order, and settings that give about the same L0
+(plan.py). Data sets are activations of two MiniLM layers and synthetic data with a known
+dictionary. Trained SAEs are also upgraded to rational ones, which takes 0.3 times as many steps,
+and all training steps are timed. With the defaults, the study takes about two hours.
+
+Results go to bench/results/study: results.json, results.md and a plot per data set. Every result
+is saved at once: the same command continues an interrupted study and skips what is done.
+"""
 
 import argparse
 import hashlib
@@ -28,10 +37,10 @@ FOLDER = RESULTS / "study"
 
 
 class Study:
-    """Results by data set, method and seed, in a file that survives an interruption.
+    """Results by data set, method and seed, in a file that is saved after every run.
 
-    The SAEs are kept in `work`, so that upgrades find their teachers; a run that was cut off there
-    continues. A run whose settings have changed since is done again.
+    The SAEs are kept in `work`, where upgrades find their teachers and interrupted runs continue.
+    A run whose settings have changed is repeated.
     """
 
     def __init__(self, path: Path, work: Path, scale: Scale):
@@ -41,7 +50,7 @@ class Study:
         if path.exists():
             found = read_json(path)
             if found["scale"] != vars(scale):
-                raise ValueError(f"{path} is of another scale, {found['scale']}: remove it")
+                raise ValueError(f"{path} has another scale, {found['scale']}: remove it")
             self.results |= {"runs": found["runs"], "time": found["time"]}
 
     def known(self, data: str, method: str, seed: int, settings: str) -> bool:
@@ -56,11 +65,10 @@ class Study:
         print(f"{data} / {method} / seed {seed}: {json.dumps(shown)}", flush=True)
 
     def folder(self, data: str, method: str, seed: int, settings: str) -> Path:
-        name = f"{data}-{method}-{seed}-{settings}".replace(" ", "-").replace(",", "")
-        return self.work / name
+        return self.work / f"{data}-{method}-{seed}-{settings}".replace(" ", "-").replace(",", "")
 
     def time(self, data: str, source: ActivationSource, seed: int, rounds: int = 5) -> None:
-        """Every method's step on one data set, from the SAEs of one seed, if they are here."""
+        """Time every method's step on one data set and seed, if all their runs are still there."""
         runs = self.results["runs"][data]
         folders = {
             method: self.folder(data, method, seed, seeds[str(seed)]["settings"])
@@ -71,7 +79,7 @@ class Study:
         if self.results["time"].get("runs") == names:
             return
         if missing := [folder.name for folder in folders.values() if not folder.exists()]:
-            print(f"no timing: {self.work} lacks {', '.join(missing)}", flush=True)
+            print(f"steps are not timed: {self.work} lacks {', '.join(missing)}", flush=True)
             return
         methods = seconds_per_million(folders, source, rounds)
         about = {"data": data, "runs": names, "stamp": self.stamp}
@@ -79,7 +87,7 @@ class Study:
         write_json(self.path, self.results)
 
     def train(self, data: str, source: ActivationSource, method: str, seed: int) -> None:
-        """One method from one seed, unless its result is known."""
+        """Train and measure one method from one seed, unless its result is known."""
         config = METHODS[method].config(DATA[data].k, seed, self.scale)
         settings = digest(config)
         if self.known(data, method, seed, settings):
@@ -90,7 +98,7 @@ class Study:
         self.keep(data, method, seed, settings, self.measure(load(out / "sae"), source, out))
 
     def tune(self, data: str, source: ActivationSource, teacher: str, seed: int) -> None:
-        """A trained SAE fine-tuned as it is, and as a rational one."""
+        """Fine-tune a trained SAE unchanged and as a rational one, and measure both."""
         trained = digest(METHODS[teacher].config(DATA[data].k, seed, self.scale))
         config, method = upgrade_config(seed, self.scale), f"RSAE of {teacher}"
         settings = f"{digest(config)}-{trained}"
@@ -105,7 +113,7 @@ class Study:
             self.keep(data, name, seed, settings, found)
 
     def measure(self, sae: SAE, source: ActivationSource, run: Path) -> dict[str, Any]:
-        """Everything that is reported of an SAE."""
+        """All metrics of an SAE."""
         heldout = source.heldout
         assert heldout is not None
         found = reconstruction(sae, heldout, max_tokens=26_000)
@@ -128,10 +136,10 @@ class Study:
 def seconds_per_million(
     runs: dict[str, Path], source: ActivationSource, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Median, least and most seconds per million tokens, by method, from the folders of runs.
+    """Median, min and max seconds per million tokens, by method, from their run directories.
 
-    A step is one on the same batch from the last checkpoint, with the dead latents of then and a
-    learning rate of 0, so that L0 stays that of the result; loading data is not part of it.
+    A step repeats one batch from the last checkpoint, with its dead latents and a learning rate of
+    0, so that L0 stays the same. Loading data does not count.
     """
     with tempfile.TemporaryDirectory() as folder:
         steps = {
@@ -144,7 +152,7 @@ def seconds_per_million(
 
 
 def step_of(run: Path, source: ActivationSource, out: Path) -> Callable[[], object]:
-    """A training step of the SAE in a run's folder, as that run took it."""
+    """A training step that continues the run in a directory."""
     out.mkdir()
     trainer = Trainer(replace(stored_config(run), out=out), source)
     state = trainer.start(resume=False, checkpoint=latest(run))
@@ -154,21 +162,21 @@ def step_of(run: Path, source: ActivationSource, out: Path) -> Callable[[], obje
 
 
 def digest(config: TrainConfig | UpgradeConfig) -> str:
-    """Of all settings, in a few letters."""
+    """A short hash of all settings."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--work", type=Path, default=Path("runs/study"), help="folder for the SAEs")
-    add("--data", nargs="+", choices=DATA, default=list(DATA), help="which data sets (all)")
-    add("--seeds", nargs="+", type=int, default=SEEDS)
-    steps = "of training (500; all of it takes about two hours); 0.3 times as many of fine-tuning"
-    add("--steps", type=int, default=Scale.steps, help=steps)
+    add("--work", type=Path, default=Path("runs/study"), help="where SAEs go (default: runs/study)")
+    add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: all)")
+    add("--seeds", nargs="+", type=int, default=SEEDS, help="training seeds (default: 0 1 2)")
+    add("--steps", type=int, default=Scale.steps, help="training steps (default: 500)")
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    """Train, tune and measure what is missing, then write and print the report."""
     seeds, scale = arguments.seeds, Scale(arguments.steps, max(1, 3 * arguments.steps // 10))
     FOLDER.mkdir(parents=True, exist_ok=True)
     study = Study(FOLDER / "results.json", arguments.work, scale)

@@ -1,7 +1,7 @@
-"""Triton kernels for sparse autoencoders, and the same ops on CPUs, where Triton is not needed.
+"""Ops for sparse autoencoders: Triton kernels on GPUs, and fast PyTorch paths on CPUs.
 
-Floor 0: imports torch, and triton when a kernel runs; nothing of fastsae. `__all__` names the
-differentiable ops; the other names serve training loops and modules that build on ours.
+The package needs torch, and triton only when a kernel runs. It imports nothing of fastsae.
+`__all__` lists the differentiable ops. The other names are for training loops and for fastsae.
 """
 
 from ._launch import buffer_bytes as buffer_bytes

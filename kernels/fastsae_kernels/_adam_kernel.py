@@ -1,7 +1,7 @@
-"""The kernels of adam.py: one takes rows of a weight through a whole step, one says which rows.
+"""The kernels of adam.py: one runs a full Adam step on rows of a weight, one selects the rows.
 
-Rows, moments and gradients stay in registers: a row is read once and written once. A program has
-some neighboring rows, one after the other, of which it visits those that are due.
+Rows, moments and gradients stay in registers: a row is read once and written once. A program loops
+over a range of neighboring rows and visits those that are due.
 Shapes: N tokens, K active latents per token, F latents, D width, E = N K entries in latent order.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._float8_kernel import quantize_row
+from ._float8_kernel import quantize_row, warps_for_row
 from ._latent_major_kernel import CHUNK, launch_sum_chunks, sum_run
 from ._launch import capability, launch, power_of_2
 
@@ -35,10 +35,11 @@ def _visits_kernel(
     F, beta1, beta2,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Which of a program's rows are due, how many steps they missed, and what these did.
+    """Which of a program's rows are due, how many steps they missed, and a table to catch up.
 
-    Steps t + 1 to t + k, without a gradient, moved a row by -table[0, k] m / sqrt(v), and left
-    m table[1, k] and v table[2, k]. All rows with k missed steps were last visited at the same t.
+    k missed steps move a row by -table[0, k] m / sqrt(v) and scale m by table[1, k] and v by
+    table[2, k]. All rows that missed k steps were last visited at the same step, so entry k holds
+    for all of them.
     """
     p = tl.program_id(0)
     step = tl.load(scalars_ptr)
@@ -77,7 +78,7 @@ def _visits_kernel(
 
 @triton.jit
 def _mix(x):
-    """A bijection of 32 bits that looks random, the last step of MurmurHash3 -> uint32"""
+    """A hash that is a bijection of 32 bits, the final mix of MurmurHash3 -> uint32"""
     x = x.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
@@ -86,13 +87,17 @@ def _mix(x):
 
 @triton.jit
 def _round_bf16(x, bits):
-    """float32 that bfloat16 holds exactly, away from 0 as often as 16 random bits say."""
+    """Stochastic rounding to bfloat16, as float32, with 16 random bits.
+
+    Adding them carries into the upper half with the probability that makes the mean exact.
+    """
     rounded = (x.to(tl.int32, bitcast=True) + bits.to(tl.int32)) & -65536
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def _sum_weights(w_ptr, first, last, CHUNK: tl.constexpr):
+    """Sum of w over entries first to last."""
     total = 0.0
     for start in range(first, last, CHUNK):
         e = start + tl.arange(0, CHUNK)
@@ -111,6 +116,7 @@ def _adam_kernel(
     UNIT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One Adam step on a program's rows: gradient, catch-up, update, and the weight's copies."""
     p = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     mask = d < D
@@ -131,7 +137,7 @@ def _adam_kernel(
         w = tl.load(W_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        if row_ptr is not None:  # a row ahead, so that nothing waits for where it and its run are
+        if row_ptr is not None:  # prefetch the next row's index, so that nothing waits for it
             following = tl.load(row_ptr + i + 1, mask=i + 1 < end, other=0)
         g = sum_run(
             w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
@@ -186,37 +192,34 @@ def _adam_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 PROGRAMS = 2048
-"""At most, and more than half as many: enough for 8 or more rounds of what a GPU runs at a time,
-so that all of it ends at about the same time, and few enough for each to visit several rows. Does
-not depend on the GPU, nor therefore does the order of any sum."""
-
-COLUMNS = 16
-"""That a thread has of each row in flight."""
+"""Maximum number of programs; there are more than half as many. Enough for 8 or more waves, so that
+all multiprocessors finish at about the same time, and few enough that each visits several rows. The
+number, and so the order of every sum, does not depend on the GPU."""
 
 WIDE = 2048
-"""Columns above which registers are capped so that a multiprocessor holds two programs of 4096: one
-waits for memory while another works. Half of COLUMNS and of the registers do not do: a third of
-them are addresses. Narrower programs have room for a few more, and still are 3 to 6."""
+"""Above this D, registers are capped so that a multiprocessor holds two programs of D = 4096: one
+waits for memory while the other computes. Half as many columns per thread with half the registers
+does not work, since a third of the registers hold addresses. Narrower programs can use a few more
+registers, and 3 to 6 of them still fit."""
 
 
-def budget(x: Tensor, D: int, unit: bool, float8: bool) -> dict[str, int]:
-    """Warps, the cap on registers, and rows of x that a program gathers at a time: as many as fit.
+def launch_options(x: Tensor, D: int, unit: bool, float8: bool) -> dict[str, int]:
+    """Warps, register cap, and rows of x to gather at a time: as many as fit without spills.
 
-    One for the encoder has besides a row of sums for the bias, so that it gathers fewer of fp32.
+    The encoder's programs also hold a row of sums for the bias, so they gather fewer fp32 rows.
     """
     half, wide = x.element_size() == 2, D > WIDE
-    if half and 512 < D <= 768 and not float8 and capability(x)[0] > 8:  # else it would spill
-        # One warp, 24 columns a thread: of two, a quarter of the threads would have none.
+    if half and 512 < D <= 768 and not float8 and capability(x)[0] > 8:  # elsewhere it would spill
+        # One warp with 24 columns per thread: with two, a quarter of the threads would be idle.
         return {"num_warps": 1, "maxnreg": 168, "BLOCK_K": 4}
     rows = (4 if wide else 8) if half else (4 if unit else 1)
-    warps = min(16, max(1, power_of_2(D) // (32 * COLUMNS)))
-    return {"num_warps": warps, "maxnreg": 128 if wide else 160, "BLOCK_K": rows}
+    return {"num_warps": warps_for_row(D), "maxnreg": 128 if wide else 160, "BLOCK_K": rows}
 
 
 def launch_visits(
     runs_start: Tensor, slot: Tensor | None, at: "AdamStep", window: "Window", rows: int
 ) -> tuple[Tensor, ...]:
-    """Rows that are due, programs' after programs', and what the steps they missed did to them."""
+    """Rows that are due (each program's in its own range), missed steps, counts and the table."""
     F, T = len(window.updated), len(window.history)
     row, missed = torch.empty_like(window.updated), torch.empty_like(window.updated)
     count = torch.empty(-(-F // rows), dtype=torch.int32, device=row.device)
@@ -239,6 +242,7 @@ def launch_visits(
 def launch_adam(
     decoder: "Rows", encoder: "Rows", g: "RowGradients", at: "AdamStep", window: "Window | None"
 ) -> tuple[Tensor, Tensor]:
+    """Run the step on decoder and encoder; returns the gradients of both biases."""
     F, D = decoder.weight.shape
     new = decoder.weight.new_zeros if window is not None else decoder.weight.new_empty
     rows = max(4, power_of_2(-(-F // PROGRAMS)))
@@ -273,6 +277,6 @@ def launch_adam(
             BLOCK_T=1 if window is None else power_of_2(len(window.history)),
             CHUNK=CHUNK,
             BLOCK_D=block_d,
-            **budget(x, D, unit, state.quantized is not None),
+            **launch_options(x, D, unit, state.quantized is not None),
         )
     return bias, center.sum(0)

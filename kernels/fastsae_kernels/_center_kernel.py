@@ -1,10 +1,10 @@
 """The kernels of center.py: one pass over x, then one over the statistics of its blocks.
 
-A program takes some rows of some columns, a tile of rows at a time, and keeps of each column the
-mean and the sum of squares around it. Such statistics are merged without cancellation (Chan, Golub
-and LeVeque, 1983), however large the mean is; sums of x and x^2 would lose all digits of a variance
-1e7 times smaller than the square of the mean. Means are measured from the first token, so that they
-are as small as the spread is, unless that token is an outlier: rounding them costs a digit then.
+A program loops over tiles of rows of some columns, and keeps each column's mean and the sum of
+squares around it. Such statistics can be merged without cancellation (Chan, Golub and LeVeque,
+1983), even if the mean is large; sums of x and x^2 would lose all digits of a variance 1e7 times
+smaller than the squared mean. Means are relative to the first token, which makes them as small as
+the spread; if that token is an outlier, rounding them costs a digit.
 """
 
 import torch
@@ -19,8 +19,10 @@ from ._launch import launch, power_of_2, wide_dtype
 
 @triton.jit
 def _merge(count, mean, squares, n, means):
-    """Mean and squares [C] of columns of count rows, with R groups of n [R] more rows merged in,
-    whose means [R, C] are given. The squares around those are left for the caller to add."""
+    """Merge R groups of n [R] rows with means [R, C] into mean and squares [C] of `count` rows.
+
+    The caller adds the groups' own squares around their means.
+    """
     more = tl.sum(n, axis=0)
     center = tl.sum(n[:, None] * means, axis=0) / more
     distance = means - center[None, :]
@@ -35,6 +37,7 @@ def _center_kernel(
     x_ptr, b_ptr, out_ptr, mean_ptr, squares_ptr, N, D,
     ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Write x - b, and the mean and squares of each column over a program's rows."""
     block = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     b = tl.load(b_ptr + d, mask=d < D, other=0.0).to(ACC)
@@ -59,6 +62,7 @@ def _total_variance_kernel(
     mean_ptr, squares_ptr, out_ptr, N, D,
     ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Merge the statistics of all blocks, and sum the squares of a program's columns."""
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mean, squares = tl.zeros((COLUMNS,), dtype=ACC), tl.zeros((COLUMNS,), dtype=ACC)
     blocks = tl.cdiv(N, ROWS)
@@ -79,17 +83,18 @@ def _total_variance_kernel(
 # --- launcher -------------------------------------------------------------------------------
 
 ROWS = 64
-"""Of a program: the statistics that it writes are a fiftieth of what it reads and writes."""
+"""Rows per program: the statistics that it writes are 1/50 of its memory traffic."""
 
 BLOCK = 8, 256
-"""Rows and columns that a program works on at a time. The threads of a warp lie side by side, 16
-bytes each, so that sums over rows stay in a thread; 256 divides 768."""
+"""Rows and columns of a tile. The threads of a warp are side by side, with 16 bytes each, so that
+sums over rows stay within a thread; 256 divides 768."""
 
 MERGED = 32, 32
-"""The same of the second pass: narrow, so that there are programs for many multiprocessors."""
+"""The same for the second pass: narrow tiles, to have programs for many multiprocessors."""
 
 
 def launch_center(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Contiguous [N, D], [D] -> x - b [N, D] in dtype, total variance []"""
     N, D = x.shape
     wide = wide_dtype(x)
     out = torch.empty(N, D, dtype=dtype, device=x.device)
@@ -114,7 +119,7 @@ def launch_center(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
         ROWS=ROWS,
         TILE=blocks,
         COLUMNS=narrow,
-        ACC=tl.float64,  # there is little to add up, in one chain
+        ACC=tl.float64,  # cheap: there is little to add up
         num_warps=1,
     )
     return out, sums.sum().to(wide)

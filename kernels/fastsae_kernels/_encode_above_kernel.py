@@ -19,7 +19,7 @@ def _above_kernel(
     pre_ptr, threshold_ptr, rows_ptr, values_ptr, position_ptr, F,
     BLOCK: tl.constexpr, ABS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """Count the entries of a row; or list them, from the place in the lists that is the row's."""
+    """Count a row's entries above the threshold, or LIST them from the row's first place on."""
     n = tl.program_id(0).to(tl.int64)
     place = tl.load(rows_ptr + n) if LIST else tl.zeros((), dtype=tl.int64)
     for start in range(0, F, BLOCK):
@@ -40,10 +40,11 @@ def _above_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 BLOCK = 2048
-"""Entries of a row that a program has in flight: up to 16 a thread of Triton's 4 warps."""
+"""Entries of a row per iteration: up to 16 for each thread of Triton's 4 warps."""
 
 
 def _launch_above(pre: Tensor, threshold: Tensor, by: By, *lists: Tensor | None) -> None:
+    """Count without `values` among the lists; otherwise list."""
     (N, F), (_, values, _) = pre.shape, lists
     launch(
         _above_kernel,
@@ -56,7 +57,7 @@ def _launch_above(pre: Tensor, threshold: Tensor, by: By, *lists: Tensor | None)
 
 
 def launch_count(pre: Tensor, threshold: Tensor, by: By) -> Tensor:
-    """How many entries each row has: [N]"""
+    """Number of entries above the threshold in each row: [N]"""
     count = torch.empty(len(pre), dtype=torch.int64, device=pre.device)
     _launch_above(pre, threshold, by, count, None, None)
     return count
@@ -65,7 +66,7 @@ def launch_count(pre: Tensor, threshold: Tensor, by: By) -> Tensor:
 def launch_list(
     pre: Tensor, threshold: Tensor, by: By, first: Tensor, M: int
 ) -> tuple[Tensor, Tensor]:
-    """The M entries and their positions, each row's from its place on in first, [N]."""
+    """All M entries above the threshold and their positions; `first` [N] is where rows start."""
     values = pre.new_empty(M)
     position = torch.empty(M, dtype=torch.int64, device=pre.device)
     _launch_above(pre, threshold, by, first, values, position)

@@ -1,8 +1,8 @@
-"""The encoder GEMM with the maxima of its groups, found while they are in registers.
+"""The encoder GEMM with fused group maxima, which are computed in registers.
 
-A tile of the product holds BLOCK_F latents; group s of its S groups takes every S-th of them. That
-is how tensor cores lay out their results, so most of a group's entries are in one thread. The
-maxima are of the entries as they are rounded in memory: topk.py then finds the same entries.
+A tile of the product has BLOCK_F latents; group s of its S groups has every S-th of them, starting
+with s. This matches the layout of tensor cores' results: most of a group's entries are in one
+thread. Maxima are taken after rounding, so that they equal the entries that top-k reads.
 Shapes: N tokens, F latents, D width, M = S * ceil(F / BLOCK_F) groups.
 """
 
@@ -29,7 +29,8 @@ def _encode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BAND: tl.constexpr,
     S: tl.constexpr, ABS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run together share a band of tokens, so that W's tiles are read from the L2.
+    """One tile of x W^T + b, and the largest rank of each of its groups."""
+    # Programs that run concurrently share a band of tokens, so that they read W's tiles from L2.
     tiles_n, tiles_f = tl.cdiv(N, BLOCK_N), tl.cdiv(F, BLOCK_F)
     band = tl.program_id(0) // (BAND * tiles_f)
     height = tl.minimum(tiles_n - band * BAND, BAND)
@@ -71,12 +72,12 @@ def _encode_kernel(
 
 
 class Tiles(NamedTuple):
-    """Sizes of a program's tile of the product, and how it runs."""
+    """Tile sizes of the GEMM and launch options of its programs."""
 
     n: int
     f: int
     d: int
-    """In entries of 16 bits; half as many of 32."""
+    """For 16-bit entries; half as many of 32 bits."""
     warps: int
     stages: int
 
@@ -86,18 +87,18 @@ SMALL, MEDIUM, LARGE = Tiles(64, 64, 32, 4, 2), Tiles(128, 128, 64, 8, 3), Tiles
 BAND = 8
 MOST_GROUPS = 8192
 MOST_KEPT = 512
-"""Maxima of a row that topk.py keeps in registers, and entries that it finds by them."""
+"""Limits of the top-k kernel: maxima of a row that fit in registers, and k."""
 
 
 def tiles_for(x: Tensor) -> Tiles:
-    """The largest that spill no registers, as tests/compile finds."""
-    if x.shape[1] % 16:  # rows that do not begin where wide loads can
+    """The largest tiles without register spills, as measured by tests/compile."""
+    if x.shape[1] % 16:  # rows are not aligned for wide loads
         return SMALL
     return LARGE if x.element_size() == 2 and capability(x)[0] >= 9 else MEDIUM
 
 
 def groups_per_tile(F: int, tile: int) -> int:
-    """8, as tensor cores lay them out, or fewer where a row would have too many."""
+    """8, to match tensor cores' layout, or fewer if a row would have too many groups."""
     S = 8
     while S > 1 and S * -(-F // tile) > MOST_GROUPS:
         S //= 2
@@ -124,7 +125,7 @@ def launch_encode(x: Tensor, W: Tensor, b: Tensor, by: str) -> tuple[Tensor, Ten
 
 
 def can_encode(x: Tensor, F: int, k: int) -> bool:
-    """Whether the kernel serves this dtype, and makes enough groups for an exact choice of k."""
+    """Whether the kernel supports this dtype, and has enough groups for an exact top-k."""
     tile = tiles_for(x).f
     groups = groups_per_tile(F, tile) * -(-F // tile)
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,4 +1,4 @@
-"""The kernel of float8.py: one program rounds one row to e4m3, reading it once.
+"""The kernel of float8.py: each program quantizes one row to e4m3, reading it once.
 
 Shapes: N rows, D columns.
 """
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _round_e4m3(x):
-    """To the nearest of e4m3, ties to even, so that the cast that follows is exact.
+    """Round to the nearest e4m3 number, ties to even, so that the following cast is exact.
 
-    A GPU's cast alone does the same; that of Triton 3.7's interpreter loses the carry.
+    On a GPU the cast alone would do the same, but in Triton 3.7's interpreter it loses the carry.
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0x7FF00000).to(tl.float32, bitcast=True)
@@ -32,9 +32,10 @@ def _round_e4m3(x):
 
 @triton.jit
 def quantize_row(x):
-    """A row in float32 -> e4m3, and its scale; a power of two has an exact inverse.
+    """Quantize a float32 row -> e4m3 and its scale, a power of two, whose inverse is exact.
 
-    Bits of magnitudes are in the order of the numbers, Inf and NaN above all: their scale is Inf.
+    The bits of magnitudes, compared as integers, have the order of the numbers, with Inf and NaN
+    above all; a row that contains these gets scale Inf.
     """
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     exponent = tl.maximum(largest >> 23, 34)  # of 2^-93, for a scale of 2^-100
@@ -45,6 +46,7 @@ def quantize_row(x):
 
 @triton.jit
 def _quantize_kernel(x_ptr, row_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
+    """Quantize one row."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -53,18 +55,24 @@ def _quantize_kernel(x_ptr, row_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
     tl.store(scale_ptr + n, scale)
 
 
-COLUMNS = 16
-"""That a thread has: two loads of 16 bytes each from bfloat16, one store of 16 bytes."""
-
 # --- launcher -------------------------------------------------------------------------------
+
+COLUMNS = 16
+"""Columns per thread: two 16-byte loads of bfloat16, one 16-byte store of e4m3."""
+
+
+def warps_for_row(D: int) -> int:
+    """Warps of a program that holds a row of D columns in registers."""
+    return min(16, max(1, power_of_2(D) // (32 * COLUMNS)))
 
 
 def launch_quantize(x: Tensor, out: "Float8Rows") -> None:
+    """Quantize contiguous rows [F, D] into `out`."""
     N, D = x.shape
     launch(
         _quantize_kernel,
         (N,),
         *(x, out.rows, out.scale, D),
         BLOCK_D=power_of_2(D),
-        num_warps=min(16, max(1, power_of_2(D) // (32 * COLUMNS))),
+        num_warps=warps_for_row(D),
     )

@@ -1,4 +1,4 @@
-"""The kernels of latent_major.py: one sums whole chunks, the other a latent's chunks and the rest.
+"""The kernels of latent_major.py: one sums chunks, one sums a latent's chunks and other entries.
 
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
@@ -18,7 +18,7 @@ from .latent_major import LatentMajor
 
 @triton.jit
 def load_rows(W_ptr, row, inside, d, D):
-    """Some columns of some rows: [R], [R], [BLOCK_D] -> [R, BLOCK_D], 0 where not inside."""
+    """Load columns d of rows: [R], [R], [BLOCK_D] -> [R, BLOCK_D], 0 where not inside."""
     mask = inside[:, None] & (d < D)[None, :]
     return tl.load(W_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
 
@@ -28,7 +28,7 @@ def _sum_entries(
     w_ptr, token_ptr, x_ptr, first, last, head, skipped, d, D, acc,
     BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add the weighted tokens of some entries; those from `head` on lie `skipped` later."""
+    """Add the weighted tokens of entries first to last, skipping `skipped` entries at `head`."""
     for start in range(first, last, BLOCK_K):
         place = start + tl.arange(0, BLOCK_K)
         e = tl.where(place < head, place, place + skipped)
@@ -43,7 +43,7 @@ def sum_run(
     w_ptr, token_ptr, x_ptr, chunk_ptr, first, last, d, D,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of the tokens of one latent, its whole chunks already summed -> [BLOCK_D]"""
+    """Weighted sum of one latent's tokens; its complete chunks are summed already -> [BLOCK_D]"""
     head = tl.minimum(last, tl.cdiv(first, CHUNK) * CHUNK)
     tail = tl.maximum(head, last // CHUNK * CHUNK)
     acc = tl.zeros((BLOCK_D,), dtype=ACC)
@@ -62,6 +62,7 @@ def _sum_chunks_kernel(
     w_ptr, token_ptr, latent_ptr, x_ptr, out_ptr, F, D,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Sum one chunk of entries, if all of them have the same latent."""
     c = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = c * CHUNK, (c + 1) * CHUNK
@@ -79,6 +80,7 @@ def _sum_runs_kernel(
     w_ptr, token_ptr, start_ptr, x_ptr, chunk_ptr, out_ptr, D,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Sum all entries of one latent."""
     f = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = tl.load(start_ptr + f), tl.load(start_ptr + f + 1)
@@ -91,23 +93,23 @@ def _sum_runs_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 CHUNK = 128
-"""A latent with more entries is summed a chunk at a time, by several programs.
+"""Entries per chunk: a latent with more entries is summed by several programs.
 
 Writing and reading a chunk's sum in fp32 adds 1/32 to the bytes of its rows in bf16.
 """
 
 
 class Constants(NamedTuple):
-    """What a program that walks rows of x has in flight; the names are those of the kernels."""
+    """Constexprs of kernels that loop over rows of x."""
 
     BLOCK_K: int
-    """Rows, whose loads do not wait for each other."""
+    """Rows per iteration, whose loads do not wait for each other."""
 
     BLOCK_D: int
-    """Columns: with Triton's 4 warps up to 8 a thread, one 128-bit load of a row in bf16."""
+    """Columns: with Triton's 4 warps up to 8 per thread, one 128-bit load of a row in bf16."""
 
     ACC: tl.dtype
-    """What sums are accumulated in."""
+    """Dtype of sums."""
 
 
 def constants_for(x: Tensor) -> Constants:
@@ -116,14 +118,14 @@ def constants_for(x: Tensor) -> Constants:
 
 
 def launch_blocks(kernel, rows: int, *arguments, x: Tensor, **more: int) -> None:
-    """One program for each row and each block of x's columns."""
+    """Launch one program for each row and each block of x's columns."""
     D, constants = x.shape[1], constants_for(x)
     grid = rows, -(-D // constants.BLOCK_D)
     launch(kernel, grid, *arguments, D, **more, **constants._asdict())
 
 
 def launch_sum_chunks(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
-    """Sums of the chunks that belong to one latent as a whole: [N * K // CHUNK, D] in fp32."""
+    """Sums of the chunks that lie within one latent's run: [N * K // CHUNK, D] in fp32 (fp64)."""
     wide = wide_dtype(x)
     out = torch.empty(len(runs.token) // CHUNK, x.shape[1], dtype=wide, device=x.device)
     arguments = weights, runs.token, runs.latent, x, out, len(runs.start) - 1
@@ -132,6 +134,7 @@ def launch_sum_chunks(weights: Tensor, x: Tensor, runs: LatentMajor) -> Tensor:
 
 
 def launch_sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) -> Tensor:
+    """Weighted sums of the tokens of each latent in `rows`: [rows, D]"""
     chunks = launch_sum_chunks(weights, x, runs)
     out = x.new_empty(rows.stop - rows.start, x.shape[1])
     arguments = weights, runs.token, runs.start[rows.start :], x, chunks, out

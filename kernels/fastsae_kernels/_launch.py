@@ -1,4 +1,4 @@
-"""What every launcher needs: when to run a kernel, how much memory to use, how to check inputs."""
+"""Shared by all ops: when to run a Triton kernel, how much memory to use, and argument checks."""
 
 import os
 import threading
@@ -15,21 +15,21 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _BUFFER_MB = os.environ.get("FASTSAE_BUFFER_MB")
 ENCODER = os.environ.get("FASTSAE_ENCODER")
-"""Overrides encode.py's choice of who multiplies on a GPU: "cublas" or "triton"."""
+"""Overrides encode.py's choice of the GEMM on a GPU: "cublas" or "triton"."""
 if ENCODER not in (None, "cublas", "triton"):
     raise ValueError(f'FASTSAE_ENCODER must be "cublas" or "triton", got {ENCODER!r}')
 
 CPU_PRODUCT = os.environ.get("FASTSAE_CPU_PRODUCT")
-"""Overrides product.py's choice of who multiplies on a CPU: "mkl:1024", "onednn:256"."""
+"""Overrides product.py's choice of library and chunk size on a CPU: "mkl:1024", "onednn:256"."""
 
 _local = threading.local()
 
 
 def use_triton(x: Tensor) -> bool:
-    """Kernels run on CUDA tensors, and on CPU tensors inside `interpreted()`.
+    """Whether to run Triton kernels: on CUDA tensors, and on CPU tensors inside `interpreted()`.
 
-    ValueError where they would, but Triton is not installed. Ops ask this before they import a
-    kernel's module, so that all else works without Triton.
+    Raises ValueError if they should run but Triton is not installed. Ops call this before they
+    import a kernel's module, so that CPU paths work without Triton.
     """
     wanted = x.is_cuda or getattr(_local, "interpreted", False)
     if wanted and not HAS_TRITON:
@@ -42,7 +42,7 @@ def use_triton(x: Tensor) -> bool:
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Run Triton kernels on CPU tensors, through Triton's interpreter (tests).
+    """Run Triton kernels on CPU tensors through Triton's interpreter, for tests.
 
     Needs TRITON_INTERPRET=1 in the environment before triton is first imported.
     """
@@ -57,7 +57,7 @@ def interpreted() -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a Triton kernel on the device of its first tensor; nothing where the grid is empty."""
+    """Run a Triton kernel on the device of its first tensor, unless the grid is empty."""
     if 0 in grid:
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
@@ -66,7 +66,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """Of x's GPU; of a Hopper where a kernel is only interpreted or compiled."""
+    """Compute capability of x's GPU; that of Hopper if a kernel is only interpreted or compiled."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
 
 
@@ -76,35 +76,35 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def power_of_2(n: int) -> int:
-    """The least power of two that is no less than n."""
+    """The smallest power of two >= n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 @cache
-def _card_bytes(device: torch.device) -> int:
-    """Memory of a GPU. Read from the driver, without waiting for work that is queued."""
+def _gpu_bytes(device: torch.device) -> int:
+    """Memory of a GPU. Reading it does not wait for queued work."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def buffer_bytes(device: torch.device) -> int:
-    """Budget for pre-activations that exist at a time: FASTSAE_BUFFER_MB if that is set.
+    """Budget for pre-activations that exist at a time: FASTSAE_BUFFER_MB if set.
 
-    Else 256 MB on a CPU, and on a GPU 1/32 of its memory, at least 512 MB. An encoder GEMM over few
-    tokens reads all of W_enc for little work: 1 M latents of which 256 tokens fit in 512 MB would
-    be read 16 times for 4,096 tokens. 4.4 GB, 1/32 of an H200, hold 2,048 tokens: two reads.
+    Otherwise 256 MB on a CPU, and on a GPU 1/32 of its memory, at least 512 MB. Each chunk's GEMM
+    reads all of W_enc: with 1 M latents, 512 MB hold 256 tokens, so that 4,096 tokens would read
+    W_enc 16 times. 4.4 GB, 1/32 of an H200, hold 2,048 tokens: two reads.
     """
     if _BUFFER_MB is not None:
         return int(_BUFFER_MB) << 20
     if device.type == "cpu":
         return 256 << 20
-    return max(512 << 20, _card_bytes(device) // 32 if device.type == "cuda" else 0)
+    return max(512 << 20, _gpu_bytes(device) // 32 if device.type == "cuda" else 0)
 
 
 def rows_at_a_time(x: Tensor, F: int, least: int = 256) -> int:
-    """How many rows of F entries like x's to work on at a time, out of as many as x has.
+    """Chunk size for work on x's rows that needs F entries of x's dtype per row.
 
-    The fewest chunks of equal size that fit the budget. On a GPU, whole tiles of a GEMM if that
-    needs no more memory; on a CPU chunks of 8 MB, so that they stay in the cache, but no fewer than
+    Gives the fewest chunks of equal size that fit the budget. On a GPU, sizes are multiples of GEMM
+    tiles if these fit as well; on a CPU, chunks of 8 MB stay in the cache, but have at least
     `least` rows.
     """
     row = max(1, F * x.element_size())
@@ -135,7 +135,7 @@ def check_codes(values: Tensor | None, indices: Tensor) -> None:
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    """Raise ValueError naming an argument that is not on the device of the first."""
+    """Raise ValueError naming the first argument that is on another device than the first one."""
     (first, like), *others = ((name, t) for name, t in tensors.items() if t is not None)
     for name, tensor in others:
         if tensor.device != like.device:
@@ -145,9 +145,9 @@ def check_devices(**tensors: Tensor | None) -> None:
 
 
 def check_indices(indices: Tensor, F: int) -> None:
-    """Raise ValueError unless indices lie below F: on a CPU, where to look costs nothing.
+    """Raise ValueError unless all indices are in [0, F).
 
-    On a GPU, kernels take a row that does not exist for one of zeros.
+    Only on a CPU, where reading them is cheap; on a GPU, kernels treat missing rows as zeros.
     """
     if indices.numel() and indices.device.type == "cpu":
         low, high = indices.aminmax()

@@ -1,8 +1,8 @@
-"""The kernel of loss.py: one program per token walks over the columns of the rows it picked.
+"""The kernel of loss.py: one program per token loops over the columns of the rows it picks.
 
 A block of columns of all K rows stays in registers between its two uses, so each row is read once,
-whatever D is. More than 256 rows do not fit: they are read block by block, and then again for the
-dot products, while they are still in the L2 cache.
+for any D. More than 256 rows do not fit: they are read block by block, and again for the dot
+products, while they are still in the L2 cache.
 """
 
 import torch
@@ -31,6 +31,7 @@ def _squared_error_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    """Error, its square and dots of one token; RESIDENT keeps its rows of W in registers."""
     n = tl.program_id(0).to(tl.int64)
     v_ptr, i_ptr, dots_ptr = v_ptr + n * K, i_ptr + n * K, dots_ptr + n * K
     k = tl.arange(0, BLOCK_K)
@@ -49,7 +50,7 @@ def _squared_error_kernel(
             for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
                 v, rows = _load_code(v_ptr, i_ptr, W_ptr, first + k, d, F, K, D, ACC)  # pyright: ignore
                 error += tl.sum(v[:, None] * rows, axis=0)
-        # An infinite value times the zeros beyond the last column is not a number.
+        # Beyond the last column, an infinite value times 0 is NaN.
         error = tl.where(d < D, error, 0.0)
         if RESIDENT:
             dots += tl.sum(rows * error[None, :], axis=1)
@@ -59,7 +60,7 @@ def _squared_error_kernel(
                 places, inside = dots_ptr + first + k, first + k < K
                 before = tl.load(places, mask=inside & (start > 0), other=0.0)
                 tl.store(places, before + tl.sum(rows * error[None, :], axis=1), mask=inside)
-            tl.debug_barrier()  # the next columns add to what other threads may have stored
+            tl.debug_barrier()  # the next block adds to dots that other threads may have stored
         sse += error * error
         tl.store(error_ptr + n * D + d, error, mask=d < D)
     if RESIDENT:
@@ -70,20 +71,22 @@ def _squared_error_kernel(
 # --- launcher -------------------------------------------------------------------------------
 
 BLOCKS = {256: 32, 128: 64, 64: 64, 32: 128, 16: 256, 8: 512}
-"""Columns in a block by its rows: 32 or 64 entries for each thread of 4 warps, so that three to
-seven programs share a multiprocessor. Up to 128 rows, a piece of a bf16 row is a cache line."""
+"""Columns of a block, by its number of rows: 32 or 64 entries for each thread of 4 warps, so that
+three to seven programs share a multiprocessor. Up to 128 rows, a block's part of a bf16 row is at
+least a cache line."""
 
 BLOCK = 32, 64
-"""Rows and columns in a block of a token with more active latents than that."""
+"""Rows and columns of a block for tokens with more active latents than that."""
 
 STAGES = 3
-"""Two blocks are being loaded while one is used. Rows that are not aligned cannot be copied by 16
-bytes, and take too many registers for addresses: they are loaded when they are used."""
+"""Two blocks are loaded while one is used. Unaligned rows cannot be copied 16 bytes at a time, and
+their addresses would take too many registers: they use one stage."""
 
 
 def launch_squared_error(
     values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K], [N, K], [F, D], [D], [N, D] -> sse [N], error [N, D], dots [N, K]"""
     (N, K), (F, D) = indices.shape, W.shape
     wide = wide_dtype(W)
     sse, dots = W.new_empty(N, dtype=wide), W.new_empty(N, K, dtype=wide)

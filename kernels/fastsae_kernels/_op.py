@@ -1,9 +1,9 @@
-"""Registers ops with torch, so that eager mode, torch.func and torch.compile can all call them.
+"""Registers ops with torch, for eager mode, torch.func and torch.compile.
 
-torch.compile, dispatch modes, fake and meta tensors and profilers need a torch.library op. In eager
-mode that costs three times what an autograd Function does (60 and 20 microseconds a call with torch
-2.13), and torch.func cannot differentiate it. So each op also exists as a Function with the same
-forward and backward: eager mode and torch.func call that one.
+torch.compile, dispatch modes, fake and meta tensors and profilers need a torch.library op. But its
+overhead in eager mode is three times that of an autograd Function (60 and 20 microseconds per call
+with torch 2.13), and torch.func cannot differentiate it. So each op also exists as a Function with
+the same forward and backward, which eager mode and torch.func call.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
-PLAIN = frozenset(
+EAGER_TYPES = frozenset(
     {Tensor, Parameter, NoneType, bool, int, float, str, tuple, list, torch.dtype, torch.Size}
 )
-"""Argument types that eager mode takes; others, such as tensor subclasses, go to the library op."""
+"""Argument types of the eager path; others, such as tensor subclasses, use the library op."""
 
 
 def register(function: type[Function], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +28,7 @@ def register(function: type[Function], fake: Callable[..., Any]) -> Callable[...
     `function` has forward(*inputs) without a context, annotated with types that torch.library
     knows; setup_context; and backward in terms of other ops. `fake` takes forward's arguments, a
     tensor first, and returns empty tensors of the shapes and dtypes that forward returns. `fake`
-    and `backward` see symbolic sizes: use x.shape[0], since len(x) would make a number of it.
+    and `backward` see symbolic sizes: use x.shape[0], since len(x) would specialize the size.
     torch.vmap calls the op once per batch element. Raises NotImplementedError in forward mode, and
     for torch.func inside torch.compile.
     """
@@ -36,13 +36,13 @@ def register(function: type[Function], fake: Callable[..., Any]) -> Callable[...
     op = torch.library.custom_op(f"fastsae::{stem}", function.forward, mutates_args=())
     op.register_fake(fake)
     op.register_autograd(function.backward, setup_context=function.setup_context)
-    return caller(function, op, f"fastsae::{stem}")
+    return dispatcher(function, op, f"fastsae::{stem}")
 
 
 def register_constant(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register a function without a gradient, such as a backward pass, as the op fastsae::name.
 
-    Differentiating its results is a RuntimeError.
+    Differentiating its results raises a RuntimeError.
     """
     name = f"fastsae::{function.__name__.removeprefix('_')}"
     op = torch.library.custom_op(name, function, mutates_args=())
@@ -59,13 +59,15 @@ def register_constant(function: Callable[..., Any], fake: Callable[..., Any]) ->
         def backward(ctx, *gradients):
             raise RuntimeError(f"{name} has no derivative: its op can be differentiated once")
 
-    return wraps(function)(caller(Constant, op, name))
+    return wraps(function)(dispatcher(Constant, op, name))
 
 
-def caller(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
-    """A callable that picks the Function or the library op by the context of the call."""
+def dispatcher(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
+    """A callable that calls the Function or the library op, depending on the context."""
 
     class Eager(Function):
+        """For eager mode: runs the op's own forward, without the library's overhead."""
+
         @staticmethod
         def forward(ctx, *arguments):
             output = function.forward(*arguments)
@@ -75,6 +77,8 @@ def caller(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
         backward = function.backward
 
     class Transformed(Function):
+        """For torch.func, which needs forward without a context, jvp and vmap."""
+
         setup_context, backward = function.setup_context, function.backward
 
         @staticmethod
@@ -87,7 +91,7 @@ def caller(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
 
         @staticmethod
         def vmap(info, in_dims, *arguments):
-            return one_by_one(call, name, info.batch_size, in_dims, arguments)
+            return vmap_in_a_loop(call, name, info.batch_size, in_dims, arguments)
 
     def call(*arguments: Any) -> Any:
         transformed = torch._C._are_functorch_transforms_active()
@@ -101,7 +105,7 @@ def caller(function: type[Function], op: Any, name: str) -> Callable[..., Any]:
             return Transformed.apply(*arguments)
         profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
         watched = profiled or torch._C._len_torch_dispatch_stack()
-        if watched or arguments[0].is_meta or not PLAIN.issuperset(map(type, arguments)):
+        if watched or arguments[0].is_meta or not EAGER_TYPES.issuperset(map(type, arguments)):
             return op(*arguments)
         return (Eager.apply if torch.is_grad_enabled() else function.forward)(*arguments)
 
@@ -115,7 +119,7 @@ def has_tangent(argument: Any) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
-def one_by_one(
+def vmap_in_a_loop(
     call: Callable[..., Any], name: str, size: int, in_dims: tuple, arguments: tuple
 ) -> tuple[Any, Any]:
     """The vmap rule: call the op once per batch element and stack the results in dimension 0."""

@@ -1,7 +1,8 @@
-"""The kernels of rational.py: h as a matrix [R, C], which shift follows by two strides.
+"""The kernels of rational.py, for h as a matrix [R, C], to which shift is broadcast by two strides.
 
-The backward kernel evaluates P, S and their slopes again; each program sums what its entries add
-to the gradients of a, b, c_in and c_out, and a second pass adds up the programs in a fixed order.
+The backward kernel evaluates P, S and their derivatives again. Each program sums its entries'
+contributions to the gradients of a, b, c_in and c_out; a second pass sums over programs in a fixed
+order.
 """
 
 import torch
@@ -20,7 +21,7 @@ def _load_shifted(
     h_ptr, shift_ptr, R, C, shift_row, shift_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of h - shift, where it lies in memory, which of its entries exist."""
+    """This program's tile of h - shift, its offsets in memory, and the mask of its entries."""
     tiles = tl.cdiv(C, COLUMNS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     column = (tl.program_id(0) % tiles).to(tl.int64) * COLUMNS
@@ -61,6 +62,7 @@ def _rational_kernel(
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """One tile of c_out P / Q."""
     x, offset, inside = _load_shifted(  # pyright: ignore[reportGeneralTypeIssues]
         h_ptr, shift_ptr, R, C, shift_row, shift_column, ROWS, COLUMNS, ACROSS, ACC
     )
@@ -78,6 +80,7 @@ def _rational_backward_kernel(
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """One tile of dh, and its sums for the gradients of a, b, c_in and c_out."""
     x, offset, inside = _load_shifted(  # pyright: ignore[reportGeneralTypeIssues]
         h_ptr, shift_ptr, R, C, shift_row, shift_column, ROWS, COLUMNS, ACROSS, ACC
     )
@@ -104,10 +107,10 @@ def _rational_backward_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 BLOCK, BACKWARD_BLOCK = 1024, 512
-"""Entries of a program: as many as leave what it needs in registers."""
+"""Entries per program: as many as fit in registers."""
 
 WARPS = 1
-"""So that the sums of a program need no shared memory and no barrier."""
+"""With one warp, a program's sums need no shared memory and no barriers."""
 
 
 def tile(shape: torch.Size, block: int) -> tuple[int, int, int]:
@@ -119,6 +122,7 @@ def tile(shape: torch.Size, block: int) -> tuple[int, int, int]:
 
 
 def _launch(kernel, block: int, h: Tensor, shift: Tensor, scalars: Scalars, *tensors: Tensor):
+    """One program per tile; both kernels have these arguments in common."""
     rows, columns, programs = tile(h.shape, block)
     launch(
         kernel,
@@ -135,7 +139,7 @@ def _launch(kernel, block: int, h: Tensor, shift: Tensor, scalars: Scalars, *ten
 
 
 def launch_rational(h: Tensor, shift: Tensor, scalars: Scalars, out: Tensor) -> None:
-    """Contiguous [R, C], any [R, C], a to c_out, contiguous [R, C]"""
+    """Contiguous h [R, C], strided shift [R, C], a to c_out, contiguous out [R, C]"""
     _launch(_rational_kernel, BLOCK, h, shift, scalars, out)
 
 

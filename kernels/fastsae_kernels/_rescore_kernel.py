@@ -1,7 +1,7 @@
 """The kernel of rescore.py: one program per token computes its candidates' values and ranks them.
 
-A candidate's place is the number of those before it: C^2 comparisons take the place of a sort, and
-whatever is among the first k is stored where it belongs.
+A candidate's rank is the number of candidates before it: C^2 comparisons instead of a sort. The
+first k are stored at the position of their rank.
 Shapes: N tokens, C candidates per token, K kept, F latents, D model width.
 """
 
@@ -17,14 +17,15 @@ from ._topk_kernel import sort_key
 from .topk import By
 
 TILE = 32
-"""Candidates that are compared with as many others at a time; more take registers from loads."""
+"""Candidates that are compared with as many others at a time; more would need too many registers.
+"""
 
 # --- kernel: all tensors row-major ----------------------------------------------------------
 
 
 @triton.jit
 def _load_candidates(h_ptr, i_ptr, c, C, ABS: tl.constexpr):
-    """Values, keys in their order, and latents of candidates: [TILE] -> three times that"""
+    """Values, sort keys and latents of candidates: [TILE] -> [TILE], [TILE], [TILE]"""
     h = tl.load(h_ptr + c, mask=c < C, other=0.0)
     f = tl.load(i_ptr + c, mask=c < C, other=0).to(tl.int32)
     return h, sort_key(tl.abs(h) if ABS else h, 0), f
@@ -36,6 +37,7 @@ def _rescore_kernel(
     ABS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    """Compute a token's candidates h, then rank them and store the first K."""
     n = tl.program_id(0).to(tl.int64)
     h_ptr += n * C
     i_ptr += n * C
@@ -49,7 +51,7 @@ def _rescore_kernel(
             acc += x[None, :] * load_rows(W_ptr, f, exists, d, D).to(ACC)
         h = tl.sum(acc, axis=1) + tl.load(b_ptr + f, mask=exists, other=0.0).to(ACC)
         tl.store(h_ptr + c, h, mask=c < C)
-    tl.debug_barrier()  # every thread is to see all values
+    tl.debug_barrier()  # every thread reads all values below
     for start in range(0, C, TILE):
         c = start + tl.arange(0, TILE)
         h, key, f = _load_candidates(h_ptr, i_ptr, c, C, ABS)  # pyright: ignore
@@ -73,6 +75,7 @@ def _rescore_kernel(
 def launch_rescore(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By
 ) -> tuple[Tensor, Tensor]:
+    """[N, D], [F, D], [F], [N, C] -> values [N, K], indices [N, K]"""
     (N, C), (F, D) = candidates.shape, W.shape
     constants = constants_for(x)
     h = torch.empty(N, C, dtype=torch.float32, device=x.device)

@@ -1,8 +1,8 @@
-"""Two algorithms for the rotation trick's gradients; rotation.py has the formulas and their costs.
+"""Two algorithms for the rotation trick's gradients; rotation.py has their formulas and costs.
 
-`gram_backward` multiplies the weights with each other and never forms all pre-activations; on a
-GPU, all it does per token after these GEMMs is one kernel (_rotation_kernel.py). `dense_backward`
-recomputes h and g for a chunk of tokens at a time.
+`gram_backward` multiplies the weights with each other and never forms all pre-activations. On a
+GPU, a single kernel (_rotation_kernel.py) does the rest per token. `dense_backward` recomputes h
+and g for a chunk of tokens at a time.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from ._launch import rows_at_a_time, use_triton
 from .latent_major import latent_major, sum_runs
 from .sparse import decode, gather_dot
 
-# --- what both algorithms start from --------------------------------------------------------
+# --- inputs of both algorithms --------------------------------------------------------------
 
 
 class Layer(NamedTuple):
-    """Inputs of h and W_dec d_recon; W_dec is None in mode "support"."""
+    """The inputs from which h and W_dec d_recon follow; W_dec is None in mode "support"."""
 
     x: Tensor
     W_enc: Tensor
@@ -41,8 +41,8 @@ class Code(NamedTuple):
 
 
 Terms = tuple[Tensor, Tensor, Tensor]
-"""What |h|^2 is summed from: h W_enc [N, D], W_enc^T b_enc [D] and |b_enc|^2; and h . g in mode
-"dense": d_recon C [N, D], d_recon [N, D_out] and W_dec^T b_enc [D_out]."""
+"""The terms of |h|^2: h W_enc [N, D], W_enc^T b_enc [D] and |b_enc|^2; and in mode "dense" those of
+h . g: d_recon C [N, D], d_recon [N, D_out] and W_dec^T b_enc [D_out]."""
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -120,6 +120,7 @@ def _rotate(
 def _gram_weights(
     layer: Layer, code: Code, a: Tensor, p: Tensor, u: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
+    """dW_enc and db_enc of the Gram algorithm, from the coefficients a, p, u."""
     x, W_enc, b_enc, W_dec, d_recon = layer
     _, need_W, need_b = needs
     dW, db = x.new_empty(0), x.new_empty(0)
@@ -128,7 +129,7 @@ def _gram_weights(
     runs = latent_major(code.indices, len(W_enc), code.values != 0)
     weights = u.flatten()[runs.entry]
     if need_b:
-        # One number per token, summed one after the other: fp32 would lose digits.
+        # Sums of one number per token, sequentially: in fp32 they would lose digits.
         db = sum_runs(weights, torch.ones_like(p, dtype=torch.float64), runs)[:, 0].to(x.dtype)
         db = torch.addmv(db, W_enc, (x.t() @ p)[:, 0]) + b_enc * p.sum()
         if W_dec is not None:
@@ -146,7 +147,7 @@ def dense_backward(layer: Layer, code: Code, needs: Sequence[bool]) -> Gradients
     x, W_enc, b_enc, _, d_recon = layer
     shapes = x.shape, W_enc.shape, b_enc.shape
     dx, dW, db = (x.new_zeros(s if need else 0) for s, need in zip(shapes, needs, strict=True))
-    chunk = rows_at_a_time(x, 3 * len(W_enc))  # h, g, and a product of both
+    chunk = rows_at_a_time(x, 3 * len(W_enc))  # room for h, g and their product
     for start in range(0, len(x), chunk):
         rows = slice(start, min(start + chunk, len(x)))
         some = layer._replace(x=x[rows], d_recon=d_recon[rows])
@@ -161,6 +162,7 @@ def dense_backward(layer: Layer, code: Code, needs: Sequence[bool]) -> Gradients
 
 
 def _dh(layer: Layer, code: Code) -> Tensor:
+    """The gradient of h for a chunk of tokens: [n, F]"""
     x, W_enc, b_enc, W_dec, d_recon = layer
     h = torch.addmm(b_enc, x, W_enc.t())
     if W_dec is None:

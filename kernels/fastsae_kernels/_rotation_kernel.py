@@ -1,8 +1,8 @@
-"""The kernel of rotation.py: a token's coefficients and its dx, in one program.
+"""The kernel of rotation.py: one program per token computes its coefficients and its dx.
 
-It sums |h|^2 and h . g over the columns of what the matmuls left, finds a, p and u from them, and
-then walks over the columns once more, which are still in the cache, to write dx with the rows of
-W_enc that u picks.
+It sums |h|^2 and h . g over the columns of the matmuls' results, and computes a, p and u from them.
+Then it loops over the columns again, which are still in the cache, and adds the rows of W_enc that
+u picks, to write dx.
 """
 
 import torch
@@ -29,6 +29,7 @@ def _rotation_kernel(
     DENSE: tl.constexpr, NEED_X: tl.constexpr, MOST_K: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Coefficients of one token, as in _coefficients of _rotation_backward.py, then dx."""
     n = tl.program_id(0).to(tl.int64)
     x_ptr, h_W_ptr = x_ptr + n * D, h_W_ptr + n * D
     v_ptr, i_ptr, t_ptr, u_ptr = v_ptr + n * K, i_ptr + n * K, t_ptr + n * K, u_ptr + n * K
@@ -64,7 +65,8 @@ def _rotation_kernel(
         tl.store(u_ptr + k, a * _load(t_ptr, k, K) + c * _load(v_ptr, k, K), mask=k < K)
 
     if NEED_X:
-        # Rows of up to 32 columns are summed by each warp on its own: none may be behind.
+        # With up to 32 columns, every warp computes the whole row: none may overwrite h_W before
+        # all have read it.
         tl.debug_barrier()
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
@@ -82,11 +84,11 @@ def _rotation_kernel(
 # --- launcher -------------------------------------------------------------------------------
 
 BLOCK = 4, 1024
-"""Rows of W_enc and columns in flight: a thread sums over rows, without a barrier."""
+"""Rows of W_enc and columns per iteration: sums over rows stay within a thread."""
 
 STAGES = 3
-"""Two blocks of rows are being loaded while one is added, if rows are aligned. Copies of 4 bytes
-would gain nothing."""
+"""Two blocks of rows are loaded while one is added, if rows are aligned. Otherwise they would be
+copied 4 bytes at a time, which is not faster."""
 
 
 def launch_rotation(
@@ -97,9 +99,9 @@ def launch_rotation(
     code: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of |h|^2, of h . g in mode "dense", and the code, as rotation.py has them.
+    """Coefficients a, p [N, 1] and u [N, K], from the Terms and the Code of _rotation_backward.py.
 
-    -> a, p [N, 1], u [N, K]; h W_enc, the first of the terms, is replaced by dx if that is needed.
+    Overwrites h W_enc, the first of h_terms, with dx if that is needed.
     """
     values, indices, t, qq, qg, qt = code
     (N, K), (F, D) = indices.shape, W_enc.shape

@@ -1,4 +1,4 @@
-"""The kernels of sparse.py: a program takes some columns of a token's rows, or all its rows.
+"""The kernels of sparse.py: one program per token, in decode also per block of columns.
 
 Shapes: N tokens, K active latents per token, F latents, D model width.
 """
@@ -15,7 +15,7 @@ from ._launch import launch
 
 @triton.jit
 def load_latents(i_ptr, k, K, F):
-    """Latents at places k of a token's code, and which of them exist: [BLOCK_K] -> twice that"""
+    """Latents at positions k of a token's code, and a mask of those in [0, F): [BLOCK_K] each"""
     f = tl.load(i_ptr + k, mask=k < K, other=-1)
     return f, (f >= 0) & (f < F)
 
@@ -25,6 +25,7 @@ def _decode_kernel(
     v_ptr, i_ptr, W_ptr, out_ptr, F, K, D,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Some columns of one token's reconstruction."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_D,), dtype=ACC)
@@ -41,6 +42,7 @@ def _gather_dot_kernel(
     x_ptr, i_ptr, W_ptr, out_ptr, F, K, D,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """All dot products of one token."""
     n = tl.program_id(0).to(tl.int64)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -57,6 +59,7 @@ def _gather_dot_kernel(
 
 
 def launch_decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """[N, K], [N, K], [F, D] -> [N, D]"""
     (N, K), F = indices.shape, W.shape[0]
     out = W.new_empty(N, W.shape[1])
     launch_blocks(_decode_kernel, N, values, indices, W, out, F, K, x=W)
@@ -64,6 +67,7 @@ def launch_decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
 
 def launch_gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """[N, D], [N, K], [F, D] -> [N, K]"""
     (N, K), (F, D) = indices.shape, W.shape
     out = x.new_empty(N, K)
     constants = constants_for(x)._asdict()

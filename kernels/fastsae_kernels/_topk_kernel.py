@@ -1,16 +1,16 @@
-"""The kernel of topk.py: the k largest entries of each row in one read of it.
+"""The kernel of topk.py: finds the k largest entries of each row while reading it once.
 
-1. Each of M groups keeps in registers its largest key, which piece of V entries that is in, and
-   the largest key of its other pieces; or the encoder has found the maxima.
-2. Counts of the maxima that reach P pivots narrow down a key that k and a few more reach.
-3. Those groups hold the k largest entries. One piece of each is read again, or all if another has
-   such a key as well. What reaches the key is listed, k and a few.
-4. Listed entries are ranked by (key, -index), which has no ties.
-Where more are listed than there is room for, as by ties, counts of the whole row find the k-th
-largest key exactly. Keys are integers in the order of the entries as they are in memory, so no two
-passes can disagree.
+1. For each of M groups, registers hold the largest key, the piece of V entries that contains it,
+   and the largest key of the other pieces; or the encoder has computed the maxima.
+2. A search, which counts the maxima >= each of P pivots, finds a key that k or slightly more maxima
+   reach.
+3. These groups contain the k largest entries. One piece of each is read again, or all of them if
+   another piece reaches the key, too. Entries that reach the key are listed: k or slightly more.
+4. The listed entries are ranked by (key, -index), which has no ties.
+If the list overflows, for example because of ties, counts over the whole row find the k-th largest
+key exactly. Keys are integers in the order of the entries in memory, so the passes always agree.
 
-Where the groups have their entries is a Layout of _topk_layout.py.
+_topk_layout.py defines which entries a group has.
 Shapes: N tokens, F latents, K kept, M groups, P pivots or pieces, V entries of a piece.
 """
 
@@ -33,15 +33,15 @@ _NONE = tl.constexpr(-0x80000000)
 """Below every key."""
 
 _PIVOTS = tl.constexpr(8)
-"""A power of two. More take fewer rounds, but each round costs M comparisons per pivot."""
+"""A power of two. More pivots need fewer rounds, but each costs M comparisons per round."""
 
 
 @triton.jit
 def _load_ranks(row_ptr, column, F, ABS: tl.constexpr):
-    """Entries as float32 to be ranked.
+    """Load entries as float32 to be ranked.
 
-    Those beyond the row rank no higher than any in it, and behind its equals: as k are kept of F,
-    none of them wins, and nobody has to mask them again.
+    Padding beyond the row ranks no higher than any entry, and loses ties by its index. Since
+    k <= F, it is never selected, and needs no further masks.
     """
     x = tl.load(row_ptr + column, mask=column < F, other=0.0 if ABS else float("-inf"))
     return tl.abs(x.to(tl.float32)) if ABS else x.to(tl.float32)
@@ -49,9 +49,9 @@ def _load_ranks(row_ptr, column, F, ABS: tl.constexpr):
 
 @triton.jit
 def sort_key(x, SHIFT: tl.constexpr):
-    """int32 in the order of float32 x, -0.0 equal to 0.0, NaN above all.
+    """int32 keys in the order of float32 x; -0.0 equals 0.0, and NaN is above all.
 
-    SHIFT drops the low bits that x's dtype in memory does not have.
+    SHIFT drops the low bits that x's dtype in memory lacks.
     """
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -60,7 +60,7 @@ def sort_key(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _pack(key, column):
-    """int64 in the order of key, then of falling column."""
+    """int64 in ascending order of key, then in descending order of column."""
     return (key.to(tl.int64) << 32) + (0x7FFFFFFF - column)
 
 
@@ -69,9 +69,9 @@ def _group_maxima(
     row_ptr, F,
     M: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Largest key of each group, its piece, and the largest of its other pieces -> [M] each
+    """Each group's largest key, its piece, and the largest key of other pieces -> [M] each
 
-    The piece is the first of equals. EVEN rows fill the last tile.
+    Ties go to the first piece. EVEN rows fill the last tile, and need no mask.
     """
     g = tl.arange(0, M)
     column = g[:, None] * V + tl.arange(0, V)[None, :]
@@ -92,19 +92,19 @@ def _group_maxima(
 
 @triton.jit
 def _pivots_between(low, high, P: tl.constexpr):
-    """Keys in (low, high), evenly spaced; the first is next to low, which many may equal. -> [P]"""
+    """Evenly spaced keys in (low, high); the first is low + 1, since many may equal low. -> [P]"""
     return (low + 1 + ((high - low - 1) * tl.arange(0, P) // P)).to(tl.int32)
 
 
 @triton.jit
 def _count_reaching(keys, pivots):
-    """[M], [P] -> [P]"""
+    """How many keys are >= each pivot: [M], [P] -> [P]"""
     return tl.sum((keys[None, :] >= pivots[:, None]).to(tl.int32), axis=1)
 
 
 @triton.jit
 def _reached_by(keys, k, enough):
-    """A key that k to `enough` of keys reach, or more where ties forbid it; and how many do."""
+    """A key that k to `enough` of the keys reach (more if there are ties), and how many do."""
     low, high = tl.min(keys).to(tl.int64), tl.max(keys).to(tl.int64) + 1
     count = keys.shape[0]
     while (high - low > 1) & (count > enough):
@@ -122,7 +122,7 @@ def _pack_pieces(
     V: tl.constexpr, STEP: tl.constexpr, CAPACITY: tl.constexpr, ABS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Pack the entries that reach low of the pieces that begin at first [P]; count them all."""
+    """Pack the entries >= low of the pieces that begin at first [P]; returns the new count."""
     column = first[:, None] + tl.arange(0, V)[None, :] * STEP
     key = sort_key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
     reach = (inside[:, None] & (key >= low)).to(tl.int32)
@@ -134,35 +134,35 @@ def _pack_pieces(
 
 @triton.jit
 def _pack_candidates(
-    row_ptr, found_ptr, packed_ptr, best, piece, other, low, won, F, tile,
+    row_ptr, found_ptr, packed_ptr, best, piece, other, low, n_best, F, tile,
     M: tl.constexpr, S: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr, JUMP: tl.constexpr,
     CAPACITY: tl.constexpr, PIECES: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Pack the entries that reach low, in any order; count them, though room is limited.
+    """Pack the entries >= low, in any order; returns their count, which may exceed CAPACITY.
 
-    won groups have such entries. Those with one such piece are listed by it, from the front of
-    found; the others by their own number, from the back.
+    `n_best` groups have such entries. `found` lists the piece of those with only one such piece
+    from the front, and the group number of the others from the back.
     """
     one, several = (best >= low) & (other < low), other >= low
-    # Any order will do: each thread's groups come one after another, in as few steps as it has.
+    # Any order is fine. In this one each thread's groups are consecutive, for the shortest scan.
     both = tl.reshape(one.to(tl.int32) + (several.to(tl.int32) << 16), (M // PIECES, PIECES))
     of_thread = tl.sum(both, axis=0)
     before = (tl.cumsum(of_thread) - of_thread)[None, :] + tl.cumsum(both, axis=0)
     before = tl.reshape(before, (M,))
     at = tl.where(one, before & 0xFFFF, CAPACITY + 1 - (before >> 16)) - 1
     tl.store(found_ptr + at, tl.where(one, piece, tl.arange(0, M)), mask=one | several)
-    crowded = tl.sum(several.to(tl.int32))
+    n_several = tl.sum(several.to(tl.int32))
     tl.debug_barrier()
     count, p = 0, tl.arange(0, PIECES)
-    for start in range(0, won - crowded, PIECES):
-        inside = start + p < won - crowded
+    for start in range(0, n_best - n_several, PIECES):
+        inside = start + p < n_best - n_several
         first = tl.load(found_ptr + start + p, mask=inside, other=0) * V
         count = _pack_pieces(
             row_ptr, packed_ptr, count, first, inside, low, F, V, 1, CAPACITY, ABS, SHIFT
         )
     each = tile // JUMP
-    for start in range(0, crowded * each, PIECES):
-        inside = start + p < crowded * each
+    for start in range(0, n_several * each, PIECES):
+        inside = start + p < n_several * each
         g = tl.load(found_ptr + CAPACITY - 1 - (start + p) // each, mask=inside, other=0)
         first = g // S * tile + g % S * (V if STEP == 1 else 1) + (start + p) % each * JUMP
         count = _pack_pieces(
@@ -176,9 +176,9 @@ def _pack_exactly(
     row_ptr, packed_ptr, low, high, F, k,
     BLOCK: tl.constexpr, ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Pack the k largest entries of a row, k or more of which reach low and none high."""
+    """Pack the k largest entries of a row, of which at least k are >= low and none is >= high."""
     low, high = low.to(tl.int64), high.to(tl.int64)
-    sure = 0  # entries that reach high: fewer than k
+    sure = 0  # entries >= high: fewer than k, so all of them are among the k largest
     while high - low > 1:
         pivots = _pivots_between(low, high, _PIVOTS)
         counts = tl.zeros((_PIVOTS,), dtype=tl.int32)
@@ -189,7 +189,8 @@ def _pack_exactly(
         high = tl.min(tl.where(counts >= k, high, pivots))
         sure = tl.max(tl.where(counts >= k, sure, counts))
     low = low.to(tl.int32)
-    above, equal, start = 0, 0, 0  # listed from the front, and after all that are above
+    # Entries > low are listed from the front, those == low after all of them.
+    above, equal, start = 0, 0, 0
     while (start < F) & (above + tl.minimum(equal, k - sure) < k):
         column = start + tl.arange(0, BLOCK)
         key = sort_key(_load_ranks(row_ptr, column, F, ABS), SHIFT)
@@ -220,6 +221,7 @@ def _topk_kernel(
     EVEN: tl.constexpr, CAPACITY: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
     ABS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
+    """Top-k of one row; steps 1 to 4 of the module."""
     n = tl.program_id(0).to(tl.int64)
     row_ptr = pre_ptr + n * stride
     packed_ptr += n * CAPACITY
@@ -229,13 +231,13 @@ def _topk_kernel(
         g = tl.arange(0, M)
         best = tl.load(maxima_ptr + n * groups + g, mask=g < groups, other=0.0).to(tl.float32)
         best = tl.where(g < groups, sort_key(best, SHIFT), _NONE)
-        piece, other = best, best  # nobody knows the piece: all count as others
-    # A few more than k cost less than another round.
-    low, won = _reached_by(best, k, k + k // 4)
-    count = won  # so many candidates at least
-    if won <= CAPACITY:
+        piece, other = best, best  # the piece is unknown: read all pieces of these groups
+    # Slightly more than k candidates cost less than another round.
+    low, n_best = _reached_by(best, k, k + k // 4)
+    count = n_best  # at least that many candidates
+    if n_best <= CAPACITY:
         count = _pack_candidates(
-            row_ptr, found_ptr + n * CAPACITY, packed_ptr, best, piece, other, low, won, F, tile,
+            row_ptr, found_ptr + n * CAPACITY, packed_ptr, best, piece, other, low, n_best, F, tile,
             M, S, V, STEP, JUMP, CAPACITY, PIECES, ABS, SHIFT,
         )  # fmt: skip
     if count > CAPACITY:
@@ -267,8 +269,8 @@ def launch_topk(
 ) -> None:  # fmt: skip
     """Write the k largest of each row, largest first, to contiguous [N, K]; no values if None.
 
-    Rows of pre [N, F] may be apart, their entries are not. by="value" writes 0 for negative ones.
-    Given the maxima [N, groups] of the encoder's tiles, it reads only the best groups of each row.
+    pre [N, F] needs contiguous entries within rows. by="value" writes 0 for negative values. With
+    the maxima [N, groups] of the encoder's tiles, it reads only the best groups of each row.
     """
     N, F = pre.shape
     if maxima is None:
@@ -292,5 +294,5 @@ def launch_topk(
         ABS=by == "abs",
         SHIFT=DTYPES[pre.dtype],
         num_warps=threads // 32,
-        maxnreg=80 if even and threads == 32 else None,  # 25 programs in place of 21, and no spill
+        maxnreg=80 if even and threads == 32 else None,  # 25 resident programs, not 21
     )

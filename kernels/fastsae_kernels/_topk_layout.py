@@ -1,8 +1,8 @@
-"""How _topk_kernel.py groups the entries of a row, and how many warps that takes.
+"""How _topk_kernel.py divides the entries of a row into groups, and how many warps it needs.
 
-A group has V entries STEP apart, V more JUMP after those, and so on through a tile of S groups.
-Found by the kernel, all M groups share one tile, and V neighbors are one vector load; the encoder's
-tiles have their own layout. Shapes: F latents, M groups.
+A group's first piece is V entries, STEP apart; the next piece is JUMP entries later, and so on
+through a tile of S groups. If the kernel computes the maxima, all M groups share one tile, and a
+piece is one vector load; the encoder's tiles have their own layout. Shapes: F latents, M groups.
 """
 
 import math
@@ -12,7 +12,7 @@ from ._launch import power_of_2
 
 
 class Layout(NamedTuple):
-    """How the entries of a row are grouped."""
+    """Which entries of a row each group has."""
 
     M: int
     """Groups, rounded up to a power of 2."""
@@ -27,11 +27,12 @@ class Layout(NamedTuple):
 
 
 def one_tile(F: int, k: int, itemsize: int) -> Layout:
-    """Groups that share the whole row: group g has V neighbors from g V on, every M V entries.
+    """Groups over the whole row: group g has V neighbors from g V on, repeated every M V entries.
 
-    Few groups need few warps; more of them hold two of the k, and all pieces of those are read
-    again: c = k^2 / 2 M groups, c F / M entries. sqrt(F k) / 8 groups keep that below 1/20 of the
-    row, sectors of memory counted whole, and 4 k groups leave room for candidates.
+    Fewer groups need fewer warps. But then more groups contain two of the k largest entries, and
+    all their pieces are read again: c = k^2 / 2 M groups, c F / M entries. With sqrt(F k) / 8
+    groups, this is below 1/20 of the row, even in whole sectors of memory; 4 k groups leave room
+    for candidates.
     """
     most = power_of_2(F)
     V = 16 // itemsize
@@ -42,16 +43,16 @@ def one_tile(F: int, k: int, itemsize: int) -> Layout:
 
 
 def encoder_tiles(groups: int, tile: int, F: int) -> Layout:
-    """Groups of the encoder's tiles: group s of a tile has every S-th entry from s on."""
+    """Groups of the encoder's tiles: group s of a tile has every S-th entry, starting with s."""
     S = groups // -(-F // tile)
     V = min(8, tile // S)
     return Layout(power_of_2(groups), S, V, S, S * V, tile, groups)
 
 
 def warps_for(M: int) -> int:
-    """As few as keep a thread's 8 or 16 groups in registers.
+    """The fewest warps that hold all groups in registers, 8 or 16 per thread.
 
-    What follows the read of a row costs each warp the same instructions, and rows of 64 KB leave
-    time for 14,000 in all; a single warp waits at no barrier.
+    After the row is read, every warp runs the same number of instructions, and a row of 64 KB
+    leaves time for 14,000 in total; a single warp also needs no barriers.
     """
     return min(8, max(1, M // 256 if M <= 1024 else M // 512))

@@ -1,4 +1,4 @@
-"""Adam on the rows of a dictionary, from the sparse codes themselves: no dense gradient exists.
+"""Adam for both weights of a dictionary, straight from sparse codes, without a dense gradient.
 
     dW_dec[f] = sum of value * error over the tokens of latent f     (scatter_outer)
     dW_enc[f] = sum of d_value * x                                   (scatter_outer)
@@ -7,13 +7,15 @@
     W -= lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
     W_dec[f] /= |W_dec[f]|
 
-Rows without a gradient move too, by their momentum. With window = 1 every row is visited at every
-step and the result is that of torch.optim.Adam on dense gradients. With window = T a row is visited
-when it has a gradient, and at least every T steps; it then makes up for the steps it missed:
+Momentum moves rows without a gradient, too. With window = 1 every step visits every row, and the
+result is that of torch.optim.Adam on dense gradients. With window = T (lazy updates) a row is
+visited when it has a gradient, and at least every T steps. It then catches up on the steps that it
+missed:
 
     W -= sum_j lr_j sqrt(1 - b2^j) / (1 - b1^j) (b1 / sqrt(b2))^(j - t) * m / (sqrt(v) + eps)
 
-over the missed steps j after its last, t. Until then the encoder sees it up to T - 1 steps old.
+over the missed steps j after its last update, t. Until then the encoder reads a row that is up to
+T - 1 steps old.
 Shapes: N tokens, K active latents per token, F latents, D width, E = N K entries in latent order.
 """
 
@@ -25,9 +27,7 @@ import torch
 from torch import Tensor
 
 from ._launch import check_devices, use_triton
-from .dense_adam import (
-    AdamStep as AdamStep,
-)
+from .dense_adam import AdamStep as AdamStep
 from .dense_adam import (
     fused_adam_,
     normalize_rows_,
@@ -42,17 +42,17 @@ from .int8 import Int8Rows, quantize_int8
 from .latent_major import LatentMajor, sum_runs
 
 BLOCK_BYTES = 1 << 20
-"""Rows that, with their gradients and moments, stay in a CPU's cache."""
+"""Size of a block of rows that stays in a CPU's cache with its gradients and moments."""
 
 GPU_BLOCK_BYTES = 64 << 20
-"""Rows that, with at most seven temporaries of their size, fit in 512 MB of a GPU."""
+"""Size of a block of rows that fits in 512 MB of a GPU with up to seven temporaries."""
 
 WIDEST = 8192
-"""The largest D of the kernel: it keeps a whole row, its moments and its gradient in registers."""
+"""The largest D that the kernel supports: a row, its moments and its gradient are in registers."""
 
 
 class Rows(NamedTuple):
-    """A weight matrix [F, D], Adam's moments of it, and the copies that products read."""
+    """A weight matrix [F, D], its Adam moments, and the low-precision copies that GEMMs read."""
 
     weight: Tensor
     first: Tensor
@@ -63,10 +63,10 @@ class Rows(NamedTuple):
     """bfloat16 [F, D], kept equal to the weight."""
 
     quantized: Float8Rows | Int8Rows | None = None
-    """The same in 8 bits; on a GPU, in fp8."""
+    """An 8-bit copy of the weight: int8 on a CPU, fp8 on a GPU."""
 
     def refresh(self, rows: slice | Tensor, w: Tensor) -> None:
-        """Take some rows of the weight, in its dtype, into the copies."""
+        """Update these rows of the copies from w, the new rows of the weight."""
         if self.shadow is not None:
             self.shadow[rows] = w.to(self.shadow.dtype)
         if (low := self.quantized) is not None:
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """The gradients of both weights as weighted sums of tokens, per latent."""
+    """The gradients of both weights, as sparse weighted sums of tokens per latent."""
 
     runs: LatentMajor
     values: Tensor
@@ -88,10 +88,10 @@ class RowGradients(NamedTuple):
     x: Tensor
     """[N, D]"""
     extra: tuple[Tensor, Tensor, Tensor] | None = None
-    """Rising rows [n], and what is added to their dW_dec and dW_enc, both [n, D]."""
+    """Ascending row indices [n], and dense terms [n, D] of these rows' dW_dec and dW_enc."""
 
     def contiguous(self) -> "RowGradients":
-        """The same with the rows of each one after the other in memory, as kernels read them."""
+        """The same gradients in contiguous tensors, as kernels read them."""
         extra = self.extra
         if extra is not None:
             extra = extra[0].contiguous(), extra[1].contiguous(), extra[2].contiguous()
@@ -100,7 +100,7 @@ class RowGradients(NamedTuple):
 
 
 class BiasGradients(NamedTuple):
-    """What the sums over a latent's tokens give besides, from W_enc as it was before the step."""
+    """Gradients of the biases, which the same sums provide; W_enc is the one before the step."""
 
     latent: Tensor
     """[F]: sum of d_value over the tokens of each latent, the gradient of b_enc."""
@@ -109,7 +109,7 @@ class BiasGradients(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What rows that wait for their update need to know; T = len(history)."""
+    """The state of lazy updates; T = len(history)."""
 
     updated: Tensor
     """int32 [F]: the step of each row's last update."""
@@ -121,7 +121,7 @@ class Window(NamedTuple):
 
 
 def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, window: Window):
-    """Make up for the steps after the last update of each row."""
+    """Apply the missed momentum: the steps after each row's last update."""
     (b1, b2), T = at.betas, len(window.history)
     drift = torch.zeros_like(updated, dtype=w.dtype)
     missed = at.step - 1 - updated
@@ -134,6 +134,7 @@ def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, w
 
 
 def _row_blocks(W: Tensor) -> Iterator[slice]:
+    """Blocks of rows that are updated at a time."""
     size = BLOCK_BYTES if W.device.type == "cpu" else GPU_BLOCK_BYTES
     rows = max(1, size // (W.shape[1] * W.itemsize))
     for start in range(0, len(W), rows):
@@ -144,7 +145,8 @@ def _update_block(
     state: Rows, g: Tensor, rows: slice | Tensor, at: AdamStep, window: Window | None,
     generator: torch.Generator, unit: bool,
 ) -> None:  # fmt: skip
-    """Rows of one weight: views of a slice are updated in place, others are copied and put back."""
+    """Update some rows of one weight. A slice gives views, which are updated in place; rows of an
+    index tensor are copies, which are written back."""
     wide = state.weight.dtype
     w, m, v = (t[rows].to(wide) for t in (state.weight, state.first, state.second))
     if window is not None:
@@ -169,10 +171,11 @@ def _update_block(
 def _adam_torch(
     decoder: Rows, encoder: Rows, g: RowGradients, at: AdamStep, window: Window | None
 ) -> BiasGradients:
+    """The step in blocks of rows, so that dense gradients exist of one block at a time."""
     latent = sum_runs(g.d_values, g.x.new_ones(len(g.x), 1), g.runs)[:, 0].to(encoder.weight.dtype)
     biases = BiasGradients(latent, latent @ encoder.weight)
     generator = torch.Generator(decoder.weight.device)
-    generator.manual_seed((seed32(at) + at.step) % 2**32)  # a CPU's takes no more bits
+    generator.manual_seed((seed32(at) + at.step) % 2**32)  # a CPU's generator takes 32 bits
     for block in _row_blocks(decoder.weight):
         d_dec = sum_runs(g.values, g.error, g.runs, block).to(decoder.weight.dtype)
         d_enc = sum_runs(g.d_values, g.x, g.runs, block).to(encoder.weight.dtype)
@@ -203,7 +206,7 @@ def _adam_torch(
 
 
 def _check(decoder: Rows, encoder: Rows, g: RowGradients, window: Window | None) -> None:
-    """Raise ValueError naming what has a wrong shape, layout, dtype or device."""
+    """Raise ValueError if a shape, layout, dtype or device is wrong; it names the tensor."""
     (F, D), N, E = decoder.weight.shape, len(g.error), len(g.runs.token)
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     for name, state in {"decoder": decoder, "encoder": encoder}.items():
@@ -244,13 +247,14 @@ def adam_(
     at: AdamStep,
     window: Window | None = None,
 ) -> BiasGradients:
-    """One step of Adam on both weights of a dictionary, in place, from gradients that are sparse.
+    """One Adam step on both weights of a dictionary, in place, from sparse gradients.
 
-    Decoder rows have norm 1 before and after, and only what is orthogonal to a row is a gradient
-    of it (arXiv:2406.04093). Without a window this is torch.optim.Adam on the dense gradients; with
-    one (see the module), rows without a gradient wait for up to T - 1 steps. Deterministic.
+    Decoder rows have norm 1 before and after, and only the part of a gradient that is orthogonal
+    to its row counts (arXiv:2406.04093). Without a window this is torch.optim.Adam on the dense
+    gradients; with one (see the module), rows without a gradient wait up to T - 1 steps.
+    Deterministic.
 
-    Returns what the same sums give for the biases, without the extra gradients.
+    Returns the gradients of the biases, without the extra gradients' share.
 
     Reads N K D elements of error and of x, and reads and writes F D of each weight and moment, 26
     bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
@@ -268,7 +272,7 @@ def adam_(
 
 
 def flush_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
-    """Bring every row up to date with the step `at`, the last one that was made."""
+    """Apply all pending lazy updates, so that every row is as of `at`, the last step."""
     following = at._replace(step=at.step + 1)
     for state, unit in ((decoder, True), (encoder, False)):
         for block in _row_blocks(state.weight):

@@ -1,10 +1,10 @@
-"""Center activations, and find their total variance in the same pass.
+"""Center activations, and compute their total variance in the same pass.
 
     centered[n] = x[n] - b
     variance    = sum_n |x[n] - mean|^2         mean = sum_n x[n] / N
 
-b is the decoder's bias, near the mean but not equal to it. The variance is what the error of a
-reconstruction is compared with (FVU).
+b is the decoder's bias, close but not equal to the mean. The variance is the denominator of the
+FVU.
 Shapes: N tokens, D width. Sums are in fp32 (fp64 for fp64 x), in a fixed order.
 """
 
@@ -29,7 +29,7 @@ def _center_torch(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     wide = x.to(wide_dtype(x))
     mean = wide.mean(0)
     centered = wide - mean
-    # By rows: the norm of a whole tensor loses four digits.
+    # Row by row: the norm of the whole tensor at once would lose four digits.
     variance = torch.linalg.vector_norm(centered, dim=1).square().sum()
     variance = nonzero_variance(variance, mean, len(x))
     return torch.sub(wide, b, out=centered).to(dtype), variance
@@ -46,10 +46,10 @@ def nonzero_variance(variance: Tensor, mean: Tensor, N: int) -> Tensor:
 
 @torch.no_grad()
 def center(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x - b and the total variance of x.
+    """Returns x - b and the total variance of x.
 
-    x [N, D] and b [D] floating -> [N, D] in dtype, and a number in fp32 (fp64 for fp64 x). Accurate
-    however large the mean of x is. Not differentiable. Deterministic.
+    x [N, D] and b [D] floating -> [N, D] in dtype, and a scalar in fp32 (fp64 for fp64 x), which is
+    accurate even if the mean of x is large. Not differentiable. Deterministic.
 
     Reads x once on a GPU, costs 9 N D FLOPs. ValueError for wrong shapes or dtypes.
     """

@@ -1,4 +1,4 @@
-"""Adam with a dense gradient, and the constraint to rows of norm 1: the parts of adam.py.
+"""The parts of adam.py: Adam with a dense gradient, unit-norm rows, and stochastic rounding.
 
 Shapes: F latents, D width.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class AdamStep(NamedTuple):
-    """The settings of one step, counted from 1; seed is that of stochastic rounding."""
+    """Settings of one step. Steps count from 1; `seed` is for stochastic rounding."""
 
     step: int
     lr: float
@@ -19,7 +19,8 @@ class AdamStep(NamedTuple):
     eps: float = 6.25e-10
     seed: int = 0
     scalars: Tensor | None = None
-    """What changes from step to step, on a GPU: see `scalars_of`. A captured step reads them."""
+    """The values that change from step to step, on a GPU, where a CUDA graph reads them; see
+    `scalars_of`."""
 
 
 # --- reference: the specification -----------------------------------------------------------
@@ -28,7 +29,7 @@ class AdamStep(NamedTuple):
 def adam_reference(
     W: Tensor, m: Tensor, v: Tensor, g: Tensor, at: AdamStep, unit: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One row or all of them, with a dense gradient: [F, D] -> W, m, v"""
+    """Any number of rows, with a dense gradient: [F, D] -> W, m, v"""
     (b1, b2), t = at.betas, at.step
     if unit:
         g = g - (g * W).sum(-1, keepdim=True) * W
@@ -42,18 +43,18 @@ def adam_reference(
 
 
 def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
-    """Leave of each row's gradient, [F, D], what is orthogonal to the (unit-norm) row, [F, D]."""
+    """Project each row of a gradient [F, D] orthogonally to the unit-norm row of `rows` [F, D]."""
     gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
 
 
 def normalize_rows_(rows: Tensor) -> None:
-    """Bring each row of [F, D] back to norm 1."""
+    """Normalize each row of [F, D] to norm 1, in place."""
     rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
 def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
-    """What torch.optim.Adam(fused=True) does (arXiv:1412.6980), in place; all of one shape."""
-    assert g.stride() == weight.stride(), "the operator goes through memory, not through indices"
+    """The step of torch.optim.Adam(fused=True) (arXiv:1412.6980), in place; all of one shape."""
+    assert g.stride() == weight.stride(), "torch's operator walks through memory, not indices"
     lr, step = at.lr, None
     if at.scalars is not None:
         lr, step = at.scalars.view(torch.float32)[2:4].unbind()
@@ -75,7 +76,7 @@ def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: Ad
 
 
 def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with the odds that make the mean exact."""
+    """Round float32 to bfloat16, up or down with the probabilities that make the mean exact."""
     size, device = x.shape, x.device
     bits = torch.randint(0, 1 << 16, size, dtype=torch.int32, generator=generator, device=device)
     rounded = ((x.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
@@ -83,19 +84,22 @@ def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def seed32(at: AdamStep) -> int:
-    """32 bits in which seeds differ."""
+    """The seed hashed to 32 bits."""
     return (at.seed ^ (at.seed >> 32)) * 0x9E3779B1 % 2**32
 
 
 def window_coefficient(at: AdamStep) -> float:
-    """lr sqrt(1 - b2^t) / (1 - b1^t): what a later catch-up needs to know of a step."""
+    """lr sqrt(1 - b2^t) / (1 - b1^t): what rows need to catch up on a missed step."""
     b1, b2 = (beta**at.step for beta in at.betas)
     return at.lr * math.sqrt(1 - b2) / (1 - b1)
 
 
 def scalars_of(at: AdamStep) -> Tensor:
-    """int32 [7] of a step, on the CPU: step and seed, then the bits of float32s: lr, step,
-    lr / (1 - b1^t), sqrt(1 - b2^t), and the window's coefficient."""
+    """A step's scalars as one int32 tensor [7] on the CPU, which takes a single copy to a GPU.
+
+    They are step and seed, then the bits of five float32: lr, step, lr / (1 - b1^t),
+    sqrt(1 - b2^t), and the window's coefficient.
+    """
     b1, b2 = (beta**at.step for beta in at.betas)
     floats = at.lr, at.step, at.lr / (1 - b1), math.sqrt(1 - b2), window_coefficient(at)
     whole = torch.tensor([at.step, seed32(at) >> 1], dtype=torch.int32)
@@ -103,5 +107,5 @@ def scalars_of(at: AdamStep) -> Tensor:
 
 
 def scalars_on(at: AdamStep, device: torch.device) -> Tensor:
-    """The step's scalars on a device, copied unless the step has them there already."""
+    """The step's scalars on a device, copied there unless the step already has them."""
     return scalars_of(at).to(device, non_blocking=True) if at.scalars is None else at.scalars

@@ -1,13 +1,13 @@
-"""Linear encoder and exact top-k selection, without a tensor of all pre-activations.
+"""Linear encoder with exact top-k selection, without storing all pre-activations.
 
     h = x W_enc^T + b_enc
     encode_topk(x, W_enc, b_enc, k)            max(h, 0) at the k largest h        (TopK)
     encode_topk(x, W_enc, b_enc, k, by="abs")  h at the k largest |h|              (AbsTopK)
 
-The product runs over chunks of tokens of at most `FASTSAE_BUFFER_MB`, and each chunk is selected
-from while it is warm. On a GPU it is cuBLAS's, and one pass over it selects; or our kernel's, which
-finds the maxima of groups on the way, so that selecting reads only the best groups. The gradients
-are the sparse products of sparse.py.
+The GEMM runs over chunks of tokens whose pre-activations fit in `FASTSAE_BUFFER_MB`, and top-k
+selects from each chunk while it is in the cache. On a GPU the GEMM is cuBLAS's, and selection reads
+the chunk once; or it is our kernel, which also finds the maxima of groups, so that selection reads
+only the best groups. The gradients are the sparse products of sparse.py.
 Shapes: N tokens, K kept, F latents, D model width.
 """
 
@@ -36,15 +36,15 @@ def encode_topk_reference(
     return topk_reference(linear(x, W_enc, b_enc), k, by)
 
 
-# --- the product, a chunk of tokens at a time -----------------------------------------------
+# --- GEMM and selection, a chunk of tokens at a time ----------------------------------------
 
 TRITON_WINS: set[tuple[int, int, int]] = set()
-"""(major number of the capability, d_in, d_sae) where a GPU's product with the maxima in its
-epilogue beats cuBLAS and a pass for the maxima, as measured by `python -m bench gpu`: none yet."""
+"""(major compute capability, d_in, d_sae) where our GEMM with fused maxima beats cuBLAS and a
+separate pass, as measured by `python -m bench gpu`: none yet."""
 
 
-def _with_maxima(x: Tensor, F: int, k: int) -> bool:
-    """Whether the product comes from our kernel, which finds the groups' maxima on the way."""
+def _fuses_maxima(x: Tensor, F: int, k: int) -> bool:
+    """Whether our GEMM runs instead of cuBLAS; it computes the groups' maxima in its epilogue."""
     if not use_triton(x):
         return False
     from ._encode_kernel import can_encode
@@ -56,12 +56,12 @@ def _with_maxima(x: Tensor, F: int, k: int) -> bool:
 
 
 def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
-    """What topk returns of the pre-activations: [N, D], [F, D], [F] -> [N, K], [N, K]."""
+    """Values and indices as of topk: [N, D], [F, D], [F] -> [N, K], [N, K]."""
     N, F = x.shape[0], W.shape[0]
     values = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
-    x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator misreads others
-    with_maxima = _with_maxima(x, F, k)
+    x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator ignores strides
+    with_maxima = _fuses_maxima(x, F, k)
     chunk = tokens_at_a_time(x, F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
@@ -75,32 +75,31 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Te
         else:
             pre = product(x[rows], W, b)
             write_topk(pre, k, by, values[rows], indices[rows])
-        del pre  # before the next one is made: the budget is for one
+        del pre  # before the next chunk is allocated: the budget is for one
     return values, indices
 
 
-# --- candidates, which are ranked again by exact values --------------------------------------
+# --- low-precision candidates, which are ranked again exactly --------------------------------
 
 Shadow = Tensor | Float8Rows | Int8Rows
-"""A copy of the encoder to look for candidates with."""
+"""A low-precision copy of the encoder, whose GEMM proposes candidates."""
 
 MARGINS = {torch.bfloat16: 0.5, torch.int8: 0.5, E4M3: 1.0}
-"""Candidates beyond k, in multiples of it, by the dtype of the encoder's copy. In all that we
-measured, 1.5 k of bfloat16 held every active entry, 1.5 k of int8 with balanced columns and 2 k of
-fp8 at least 99.999 % (bench/results/recall-cpu.json; outlier dimensions take the most)."""
+"""Candidates beyond k, as multiples of k, by the shadow's dtype. In all our measurements, 1.5 k
+candidates from bfloat16 contained every active entry, and 1.5 k from int8 with balanced columns or
+2 k from fp8 at least 99.999 % (bench/results/recall-cpu.json; outlier dimensions are hardest)."""
 
 
 def candidates_for(k: int, F: int, shadow: torch.dtype) -> int:
-    """How many entries of a product with that copy are ranked again, exactly."""
+    """How many candidates a shadow of this dtype proposes."""
     return min(k + max(8, int(MARGINS[shadow] * k)), F)
 
 
 def _candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
-    """Latents of the k largest entries of the product with the shadow: -> [N, K].
+    """Latents of the k largest pre-activations by the shadow: -> [N, K].
 
-    Equal rows of W are equal in fp8 as well, whose candidates are the lowest of equals: so that
-    ties go to the lowest latent. On a CPU, bfloat16 and int8 leave out any of more than there is
-    room for.
+    In fp8, ties go to the lowest latent, so that equal rows of W, which are equal in fp8 too, are
+    ranked correctly. On a CPU, bfloat16 and int8 break ties arbitrarily.
     """
     N, F = len(x), len(b)
     found = torch.empty(N, k, dtype=torch.int64, device=x.device)
@@ -118,7 +117,7 @@ def _candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
         else:
             pre = product(low[rows], shadow.contiguous(), bias)
             write_topk(pre, k, by, None, found[rows], "any")
-        del pre  # before the next one is made: the budget is for one
+        del pre  # before the next chunk is allocated: the budget is for one
     return found
 
 
@@ -128,15 +127,9 @@ def _candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
 class _EncodeTopk(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        k: int,
-        by: str,
-        shadow: Tensor | None,
-        scale: Tensor | None,
-        columns: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by: str,
+        shadow: Tensor | None, scale: Tensor | None, columns: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if shadow is None:
             return _select(x, W_enc, b_enc, k, by)
         copy = shadow
@@ -144,8 +137,8 @@ class _EncodeTopk(torch.autograd.Function):
             copy = Int8Rows(shadow, scale, columns)
         elif scale is not None:
             copy = Float8Rows(shadow, scale)
-        spare = candidates_for(k, len(W_enc), shadow.dtype)
-        return rescore(x, W_enc, b_enc, _candidates(x, copy, b_enc, spare, by), k, by)
+        C = candidates_for(k, len(W_enc), shadow.dtype)
+        return rescore(x, W_enc, b_enc, _candidates(x, copy, b_enc, C, by), k, by)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -164,7 +157,7 @@ class _EncodeTopk(torch.autograd.Function):
 def straight_through(
     g: Tensor, x: Tensor, W_enc: Tensor, indices: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc and b_enc from that of the listed pre-activations, [N, K]."""
+    """Gradients of x, W_enc and b_enc from g [N, K], the gradient of the kept pre-activations."""
     need_x, need_W, need_b = needs
     F, ones = W_enc.shape[0], x.new_ones(x.shape[0], 1)
     return (
@@ -186,7 +179,7 @@ _encode_topk = register(_EncodeTopk, _fake)
 
 
 def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, by: By = "value") -> None:
-    """Raise ValueError unless these are an encoder, tokens for it, and a way to rank."""
+    """Raise ValueError unless x, W_enc and b_enc match and `by` is valid."""
     check_shape("x", x, None, None)
     check_shape("W_enc", W_enc, None, x.shape[1])
     check_shape("b_enc", b_enc, W_enc.shape[0])
@@ -226,6 +219,7 @@ def encode_topk(
     """
     check_encoder(x, W_enc, b_enc, by)
     check_choice(k, by, W_enc.shape[0])
+    # Ops take only tensors, None where the kind of shadow lacks a part: fp8 has no columns.
     rows, scale, columns = (
         (*shadow, None)[:3] if isinstance(shadow, tuple) else (shadow, None, None)
     )
@@ -236,7 +230,7 @@ def encode_topk(
 def check_shadow(
     W_enc: Tensor, shadow: Tensor | None, scale: Tensor | None, columns: Tensor | None
 ) -> None:
-    """Raise ValueError unless a product with the shadow can stand for one with W_enc."""
+    """Raise ValueError unless the shadow is a copy of W_enc that this device supports."""
     if shadow is None:
         return
     F, D = W_enc.shape
@@ -255,17 +249,17 @@ def check_shadow(
         int8 = columns is not None
         reason = why_not_int8("cuda") if int8 else why_not_float8(F, D, W_enc.device)
         if reason is not None:
-            raise ValueError(f"{reason}: take a shadow in bfloat16, or none")
+            raise ValueError(f"{reason}: use a shadow in bfloat16, or none")
 
 
 @torch.no_grad()
 def encode_topk_each(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, choices: Sequence[tuple[int, By]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """encode_topk for S encoders of F latents each, stacked: one product serves all.
+    """encode_topk for S stacked encoders of F latents each, with a single GEMM.
 
-    x [N, D], W_enc [S F, D], b_enc [S F], one floating dtype, and for each encoder k and what it
-    ranks by -> S pairs of values [N, K] in that dtype and indices [N, K] int64, as of encode_topk.
+    x [N, D], W_enc [S F, D], b_enc [S F], one floating dtype, and for each encoder its (k, by)
+    -> S pairs of values [N, K] in that dtype and indices [N, K] int64, as of encode_topk.
     Not differentiable. Costs 2 N S F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations
     exist at a time. ValueError for wrong shapes or dtypes, or unless the choices divide the rows of
     W_enc.

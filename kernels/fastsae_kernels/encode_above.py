@@ -1,14 +1,14 @@
-"""Linear encoder that keeps whatever exceeds a threshold, without a tensor of all pre-activations.
+"""Linear encoder that keeps pre-activations above a threshold, without storing all of them.
 
     h = x W_enc^T + b_enc
     encode_above(x, W_enc, b_enc, threshold)            h where h > threshold
     encode_above(x, W_enc, b_enc, threshold, by="abs")  h where |h| > threshold
 
-For activations whose number of active latents varies from token to token. The product runs over
-chunks of tokens as in encode.py, and each chunk becomes two flat lists, of the entries and of their
-positions n F + f, in that order. On a GPU one pass over the chunk counts each row's entries, and
-one lists them. The whole is padded to the largest count of the batch. Ops that choose further,
-as topk_batch.py does, do so on the lists.
+For activations whose number of active latents varies from token to token. The GEMM runs over chunks
+of tokens as in encode.py. Each chunk becomes two flat lists, of its entries above the threshold and
+of their positions n F + f, in ascending order. On a GPU one pass over the chunk counts each row's
+entries, and a second one lists them. Finally, the lists become rows that are padded to the largest
+count of the batch. topk_batch.py selects from the flat lists.
 Shapes: N tokens, F latents, D model width, K the largest count, M entries in all.
 """
 
@@ -27,7 +27,7 @@ from .topk import By, _rank
 
 
 class Ragged(NamedTuple):
-    """Rows of different lengths, padded with zeros to the longest one."""
+    """Rows of different lengths, padded with zeros to the longest."""
 
     values: Tensor  # [N, K]
     indices: Tensor  # [N, K] int64
@@ -35,7 +35,7 @@ class Ragged(NamedTuple):
 
     @property
     def listed(self) -> Tensor:
-        """Which places hold an entry, not padding: [N, K]"""
+        """Mask of entries, as opposed to padding: [N, K]"""
         K = self.indices.shape[1]
         return torch.arange(K, device=self.count.device) < self.count[:, None]
 
@@ -66,9 +66,10 @@ def encode_above_reference(
 
 
 def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
+    """Entries above the threshold and their positions."""
     above = torch.zeros(-(-pre.numel() // 8) * 8, dtype=torch.bool)
     torch.gt(_rank(pre, by), threshold, out=above[: pre.numel()].view(pre.shape))
-    # Few of them are true: eight are looked at together, and then those of the eights with any.
+    # Few are true: test eight at a time, as one int64, then only the eights that are not all false.
     eights = above.view(torch.int64)
     some = eights.nonzero()[:, 0]
     found = eights[some].view(torch.bool).view(len(some), 8).nonzero()
@@ -82,9 +83,9 @@ def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]
 def products(x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Pre-activations, a chunk of tokens at a time: the position of the first, then [n, F].
 
-    Whoever takes them drops each before asking for the next: the budget is for one.
+    The caller must delete each chunk before it asks for the next one: the budget is for one.
     """
-    x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator misreads others
+    x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator ignores strides
     chunk = tokens_at_a_time(x, len(W))
     for start in range(0, len(x), chunk):
         yield start * len(W), product(x[start : start + chunk], W, b)
@@ -93,7 +94,7 @@ def products(x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
 def list_above(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
     """Entries above the threshold and their positions: contiguous [N, F], [F] -> [M], [M].
 
-    Reads M from a GPU, that is, waits for it.
+    Reading M waits for the GPU.
     """
     if not use_triton(pre):
         return _list_torch(pre, threshold, by)
@@ -105,7 +106,10 @@ def list_above(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
 
 
 def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> Ragged:
-    """Flat lists padded to the largest count, which is read from a GPU: -> [N, K], [N, K], [N]."""
+    """Pad flat lists to rows of the largest count; reading it waits for the GPU.
+
+    values [M], position [M] -> [N, K], [N, K], [N]
+    """
     ends = torch.arange(N + 1, device=position.device) * F
     count = torch.searchsorted(position, ends).diff()
     K = max(int(count.max()), 1) if N else 1
@@ -118,7 +122,26 @@ def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> Ragged:
 # --- autograd -------------------------------------------------------------------------------
 
 
-class _EncodeAbove(torch.autograd.Function):
+class RaggedEncoder(torch.autograd.Function):
+    """Autograd of an encoder that returns Ragged rows; subclasses define forward(x, W, b, ...)."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, indices, count = output
+        ctx.save_for_backward(*inputs[:2], indices, count)
+        ctx.mark_non_differentiable(indices, count)
+
+    @staticmethod
+    def backward(ctx, g, *_):  # g: [N, K]
+        x, W_enc, indices, count = ctx.saved_tensors
+        # Padding gets no gradient; a listed entry does, even if its value is 0.
+        g = g.where(Ragged(g, indices, count).listed, 0.0)
+        need_x, need_W, need_b, *others = ctx.needs_input_grad
+        gradients = straight_through(g, x, W_enc, indices, (need_x, need_W, need_b))
+        return *gradients, *(None for _ in others)
+
+
+class _EncodeAbove(RaggedEncoder):
     @staticmethod
     def forward(
         x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, by: str
@@ -131,29 +154,9 @@ class _EncodeAbove(torch.autograd.Function):
         values, position = (torch.cat(parts) for parts in zip(*lists, strict=True))
         return in_rows(values, position, len(x), len(W_enc))
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, indices, count = output
-        ctx.save_for_backward(*inputs[:2], indices, count)
-        ctx.mark_non_differentiable(indices, count)
-
-    @staticmethod
-    def backward(ctx, g, *_):  # g: [N, K]
-        return *listed_gradients(ctx, g), None, None
-
-
-def listed_gradients(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, W_enc and b_enc, for a ctx that saved x, W_enc, indices and count: through each entry.
-
-    An entry of value 0 passes it on as well; the padding does not.
-    """
-    x, W_enc, indices, count = ctx.saved_tensors
-    g = g.where(Ragged(g, indices, count).listed, 0.0)
-    return straight_through(g, x, W_enc, indices, ctx.needs_input_grad[:3])
-
 
 def fake_rows(x: Tensor) -> Ragged:
-    """What in_rows returns, of as many columns as the data decide."""
+    """Fake result of in_rows: the number of columns depends on the data."""
     N, K = x.shape[0], torch.library.get_ctx().new_dynamic_size()
     whole = torch.int64
     return Ragged(x.new_empty(N, K), x.new_empty(N, K, dtype=whole), x.new_empty(N, dtype=whole))
@@ -177,8 +180,8 @@ def encode_above(
     in x, W_enc and b_enc, twice and more, through every entry that is listed.
 
     Costs 2 N F D FLOPs and, on a GPU, two reads of the pre-activations, of which no more than
-    FASTSAE_BUFFER_MB exist at a time. How many entries there are decides the sizes: the host waits
-    for a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
+    FASTSAE_BUFFER_MB exist at a time. Sizes depend on the number of entries, so the host waits for
+    a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
     """
     check_encoder(x, W_enc, b_enc, by)
     wide, F = wide_dtype(x), W_enc.shape[0]

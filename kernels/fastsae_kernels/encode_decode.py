@@ -1,10 +1,10 @@
-"""A whole sparse autoencoder of top-k kind: encode, keep k, decode.
+"""A complete top-k sparse autoencoder as one op: encode, keep k, decode.
 
     values, indices = encode_topk(x, W_enc, b_enc, k, by)
     recon           = decode(values, indices, W_dec) + b_dec
 
-One op, because the rotation trick's gradient (rotation.py) of the encoder needs the decoder. The
-gradient of the decoder is that of decode. Shapes: N tokens, K kept, F latents, D and D_out widths
+It is one op because the rotation trick (rotation.py) needs the decoder for the encoder's gradient.
+The decoder's gradient is that of decode. Shapes: N tokens, K kept, F latents, D and D_out widths
 of x and of recon.
 """
 
@@ -27,15 +27,9 @@ Gradient = Literal["straight_through", "rotation_support", "rotation_dense"]
 
 
 def encode_decode_reference(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    k: int,
-    by: By = "value",
-    gradient: Gradient = "straight_through",
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int,
+    by: By = "value", gradient: Gradient = "straight_through",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """[N, D], [F, D], [F], [F, D_out], [D_out] -> [N, D_out], [N, K], [N, K]"""
     h = linear(x, W_enc, b_enc)
     values, indices = topk_reference(h, k, by)
@@ -54,15 +48,9 @@ def encode_decode_reference(
 class _EncodeDecode(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        k: int,
-        by: str,
-        gradient: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+        k: int, by: str, gradient: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         with torch.no_grad():
             values, indices = encode_topk(x, W_enc, b_enc, k, by)
             return decode(values, indices, W_dec) + b_dec, values, indices
@@ -122,13 +110,13 @@ def encode_decode(
     """Encode tokens, keep the k largest pre-activations of each, and decode them.
 
     x [N, D] (already centered), W_enc [F, D], b_enc [F], W_dec [F, D_out], b_dec [D_out], one
-    floating dtype -> recon [N, D_out], values [N, K] and indices [N, K] int64, to the bit those of
+    floating dtype -> recon [N, D_out], values [N, K] and indices [N, K] int64: bit for bit those of
     encode_topk, decode and + b_dec. Differentiable in all five; an entry of value 0 gets no
-    gradient from its value. How top-k passes the gradient on:
+    gradient from its value. `gradient` selects the gradient of top-k:
 
-    "straight_through"  as the identity on active entries, as encode_topk does (arXiv:2406.04093)
-    "rotation_support"  that of active entries, turned from the code to the pre-activations
-    "rotation_dense"    the same, starting from the gradient of all latents (arXiv:2410.06424)
+    "straight_through"  the identity on active entries, as in encode_topk (arXiv:2406.04093)
+    "rotation_support"  the gradient of active entries, rotated from codes to pre-activations
+    "rotation_dense"    the same with the gradient of all latents (arXiv:2410.06424)
 
     The first is differentiable twice. Forward costs 2 N F D FLOPs; backward 8 N K D and for the
     rotations that of rotation_gradients. No more than FASTSAE_BUFFER_MB of pre-activations exist

@@ -1,12 +1,12 @@
-"""A product of rows in fp8, which proposes the candidates that encode.py ranks exactly.
+"""An encoder GEMM in fp8 with one scale per row, which proposes candidates for encode_topk.
 
     scale[n] = 2^(floor(log2 max_d |x[n, d]|) - 7)
     rows[n]  = e4m3(x[n] / scale[n])
     scaled_product(x, W, b)[n, f] = scale_x[n] * scale_W[f] * (rows_x[n] . rows_W[f]) + b[f]
 
-e4m3 keeps 4 significant bits of a number. A scale that is a power of two divides exactly, so
-whoever writes the rows, torch or a kernel, writes the same bits; the largest entry of a row comes
-to between 128 and 256, below e4m3's largest, 448.
+e4m3 keeps 4 significant bits. Dividing by a power of two is exact, so torch and the kernels write
+the same bits. The largest entry of a row is scaled to between 128 and 256, below e4m3's maximum of
+448.
 Shapes: N tokens, F latents, D model width.
 """
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ._launch import capability, rows_at_a_time, use_triton
-from .topk import MOST
+from .topk import MAX_K
 
 E4M3 = torch.float8_e4m3fn
 EXPONENT_BITS = 0x7F800000  # of float32
-SMALLEST_SCALE = 2.0**-100  # its inverse, and that of the largest scale, are normal in float32
-ALIGNMENT = 16  # of both sizes of a matrix, in bytes, for the tensor cores
+SMALLEST_SCALE = 2.0**-100  # the inverses of this and of the largest scale are normal in float32
+ALIGNMENT = 16  # in bytes, that tensor cores require of both dimensions of a matrix
 FIRST_CAPABILITY = (8, 9)
 
 
@@ -48,7 +48,7 @@ def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_torch(x: Tensor, out: Float8Rows) -> None:
-    step = rows_at_a_time(x, x.shape[1])  # a whole dictionary needs no fp32 copy of itself
+    step = rows_at_a_time(x, x.shape[1])  # in chunks, to avoid an fp32 copy of a whole dictionary
     for part, rows, scale in zip(*(t.split(step) for t in (x, *out)), strict=True):
         largest = torch.linalg.vector_norm(part, float("inf"), dim=1).float()
         power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
@@ -60,16 +60,15 @@ def _quantize_torch(x: Tensor, out: Float8Rows) -> None:
 
 
 def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
-    """Round floating rows [F, D] to e4m3, each with a scale of its own, into `out` if given.
+    """Quantize floating rows [F, D] to e4m3 with one scale per row; writes to `out` if given.
 
-    The scale of a row with NaN or Inf is Inf. Finite rows: the same bits here and in the kernel.
+    The scale of a row with NaN or Inf is Inf. Finite rows have the same bits on every device.
     """
     x = x.contiguous()
     if out is None:
         scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
         out = Float8Rows(torch.empty_like(x, dtype=E4M3), scale)
-    fast = use_triton(x) and capability(x) >= FIRST_CAPABILITY and x.dtype != torch.float64
-    if fast:
+    if use_triton(x) and capability(x) >= FIRST_CAPABILITY and x.dtype != torch.float64:
         from ._float8_kernel import launch_quantize as run
     else:
         run = _quantize_torch
@@ -78,9 +77,9 @@ def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
 
 
 def scaled_product(x: Tensor, W: Float8Rows, b: Tensor) -> Tensor:
-    """[N, D], [F, D], [F] -> bfloat16 [N, F], on a GPU by its fp8 tensor cores.
+    """x W^T + b in fp8: [N, D], [F, D], [F] -> bfloat16 [N, F].
 
-    Elsewhere it is emulated, with exact products of the same rounded operands.
+    A GPU uses its fp8 tensor cores. A CPU emulates them in fp32 with the same rounded operands.
     """
     tokens, bias = quantize_rows(x), b.to(torch.bfloat16)
     if not x.is_cuda:
@@ -98,7 +97,7 @@ def scaled_product(x: Tensor, W: Float8Rows, b: Tensor) -> Tensor:
 
 
 def why_not_float8(F: int, D: int, device: torch.device | str) -> str | None:
-    """What keeps a product with F latents of width D from running in fp8 there; None: nothing."""
+    """Why a device cannot run the fp8 GEMM with F latents of width D; None if it can."""
     if torch.device(device).type != "cuda":
         return "fp8 needs a GPU"
     found = torch.cuda.get_device_capability(device)
@@ -110,10 +109,11 @@ def why_not_float8(F: int, D: int, device: torch.device | str) -> str | None:
 
 
 def float8_pays(F: int, k: int) -> bool:
-    """Whether halving the GEMM's time outweighs ranking its candidates again.
+    """Whether fp8 candidates are worth it: the faster GEMM against ranking candidates again.
 
-    A token's GEMM takes 2 F D FLOPs, reading its 2 k candidates 4 k D bytes. With an H200's 780
-    TFLOP/s in bfloat16, 1200 in fp8 and 4.3 TB/s they balance at F / k = 1040; the rest is for
-    rounding the tokens and writing the rows. More candidates than the top-k kernel takes cost more.
+    The GEMM takes 2 F D FLOPs per token, and reading 2 k candidates 4 k D bytes. With an H200's 780
+    TFLOP/s in bfloat16, 1200 in fp8 and 4.3 TB/s they balance at F / k = 1040; the margin up to
+    1500 is for quantizing the tokens and writing the rows. Above MAX_K candidates, the top-k kernel
+    does not apply.
     """
-    return F // k >= 1500 and 2 * k <= MOST
+    return F // k >= 1500 and 2 * k <= MAX_K

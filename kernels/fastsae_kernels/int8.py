@@ -1,14 +1,14 @@
-"""A product of rows in int8 on a CPU, which proposes the candidates that encode.py ranks exactly.
+"""An encoder GEMM in int8 for CPUs, which proposes candidates for encode_topk.
 
     scale[f] = max_d |c[d] W[f, d]| / 127, rounded up to 8 significant bits
     rows[f]  = round(c[d] W[f, d] / scale[f])
     int8_product(x, W, b)[f, n] = scale_W[f] * scale_x[n] * (rows_W[f] . rows_x[n]) + b[f]
 
-where the rows and scales of x are those of x / c. Columns c of powers of two even out dimensions
-of different sizes (SmoothQuant, arXiv:2211.10438): else a few large ones leave no levels to the
-others. Sums of int8 products are exact, so that it does not matter who multiplies. oneDNN wants
-one of the two operands packed: it gets the tokens, which are few, rather than all latents after
-each step. Therefore the result has a row per latent.
+where the rows and scales of x are those of x / c. The column factors c, powers of two, balance
+dimensions of different size (SmoothQuant, arXiv:2211.10438): otherwise a few large dimensions would
+leave hardly any levels to the others. Sums of int8 products are exact, so every implementation
+gives the same bits. oneDNN needs one operand in a packed format. Packing the tokens is cheaper than
+packing all latents after each step, so the result has one row per latent.
 Shapes: N tokens, F latents, D model width.
 """
 
@@ -24,14 +24,14 @@ SMALLEST_SCALE = 2.0**-100  # its inverse is normal in float32
 
 
 class Int8Rows(NamedTuple):
-    """A matrix in int8 with one scale per row, and the factors of its columns."""
+    """A matrix in int8 with one scale per row and one factor per column."""
 
     rows: Tensor
     """int8 [F, D]"""
     scale: Tensor
     """float32 [F]"""
     columns: Tensor
-    """float32 [D]: what each column was multiplied by before."""
+    """float32 [D]: the factor of each column, applied before quantization."""
 
 
 # --- reference: the specification -----------------------------------------------------------
@@ -56,23 +56,25 @@ def int8_product_reference(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
 
 
 def balance(x: Tensor) -> Tensor:
-    """Columns [D] for encoders of centered tokens x [N, D]: each the root of the mean share that
-    a dimension has of a token's largest entry, to the nearest power of two. Tokens with NaN or Inf
-    do not count."""
+    """Column factors [D] for encoders of centered tokens x [N, D].
+
+    Each is sqrt(mean over tokens of |x[n, d]| / max_d |x[n, d]|), rounded to a power of two. Tokens
+    with NaN or Inf do not count.
+    """
     x = x[x.isfinite().all(1)]
     if not len(x):
         return torch.ones(x.shape[1], device=x.device)
     largest = x.abs().amax(1, keepdim=True)
     share = (x / largest.clamp_min(SMALLEST_SCALE)).abs().float().mean(0)
-    root = share.sqrt_().clamp_min_(2.0**-8)  # of a dimension that is 0 as well
+    root = share.sqrt_().clamp_min_(2.0**-8)  # for dimensions that are (almost) always 0
     return torch.exp2(root.log2_().round_())
 
 
 def quantize_int8(x: Tensor, columns: Tensor | None = None) -> Int8Rows:
-    """Round floating rows [F, D] to 255 levels, each with a scale of its own that bfloat16 holds;
-    before, multiply the columns by `columns` [D], if given.
+    """Quantize floating rows [F, D] to 255 levels with one scale per row, exact in bfloat16.
 
-    The scale of a row with NaN or Inf is NaN or Inf, and its rows mean nothing.
+    Columns are first multiplied by the factors `columns` [D], if given. A row with NaN or Inf gets
+    a scale of NaN or Inf, and meaningless entries.
     """
     if columns is None:
         columns = torch.ones(x.shape[1], device=x.device)
@@ -84,9 +86,9 @@ def quantize_int8(x: Tensor, columns: Tensor | None = None) -> Int8Rows:
 
 
 def int8_product(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
-    """[N, D], [F, D], [F] -> bfloat16 [F, N], by oneDNN where the processor has VNNI or AMX.
+    """(x W^T + b)^T in int8: [N, D], [F, D], [F] -> bfloat16 [F, N].
 
-    Elsewhere it is emulated in float32.
+    oneDNN multiplies on CPUs with VNNI or AMX; elsewhere it is emulated in float32.
     """
     rows, scale, _ = quantize_int8(x / W.columns)
     if why_not_int8(x.device) is None:
@@ -98,11 +100,11 @@ def int8_product(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
     else:
         pre = torch.mm(W.rows.float(), rows.float().t()).mul_(scale).to(torch.bfloat16)
     low_scale, bias = W.scale[:, None].to(torch.bfloat16), b[:, None].to(torch.bfloat16)
-    return pre.mul_(low_scale).add_(bias)  # of mixed dtypes they would take four times as long
+    return pre.mul_(low_scale).add_(bias)  # mixed dtypes would take four times as long
 
 
 def why_not_int8(device: torch.device | str) -> str | None:
-    """What keeps a product from running in int8 there; None: nothing."""
+    """Why a device cannot run the int8 GEMM; None if it can."""
     if torch.device(device).type != "cpu":
         return "int8 is for CPUs"
     if not instructions() & {"avx512_vnni", "avx_vnni"}:

@@ -1,17 +1,17 @@
-"""JumpReLU and its L0, with a gradient for the threshold (arXiv:2407.14435).
+"""JumpReLU and its L0, with a straight-through gradient for the threshold (arXiv:2407.14435).
 
     jumprelu(h)[n, f] = h[n, f] 1[h[n, f] > threshold[f]]
     jumprelu_l0(h)[n] = sum_f 1[h[n, f] > threshold[f]]
 
-Both are flat in the threshold wherever they have a derivative. With a rectangular window around
-the threshold, K = 1[|h - threshold| < bandwidth / 2], their gradients for g are taken to be
+The derivative of both in the threshold is 0 wherever it exists. With the rectangular kernel
+K = 1[|h - threshold| < bandwidth / 2], the straight-through gradients for an output gradient g are
 
     jumprelu:       h: g 1[h > threshold]    threshold: -threshold / bandwidth sum_n K g
     jumprelu_l0:    h: 0                     threshold: -1 / bandwidth sum_n K g
 
-Blocks of rows are summed first, then the blocks, in a fixed order. Both functions are one op, and
-its kernels take L0 as a constant. Shapes: N rows (tokens), F latents. Arithmetic is in fp32 (fp64
-for fp64 h).
+Sums run over blocks of rows first, then over the blocks, in a fixed order. Both functions are one
+op, whose kernels have the constexpr L0. Shapes: N rows (tokens), F latents. Arithmetic is in fp32
+(fp64 for fp64 h).
 """
 
 import math
@@ -26,6 +26,8 @@ from ._op import register, register_constant
 
 
 class _Reference(torch.autograd.Function):
+    """Both functions; the straight-through gradients are written as in the module."""
+
     @staticmethod
     def forward(ctx, h, threshold, bandwidth, l0):
         ctx.save_for_backward(h, threshold)
@@ -124,7 +126,7 @@ class _Jumprelu(torch.autograd.Function):
 def _jumprelu_backward(
     g: Tensor, h: Tensor, threshold: Tensor, bandwidth: float, l0: bool
 ) -> tuple[Tensor, Tensor]:
-    """dh, of no entries for l0, and the gradient of the threshold"""
+    """dh (empty for l0) and the gradient of the threshold."""
     dh, d_threshold = _new_gradients(g, h, threshold, bandwidth, l0)
     if not h.numel():
         return dh, d_threshold.zero_()
@@ -160,22 +162,22 @@ def _apply(h: Tensor, threshold: Tensor, bandwidth: float, l0: bool) -> Tensor:
 
 
 def jumprelu(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """Set the entries of h that do not exceed their latent's threshold to 0.
+    """Set entries of h that do not exceed their latent's threshold to 0.
 
     h [..., F] and threshold [F] floating, bandwidth > 0 -> like h; NaN stays NaN. Differentiable
-    once, in h and, by the pseudo-derivative of arXiv:2407.14435 (see the module), in threshold.
-    Reads h and writes as much; the gradient reads h and g and writes as much as h.
+    once, in h and, straight-through with this bandwidth (arXiv:2407.14435), in threshold. Forward
+    reads h and writes a tensor of its size; backward reads h and g and writes one.
     ValueError for wrong shapes or dtypes, and for a bandwidth that is not positive.
     """
     return _apply(h, threshold, bandwidth, l0=False)
 
 
 def jumprelu_l0(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """How many entries of each row of h exceed their latent's threshold.
+    """Count the entries of each row of h that exceed their latent's threshold.
 
     h [..., F] and threshold [F] floating, bandwidth > 0 -> [...] in float32 (float64 for float64
-    h); NaN exceeds nothing. Differentiable once, in threshold only, by the pseudo-derivative of
-    arXiv:2407.14435 (see the module). Reads h; the gradient reads it again.
+    h); NaN exceeds nothing. Differentiable once, in threshold only, straight-through with this
+    bandwidth (arXiv:2407.14435). Forward and backward each read h once.
     ValueError for wrong shapes or dtypes, and for a bandwidth that is not positive.
     """
     return _apply(h, threshold, bandwidth, l0=True)

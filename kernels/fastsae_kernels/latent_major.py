@@ -1,11 +1,11 @@
-"""The entries of a sparse code in the order of their latents, and sums over each latent's.
+"""Sort the entries of a sparse code by latent, and sum over each latent's entries.
 
     sum_runs(w, x, runs)    out[f] = sum over the entries e of latent f of w[e] * x[token[e]]
 
-This is how weight gradients are summed without atomics: a stable sort gives every latent's tokens
-in one run and one order. Where a few latents fire on many tokens, one program each would leave the
-GPU idle; so every aligned chunk of entries that belongs to one latent as a whole is summed first,
-by a program of its own, and the latent's program adds up chunks.
+This sums weight gradients without atomics: a stable sort puts every latent's tokens into one run,
+in a fixed order. If a few latents fire on many tokens, one program per latent would leave the GPU
+idle. So each aligned chunk of entries that lies within one latent's run is summed first, by its own
+program, and the latent's program adds up its chunks.
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
 
@@ -23,24 +23,24 @@ class LatentMajor(NamedTuple):
     """The N * K entries of a code in latent order, each latent's in token order."""
 
     entry: Tensor
-    """int64 [N * K]: where the entry stood in the flattened [N, K] code."""
+    """int64 [N * K]: the entry's position in the flattened [N, K] code."""
 
     token: Tensor
-    """int32 [N * K]: the token it belongs to."""
+    """int32 [N * K]: its token."""
 
     latent: Tensor
-    """int32 [N * K]: the latent it belongs to; F for entries that are left out, at the end."""
+    """int32 [N * K]: its latent; F for inactive entries, which are at the end."""
 
     start: Tensor
-    """int32 [F + 1]: latent f owns entries start[f] up to start[f + 1]."""
+    """int32 [F + 1]: entries start[f] to start[f + 1] (exclusive) are latent f's."""
 
 
 def latent_major(indices: Tensor, F: int, active: Tensor | None = None) -> LatentMajor:
-    """Sort the entries of a code by latent, stably: [N, K] -> LatentMajor.
+    """Stable sort of a code's entries by latent: [N, K] -> LatentMajor.
 
-    Given `active`, a mask of them, the other entries are left out.
+    With a mask `active` [N, K], the other entries are left out.
     """
-    latent = indices.int()  # sorts in half the time
+    latent = indices.int()  # int32 sorts in half the time
     if active is not None:
         latent = latent.where(active, F)
     latent, entry = latent.flatten().sort(stable=True)
@@ -52,7 +52,7 @@ def latent_major(indices: Tensor, F: int, active: Tensor | None = None) -> Laten
 
 
 class _Latest(NamedTuple):
-    """What the indices of a backward pass were sorted to, for as long as they live."""
+    """The last result of a backward pass, with a weak reference to its indices."""
 
     indices: TensorWeakRef
     backward_pass: int
@@ -64,8 +64,11 @@ _latest: _Latest | None = None
 
 
 def latent_major_once(indices: Tensor, F: int) -> LatentMajor:
-    """latent_major, without sorting a tensor again in one backward pass: its weight gradients have
-    their indices in common. Elsewhere, where these may change in between, it sorts every time."""
+    """latent_major, but sorts a tensor only once per backward pass.
+
+    The weight gradients of one pass share their indices. Outside a backward pass, where indices may
+    be changed in place between two calls, it sorts every time.
+    """
     global _latest
     last, backward_pass = _latest, torch._C._current_graph_task_id()
     if last and (last.backward_pass, last.F) == (backward_pass, F) and last.indices() is indices:
@@ -85,14 +88,14 @@ def _sum_runs_torch(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice) 
     return embedding_bag(token, x, offsets, per_sample_weights=weights, mode="sum")
 
 
-# --- for ops ---------------------------------------------------------------------------------
+# --- public ---------------------------------------------------------------------------------
 
 
 def sum_runs(weights: Tensor, x: Tensor, runs: LatentMajor, rows: slice | None = None) -> Tensor:
-    """scatter_outer for a caller that keeps the entries in latent order.
+    """scatter_outer for entries that are sorted by latent already.
 
-    weights [N * K] = values.flatten()[runs.entry], x [N, D] -> [F, D], or some of those rows. Not
-    differentiable.
+    weights [N * K] = values.flatten()[runs.entry], x [N, D] -> [F, D], or only the given rows of
+    it. Not differentiable.
     """
     if use_triton(x):
         from ._latent_major_kernel import launch_sum_runs as run

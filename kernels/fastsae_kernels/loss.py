@@ -1,25 +1,17 @@
-"""Decode, subtract the target, square, and find the gradient of the values, in one pass.
+"""The squared error of a reconstruction and the gradient of its values, in one pass.
 
     error[n]  = sum_k v[n, k] W[i[n, k]] + b - target[n]
     sse[n]    = |error[n]|^2
     dots[n,k] = error[n] . W[i[n, k]]          half the gradient of sse[n] in v[n, k]
 
-The rows of W that a token picks are needed twice, to decode and for the dot products: the kernel
-(_loss_kernel.py) reads them once.
+Decoding and the dot products need the same rows of W; the kernel (_loss_kernel.py) reads them once.
 Shapes: N tokens, K active latents per token, F latents, D width.
 """
 
 import torch
 from torch import Tensor
 
-from ._launch import (
-    check_codes,
-    check_devices,
-    check_indices,
-    check_shape,
-    use_triton,
-    wide_dtype,
-)
+from ._launch import check_codes, check_devices, check_indices, check_shape, use_triton, wide_dtype
 from ._op import register
 from .sparse import decode, decode_reference, gather_dot, gather_dot_reference, scatter_outer
 
@@ -73,7 +65,7 @@ class _SquaredError(torch.autograd.Function):
     def backward(ctx, g, *_):  # g: [N]
         values, indices, W, b, target, error, dots = ctx.saved_tensors
         need_values, _, need_W, need_b, need_target = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # to be differentiated again: what was found is no constant
+        if torch.is_grad_enabled():  # for second derivatives, these depend on the inputs
             wide = decode(values, indices, W.to(dots.dtype)) + b - target
             error, dots = wide.to(W.dtype), gather_dot(wide, indices, W)
         g = 2 * g[:, None]
@@ -103,13 +95,13 @@ _squared_error = register(_SquaredError, _fake)
 def squared_error(
     values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far the reconstruction of each token is from its target.
+    """Squared error of the reconstruction of each token.
 
     values [N, K], W [F, D], b [D], target [N, D] floating, indices [N, K] int32 or int64 below F
     -> sse [N], error [N, D] in W's dtype and dots [N, K]; sse and dots in fp32 (fp64 for fp64 W).
     sse is differentiable in values, W, b and target, twice and more; error and dots are constants.
-    The forward pass already finds the gradient of values, so backward only sums weight gradients;
-    if that is to be differentiated again, it decodes again.
+    The forward pass also computes the gradient of values, so backward only sums weight gradients;
+    with create_graph=True it decodes again.
 
     Moves N K D elements of W and 2 N D more, costs 4 N K D FLOPs. ValueError for wrong shapes or
     dtypes.

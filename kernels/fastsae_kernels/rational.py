@@ -1,22 +1,22 @@
-"""A rational activation with trainable coefficients, shared by all latents (arXiv:2606.14990).
+"""Rational activation with trainable coefficients that all latents share (arXiv:2606.14990).
 
     t = clamp((h - shift) / c_in, -1, 1)
     P = sum_i a[i] t^i              i = 0..p
     S = sum_j b[j - 1] t^j          j = 1..q
     rational(h) = c_out P / Q,      Q = 1 + |S|
 
-The fit of a and b holds on [-1, 1] only, and far outside t^9 overflows; hence the clamp. Beyond it
-the function is constant: h, shift and c_in get no gradient from t there.
+The coefficients are fitted on [-1, 1] only, and far outside t^9 overflows; hence the clamp. Where t
+is clamped the function is constant, so h, shift and c_in get no gradient.
 
-With r = P / Q and sign(0) = 0, what each entry of gradient g adds to the gradients is
+With r = P / Q and sign(0) = 0, an entry with output gradient g contributes
 
     h: d / c_in,  d = g c_out (P' - r sign(S) S') / Q where t is not clamped, else 0
     a[i]: g c_out t^i / Q      b[j - 1]: -g c_out r sign(S) t^j / Q
     c_in: -d t / c_in          c_out: g r          shift: -d / c_in
 
 Each program of the backward kernel sums its entries; a second pass adds the programs' sums in a
-fixed order. Shapes: h as a matrix [R, C], which shift follows by two strides; p + 1 coefficients
-of P, q of S. Arithmetic is in fp32 (fp64 for fp64 h).
+fixed order. Shapes: h as a matrix [R, C], to which shift is broadcast by two strides; p + 1
+coefficients of P, q of S. Arithmetic is in fp32 (fp64 for fp64 h).
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ Scalars = tuple[Tensor, Tensor, Tensor, Tensor]
 def rational_reference(
     h: Tensor, a: Tensor, b: Tensor, c_in: Tensor, c_out: Tensor, shift: Tensor | float = 0.0
 ) -> Tensor:
-    """[...], [p + 1], [q], [], [] and what broadcasts against h -> [...]"""
+    """[...], [p + 1], [q], [], [] and a shift that broadcasts to h -> [...]"""
     t = ((h - shift) / c_in).clamp(-1, 1)
     P = sum(a[i] * t**i for i in range(len(a)))
     S = sum(b[j - 1] * t**j for j in range(1, len(b) + 1))
@@ -48,11 +48,11 @@ def rational_reference(
 # --- torch path: what runs without a GPU ----------------------------------------------------
 
 CHUNK = 1 << 17
-"""Entries that a CPU works on at a time: what is computed from them stays in the cache."""
+"""Entries that a CPU works on at a time, so that intermediate results stay in the cache."""
 
 
 def _chunks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each [R, C], or some columns of the only row."""
+    """Split matrices [R, C] into chunks of rows, or a single row into chunks of columns."""
     R, C = matrices[0].shape
     size, dim = (max(1, CHUNK // C), 0) if R > 1 else (CHUNK, 1)
     return zip(*(matrix.split(size, dim) for matrix in matrices), strict=True)
@@ -67,12 +67,12 @@ def _polynomial(coefficients: Tensor, t: Tensor) -> Tensor:
 
 
 def _slope(coefficients: Tensor) -> Tensor:
-    """Coefficients of a polynomial -> those of its derivative."""
+    """Coefficients of a polynomial's derivative."""
     return coefficients[1:] * torch.arange(1, len(coefficients), dtype=coefficients.dtype)
 
 
 def _moments(w: Tensor, t: Tensor, count: int) -> list[Tensor]:
-    """Sums of w t^i for i below count; w is used up."""
+    """Sums of w t^i for i < count; overwrites w."""
     return [(w.mul_(t) if i else w).sum() for i in range(count)]
 
 
@@ -88,6 +88,7 @@ def _rational_torch(h: Tensor, shift: Tensor, scalars: Scalars, out: Tensor) -> 
 def _rational_backward_torch(
     g: Tensor, h: Tensor, shift: Tensor, scalars: Scalars, dh: Tensor
 ) -> Tensor:
+    """Writes dh; returns the concatenated gradients of a, b, c_in and c_out."""
     wide = wide_dtype(h)
     a, b, c_in, c_out = (c.to(wide) for c in scalars)
     b_from_0, sums = pad(b, (1, 0)), []
@@ -113,7 +114,10 @@ def _rational_backward_torch(
 
 
 def _as_matrix(shift: Tensor, h: Tensor) -> Tensor:
-    """shift expanded to h as [R, C], a view unless broadcast amid h; R = 1 where that can be."""
+    """shift expanded to the shape of h, as [R, C]: with R = 1 if possible, and usually a view.
+
+    It is copied only if shift is broadcast along a dimension between others.
+    """
     shift = shift.expand(h.shape).reshape(-1, h.shape[-1] if h.dim() else 1)
     row, column = shift.stride()
     return shift.view(1, -1) if row == column * shift.shape[1] else shift
@@ -159,7 +163,7 @@ def _rational_backward(
     g: Tensor, h: Tensor, a: Tensor, b: Tensor, c_in: Tensor, c_out: Tensor, shift: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dh in the given dtype, and the gradients of a, b, c_in and c_out in a row: [p + q + 3]"""
+    """dh in the given dtype, and the concatenated gradients of a, b, c_in and c_out: [p + q + 3]"""
     dh = torch.empty(h.shape, dtype=dtype, device=h.device)
     if not h.numel():
         return dh, h.new_zeros(len(a) + len(b) + 2, dtype=wide_dtype(h))
@@ -198,13 +202,13 @@ def rational(
     c_out: Tensor | float,
     shift: Tensor | float = 0.0,
 ) -> Tensor:
-    """c_out P(t) / Q(t) of each entry, with t = clamp((h - shift) / c_in, -1, 1): see the module.
+    """c_out P(t) / Q(t) of each entry, with t = clamp((h - shift) / c_in, -1, 1); see the module.
 
-    h floating of any shape, such as the values [N, K] of a support; a [p + 1] and b [q] floating;
-    c_in (not 0) and c_out numbers or tensors without dimensions; shift a number or what broadcasts
-    against h -> like h. Differentiable in all of them, once (arXiv:2606.14990).
-    Reads h and writes as much, in 2 (p + q) FLOPs an entry; the gradient reads h and g and takes
-    6 (p + q). ValueError for wrong shapes or dtypes.
+    h floating of any shape, such as a code's values [N, K]; a [p + 1] and b [q] floating; c_in (not
+    0) and c_out numbers or tensors without dimensions; shift a number or a tensor that broadcasts
+    to h -> like h. Differentiable once, in all of them (arXiv:2606.14990).
+    Forward reads h and writes a tensor of its size, with 2 (p + q) FLOPs per entry; backward also
+    reads g, with 6 (p + q) FLOPs. ValueError for wrong shapes or dtypes.
     """
     c_in, c_out, shift = (
         c if isinstance(c, Tensor) else h.new_full((), c, dtype=wide_dtype(h))

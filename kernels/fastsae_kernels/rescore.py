@@ -1,4 +1,4 @@
-"""The k largest of some candidates of each token, ranked by exact pre-activations.
+"""Rank each token's candidate latents by their exact pre-activations, and keep the k largest.
 
     h[n, c] = x[n] . W[candidates[n, c]] + b[candidates[n, c]],  by sums in fp32
     rescore(x, W, b, candidates, k)            max(h, 0) at the k largest h of each token
@@ -10,11 +10,9 @@ Shapes: N tokens, C candidates per token, K kept, F latents, D model width.
 import torch
 from torch import Tensor
 
-from ._launch import use_triton
+from ._launch import use_triton, wide_dtype
 from .sparse import gather_dot
 from .topk import By, topk, topk_reference
-
-HALF = torch.bfloat16, torch.float16
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -23,8 +21,7 @@ def rescore_reference(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By = "value"
 ) -> tuple[Tensor, Tensor]:
     """[N, D], [F, D], [F], [N, C] -> [N, K], [N, K]"""
-    latents = candidates.sort(dim=1).values
-    wide = torch.float32 if x.dtype in HALF else x.dtype
+    latents, wide = candidates.sort(dim=1).values, wide_dtype(x)
     h = torch.einsum("nd,ncd->nc", x.to(wide), W[latents].to(wide)) + b[latents]
     values, place = topk_reference(h, k, by)
     return values.to(x.dtype), latents.gather(1, place)
@@ -37,8 +34,7 @@ def _rescore_torch(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By
 ) -> tuple[Tensor, Tensor]:
     latents = candidates.sort(dim=1).values  # so that ties go to the lowest latent
-    wide = torch.float32 if x.dtype in HALF else x.dtype
-    h = gather_dot(x.to(wide), latents, W) + b[latents]
+    h = gather_dot(x.to(wide_dtype(x)), latents, W) + b[latents]
     values, place = topk(h, k, by)
     return values.to(x.dtype), latents.gather(1, place)
 
@@ -49,11 +45,11 @@ def _rescore_torch(
 def rescore(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By = "value"
 ) -> tuple[Tensor, Tensor]:
-    """Rank candidates [N, C], different latents of each token, and keep k of them.
+    """Rank candidates [N, C], distinct latents for each token, and keep the k largest.
 
-    x [N, D], W [F, D], b [F] -> values and indices [N, K] as of topk, largest first, ties to the
-    lowest latent, NaN before any number; values are rounded to x's dtype after they are ranked. Not
-    differentiable. Reads N C D elements of W. encode_topk, which calls it, checks its arguments.
+    x [N, D], W [F, D], b [F] -> values and indices [N, K] as of topk: largest first, ties to the
+    lowest latent, NaN before any number. Values are ranked in fp32 and then rounded to x's dtype.
+    Not differentiable. Reads N C D elements of W. encode_topk, its caller, checks the arguments.
     """
     if use_triton(x) and x.dtype != torch.float64:
         from ._rescore_kernel import launch_rescore as run

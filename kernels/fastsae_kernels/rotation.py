@@ -1,4 +1,4 @@
-"""The rotation trick: a gradient of top-k that also reaches the latents it drops.
+"""The rotation trick: a gradient of top-k that also reaches latents that were not selected.
 
 In the forward pass q is the k largest of h = x W_enc^T + b_enc (topk.py) and recon = q W_dec. The
 backward pass treats q as lambda R h, where lambda = |q| / |h| and R, the rotation that takes the
@@ -9,8 +9,8 @@ their angle is lambda, and with g = dL/dq
     s = (h . g / |h| + q . g / |q|) / (1 + lambda)
     a = lambda,  b = lambda (2 q . g / |q| - s),  c = -lambda s         all 0 where q = 0
 
-    mode "dense"      g = W_dec d_recon + d_values: dropped latents get gradients too
-    mode "support"    the same on the active entries of q, 0 elsewhere
+    mode "dense"      g = W_dec d_recon + d_values: all latents get gradients
+    mode "support"    the same for the active entries of q, 0 elsewhere
 
 An entry of value 0 is inactive: it is not part of q, and its d_values are ignored. Write
 g = W_dec d_recon + t in mode "dense" and g = t in mode "support", with t sparse, p = b / |h| (a
@@ -69,16 +69,9 @@ def rotation_gradient_reference(h: Tensor, q: Tensor, g: Tensor) -> Tensor:
 
 
 def rotation_gradients_reference(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    d_recon: Tensor,
-    d_values: Tensor,
-    mode: Mode,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor,
+    d_recon: Tensor, d_values: Tensor, mode: Mode,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx [N, D], dW_enc [F, D], db_enc [F]"""
     h = linear(x, W_enc, b_enc)
     q, g = (torch.zeros_like(h).scatter(1, indices, t) for t in (values, d_values))
@@ -110,13 +103,13 @@ def rotation_gradients(
     mode: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a top-k encoder by the rotation trick; encode_decode checks the arguments.
+    """Gradients of a top-k encoder with the rotation trick; encode_decode checks the arguments.
 
     Args:
         x, W_enc, b_enc, W_dec: [N, D] (centered), [F, D], [F], [F, D_out]
         values, indices: the code of the forward pass, [N, K] each
         d_recon, d_values: the gradients of recon [N, D_out] and of values [N, K]
-        mode: "support" spreads the gradient of active latents only, "dense" that of all
+        mode: "support" rotates the gradient of active latents only, "dense" that of all
         needs: which of dx, dW_enc and db_enc to compute; the others are returned empty
 
     Costs 4 (F + N) D (D + D_out) FLOPs or 2 N F (3 D + D_out), the smaller, in mode "dense" (see

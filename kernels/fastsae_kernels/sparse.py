@@ -1,12 +1,11 @@
-"""Three products of a sparse code with a dense matrix, closed under differentiation.
+"""Three sparse products, whose gradients are again these three products.
 
     decode(v, i, W)         out[n]    = sum_k v[n, k] * W[i[n, k]]
     gather_dot(x, i, W)     out[n, k] = x[n] . W[i[n, k]]
     scatter_outer(v, i, x)  out[f]    = sum over (n, k) with i[n, k] = f of v[n, k] * x[n]
 
-The gradient of each is the other two, so there is one kernel per product and no backward kernel.
-An index outside [0, F) is a ValueError on a CPU, and stands for a row of zeros on a GPU, where to
-look at it would mean to wait.
+So there is one kernel per product and no backward kernel. An index outside [0, F) is a ValueError
+on a CPU; on a GPU, where checking would have to wait, it stands for a row of zeros.
 Shapes: N tokens, K active latents per token, F latents, D model width. Accumulation is in fp32
 (fp64 for fp64 inputs), in a fixed order: the same inputs give the same bits.
 """
@@ -50,8 +49,9 @@ def _decode_torch(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     (N, K), F = indices.shape, W.shape[0]
     wide = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
-    # sampled_addmm knows one dtype, no half precision, and no more entries than a dense matrix has.
-    if not x.dtype == W.dtype == wide or K > F:
+    # sampled_addmm supports neither mixed dtypes, half precision nor empty indices, and no more
+    # entries than a dense matrix has.
+    if not x.dtype == W.dtype == wide or K > F or not indices.numel():
         rows = zip(x.to(wide).split(64), indices.split(64), strict=True)
         return torch.cat([(W[i].to(wide) @ t[:, :, None])[:, :, 0] for t, i in rows]).to(x)
     start = torch.arange(0, N * K + 1, K, dtype=indices.dtype)
@@ -67,11 +67,15 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 # --- autograd -------------------------------------------------------------------------------
 
 
-def save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+class _Product(torch.autograd.Function):
+    """What the three products have in common: backward needs their three tensors."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
 
 
-class _Decode(torch.autograd.Function):
+class _Decode(_Product):
     @staticmethod
     def forward(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         check_indices(indices, W.shape[0])
@@ -82,8 +86,6 @@ class _Decode(torch.autograd.Function):
         else:
             run = _decode_torch
         return run(values.contiguous(), indices.contiguous(), W.contiguous())
-
-    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, D]
@@ -96,19 +98,15 @@ class _Decode(torch.autograd.Function):
         )
 
 
-class _GatherDot(torch.autograd.Function):
+class _GatherDot(_Product):
     @staticmethod
     def forward(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         check_indices(indices, W.shape[0])
-        if not indices.numel():
-            return x.new_zeros(indices.shape)
         if use_triton(W):
             from ._sparse_kernel import launch_gather_dot as run
         else:
             run = _gather_dot_torch
         return run(x.contiguous(), indices.contiguous(), W.contiguous())
-
-    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, g):  # g: [N, K]
@@ -121,7 +119,7 @@ class _GatherDot(torch.autograd.Function):
         )
 
 
-class _ScatterOuter(torch.autograd.Function):
+class _ScatterOuter(_Product):
     @staticmethod
     def forward(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
         check_indices(indices, F)
@@ -130,10 +128,6 @@ class _ScatterOuter(torch.autograd.Function):
         runs = latent_major_once(indices, F)
         weights = values.flatten()[runs.entry].to(x.dtype)
         return sum_runs(weights, x.contiguous(), runs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx, g):  # g: [F, D]
@@ -155,7 +149,7 @@ _scatter_outer = register(_ScatterOuter, lambda values, indices, x, F: x.new_emp
 
 
 def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """Sum the rows of W that each token picks, weighted by its values.
+    """Reconstruct tokens: sum the rows of W that each token picks, weighted by its values.
 
     values [N, K] and W [F, D] floating, indices [N, K] int32 or int64 below F (repeats add up)
     -> [N, D] in W's dtype. Differentiable in values and W, twice and more.
@@ -182,7 +176,7 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, F: int) -> Tensor:
-    """Sum, for each of F latents, the tokens that picked it, weighted by their values.
+    """Sum, for each of F latents, the tokens that pick it, weighted by their values.
 
     values [N, K] and x [N, D] floating, indices [N, K] int32 or int64 below F -> [F, D] in x's
     dtype: the weight gradient of decode. Differentiable in values and x, twice and more.

@@ -1,4 +1,4 @@
-"""Tolerances that nobody has to choose."""
+"""The tolerance of all tests: an op may err at most twice as much as its reference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,30 +8,30 @@ from torch import Tensor
 
 
 def assert_no_worse(op: Callable, reference: Callable, *args: Any, factor: float = 2.0) -> None:
-    """Raise AssertionError unless op errs at most factor times as much as its reference.
+    """Raise AssertionError if the error of `op` exceeds `factor` times its reference's own error.
 
-    Both run on the same arguments; the error is the largest distance from the reference in
-    float64. Holds for every output and for the gradient of every floating tensor among args, and
-    one rounding of the result is allowed on top. Integer outputs must equal the reference's.
+    Both run on the same arguments. An error is the largest distance from the reference in float64.
+    This compares all outputs and the gradients of all floating tensors among args, and allows one
+    more rounding of the result. Integer outputs must equal the reference's.
     """
     got = _run(op, args)
-    same, exact = _run(reference, args), _run(reference, args, torch.float64)
-    assert got.keys() == same.keys()
+    reference_got, exact = _run(reference, args), _run(reference, args, torch.float64)
+    assert got.keys() == reference_got.keys()
     for name, a in got.items():
-        s, e = same[name], exact[name]
-        assert (a.shape, a.dtype) == (s.shape, s.dtype), f"{name}: {a.shape} {a.dtype}"
+        r, e = reference_got[name], exact[name]
+        assert (a.shape, a.dtype) == (r.shape, r.dtype), f"{name}: {a.shape} {a.dtype}"
         if not a.is_floating_point():
-            assert torch.equal(a, s), f"{name} differs"
+            assert torch.equal(a, r), f"{name} differs"
         elif a.numel():
-            error, allowed = (a - e).abs().max(), (s - e).abs().max()
+            error, own = (a - e).abs().max(), (r - e).abs().max()
             rounding = torch.finfo(a.dtype).eps * e.abs().max()
-            assert error <= factor * allowed + rounding, (
-                f"{name}: error {error:.1e} > {factor} * {allowed:.1e} + {rounding:.1e}"
+            assert error <= factor * own + rounding, (
+                f"{name}: error {error:.1e} > {factor} * {own:.1e} + {rounding:.1e}"
             )
 
 
 def _run(fn: Callable, args: tuple, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Outputs of fn and its gradients by name, computed in dtype if one is given."""
+    """Outputs of fn and gradients of its arguments, by name, computed in dtype if given."""
     args = tuple(
         a.detach().to(dtype or a.dtype).requires_grad_() if _is_float(a) else a for a in args
     )
@@ -53,6 +53,6 @@ def _is_float(a: Any) -> bool:
 
 
 def _weights(out: Tensor) -> Tensor:
-    """What out's gradient starts from: of both signs, and the same number in every dtype."""
+    """The gradient of an output: of both signs, and exact in every dtype."""
     steps = torch.arange(out.numel(), device=out.device) * 5 % 17 - 8
     return (steps / 8).to(out.dtype).view(out.shape)

@@ -1,12 +1,12 @@
-"""The k largest entries of each row, exactly, ties to the lowest index.
+"""Exact top-k of each row, with ties to the lowest index.
 
     topk(pre, k, by)    values, indices: [N, F] -> [N, K], largest first
 
-An entry among the k largest lies in one of the k groups whose maxima are largest: otherwise k
-larger maxima would stand above it. So one pass takes the maximum of each group of G entries, the
-k best groups are found among F / G maxima (by the same method), and the k best entries among
-their k G members. On a CPU group g holds entries g, g + M, g + 2 M, ...: neighbors in memory
-belong to different groups, so the pass needs no sum across a vector register.
+Each of the k largest entries lies in one of the k groups with the largest maxima: otherwise k
+larger maxima would exceed it. So one pass computes the maximum of each group of G entries; the k
+best groups are then selected among F / G maxima (by the same method), and the k best entries among
+their k G members. On a CPU, group g holds entries g, g + M, g + 2 M, ...: neighbors in memory
+belong to different groups, so that the pass needs no reduction within a vector register.
 
 Shapes: N tokens, F latents, K kept, G entries per group, M groups.
 """
@@ -23,10 +23,10 @@ By = Literal["value", "abs"]
 Ties = Literal["lowest", "any"]
 
 DTYPES = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Input dtypes of the kernel, and how many low bits of a float32 each does not have."""
+"""Input dtypes of the kernel, and how many of a float32's low bits each of them lacks."""
 
-MOST = 1024
-"""The largest k of the kernel: it keeps at least 4 k maxima in registers."""
+MAX_K = 1024
+"""The largest k that the kernel supports: it keeps at least 4 k maxima in registers."""
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -44,13 +44,13 @@ def topk_reference(pre: Tensor, k: int, by: By = "value") -> tuple[Tensor, Tenso
 
 def _topk_indices_torch(pre: Tensor, k: int, by: By) -> Tensor:
     """Indices of the k largest of each row, largest first, ties to the lowest index."""
-    if pre.is_cuda:  # what the kernel does not take, without a look at any value
+    if pre.is_cuda:  # cases that the kernel does not support; must not read values on the host
         rank = _rank(pre, by)
         return _lowest_of_equals(rank, rank.topk(k).values[:, -1:], k)
-    # One more than asked for: a tie between places k and k + 1 is as good as one inside.
+    # One entry more than k, to notice a tie between places k and k + 1.
     indices = _largest(pre, min(k + 1, pre.shape[1]), by, ordered=True)
     rank = _rank(pre.gather(1, indices), by)
-    tied = ~(rank[:, 1:] < rank[:, :-1]).all(1)  # or NaN, which equals NaN here
+    tied = ~(rank[:, 1:] < rank[:, :-1]).all(1)  # also rows with NaN, which compares as a tie
     tied = tied.nonzero()[:, 0]
     indices = indices[:, :k]
     if tied.numel():
@@ -63,7 +63,7 @@ def _rank(pre: Tensor, by: By) -> Tensor:
 
 
 def _largest(pre: Tensor, k: int, by: By, ordered: bool = False) -> Tensor:
-    """Indices of k largest entries of each row; ordered: largest first, ties in any order."""
+    """Indices of k largest entries of each row, ties in any order; largest first if `ordered`."""
     N, F = pre.shape
     G = _group_size(F, k)
     if G == 1:
@@ -76,7 +76,7 @@ def _largest(pre: Tensor, k: int, by: By, ordered: bool = False) -> Tensor:
     best = _largest(maxima, k, "value")
     steps = torch.arange(0, M * G, M, device=pre.device)
     members = (best[:, None, :] + steps[:, None]).flatten(1)
-    if M * G < F:  # the last entries, in no group, are always looked at
+    if M * G < F:  # the last entries are in no group, and are always candidates
         rest = torch.arange(M * G, F, device=pre.device).expand(N, -1)
         members = torch.cat([members, rest], dim=1)
     return members.gather(1, _best(_rank(pre.gather(1, members), by), k, ordered))
@@ -85,7 +85,7 @@ def _largest(pre: Tensor, k: int, by: By, ordered: bool = False) -> Tensor:
 def largest_in_columns(pre: Tensor, k: int, by: By) -> Tensor:
     """Indices of k largest entries of each column, in any order: contiguous [F, N] -> [N, K].
 
-    Groups are of neighbors here, whose maxima are found for many columns at a time.
+    Here groups are of neighboring rows: their maxima are computed for many columns at a time.
     """
     F, N = pre.shape
     G = _group_size(F, k)
@@ -96,14 +96,14 @@ def largest_in_columns(pre: Tensor, k: int, by: By) -> Tensor:
         maxima = torch.maximum(maxima, groups.amin(1).neg_())
     best = _largest(maxima.t().contiguous(), k, "value")
     members = (best[:, :, None] * G + torch.arange(G)).flatten(1)
-    if M * G < F:  # the last entries, in no group, are always looked at
+    if M * G < F:  # the last entries are in no group, and are always candidates
         members = torch.cat([members, torch.arange(M * G, F).expand(N, -1)], dim=1)
     found = pre.flatten()[members * N + torch.arange(N)[:, None]]
     return members.gather(1, _best(_rank(found, by), k, ordered=False))
 
 
 def _group_size(F: int, k: int) -> int:
-    """Entries per group; 1 where looking at every entry costs no more than grouping."""
+    """Entries per group; 1 if groups would not save time."""
     return 8 if F // k >= 160 else 4 if F // k >= 16 else 1
 
 
@@ -112,7 +112,8 @@ def _best(rank: Tensor, k: int, ordered: bool) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32}.get(rank.itemsize)
     if integer is None or rank.sum().isnan():
         return rank.topk(k, sorted=ordered).indices
-    # Bits compare as numbers do, in two thirds of the time, but negative ones the other way round.
+    # Comparing bits as integers takes two thirds of the time. It reverses the order of negative
+    # numbers; if any of these is among the best, their bits are flipped for a second try.
     bits = rank.contiguous().view(integer)
     best = bits.topk(k, sorted=ordered)
     if best.values.amin() < 0:
@@ -122,13 +123,13 @@ def _best(rank: Tensor, k: int, ordered: bool) -> Tensor:
 
 
 def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
-    """The stable choice in rows whose k-th largest rank, least [N, 1], is known: -> [N, K]."""
+    """Top-k with ties to the lowest index, given each row's k-th largest rank, least [N, 1]."""
     above, equal = rank > least, rank == least
     nan, least_nan = rank.isnan(), least.isnan()
     above, equal = above | (nan & ~least_nan), equal | (nan & least_nan)
     vacant = k - above.sum(1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(1) <= vacant))
-    places = torch.nonzero_static(chosen, size=len(rank) * k)  # k a row: nobody has to count them
+    places = torch.nonzero_static(chosen, size=len(rank) * k)  # k per row: no need to count
     indices = places[:, 1].view(-1, k)
     order = rank.gather(1, indices).sort(dim=1, descending=True, stable=True).indices
     return indices.gather(1, order)
@@ -138,14 +139,14 @@ def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
 
 
 def check_choice(k: int, by: By, F: int) -> None:
-    """Raise ValueError unless k of F entries can be chosen by this rank."""
+    """Raise ValueError unless 1 <= k <= F and `by` is valid."""
     if not 1 <= k <= F:
         raise ValueError(f"k must be between 1 and d_sae = {F}, got {k}")
     check_by(by)
 
 
 def check_by(by: By) -> None:
-    """Raise ValueError unless entries can be ranked so."""
+    """Raise ValueError unless `by` is valid."""
     if by not in ("value", "abs"):
         raise ValueError(f'by must be "value" or "abs", got {by!r}')
 
@@ -153,18 +154,18 @@ def check_by(by: By) -> None:
 def write_topk(
     pre: Tensor, k: int, by: By, values: Tensor | None, indices: Tensor, ties: Ties = "lowest"
 ) -> None:
-    """Write what topk returns to contiguous [N, K]; no values if that is None. int64 indices, or
-    int32 where the kernel runs.
+    """Write the results of topk into contiguous [N, K]; no values if None.
 
-    A plain function, for loops over chunks: a library op would cost each of them 30 microseconds.
+    Indices are int64; the kernel also writes int32. This is a plain function, to be called for each
+    chunk: a library op would take another 30 microseconds per call.
     """
-    if use_triton(pre) and pre.dtype in DTYPES and k <= MOST:
+    if use_triton(pre) and pre.dtype in DTYPES and k <= MAX_K:
         from ._topk_kernel import launch_topk
 
         launch_topk(pre if pre.stride(1) == 1 else pre.contiguous(), k, by, values, indices)
         return
-    # Few rows at a time, so that what is picked from them stays in the cache; on a GPU, so that
-    # masks and int64 sums of them fit in the budget.
+    # In chunks of rows: on a CPU candidates stay in the cache, and on a GPU masks and int64 sums
+    # fit in the budget.
     rows = rows_at_a_time(pre, pre.shape[1] * (8 if pre.is_cuda else 1))
     find = _largest if ties == "any" and not pre.is_cuda else _topk_indices_torch
     for start in range(0, len(pre), rows):
@@ -187,10 +188,10 @@ _topk_indices_op = register_constant(
 
 
 def topk_indices(pre: Tensor, k: int, by: By = "value", *, ties: Ties = "lowest") -> Tensor:
-    """Where the k largest entries of each row are: [N, F] -> int64 [N, K], largest first.
+    """Indices of the k largest entries of each row: [N, F] -> int64 [N, K], largest first.
 
-    by="abs" ranks magnitudes. Equal entries come in the order of their indices, and the lowest
-    indices win the last places; with ties="any", for those who rank again, neither is promised.
+    by="abs" ranks magnitudes. Ties go to the lowest index, in order and in selection; ties="any",
+    for callers that rank again, guarantees neither an order nor which of equals are selected.
     ValueError unless 1 <= k <= F.
     """
     check_shape("pre", pre, None, None)

@@ -1,14 +1,15 @@
-"""The k_total largest pre-activations of a whole batch, exactly (BatchTopK, arXiv:2412.06410).
+"""Exact top-k over a whole batch: the k_total largest entries (BatchTopK, arXiv:2412.06410).
 
     topk_batch(pre, k_total)                     max(h, 0) at the k_total largest h of [N, F]
     topk_batch(pre, k_total, by="abs")           h at the k_total largest |h|
-    encode_topk_batch(x, W_enc, b_enc, k_total)  the same of h = x W_enc^T + b_enc, row by row
+    encode_topk_batch(x, W_enc, b_enc, k_total)  the same for h = x W_enc^T + b_enc, as padded rows
 
-Entries above a guess of the least that is kept are listed, a chunk of tokens at a time. Where the
-lists outgrow what is wanted, only the largest stay, and the least of them is the next guess: later
-equals lose to earlier ones. If k_total entries were found the guess was right and the k_total
-largest are among them; if not, a lower one is tried, and 0 never fails, since entries of value 0
-are not active. The first guess comes from the caller or from a few rows of the batch.
+The algorithm guesses the smallest value that is kept, and lists the entries above the guess, a
+chunk of tokens at a time. Whenever a list exceeds 2 k_total entries, only the largest k_total stay,
+and the smallest of them becomes the guess, so that later ties lose to earlier ones. If k_total
+entries were found, the guess was low enough and these are the largest; if not, a lower guess is
+tried. A guess of 0 always succeeds, since entries of value 0 are not active. The first guess comes
+from the caller or from a few rows of the batch.
 Shapes: N tokens, F latents, D model width, K the largest count of a row, M entries of a list.
 """
 
@@ -24,10 +25,10 @@ from ._op import register, register_constant
 from .encode import check_encoder
 from .encode_above import (
     Ragged,
+    RaggedEncoder,
     fake_rows,
     in_rows,
     list_above,
-    listed_gradients,
     listed_reference,
     products,
 )
@@ -38,7 +39,7 @@ from .topk import By, _rank, check_by
 
 
 def _positions_reference(h: Tensor, k_total: int, by: By) -> Tensor:
-    """Where the active entries of the flattened h are, in order: [N, F] -> [M], M <= k_total"""
+    """Positions of the active entries in the flattened h, ascending: [N, F] -> [M], M <= k_total"""
     rank = _rank(h, by).flatten()
     rank = rank.where(rank > 0, 0.0)
     best = rank.sort(descending=True, stable=True).indices[:k_total]
@@ -65,32 +66,32 @@ def encode_topk_batch_reference(
     return listed_reference(h, chosen.view(h.shape))
 
 
-# --- the choice -----------------------------------------------------------------------------
+# --- the algorithm --------------------------------------------------------------------------
 
 Chunks = Iterable[tuple[int, Tensor]]
-"""Of pre-activations: the position of the first, then contiguous [n, F]."""
+"""Chunks of pre-activations: the position of the first entry, then contiguous [n, F]."""
 
 SAMPLE = 64
-"""Rows, or up to twice as many, that a guess is made from."""
+"""Rows that a guess is made from; up to twice as many."""
 
 MARGIN = 1.25
-"""How many times k_total entries to expect above it, since rows differ."""
+"""Entries to expect above a guess, as a multiple of k_total, since rows differ."""
 
 
 def _guess(rows: Tensor, N: int, k_total: int, by: By) -> float:
-    """From some of N rows what about MARGIN k_total entries of all exceed; 0 if too few do."""
+    """A value that about MARGIN k_total entries exceed, estimated from some of N rows; or 0."""
     wanted = math.ceil(MARGIN * k_total * len(rows) / N)
     rank = _rank(rows, by).flatten()
     if not 0 < wanted < len(rank):
         return 0.0
-    rank = rank.where(rank > 0, 0.0)  # neither does NaN exceed anything
+    rank = rank.where(rank > 0, 0.0)  # also replaces NaN
     return float(rank.topk(wanted, sorted=False).values.amin())
 
 
 def _largest(
     values: Tensor, position: Tensor, k_total: int, by: By
 ) -> tuple[Tensor, Tensor, float]:
-    """Of more than k_total active entries, in order, the largest, in order; and the least."""
+    """The k_total largest of more active entries, in the same order, and the smallest rank kept."""
     rank = _rank(values, by)
     least = rank.topk(k_total, sorted=False).values.amin()
     above, equal = rank > least, rank == least
@@ -102,7 +103,7 @@ def _largest(
 def _largest_above(
     guess: float, chunks: Chunks, like: Tensor, k_total: int, by: By
 ) -> tuple[Tensor, Tensor]:
-    """The k_total largest of the entries above the guess, or all; like is an empty [0, F]."""
+    """The entries above the guess, at most the k_total largest; `like` is an empty [0, F]."""
     values, position = like.flatten(), like.flatten().long()
     threshold = torch.full(
         like.shape[1:], guess, dtype=torch.promote_types(like.dtype, torch.float32),
@@ -124,7 +125,7 @@ def _largest_above(
 def _choose(
     chunks: Callable[[], Chunks], guesses: Iterable[float], like: Tensor, k_total: int, by: By
 ) -> tuple[Tensor, Tensor]:
-    """Active entries and their positions, in order, by the first guess that is low enough."""
+    """Active entries and their positions, ascending, from the first guess that is low enough."""
     values, position = like.flatten(), like.flatten().long()
     for guess in guesses if k_total else ():
         values, position = _largest_above(guess, chunks(), like, k_total, by)
@@ -137,7 +138,7 @@ def _choose(
 
 
 def _topk_batch(pre: Tensor, k_total: int, by: str) -> Tensor:
-    """Positions of the active entries in order, then -1: [N, F] -> [k_total]"""
+    """Positions of the active entries, ascending, padded with -1: [N, F] -> [k_total]"""
     pre, (N, F) = pre.contiguous(), pre.shape
     rows = rows_at_a_time(pre, F)
 
@@ -160,7 +161,7 @@ _topk_batch_op = register_constant(
 # --- encode_topk_batch ----------------------------------------------------------------------
 
 
-class _EncodeTopkBatch(torch.autograd.Function):
+class _EncodeTopkBatch(RaggedEncoder):
     @staticmethod
     def forward(
         x: Tensor, W_enc: Tensor, b_enc: Tensor, k_total: int, by: str, hint: Tensor
@@ -181,20 +182,9 @@ class _EncodeTopkBatch(torch.autograd.Function):
         chosen = _choose(lambda: products(x, W_enc, b_enc), guesses(), like, k_total, by)
         return in_rows(*chosen, N, F)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, indices, count = output
-        ctx.save_for_backward(*inputs[:2], indices, count)
-        ctx.mark_non_differentiable(indices, count)
-
-    @staticmethod
-    def backward(ctx, g, *_):  # g: [N, K]
-        return *listed_gradients(ctx, g), None, None, None
-
 
 _encode_topk_batch = register(
-    _EncodeTopkBatch,
-    lambda x, W_enc, b_enc, k_total, by, hint: fake_rows(x),
+    _EncodeTopkBatch, lambda x, W_enc, b_enc, k_total, by, hint: fake_rows(x)
 )
 
 # --- public ---------------------------------------------------------------------------------
@@ -210,11 +200,11 @@ def topk_batch(pre: Tensor, k_total: int, by: By = "value") -> tuple[Tensor, Ten
 
     pre [N, F] floating -> values [k_total] in its dtype, and their tokens and latents, int64
     [k_total], in the order of (token, latent). by="value" ranks pre-activations and by="abs"
-    magnitudes; ties go to the lowest (token, latent). Neither 0, nor a negative pre-activation
-    by="value", nor NaN is ever active: if fewer than k_total are, value 0 at (0, 0) fills the end.
-    Differentiable in pre through the active entries.
+    magnitudes; ties go to the lowest (token, latent). Zeros, NaN and, with by="value", negative
+    pre-activations are never active: if fewer than k_total entries are, the results are padded with
+    value 0 at (0, 0). Differentiable in pre through the active entries.
 
-    Reads pre once, as a rule; the host waits for a GPU a few times per FASTSAE_BUFFER_MB of it.
+    Usually reads pre once; the host waits for a GPU a few times per FASTSAE_BUFFER_MB of it.
     ValueError for a wrong shape or dtype, or unless 0 <= k_total <= N F.
     """
     check_shape("pre", pre, None, None)
@@ -241,12 +231,12 @@ def encode_topk_batch(
 
     x [N, D] (already centered), W_enc [F, D], b_enc [F], one floating dtype -> pre [N, K] in that
     dtype, indices [N, K] int64 and count [N] int64 as encode_above returns them. Ranks, ties and
-    what is never active are those of topk_batch. Differentiable in x, W_enc and b_enc, twice and
-    more, through every entry that is listed.
+    entries that are never active are as in topk_batch. Differentiable in x, W_enc and b_enc, twice
+    and more, through every entry that is listed.
 
-    hint, a number or a tensor of one, changes the cost only: somewhat below the least of the last
-    batch, it saves looking at a few rows first. 0 is no hint; too high a one costs a second
-    product, and one far too low, memory for a long list of a chunk's entries.
+    hint, a number or a tensor of one, is a guess of the smallest value kept. It affects the cost
+    only: a value somewhat below that of the last batch saves sampling a few rows. 0 is no hint. If
+    it is too high, the GEMM runs again; far too low, lists of entries take more memory.
 
     Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time. The
     host waits for a GPU a few times per chunk. ValueError for wrong shapes or dtypes, or unless

@@ -9,24 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastsae_kernels as ops
 from bench.dense import rotation_dense
 from bench.ops import adam_inputs
 from bench.problem import Problem
-from fastsae_kernels import (
-    decode,
-    encode_above,
-    encode_decode,
-    encode_topk,
-    encode_topk_batch,
-    gather_dot,
-    jumprelu,
-    jumprelu_l0,
-    rational,
-    scatter_outer,
-    squared_error,
-    topk,
-    topk_batch,
-)
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, adam_
 from fastsae_kernels.center import center, center_reference
 from fastsae_kernels.dense_adam import adam_reference
@@ -85,27 +71,27 @@ def detached(function: Callable, *more: Any) -> Callable:
 
 
 SMOOTH: dict[str, Callable[[Problem], tuple[Callable, Callable, tuple]]] = {
-    "decode": lambda p: (decode, decode_reference, (*planted(p), p.weights())),
+    "decode": lambda p: (ops.decode, decode_reference, (*planted(p), p.weights())),
     "gather_dot": lambda p: (
-        gather_dot, gather_dot_reference, (p.normal(p.N, p.D), planted(p)[1], p.weights()),
+        ops.gather_dot, gather_dot_reference, (p.normal(p.N, p.D), planted(p)[1], p.weights()),
     ),
     "scatter_outer": lambda p: (
-        scatter_outer, scatter_outer_reference, (*planted(p), p.normal(p.N, p.D), p.F),
+        ops.scatter_outer, scatter_outer_reference, (*planted(p), p.normal(p.N, p.D), p.F),
     ),
     "squared_error": lambda p: (
-        same_dtype(squared_error), same_dtype(squared_error_reference),
+        same_dtype(ops.squared_error), same_dtype(squared_error_reference),
         (*planted(p), p.weights(), p.normal(p.D), p.normal(p.N, p.D)),
     ),
     "rational": lambda p: (
-        last(rational, 1.7, 0.8, 0.1), last(rational_reference, 1.7, 0.8, 0.1),
+        last(ops.rational, 1.7, 0.8, 0.1), last(rational_reference, 1.7, 0.8, 0.1),
         (p.normal(p.N, p.K), p.normal(10), p.normal(8, std=0.3)),
     ),
     "jumprelu": lambda p: (
-        last(jumprelu, 0.3), last(jumprelu_reference, 0.3),
+        last(ops.jumprelu, 0.3), last(jumprelu_reference, 0.3),
         (p.normal(p.N, p.F), p.normal(p.F).abs()),
     ),
     "jumprelu_l0": lambda p: (
-        last(jumprelu_l0, 0.3), last(jumprelu_l0_reference, 0.3),
+        last(ops.jumprelu_l0, 0.3), last(jumprelu_l0_reference, 0.3),
         (p.normal(p.N, p.F), p.normal(p.F).abs()),
     ),
     "center": lambda p: (
@@ -136,7 +122,7 @@ def autoencoder(p: Problem) -> tuple[Any, Any]:
     V, c = integers(p, p.F, p.D), torch.zeros(p.D, dtype=p.dtype, device=p.device)
     values, indices = encode_topk_reference(x, W, b, p.K)
     expected = decode_reference(values, indices, V), values, indices
-    return encode_decode(x, W, b, V, c, p.K), expected
+    return ops.encode_decode(x, W, b, V, c, p.K), expected
 
 
 def sorted_entries(p: Problem) -> tuple[Any, Any]:
@@ -151,15 +137,17 @@ def sorted_entries(p: Problem) -> tuple[Any, Any]:
 
 
 EXACT: dict[str, Callable[[Problem], tuple[Any, Any]]] = {
-    "encode_topk": lambda p: both(encode_topk, encode_topk_reference, *encoder(p), p.K),
-    "encode_topk abs": lambda p: both(encode_topk, encode_topk_reference, *encoder(p), p.K, "abs"),
-    "topk": lambda p: both(topk, topk_reference, integers(p, p.N, p.F), p.K),
-    "encode_above": lambda p: both(encode_above, encode_above_reference, *encoder(p), p.D**0.5),
+    "encode_topk": lambda p: both(ops.encode_topk, encode_topk_reference, *encoder(p), p.K),
+    "encode_topk abs": lambda p: both(
+        ops.encode_topk, encode_topk_reference, *encoder(p), p.K, "abs"
+    ),
+    "topk": lambda p: both(ops.topk, topk_reference, integers(p, p.N, p.F), p.K),
+    "encode_above": lambda p: both(ops.encode_above, encode_above_reference, *encoder(p), p.D**0.5),
     "encode_topk_batch": lambda p: both(
-        encode_topk_batch, encode_topk_batch_reference, *encoder(p), p.N * p.K
+        ops.encode_topk_batch, encode_topk_batch_reference, *encoder(p), p.N * p.K
     ),
     "topk_batch": lambda p: both(
-        topk_batch, topk_batch_reference, integers(p, p.N, p.F), p.N * p.K
+        ops.topk_batch, topk_batch_reference, integers(p, p.N, p.F), p.N * p.K
     ),
     "rescore": lambda p: both(rescore, rescore_reference, *encoder(p), p.indices(), p.K // 2 or 1),
     "quantize_rows": lambda p: both(quantize_rows, quantize_reference, p.weights()),

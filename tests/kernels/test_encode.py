@@ -9,7 +9,8 @@ from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import topk_indices, topk_reference
 
-BY = pytest.mark.parametrize("by", ["value", "abs"])
+from .parametrize import each_by
+
 SHAPES = [  # N, D, F, k
     (1, 1, 1, 1),
     (7, 33, 20, 3),
@@ -44,7 +45,7 @@ def separated(shape, device, dtype, by):
     return x, W, b
 
 
-@BY
+@each_by
 @each_shape
 def test_values_indices_and_gradients(device, shape, by):
     k = shape[3]
@@ -55,7 +56,7 @@ def test_values_indices_and_gradients(device, shape, by):
     )
 
 
-@BY
+@each_by
 def test_bfloat16(device, by):
     assert_no_worse(
         lambda x, W, b: encode_topk(x, W, b, 3, by),
@@ -64,7 +65,7 @@ def test_bfloat16(device, by):
     )
 
 
-@BY
+@each_by
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ties_go_to_the_lowest_latent(device, shape, dtype, by):
@@ -116,7 +117,7 @@ def encoder_kernel(device, monkeypatch, tf32):
     assert launched
 
 
-@BY
+@each_by
 @pytest.mark.parametrize(
     "shape",  # one entry; odd; more tiles of tokens than a band; whole tiles; one group per latent
     [(1, 1, 1, 1), (7, 33, 70, 8), (36, 3, 33, 9), (5, 32, 64, 16), (3, 20, 32, 8)],
@@ -133,7 +134,7 @@ def test_the_encoder_kernel(device, encoder_kernel, shape, by):
         assert torch.equal(got, expected)
 
 
-@BY
+@each_by
 def test_the_encoder_kernel_on_hard_rows(device, encoder_kernel, by):
     """NaN, all negative, constant, and large neighbors that overflow the room for candidates."""
     W = torch.eye(128, device=device)
@@ -165,7 +166,7 @@ def test_the_encoder_kernel_rounds_no_more_than_asked(device):
     assert not can_encode(torch.empty(4, 64, device=device), 1024, 1)
 
 
-@BY
+@each_by
 def test_inactive_entries_get_no_gradient(device, by):
     W = torch.tensor([[0.0], [-1.0], [2.0]]).to(device).requires_grad_()
     x = torch.tensor([[1.0], [3.0]]).to(device).requires_grad_()
@@ -179,14 +180,14 @@ def test_inactive_entries_get_no_gradient(device, by):
     assert b.grad.tolist() == [0, 2 if signed else 0, 2]
 
 
-@BY
+@each_by
 def test_gradients(device, by):
     x, W, b = separated((3, 4, 6, 2), device, torch.float64, by)
     leaves = [t.requires_grad_() for t in (x, W, b)]
     assert gradcheck(lambda x, W, b: encode_topk(x, W, b, 2, by)[0], leaves)
 
 
-@BY
+@each_by
 def test_shadow_reranks_its_candidates(device, by):
     """With a shadow that is wrong, the choice is the exact one among what the shadow proposes."""
     shape = 4, 16, 100, 5
@@ -204,7 +205,7 @@ def test_shadow_reranks_its_candidates(device, by):
     assert torch.equal(indices[active], places[active])
 
 
-@BY
+@each_by
 def test_shadow_changes_nothing_where_it_is_good_enough(device, by):
     shape = 5, 32, 40, 4
     x, W, b = separated(shape, device, torch.float32, by)
@@ -251,29 +252,6 @@ def test_same_bits_twice(device):
 
     for one, two in zip(run(), run(), strict=True):
         assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"x": torch.ones(4)}, "x must be floating point of shape"),
-        ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
-        (
-            {"b_enc": torch.ones(4)},
-            r"b_enc must be floating point of shape \[5\]",
-        ),
-        ({"b_enc": torch.ones(5).double()}, "x, W_enc and b_enc must have one dtype"),
-        ({"k": 0}, "k must be between 1 and d_sae = 5, got 0"),
-        ({"k": 6}, "k must be between 1 and d_sae = 5, got 6"),
-        ({"by": "size"}, 'by must be "value" or "abs", got \'size\''),
-        ({"by": "size", "x": torch.ones(0, 4)}, 'by must be "value" or "abs"'),
-        ({"shadow": torch.ones(5, 3)}, "shadow must have the shape of W_enc"),
-    ],
-)
-def test_wrong_arguments_are_named(changes, message):
-    good = {"x": torch.ones(3, 4), "W_enc": torch.ones(5, 4), "b_enc": torch.ones(5), "k": 2}
-    with pytest.raises(ValueError, match=message):
-        encode_topk(**{**good, **changes})
 
 
 def test_half_precision_on_a_cpu():

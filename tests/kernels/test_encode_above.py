@@ -1,5 +1,3 @@
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,10 +8,8 @@ from fastsae_kernels.encode_above import encode_above_reference
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
 
-from .pairs import pairwise
+from .parametrize import BY, each_by, pairwise
 
-BY = "value", "abs"
-each_by = pytest.mark.parametrize("by", BY)
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # N, D, F
     (1, 1, 1),
@@ -172,29 +168,6 @@ def test_same_bits_twice_and_any_strides(device):
     for again in (run(x, W, b), run(x.contiguous(), W.contiguous(), b.contiguous())):
         for one, two in zip(first, again, strict=True):
             assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"x": torch.ones(4)}, "x must be floating point of shape"),
-        ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
-        (
-            {"b_enc": torch.ones(4)},
-            r"b_enc must be floating point of shape \[5\]",
-        ),
-        ({"b_enc": torch.ones(5).double()}, "x, W_enc and b_enc must have one dtype"),
-        ({"threshold": torch.ones(4)}, r"threshold must be .* of shape \[5\] or \[\], got .*\[4\]"),
-        ({"threshold": torch.ones(5).int()}, "threshold must be .* got torch.int32"),
-        ({"by": "size"}, 'by must be "value" or "abs", got \'size\''),
-    ],
-)
-def test_wrong_arguments_are_named(changes, message):
-    good: dict[str, Any] = {"x": torch.ones(3, 4), "W_enc": torch.ones(5, 4)}
-    good |= {"b_enc": torch.ones(5), "threshold": torch.ones(5)}
-    encode_above(**good)
-    with pytest.raises(ValueError, match=message):
-        encode_above(**{**good, **changes})
 
 
 def test_without_latents(device):

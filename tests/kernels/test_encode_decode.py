@@ -15,12 +15,11 @@ from fastsae_kernels.encode_decode import (
 )
 from fastsae_kernels.testing import assert_no_worse
 
-from .pairs import pairwise
+from .parametrize import BY, each_by, pairwise
 
 GRADIENTS = get_args(Gradient)
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 ROTATIONS = GRADIENTS[1:]
-BY = "value", "abs"
 ALGORITHMS = "gram", "dense"
 DTYPES = torch.float32, torch.bfloat16
 SHAPES = [  # N, D, D_out, F, k
@@ -104,7 +103,7 @@ def test_straight_through_gradients_are_those_of_the_parts_to_the_bit(device, sh
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("by", BY)
+@each_by
 def test_straight_through(device, by):
     against_reference(separated(SHAPES[0], device, by=by), 3, by, "straight_through")
 
@@ -180,7 +179,7 @@ def test_loss_of_one_output_alone(device, gradient):
         )
 
 
-@pytest.mark.parametrize("by", BY)
+@each_by
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_first_and_second_derivatives(device, check, by):
     """Of the straight-through gradient: the others are not derivatives."""
@@ -238,35 +237,3 @@ def test_memory_of_the_backward_pass(tmp_path, gradient):
 
     most = most_bytes_freed_again(run, tmp_path / "trace.json")
     assert N * D * 4 < most < N * F * 4 / 8
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"x": torch.ones(4)}, "x must be floating point of shape"),
-        ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
-        ({"W_dec": torch.ones(4, 6)}, r"W_dec must be floating point of shape \[5, any\]"),
-        (
-            {"b_enc": torch.ones(4)},
-            r"b_enc must be floating point of shape \[5\]",
-        ),
-        (
-            {"b_dec": torch.ones(4)},
-            r"b_dec must be floating point of shape \[6\]",
-        ),
-        ({"b_dec": torch.ones(6).double()}, "x, W_dec and b_dec must have one dtype"),
-        (
-            {"b_dec": torch.ones(6, device="meta")},
-            "b_dec must be on the device of x, cpu, got meta",
-        ),
-        ({"k": 0}, "k must be between 1 and d_sae = 5, got 0"),
-        ({"k": 6}, "k must be between 1 and d_sae = 5, got 6"),
-        ({"by": "size"}, 'by must be "value" or "abs", got \'size\''),
-        ({"gradient": "rotation"}, "gradient must be one of .* got 'rotation'"),
-    ],
-)
-def test_wrong_arguments_are_named(changes, message):
-    good = {"x": torch.ones(3, 4), "W_enc": torch.ones(5, 4), "b_enc": torch.ones(5), "k": 2}
-    good |= {"W_dec": torch.ones(5, 6), "b_dec": torch.ones(6)}
-    with pytest.raises(ValueError, match=message):
-        encode_decode(**{**good, **changes})

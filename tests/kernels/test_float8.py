@@ -4,23 +4,20 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from fastsae_kernels import encode_topk
+from fastsae_kernels import encode_topk, float8_pays, quantize_rows, topk_indices, why_not_float8
 from fastsae_kernels.encode import candidates_for, encode_topk_reference
 from fastsae_kernels.float8 import (
     E4M3,
     SMALLEST_SCALE,
     Float8Rows,
-    float8_pays,
     quantize_reference,
-    quantize_rows,
     scaled_product,
-    why_not_float8,
 )
 from fastsae_kernels.testing import assert_no_worse
-from fastsae_kernels.topk import topk_indices, topk_reference
+from fastsae_kernels.topk import topk_reference
 
-BY = pytest.mark.parametrize("by", ["value", "abs"])
-DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+from .parametrize import each_by, each_dtype
+
 D, F, K = 32, 48, 4  # sizes that a GPU takes
 
 
@@ -38,7 +35,7 @@ def clear(n: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     return [t.to(device, dtype) for t in (x, W + 1e-3 * torch.randn(F, D), torch.zeros(F))]
 
 
-@DTYPE
+@each_dtype
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 33), (3, 300)], ids=str)
 def test_rows_are_rounded_to_four_bits(device, shape, dtype):
     x = (torch.randn(shape) * 10 ** torch.randn(shape[0], 1)).to(device, dtype)
@@ -65,7 +62,7 @@ def test_rows_of_every_size(device):
     assert scale[3:].isinf().all()
 
 
-@DTYPE
+@each_dtype
 @pytest.mark.parametrize("D", [1, 33, 600])
 def test_rows_have_the_bits_of_the_reference(device, D, dtype):
     """Also ties between neighbors, and subnormal numbers."""
@@ -96,8 +93,8 @@ def test_the_product_is_exact_where_fp8_is(device):
     assert torch.equal(h, linear(32 * x, W, b).bfloat16())
 
 
-@BY
-@DTYPE
+@each_by
+@each_dtype
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_ties_go_to_the_lowest_latent(device, n, dtype, by):
     x, W, b = integers(n, device, dtype)
@@ -109,7 +106,7 @@ def test_ties_go_to_the_lowest_latent(device, n, dtype, by):
         assert torch.equal(got, expected)
 
 
-@BY
+@each_by
 def test_equal_rows_are_ranked_by_their_number(device, by):
     """More copies of each latent than there is room for among the candidates."""
     x, W = torch.randn(6, D).to(device), torch.randn(3, D).to(device).repeat(F // 3, 1)
@@ -120,8 +117,8 @@ def test_equal_rows_are_ranked_by_their_number(device, by):
     assert torch.equal(indices, expected)
 
 
-@BY
-@DTYPE
+@each_by
+@each_dtype
 def test_where_candidates_hold_all_the_ranking_is_exact(device, dtype, by):
     """With gradients: what the shadow proposes does not enter them."""
     arguments = clear(7, device, dtype)
@@ -142,7 +139,7 @@ def test_ranked_before_they_are_rounded(device):
     assert indices.tolist() == [[1, 0]] and values.tolist() == [[256, 256]]
 
 
-@BY
+@each_by
 def test_a_wrong_shadow_only_proposes(device, by):
     x, W, b = integers(9, device, torch.float32)
     shadow = quantize_rows(integers(9, device, torch.float32)[1])

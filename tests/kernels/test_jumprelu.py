@@ -12,7 +12,7 @@ from fastsae_kernels.jumprelu import (
 )
 from fastsae_kernels.testing import assert_no_worse
 
-from .pairs import pairwise
+from .parametrize import pairwise
 
 SHAPES = [  # the last is F
     (1,),

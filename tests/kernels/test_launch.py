@@ -84,7 +84,7 @@ def test_size_of_the_buffer(monkeypatch):
     monkeypatch.setattr("fastsae_kernels._launch._BUFFER_MB", None)
     gpu = torch.device("cuda")
     for card, budget in ((8 << 30, 512 << 20), (160 << 30, 5 << 30)):
-        monkeypatch.setattr("fastsae_kernels._launch._card_bytes", lambda device, card=card: card)
+        monkeypatch.setattr("fastsae_kernels._launch._gpu_bytes", lambda device, card=card: card)
         assert buffer_bytes(gpu) == budget
     assert buffer_bytes(CPU) == 256 << 20
     assert buffer_bytes(torch.device("meta")) == 512 << 20

@@ -4,7 +4,8 @@ import torch
 from fastsae_kernels.rescore import rescore, rescore_reference
 from fastsae_kernels.testing import assert_no_worse
 
-BY = pytest.mark.parametrize("by", ["value", "abs"])
+from .parametrize import each_by
+
 SHAPES = [  # N, D, F, C, k: one; odd; more candidates than a tile; all kept; no tokens
     (1, 1, 1, 1, 1),
     (7, 33, 40, 9, 3),
@@ -32,7 +33,7 @@ def integers(size) -> torch.Tensor:
     return torch.randint(-1, 2, size).float()
 
 
-@BY
+@each_by
 @each_shape
 def test_values_and_latents(device, shape, by):
     k = shape[-1]
@@ -44,7 +45,7 @@ def test_values_and_latents(device, shape, by):
         )
 
 
-@BY
+@each_by
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_ties_go_to_the_lowest_latent(device, shape, dtype, by):

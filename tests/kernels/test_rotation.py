@@ -14,7 +14,7 @@ from fastsae_kernels.rotation import (
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By, topk_reference
 
-from .pairs import pairwise
+from .parametrize import pairwise
 
 SHAPES = [  # N, D, D_out, F, k
     (1, 1, 1, 1, 1),

@@ -10,11 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastsae_kernels import decode, encode_topk, gather_dot, scatter_outer
 from fastsae_kernels._launch import use_triton
 from fastsae_kernels.latent_major import latent_major, sum_runs
-from fastsae_kernels.sparse import (
-    decode_reference,
-    gather_dot_reference,
-    scatter_outer_reference,
-)
+from fastsae_kernels.sparse import decode_reference, gather_dot_reference, scatter_outer_reference
 from fastsae_kernels.testing import assert_no_worse
 
 SHAPES = [  # N, K, F, D

@@ -9,7 +9,8 @@ from fastsae_kernels._launch import use_triton
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By, topk_indices, topk_reference, write_topk
 
-BY = pytest.mark.parametrize("by", ["value", "abs"])
+from .parametrize import each_by
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # N, F, k
     (1, 1, 1),
@@ -46,7 +47,7 @@ def assert_as_reference(pre: torch.Tensor, k: int, by: By = "value") -> None:
     torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@BY
+@each_by
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-F{}-k{}".format(*s))
 def test_values_indices_and_gradient(device, shape, dtype, by):
@@ -55,7 +56,7 @@ def test_values_indices_and_gradient(device, shape, dtype, by):
     assert_no_worse(lambda pre: topk(pre, k, by), lambda pre: topk_reference(pre, k, by), pre)
 
 
-@BY
+@each_by
 @pytest.mark.parametrize("kind", ["integers", "negative", "constant", "zeros", "block"])
 @pytest.mark.parametrize("F, k", [(33, 33), (3000, 20)])
 def test_ties_go_to_the_lowest_index(device, kind, F, k, by):
@@ -63,7 +64,7 @@ def test_ties_go_to_the_lowest_index(device, kind, F, k, by):
     assert_as_reference(rows(kind, 6, F).to(device, torch.bfloat16), k, by)
 
 
-@BY
+@each_by
 def test_duplicates_across_the_last_place(device, by):
     pre = torch.randn(2, 500)
     pre[:, ::7] = pre.sort(descending=True).values[:, 9:10]  # the tenth, 72 times over
@@ -89,7 +90,7 @@ def test_a_group_with_several_of_the_largest(device, step):
     assert_as_reference(pre.to(device, torch.bfloat16), 12)
 
 
-@BY
+@each_by
 @pytest.mark.parametrize("k", [20, 1100])
 def test_into_slices_from_rows_apart(device, by, k):
     pre = torch.randn(3, 1210).to(device)[:, 3:1203]
@@ -111,7 +112,7 @@ def test_the_kernel_writes_int32_as_well(device):
     assert torch.equal(indices.long(), topk_reference(pre, 5)[1])
 
 
-@BY
+@each_by
 def test_nan_is_kept_and_ranks_first(device, by):
     pre = torch.randn(5, 300)
     pre[0, 7] = pre[1, [3, 250]] = pre[2, ::2] = pre[3] = NAN
@@ -162,13 +163,13 @@ def test_same_bits_twice(device):
     assert torch.equal(topk_indices(pre, 30), topk_indices(pre, 30))
 
 
-@BY
+@each_by
 def test_gradient(device, by):
     pre = torch.randn(3, 8, dtype=torch.float64).to(device).requires_grad_()
     assert gradcheck(lambda pre: topk(pre, 3, by)[0], pre)
 
 
-@BY
+@each_by
 def test_inactive_entries_get_no_gradient(device, by):
     pre = torch.tensor([[0.0, 2.0, -0.0, -1.0]]).to(device).requires_grad_()
     values, indices = topk(pre, 4, by)

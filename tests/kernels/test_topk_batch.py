@@ -12,10 +12,8 @@ from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
 from fastsae_kernels.topk_batch import encode_topk_batch_reference, topk_batch_reference
 
-from .pairs import pairwise
+from .parametrize import BY, each_by, pairwise
 
-BY = "value", "abs"
-each_by = pytest.mark.parametrize("by", BY)
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # N, D, F, k_total
     (1, 1, 1, 1),
@@ -212,26 +210,6 @@ def test_same_bits_twice_and_any_strides(device):
         for one, two in zip(first, again, strict=True):
             assert torch.equal(one, two)
     assert_as_reference(torch.randn(60, 4).to(device).t(), 37)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"x": torch.ones(4)}, "x must be floating point of shape"),
-        ({"W_enc": torch.ones(5, 3)}, r"W_enc must be floating point of shape \[any, 4\]"),
-        ({"b_enc": torch.ones(4)}, r"b_enc must be floating point of shape \[5\]"),
-        ({"b_enc": torch.ones(5).double()}, "x, W_enc and b_enc must have one dtype"),
-        ({"k_total": -1}, r"k_total must be between 0 and 3 \* 5 = 15, got -1"),
-        ({"k_total": 16}, r"k_total must be between 0 and 3 \* 5 = 15, got 16"),
-        ({"by": "size"}, 'by must be "value" or "abs", got \'size\''),
-        ({"hint": torch.ones(2)}, r"hint must be one number, got shape \[2\]"),
-    ],
-)
-def test_wrong_arguments_are_named(changes, message):
-    good = {"x": torch.ones(3, 4), "W_enc": torch.ones(5, 4), "b_enc": torch.ones(5), "k_total": 2}
-    encode_topk_batch(**good)
-    with pytest.raises(ValueError, match=message):
-        encode_topk_batch(**{**good, **changes})
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,23 @@
-"""Fewer cases than every combination, where factors act independently of each other."""
+"""Parametrizations that the tests of several ops share."""
 
 from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any
 
 import pytest
+import torch
+
+BY = "value", "abs"
+each_by = pytest.mark.parametrize("by", BY)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 def pairwise(indirect: Sequence[str] = (), **factors: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrize a test so that every two choices of two factors meet in some case.
 
-    Of 4 shapes, 2 dtypes, 2 algorithms and 3 gradients these are 12 cases instead of 48. A defect
-    that only a combination of three choices shows is not found.
+    For factors that act independently of each other: a defect that only a combination of three
+    choices shows is not found. Of 4 shapes, 2 dtypes, 2 algorithms and 3 gradients these are 12
+    cases instead of 48.
     """
     every = list(product(*(range(len(choices)) for choices in factors.values())))
 
