@@ -182,7 +182,7 @@ def tokens_and_target(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tenso
         return tokens, tokens
     if list(target.shape) != shape:
         raise ValueError(f"target must be of shape {shape}, got {list(target.shape)}")
-    return tokens, target.reshape(len(tokens), -1)
+    return tokens, target.reshape(len(tokens), -1).to(tokens.dtype)
 
 
 def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:

@@ -129,7 +129,7 @@ def upgrade(
     upgrade.json. Resuming takes the same teacher. ValueError for other activations, and as in
     `Trainer.fit`.
     """
-    teacher = copy.deepcopy(teacher).cpu().eval()
+    teacher = copy.deepcopy(teacher).cpu().float().eval()
     start, about = initial(teacher, source, config)
     cfg, out = own_objective(teacher, about["calibration_l0"]), config.out / "baseline"
     own = replace(tuning(teacher, config), activation=cfg, out=out)

@@ -21,7 +21,7 @@ from .task import Stream, Task, Trained, code_of
 class StreamSource:
     """The part of the ActivationSource interface that a run needs, with a stream's batches."""
 
-    mean_square, fingerprint, heldout = 1.0, "stream", None
+    fingerprint, heldout = "stream", None
 
     def __init__(self, stream: Stream):
         self.stream = stream

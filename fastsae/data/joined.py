@@ -61,12 +61,6 @@ class Joined(Shuffled):
                 )
 
     @property
-    def mean_square(self) -> float:
-        """Mean square over all entries."""
-        sums = [s.mean_square * width for s, width in zip(self.sources, self.widths, strict=True)]
-        return sum(sums) / self.d_in
-
-    @property
     def model(self) -> str | None:
         """The model that the rows come from, if a source knows it."""
         return self._with_contexts[0][1].model if self._with_contexts else None

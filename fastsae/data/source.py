@@ -27,11 +27,6 @@ class ActivationSource(Protocol):
         ...
 
     @property
-    def mean_square(self) -> float:
-        """Mean square over all entries."""
-        ...
-
-    @property
     def fingerprint(self) -> str:
         """A short hash of the data; a cursor is only valid for data with the same hash."""
         ...

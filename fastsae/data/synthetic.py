@@ -69,15 +69,6 @@ class Synthetic(Shuffled):
         return normalize(torch.from_numpy(drawn), dim=1).float()
 
     @property
-    def mean_square(self) -> float:
-        """Mean square over all entries, estimated from up to 16,384 rows."""
-        return self._mean_square
-
-    @cached_property
-    def _mean_square(self) -> float:
-        return float(self.sample(16 * BLOCK_ROWS).double().square().mean())
-
-    @property
     def heldout(self) -> "Synthetic | None":
         """Up to 65,536 other rows from the same dictionary; None for the held-out part itself."""
         if self.part == "heldout":

@@ -41,6 +41,8 @@ class SAE(nn.Module):
     layer_norm: each token (with layers, in each layer) is normalized to a mean of 0 and a standard
     deviation of 1, and an autoencoder's output is denormalized, as in the SAEs of arXiv:2406.04093.
     An autoencoder is trained to reconstruct the normalized tokens.
+
+    Whatever the dtype of x, codes and output have that of the weights.
     """
 
     def __init__(
@@ -96,10 +98,11 @@ class SAE(nn.Module):
         return normalized(x, self.layers) if self.layer_norm else x
 
     def flat(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "N d_in"]:
-        """x with its leading dimensions flattened; ValueError if the last one is not d_in."""
+        """x with its leading dimensions flattened, in the weights' dtype; ValueError if the last is
+        not d_in."""
         if x.shape[-1] != self.d_in:
             raise ValueError(f"x must end in d_in = {self.d_in}, got shape {list(x.shape)}")
-        return x.reshape(-1, self.d_in)
+        return x.reshape(-1, self.d_in).to(self.W_enc.dtype)
 
     def center(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
         """Subtract b_dec in an autoencoder: the input of the encoder GEMM."""

@@ -107,7 +107,7 @@ class Trainer:
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.start)
         else:
-            given = columns.unfold_(copy.deepcopy(self.start_from), units)
+            given = columns.unfold_(copy.deepcopy(self.start_from).float(), units)
             sae.load_state_dict(given.state_dict())
         sae.to(self.device)
         state = TrainState.fresh(sae, self.optimizer(sae, x), units)

@@ -61,7 +61,6 @@ def test_rows_are_those_of_all_sources(folders: Path):
     for part, source in zip(parts, data.sources, strict=True):
         assert torch.equal(part, source.rows(wanted))
     assert torch.equal(data.contexts(wanted).token_ids, wanted)
-    assert data.mean_square == pytest.approx(float(expected().double().square().mean()), rel=1e-6)
 
 
 def test_a_sample_is_of_whole_rows_without_replacement(folders: Path):

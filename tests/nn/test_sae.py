@@ -5,6 +5,7 @@ import torch
 
 import fastsae
 from fastsae import SAE, AbsTopK, TopK
+from fastsae.losses import training_loss
 
 
 @pytest.mark.parametrize("activation", [TopK(3), AbsTopK(3)], ids=["topk", "abstopk"])
@@ -24,6 +25,22 @@ def test_leading_dimensions_are_kept():
     assert sae(x).shape == (2, 3, 8)
     assert torch.equal(sae(x).view(-1, 8), sae(x.view(-1, 8)))
     assert sae(x[:, :0]).shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"d_out": 5, "skip": True}, {"layer_norm": True}, {"by_norm": True}], ids=str
+)
+def test_tokens_are_taken_in_the_dtype_of_the_weights(options, tokens, weights):
+    """Whatever their own is; in the loss too."""
+    sae = SAE(8, 16, TopK(3), **options).to(weights)
+    x = torch.randn(6, 8).to(tokens)
+    target = torch.randn(6, 5).to(tokens) if "d_out" in options else None
+    assert sae(x).dtype == sae.encode(x).values.dtype == weights
+    assert torch.equal(sae(x), sae(x.to(weights)))
+    assert torch.equal(sae.decode(sae.encode(x), x), sae(x))
+    assert training_loss(sae, x, target=target).loss.dtype == weights
 
 
 def test_codes_agree_with_their_dense_form():
