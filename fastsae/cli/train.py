@@ -44,7 +44,7 @@ def read_train(words: Sequence[str]) -> Train:
     out = command.config.out
     if command.recipe is not None:
         raise ValueError(f"--resume takes the settings of {out}: no --recipe")
-    start = stored_config(out)
+    start = vars(stored_config(out))
     if "activation" in dict(given):
         start = with_activation(start, command.activation)
     command = filled(Train, given, config=start)
