@@ -22,16 +22,15 @@ class Eval(EvalConfig):
     """Directory of a run or of a saved SAE, from fastsae or another library."""
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> str:
     command = filled(Eval, read_words(words), ["run"])
     run = command.run
     if not run.is_dir():
         raise ValueError(f"{run} is not a directory, where the results could go")
     result = evaluate(load(run), eval_data(run, command.data), command)
     write_json(run / "eval.json", to_dict(result))
-    print(f"{run} on {result.data}:")
-    print(evaluation_table(result))
-    print(f"written to {run / 'eval.json'}")
+    table = evaluation_table(result)
+    return f"{run} on {result.data}:\n{table}\nwritten to {run / 'eval.json'}"
 
 
 def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:

@@ -76,12 +76,15 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
     return command, stored_sweep(command.out)
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> str:
     command, configs = read_sweep(words)
     out = command.out
     Sweep(configs, source_of(next(iter(configs.values()))), out).fit(command.resume)
-    print(comparison_table(read_json(out / "comparison.json")))
-    print(f"written to {out / 'comparison.json'}; evaluate an SAE with: fastsae eval {out}/...")
+    table = comparison_table(read_json(out / "comparison.json"))
+    return (
+        f"{table}\nwritten to {out / 'comparison.json'}; "
+        f"evaluate an SAE with: fastsae eval {out}/..."
+    )
 
 
 def swept(command: SweepCommand, start: Settings, values: Settings) -> dict[str, TrainConfig]:

@@ -52,11 +52,11 @@ def read_train(words: Sequence[str]) -> Train:
     return command
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> str:
     command = read_train(words)
     config = command.config
     Trainer(config, source_of(config)).fit(command.resume)
-    print(run_table(config.out))
+    return run_table(config.out)
 
 
 def source_of(config: TrainConfig) -> ActivationShards | Joined:

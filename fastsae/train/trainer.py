@@ -17,6 +17,7 @@ from fastsae.evals import reconstruction
 from fastsae.files import write_json
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
+from fastsae.progress import say
 from fastsae_kernels import WIDEST, balance
 
 from .config import TrainConfig
@@ -65,7 +66,7 @@ class Trainer:
         """Train to the last step and return the SAE, on the CPU, for activations as they are.
 
         Raises ValueError for a folder that holds another run, for data that does not fit, and for
-        NaN or Inf in data or loss; `Interrupted` after a SIGINT or SIGTERM, once it has saved.
+        NaN or Inf in data or loss; `Interrupted` after SIGINT, SIGTERM or SIGHUP, once saved.
         """
         config = self.config
         keep_freed_memory()
@@ -76,7 +77,7 @@ class Trainer:
                 self.batches(state) as batches,
             ):
                 resumed = f"; resumed at step {state.step}" if state.step else ""
-                log.say(self.describe(state.sae) + resumed)
+                say(self.describe(state.sae) + resumed)
                 while state.step < self.plan.steps:
                     start = time.perf_counter()
                     self.advance(state, self.load(batches, state), log, start)
