@@ -30,7 +30,7 @@ from .log import Log, read_lines
 from .memory import keep_freed_memory
 from .optim import Adam, schedule
 from .plan import Plan, copies_of
-from .run_folder import begin, check_same, claimed_run, latest
+from .run_folder import begin, check_same, claimed_run, latest, set_length
 from .state import TrainState
 from .step import autograd_step, fused_step
 
@@ -46,7 +46,8 @@ class Trainer:
     config, data and backend give the same bits, whether or not the run was interrupted and resumed.
     For a transcoder, source is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
     `start_from`, an SAE of config's shape and activation for activations as they are, training
-    continues from its weights.
+    continues from its weights. A run can be resumed with another number of steps; what is planned
+    from it, such as the learning rate's decay, is then as in a run of that length.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class Trainer:
                 self.save(state)  # a resumed run then needs only the folder
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
+        if resume:
+            set_length(config, self.plan, state.step)
         if self.captures:
             required = config.cuda_graph == "on"
             self.captured = CapturedStep(sae, state.adam, config.objective, required)
