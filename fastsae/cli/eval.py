@@ -1,7 +1,7 @@
 """fastsae eval: the metrics of a trained SAE."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsae.config import to_dict
@@ -38,7 +38,7 @@ def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
     if data is not None:
         source = ActivationShards(data)
     elif config := trained_with(run):
-        source = source_of(config)
+        source = source_of(replace(config, device="auto"))  # the run's may not be here
     else:
         raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
     return source.heldout or source
