@@ -1,6 +1,7 @@
 """Frozen dataclass trees to plain JSON values and back, strictly."""
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -82,15 +83,23 @@ def from_json(hint: Any, value: Any, where: str) -> Any:
     elif origin is tuple and isinstance(value, list) and fits(arguments, value):
         return tuple(from_json(arguments[0], item, where) for item in value)
     elif hint is float:
-        right = isinstance(value, int | float) and not isinstance(value, bool)
+        right = type(value) in (int, float)
     elif hint is Path:
         right = isinstance(value, str)
     else:
         right = type(value) is hint
-    if not right:
+    if not right or not representable(value):
         allowed = arguments if origin is typing.Literal else getattr(hint, "__name__", hint)
+        allowed = "a finite number" if hint is float else allowed
         raise ValueError(f"{where} must be {allowed}, got {value!r}")
     return Path(str(value)) if hint is Path else value
+
+
+def representable(value: Any) -> bool:
+    """False for a number that is not finite or, if it is an integer, takes more than 64 bits."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def fits(kinds: tuple[Any, ...], values: list[Any]) -> bool:

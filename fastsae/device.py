@@ -9,7 +9,7 @@ import torch
 
 def check_device(device: str) -> None:
     """ValueError unless it is auto, cpu, cuda, or a GPU's number as cuda:1."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
 
 

@@ -248,14 +248,19 @@ def own_objective(teacher: SAE, l0: float) -> ActivationConfig:
 
 def tuning(sae: SAE, config: UpgradeConfig) -> TrainConfig:
     """The run that fine-tunes an SAE; decoder rows that are not of norm 1 are left free."""
-    unit = not sae.by_norm and (sae.W_dec.norm(dim=1) - 1).abs().max() < UNIT
     return config.run(
-        "unit" if unit else "none",
+        constraint_of(sae),
         d_sae=sae.d_sae,
         by_norm=sae.by_norm,
         layer_norm=sae.layer_norm,
         activation=sae.activation.cfg,
     )
+
+
+def constraint_of(sae: SAE) -> Constraint:
+    """The constraint under which an SAE can be trained further as it is."""
+    unit = not sae.by_norm and (sae.W_dec.norm(dim=1) - 1).abs().max() < UNIT
+    return "unit" if unit else "none"
 
 
 def comparison(

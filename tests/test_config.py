@@ -37,7 +37,10 @@ def test_round_trip():
         ({"size": "1"}, r"Outer.size must be int, got '1'"),
         ({"size": True}, r"Outer.size must be int, got True"),
         ({"size": 1, "mode": "c"}, r"Outer.mode must be \('a', 'b'\), got 'c'"),
-        ({"size": 1, "inner": {"rate": "fast"}}, r"Outer.inner.rate must be float, got 'fast'"),
+        (
+            {"size": 1, "inner": {"rate": "fast"}},
+            r"Outer.inner.rate must be a finite number, got 'fast'",
+        ),
         ([1], r"Outer must be an object, got \[1\]"),
     ],
 )

@@ -59,7 +59,8 @@ def test_help_has_every_option_and_fits(command, columns, monkeypatch, capsys):
     assert len(brief.splitlines()) < 70
     if command in ("train", "sweep"):
         assert all(
-            f"  --{name.replace('_', '-')} " in f"{whole} " for name in types_in(TrainConfig())
+            f"  --{name.replace('_', '-')} " in f"{whole} "
+            for name in types_in(TrainConfig, vars(TrainConfig()))
         )
         assert all(name in brief for name in RECIPES)
     if command == "train":
@@ -102,7 +103,8 @@ def test_flags_override_a_file(tmp_path):
     config = read_train(["--config", str(path), "--steps", "60"]).config
     assert config.activation == JumpReLUConfig(target_l0=16.0)
     assert (config.steps, config.layer_norm, config.optimizer.betas) == (60, True, (0.5, 0.75))
-    assert read_sweep(["--config", str(path), "relu"]).saes == ("relu",)
+    command, _ = read_sweep(["--config", str(path), "relu:target_l0=8"])
+    assert command.saes == ("relu:target_l0=8",)
     path.write_text("stepz = 3")
     with pytest.raises(ValueError, match="unknown option --stepz; did you mean --step or --steps"):
         read_train(["--config", str(path)])
@@ -142,16 +144,18 @@ def test_positional_words_keep_their_order(tmp_path):
     ):
         found = filled(Convert, read_words(words), ["source", "out"])
         assert (found.source, found.out, found.to) == ("a", Path("b"), "sparsify")
-    command = read_sweep(["--k", "4", "topk", "--k", "8", "relu", "--layer-norm", "gated"])
+    words = ["--k", "4", "topk", "--k", "8", "relu", "--layer-norm", "gated"]
+    command, configs = read_sweep(words)
     assert command.saes == ("topk", "relu", "gated")
-    assert command.config.activation == TopKConfig(k=8)
+    assert configs["topk"].activation == TopKConfig(k=8)
     for words in (["topk", "--", "relu"], ["topk", "--config"], ["topk", "--out="]):
         with pytest.raises(ValueError, match="unexpected argument '--'|needs a value"):
             read_sweep(words)
 
 
 def test_words_after_an_option_that_takes_fewer():
-    assert read_sweep(["--layer-norm", "relu", "--steps", "3", "topk"]).saes == ("relu", "topk")
+    command, _ = read_sweep(["--layer-norm", "relu", "--steps", "3", "topk"])
+    assert command.saes == ("relu", "topk")
     config = read_train(["--no-layer-norm", "--wandb", "none", "--dead-after=9"]).config
     assert (config.layer_norm, config.wandb, config.dead_after) == (False, None, 9)
 
@@ -176,7 +180,11 @@ def test_one_or_several_hookpoints(words, hookpoint):
         ("--activation relu --centre zero", "did you mean --center"),
         ("--k", "--k needs a value"),
         ("--k 1.5", "--k must be a whole number, got '1.5'"),
-        ("--lr fast", "--lr must be a number, got 'fast'"),
+        ("--lr fast", "--lr must be a finite number, got 'fast'"),
+        ("--lr 1e999", "--lr must be a finite number, got '1e999'"),
+        ("--betas 0.9 nan", "--betas must be a finite number, got 'nan'"),
+        (f"--seed {2**64}", f"--seed must be a whole number of at most 64 bits, got '{2**64}'"),
+        ("--data-seed -5", "data_seed must be from 0 to .*, got -5"),
         ("--betas 0.9", "--betas takes 2 values, got 1"),
         ("--step quick", "--step must be one of auto, fused, autograd, got 'quick'"),
         ("--device gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
@@ -186,6 +194,15 @@ def test_one_or_several_hookpoints(words, hookpoint):
 def test_mistakes(words, message):
     with pytest.raises(ValueError, match=message):
         read_train(words.split())
+
+
+def test_options_override_a_recipe_before_anything_is_checked():
+    """The recipe's k of 32 would not fit."""
+    for recipe in RECIPES:
+        words = ["--recipe", recipe, "--d-sae", "16", "--k", "4", "--batch-size", "8"]
+        config = read_train(words).config
+        assert (config.activation, config.d_sae, config.batch_size) == (TopKConfig(k=4), 16, 8)
+    assert read_train(["--recipe", "none"]) == read_train([])
 
 
 def test_what_is_required():

@@ -279,25 +279,23 @@ def test_nonsense_settings_are_refused(settings, message):
         UpgradeConfig(**settings)
 
 
-def command(*words) -> None:
-    main([str(word) for word in words])
+def command(*words) -> str:
+    return main([str(word) for word in words])
 
 
 FEW = "--steps", 10, "--batch-size", 256, "--device", "cpu"
 
 
-def test_the_command(data, teachers, tmp_path, capsys):
+def test_the_command(data, teachers, tmp_path):
     """On the data of the teacher's run, unless others are given; and never over another run."""
     run, out = teachers("topk"), tmp_path / "up"
-    command(run, "--out", out, *FEW)
-    printed = capsys.readouterr().out
+    printed = command(run, "--out", out, *FEW)
     for word in ("FVU", "L0", "dead", "rational, fine-tuned", str(out / "sae")):
         assert word in printed
     assert json.loads((out / "config.json").read_text())["config"]["data"] == str(data)
     with pytest.raises(ValueError, match="already holds a run"):
         command(run, "--out", out, *FEW)
-    command(run, "--out", out, "--resume", *FEW)
-    assert capsys.readouterr().out == printed
+    assert command(run, "--out", out, "--resume", *FEW) == printed
     with pytest.raises(ValueError, match="got rational"):
         command(out, "--out", tmp_path / "again", *FEW)
 

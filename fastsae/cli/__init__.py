@@ -1,44 +1,88 @@
 """The command line: fastsae train | sweep | harvest | upgrade | eval | convert."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
+from fastsae.progress import printable, say
 from fastsae.version import __version__
 
 from .help import COMMANDS, command_help, overview
 
+NO_MEMORY = "can't allocate memory|out of memory|Storage size calculation overflowed"
+"""How torch's RuntimeErrors say it."""
+
 
 def main() -> None:
     """Run a command; an error that its user can fix is one line, with exit code 2."""
+    for name in ("stdin", "stdout", "stderr"):  # by number: the first free one is taken
+        if getattr(sys, name) is None:  # closed, or a file of the run would get its number
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    code, message = 0, ""
     try:
         run(sys.argv[1:])
-        if sys.stdout is not None:  # it is where the process began with it closed
-            sys.stdout.flush()
-    except BrokenPipeError:  # of a reader that has enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as stop:
-        if str(stop):
-            print(f"fastsae: {stop}", file=sys.stderr)
-        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
+        code, message = 128 + getattr(stop, "signum", signal.SIGINT), str(stop)
     except (ValueError, OSError) as error:
-        print(f"fastsae: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code, message = 2, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        code, message = 2, out_of_memory(str(error))
+    if message:
+        say(f"fastsae: {' '.join(message.split())}")
+    try:
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)
+    if code:
+        sys.exit(code)
 
 
 def run(words: Sequence[str]) -> None:
     """Run the command that the words of a command line ask for. Help imports no torch."""
     name, *rest = words or ["--help"]
     if name in ("-h", "--help", "--help-all"):
-        print(overview())
+        show(overview())
     elif name == "--version":
-        print(f"fastsae {__version__}")
+        show(f"fastsae {__version__}")
     elif name not in COMMANDS:
         raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
     elif {"-h", "--help", "--help-all"} & {*rest}:
-        print(command_help(name, rest))
+        show(command_help(name, rest))
     else:
-        import_module(f"fastsae.cli.{name}").main(rest)
+        show(import_module(f"fastsae.cli.{name}").main(rest))
+
+
+def show(text: str) -> None:
+    """Print the result of a command."""
+    try:
+        print("\n".join(map(printable, text.split("\n"))))
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a reader that has enough, such as `head`
+        discard(sys.stdout)
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        discard(sys.stdout)
+        raise OSError(f"the result cannot be printed: {error.strerror}") from None
+
+
+def discard(stream: TextIO) -> None:
+    """Drop what a stream could not write: at exit, Python would try again and fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def out_of_memory(text: str) -> str:
+    """What to say of a failed allocation, from numpy's or torch's words for it."""
+    found = re.search(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)", text)
+    size = found and f"{found[1]} {found[2]}"
+    if found and found[2] == "bytes":
+        size = f"{int(found[1]) / 2**30:,.1f} GiB"
+    if shape := re.search(r"sizes=\[.*?\]", text):
+        size = f"a tensor of {shape[0]}"
+    tried = f": cannot allocate {size}" if size else ""
+    return f"out of memory{tried}; try a smaller batch size, model or number of latents"

@@ -28,7 +28,7 @@ class Convert:
     """Library whose files to write."""
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> str:
     command = filled(Convert, read_words(words), ["source", "out"])
     out = command.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -36,4 +36,4 @@ def main(words: Sequence[str]) -> None:
     sae = load(command.source)
     save(sae, out, command.to)
     files = ", ".join(sorted(path.name for path in out.iterdir()))
-    print(f"{sae.d_sae} latents of width {sae.d_in}, {sae.activation.cfg.name}: {out}/{files}")
+    return f"{sae.d_sae} latents of width {sae.d_in}, {sae.activation.cfg.name}: {out}/{files}"

@@ -1,7 +1,7 @@
 """fastsae eval: the metrics of a trained SAE."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsae.config import to_dict
@@ -22,16 +22,15 @@ class Eval(EvalConfig):
     """Directory of a run or of a saved SAE, from fastsae or another library."""
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> str:
     command = filled(Eval, read_words(words), ["run"])
     run = command.run
     if not run.is_dir():
         raise ValueError(f"{run} is not a directory, where the results could go")
     result = evaluate(load(run), eval_data(run, command.data), command)
     write_json(run / "eval.json", to_dict(result))
-    print(f"{run} on {result.data}:")
-    print(evaluation_table(result))
-    print(f"written to {run / 'eval.json'}")
+    table = evaluation_table(result)
+    return f"{run} on {result.data}:\n{table}\nwritten to {run / 'eval.json'}"
 
 
 def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
@@ -39,7 +38,7 @@ def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
     if data is not None:
         source = ActivationShards(data)
     elif config := trained_with(run):
-        source = source_of(config)
+        source = source_of(replace(config, device="auto"))  # the run's may not be here
     else:
         raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
     return source.heldout or source

@@ -25,7 +25,19 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 """For each command, the class of its options, and those that are positional arguments."""
 
 MAIN = {
-    *("activation", "recipe", "resume", "saes", "seeds", "data", "out", "d_sae", "k", "steps"),
+    *(
+        "activation",
+        "recipe",
+        "start_from",
+        "resume",
+        "saes",
+        "seeds",
+        "data",
+        "out",
+        "d_sae",
+        "k",
+        "steps",
+    ),
     *("batch_size", "lr", "seed", "device", "wandb"),
 }
 """Of the many options of training, those that --help shows; --help-all shows all."""

@@ -12,14 +12,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastsae.config import RENAMED
+from fastsae.config import RENAMED, representable
+from fastsae.nn import ActivationConfig
 from fastsae.nn.activations import CHOICES
-from fastsae.train import TrainConfig, recipe
+from fastsae.train import TrainConfig
+from fastsae.train.recipes import recipe_settings
 
 T = TypeVar("T")
 Given = list[tuple[str, list[str]]]
 """Each setting that is given, in order, with the words up to the next one; first those before any,
 under the empty name. The last of several counts."""
+Settings = dict[str, Any]
+"""Values by the names of settings. Those of a config make no sense together until all are known, so
+that only the complete config is checked."""
 
 
 class FromFile(list[str]):
@@ -91,39 +96,48 @@ def settings_in(table: dict[str, Any], title: str = "") -> Iterator[tuple[str, l
             yield name.replace("-", "_"), FromFile(words)
 
 
-def filled(cls: type[T], given: Given, positional: Sequence[str] = (), **parts: Any) -> T:
+def filled(cls: type[T], given: Given, positional: Sequence[str] = (), **parts: Settings) -> T:
     """A command's options, and the configs that are parts of it, with what is given."""
-    fields = [field for field in dataclasses.fields(cls) if field.name not in parts]  # pyright: ignore[reportArgumentType]
+    values, hints = read_values(cls, given, positional, **parts), typing.get_type_hints(cls)
+    configs = {name: hints[name](**updated(part, values)) for name, part in parts.items()}
+    return cls(**configs, **{n: v for n, v in values.items() if n in hints and n not in configs})
+
+
+def read_values(
+    cls: type, given: Given, positional: Sequence[str] = (), **parts: Settings
+) -> Settings:
+    """What is given of a command's options and the settings of its parts, by name."""
+    fields = [field for field in dataclasses.fields(cls) if field.name not in parts]
     hints = typing.get_type_hints(cls)
-    own = {field.name: hints[field.name] for field in fields}
-    known = own | {name: hint for part in parts.values() for name, hint in types_in(part).items()}
+    known = {field.name: hints[field.name] for field in fields}
+    for name, part in parts.items():
+        known |= types_in(hints[name], part)
     values = typed(given, known, positional)
     for field in fields:
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
             name = field.name.upper() if field.name in positional else option(field.name)
             raise ValueError(f"{name} is required")
-    mine = {name: value for name, value in values.items() if name in own}
-    return cls(**mine, **{name: updated(part, values) for name, part in parts.items()})
+    return values
 
 
-def types_in(config: Any) -> dict[str, Any]:
+def types_in(cls: type, settings: Settings) -> Settings:
     """The types of a config's settings, and of those of its parts, by name."""
-    hints, found = typing.get_type_hints(type(config)), {}
-    for name, value in vars(config).items():
-        found |= types_in(value) if dataclasses.is_dataclass(value) else {name: hints[name]}
+    hints, found = typing.get_type_hints(cls), {}
+    for name, value in settings.items():
+        part = dataclasses.is_dataclass(value)
+        found |= types_in(type(value), vars(value)) if part else {name: hints[name]}
     return found
 
 
-def updated(config: T, values: dict[str, Any]) -> T:
-    """A config with these values for its settings and those of its parts."""
-    changes: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
-            changes[name] = updated(value, values)
-        elif name in values:
-            changes[name] = values[name]
-    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+def updated(settings: Settings, values: Settings) -> Settings:
+    """A config's settings with these values for them and for those of its parts."""
+    return {
+        name: type(value)(**updated(vars(value), values))
+        if dataclasses.is_dataclass(value)
+        else values.get(name, value)
+        for name, value in settings.items()
+    }
 
 
 def typed(given: Given, hints: dict[str, Any], positional: Sequence[str] = ()) -> dict[str, Any]:
@@ -207,29 +221,38 @@ def converted(name: str, hint: Any, words: list[str]) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {words[0]!r}")
         return words[0]
     try:
-        return kind(words[0])
+        value = kind(words[0])
     except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"{name} must be {wanted}, got {words[0]!r}") from None
+        value = None
+    if value is None or not representable(value):
+        wanted = "a whole number" if kind is int else "a finite number"
+        wanted += " of at most 64 bits" * (kind is int and value is not None)
+        raise ValueError(f"{name} must be {wanted}, got {words[0]!r}")
+    return value
 
 
-def training_start(given: Given) -> TrainConfig:
-    """The config that the recipe and the activation asked for start from."""
-    kinds = {"activation": str, "recipe": str, "d_sae": int, "batch_size": int}
-    values = {n: converted(option(n), kinds[n], words) for n, words in given if n in kinds}
-    config = TrainConfig()
-    if "recipe" in values:
-        config = recipe(values["recipe"], values.get("d_sae"), values.get("batch_size"))
-    return with_activation(config, values["activation"]) if "activation" in values else config
+def training_start(given: Given) -> Settings:
+    """The settings that the recipe and the activation asked for start from."""
+    kinds = {"activation": str, "recipe": str | None, "d_sae": int, "batch_size": int}
+    values = {n: converted(option(n), kinds[n], words[:1]) for n, words in given if n in kinds}
+    start = {**vars(TrainConfig())}
+    if values.get("recipe") is not None:
+        start |= recipe_settings(values["recipe"], values.get("d_sae"), values.get("batch_size"))
+    return with_activation(start, values["activation"]) if "activation" in values else start
 
 
-def with_activation(config: TrainConfig, name: str) -> TrainConfig:
-    """The config with that activation; ValueError lists those there are."""
+def with_activation(settings: Settings, name: str) -> Settings:
+    """Settings of training with that activation, which keeps its own where it is of that kind."""
+    plain, special = choice(name)
+    own = settings["activation"]
+    kept = own if isinstance(own, type(plain)) else plain
+    return settings | {"activation": dataclasses.replace(kept, **special)}
+
+
+def choice(name: str) -> tuple[ActivationConfig, Settings]:
+    """The defaults of an activation, and what makes a variant such as abstopk differ from them;
+    ValueError lists the activations there are."""
     if name not in CHOICES:
         raise ValueError(f"activation must be one of {', '.join(CHOICES)}, got {name!r}")
-    chosen, own = CHOICES[name], config.activation
-    if chosen.name == own.name:  # what makes the choice, on top of what is set already
-        plain = type(chosen)()
-        special = {n: v for n, v in vars(chosen).items() if v != getattr(plain, n)}
-        chosen = dataclasses.replace(own, **special)
-    return dataclasses.replace(config, activation=chosen)
+    plain = type(CHOICES[name])()
+    return plain, {n: v for n, v in vars(CHOICES[name]).items() if v != getattr(plain, n)}

@@ -5,14 +5,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fastsae.files import read_json
 from fastsae.train import Sweep, TrainConfig
 from fastsae.train.comparison import comparison_table
 from fastsae.train.sweep import stored_sweep
 
-from .parse import filled, read_words, training_start, typed, types_in, updated, with_activation
+from .parse import (
+    Settings,
+    choice,
+    read_values,
+    read_words,
+    training_start,
+    typed,
+    types_in,
+    updated,
+)
 from .train import source_of
 
 NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed")
@@ -27,15 +35,16 @@ class SweepCommand:
     """
 
     saes: tuple[str, ...] = ()
-    """The SAEs: ACTIVATION or ACTIVATION:setting=value,setting=value (true or false for
-    switches)."""
+    """The SAEs: ACTIVATION or ACTIVATION:setting=value,setting=value (true or false for switches;
+    several values are quoted: 'topk:prefixes=64 256')."""
 
     seeds: tuple[int, ...] = ()
     """Seeds to train each SAE with (default: --seed); all see the data in the order of the
     first."""
 
     activation: str = "topk"
-    """Activation whose settings the options below set for all SAEs."""
+    """Activation whose options are listed below; they apply to each SAE that has them and does not
+    set them itself."""
 
     recipe: str | None = None
     """Start from the settings of another trainer: openai, dictionary_learning, sparsify, or
@@ -51,45 +60,58 @@ class SweepCommand:
     """Settings of all SAEs."""
 
 
-def read_sweep(words: Sequence[str]) -> SweepCommand:
+def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfig]]:
+    """The command, whose `config` is left as it is, and the config of each of its SAEs."""
     given = read_words(words)
-    command = filled(SweepCommand, given, ["saes"], config=training_start(given))
-    if command.resume and (command.saes or dict(given).keys() - {"", "resume", "out"}):
+    start = training_start(given)
+    values = read_values(SweepCommand, given, ["saes"], config=start)
+    fields = {f.name for f in dataclasses.fields(SweepCommand)}
+    command = SweepCommand(**{name: v for name, v in values.items() if name in fields})
+    if not command.resume:
+        return command, swept(command, start, values)
+    if values.keys() - {"resume", "out"}:
         raise ValueError(
             f"--resume takes the SAEs and settings of {command.out}: give nothing but --out"
         )
-    return command
+    return command, stored_sweep(command.out)
 
 
-def main(words: Sequence[str]) -> None:
-    command = read_sweep(words)
+def main(words: Sequence[str]) -> str:
+    command, configs = read_sweep(words)
     out = command.out
-    configs = stored_sweep(out) if command.resume else swept(command)
     Sweep(configs, source_of(next(iter(configs.values()))), out).fit(command.resume)
-    print(comparison_table(read_json(out / "comparison.json")))
-    print(f"written to {out / 'comparison.json'}; evaluate an SAE with: fastsae eval {out}/...")
+    table = comparison_table(read_json(out / "comparison.json"))
+    return (
+        f"{table}\nwritten to {out / 'comparison.json'}; "
+        f"evaluate an SAE with: fastsae eval {out}/..."
+    )
 
 
-def swept(command: SweepCommand) -> dict[str, TrainConfig]:
-    """The config of each SAE and seed, by the name of its folder."""
+def swept(command: SweepCommand, start: Settings, values: Settings) -> dict[str, TrainConfig]:
+    """The config of each SAE and seed, by the name of its folder.
+
+    Args:
+        start: the settings of all before anything is given.
+        values: those that are given for all.
+    """
     if not command.saes:
         raise ValueError("name the SAEs to train, such as: fastsae sweep topk:k=16 topk:k=32")
-    shared, configs = command.config, {}
+    configs: dict[str, TrainConfig] = {}
     for text in command.saes:
-        for seed in command.seeds or (shared.seed,):
+        for seed in command.seeds or (values.get("seed", start["seed"]),):
             name = re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")
             name += f"-seed{seed}" if len(command.seeds) > 1 else ""
             if name in configs:
                 raise ValueError(f"{text} with seed {seed} is given twice")
-            configs[name] = described(text, dataclasses.replace(shared, seed=seed))
-    for setting in given_to_all(shared):
+            configs[name] = described(text, start, values | {"seed": seed})
+    for setting in values.keys() & vars(start["activation"]).keys():
         if not any(hasattr(config.activation, setting) for config in configs.values()):
             raise ValueError(f"none of {', '.join(command.saes)} has the setting {setting}")
     return configs
 
 
-def described(text: str, shared: TrainConfig) -> TrainConfig:
-    """The config of an SAE such as topk:k=16,lr=0.001, on top of the shared one."""
+def described(text: str, start: Settings, values: Settings) -> TrainConfig:
+    """The config of an SAE such as topk:k=16,lr=0.001, on top of what is given for all."""
     activation, _, settings = text.partition(":")
     given = {}
     for setting in filter(None, settings.split(",")):
@@ -102,16 +124,10 @@ def described(text: str, shared: TrainConfig) -> TrainConfig:
         if name in given:
             raise ValueError(f"{text}: {name} is given twice")
         given[name] = value.split()
-    start = with_activation(shared, activation)
-    theirs = {n: v for n, v in given_to_all(shared).items() if hasattr(start.activation, n)}
+    plain, special = choice(activation)
+    before = start | {"activation": plain}
     try:
-        return updated(start, theirs | typed([*given.items()], types_in(start)))
+        own = special | typed([*given.items()], types_in(TrainConfig, before))
+        return TrainConfig(**updated(before, values | own))
     except ValueError as error:
         raise ValueError(f"{text}: {error}") from error
-
-
-def given_to_all(shared: TrainConfig) -> dict[str, Any]:
-    """The settings of an activation that were given for every SAE that has them."""
-    own = shared.activation
-    usual = type(own)()
-    return {name: v for name, v in vars(own).items() if v != getattr(usual, name)}

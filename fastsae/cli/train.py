@@ -1,5 +1,6 @@
 """fastsae train: one SAE."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,9 +8,21 @@ from pathlib import Path
 from fastsae.data import ActivationShards, Joined, demo_shards
 from fastsae.device import choose_device
 from fastsae.files import read_json
-from fastsae.train import TrainConfig, Trainer, resumed_config, stored_config
+from fastsae.interop import load
+from fastsae.nn import SAE, Init
+from fastsae.train import Optimizer, TrainConfig, Trainer, resumed_config, stored_config
+from fastsae.upgrade import constraint_of
 
-from .parse import filled, read_words, training_start, with_activation
+from .parse import (
+    Given,
+    Settings,
+    converted,
+    filled,
+    option,
+    read_words,
+    training_start,
+    with_activation,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +41,70 @@ class Train:
     """Start from the settings of another trainer: openai, dictionary_learning, sparsify, or
     sae_lens. Other options override them."""
 
+    start_from: str | None = None
+    """Start from the weights of a trained SAE: its directory or file, from fastsae or another
+    library, or its id on the Hugging Face Hub. It sets the activation, --d-sae and whether decoder
+    rows have norm 1; the optimizer starts afresh."""
+
     resume: bool = False
-    """Resume the run in --out from its last checkpoint, with its settings."""
+    """Resume the run in --out from its last checkpoint, with its settings. With --steps N, it
+    trains to step N: Adam's state is kept, and the learning-rate schedule is that of a run of N
+    steps, so that a rate that had decayed rises again."""
 
     config: TrainConfig = field(default_factory=TrainConfig)
     """Run."""
 
 
-def read_train(words: Sequence[str]) -> Train:
-    """The command; the settings of the stored run where that is to be resumed."""
+def read_train(words: Sequence[str], sae: SAE | None = None) -> Train:
+    """The command, with the settings of the SAE to start from or of the run to be resumed."""
     given = read_words(words)
-    command = filled(Train, given, config=training_start(given))
+    if sae is not None:
+        given.insert(0, ("d_sae", [str(sae.d_sae)]))  # also for the recipe
+    start, named = training_start(given), dict(given)
+    if sae is not None:
+        start |= settings_of(sae, start["optimizer"])
+        if unused := [name for name in ("activation", *vars(Init())) if name in named]:
+            raise ValueError(f"{option(unused[0])} has no effect with --start-from: leave it out")
+    command = filled(Train, given, config=start)
     if not command.resume:
         return command
     out = command.config.out
-    if command.recipe is not None:
-        raise ValueError(f"--resume takes the settings of {out}: no --recipe")
-    start = stored_config(out)
-    if "activation" in dict(given):
+    for name in ("recipe", "start_from"):
+        if getattr(command, name) is not None:
+            raise ValueError(f"--resume takes the settings of {out}: no {option(name)}")
+    start = vars(stored_config(out))
+    if "activation" in named:
         start = with_activation(start, command.activation)
     command = filled(Train, given, config=start)
     resumed_config(command.config)
     return command
 
 
-def main(words: Sequence[str]) -> None:
-    command = read_train(words)
+def start_from(given: Given) -> SAE | None:
+    """The SAE that training is to start from, if it is given."""
+    source = dict(given).get("start_from", ["none"])
+    found = converted("--start-from", str | None, source[:1])
+    return None if found is None else load(found).float()
+
+
+def settings_of(sae: SAE, optimizer: Optimizer) -> Settings:
+    """The settings of training that an SAE to start from determines, apart from d_sae."""
+    return {
+        "by_norm": sae.by_norm and sae.layers == 1,  # crosscoders always do
+        "layer_norm": sae.layer_norm,
+        "skip": sae.W_skip is not None,
+        "activation": sae.activation.cfg,
+        "init": Init(),
+        "optimizer": dataclasses.replace(optimizer, constraint=constraint_of(sae)),
+    }
+
+
+def main(words: Sequence[str]) -> str:
+    sae = start_from(read_words(words))
+    command = read_train(words, sae)
     config = command.config
-    Trainer(config, source_of(config)).fit(command.resume)
-    print(run_table(config.out))
+    Trainer(config, source_of(config), sae).fit(command.resume)
+    return run_table(config.out)
 
 
 def source_of(config: TrainConfig) -> ActivationShards | Joined:

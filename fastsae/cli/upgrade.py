@@ -29,7 +29,7 @@ class Upgrade(UpgradeConfig):
     """Resume the upgrade in --out, of the same SAE and with the same settings."""
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> str:
     config = filled(Upgrade, read_words(words), ["teacher"])
     teacher = config.teacher
     sae = load(teacher)
@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> None:
             raise ValueError(f"{teacher} is not a run's folder: say which --data to fine-tune on")
         config = dataclasses.replace(config, data=trained.data)
     upgrade(sae, source_of(config.run()), config, config.resume)
-    print(upgrade_table(config.out))
+    return upgrade_table(config.out)
 
 
 def upgrade_table(out: Path) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.files import read_json, write_json
+from fastsae.progress import printable
 
 from .log import read_lines
 
@@ -30,7 +31,9 @@ def comparison_table(found: dict[str, dict[str, Any]]) -> str:
     """A row for each run, best FVU first."""
     ranked = sorted(found.items(), key=lambda item: item[1]["fvu"])
     rows = [["SAE", *(title for title, _ in COLUMNS.values())]]
-    rows += [[n, *(form.format(f[key]) for key, (_, form) in COLUMNS.items())] for n, f in ranked]
+    for name, run in ranked:
+        numbers = (form.format(run[key]) for key, (_, form) in COLUMNS.items())
+        rows.append([printable(name), *numbers])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for name, *cells in rows:

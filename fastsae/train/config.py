@@ -122,6 +122,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**63:
+                raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {getattr(self, name)}")
         check_device(self.device)
         if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
             raise ValueError(f"max_norm_ratio must be above 1, got {self.max_norm_ratio}")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to save and stop at the end of the step."""
+"""SIGINT, SIGTERM and SIGHUP as a request to save and stop at the end of the step."""
 
 import signal
 import threading
@@ -14,12 +14,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Within its `with` block, the first signal is noted in `signum`; a second one kills.
+    """Within its `with` block, the first signal is noted in `signum`; a second one kills. SIGHUP
+    never does: when a terminal closes, both the system and the shell send it.
 
-    Outside the main thread, where Python allows no signal handlers, it notes nothing.
+    SIGHUP stays ignored under nohup. Outside the main thread, where Python allows no signal
+    handlers, it notes nothing.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
     def __init__(self):
         self.signum: int | None = None
@@ -28,16 +31,16 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+            if self.HANGUP and signal.getsignal(self.HANGUP) != signal.SIG_IGN:
+                self._previous[self.HANGUP] = signal.signal(self.HANGUP, self._note)
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
+        self.signum = self.signum or signum
+        if signum in self.SIGNALS:
+            for again in self.SIGNALS:
+                signal.signal(again, self._previous[again])
 
     def __exit__(self, *exc: object) -> None:
-        self._restore()
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)

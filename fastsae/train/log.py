@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from fastsae.files import write_atomically
-from fastsae.progress import progress_bar, shows_bars
+from fastsae.progress import progress_bar, say, shows_bars
 
 from .config import TrainConfig
 
@@ -26,15 +25,17 @@ class Log:
         self._alone, self._live = alone, alone and shows_bars()
         self.last: dict[str, Any] = {}
         self._bar = progress_bar("train", "step", steps, first_step, shown=alone)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def advance(self) -> None:
         self._bar.update()
 
     def write(self, line: dict[str, Any]) -> None:
         """Record a line; `step` and `tokens` say where it belongs."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from None
         self.last = line
         if self._alone:
             self._show(line)
@@ -60,20 +61,13 @@ class Log:
         else:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             left = line["seconds"] / line["step"] * (self._bar.total - line["step"])
-            print(
-                f"step {line['step']}/{self._bar.total}  {text}  ETA {left:.0f}s", file=sys.stderr
-            )
-
-    def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
-        self._bar.write(text, file=sys.stderr)
+            say(f"step {line['step']}/{self._bar.total}  {text}  ETA {left:.0f}s")
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
-        self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -19,21 +19,30 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
     initialization, loss, optimizer and treatment of dead latents. Where theirs is a choice (Adam or
     signum in sparsify), it is Adam. ValueError for an unknown name.
     """
+    return TrainConfig(**recipe_settings(name, d_sae, batch_size))
+
+
+def recipe_settings(
+    name: str, d_sae: int | None = None, batch_size: int | None = None
+) -> dict[str, Any]:
+    """The arguments of TrainConfig that make a recipe, not yet checked together."""
     usual = TrainConfig()
     d_sae, batch_size = d_sae or usual.d_sae, batch_size or usual.batch_size
     shared: dict[str, Any] = {"d_sae": d_sae, "batch_size": batch_size}
+    if d_sae < 1:
+        raise ValueError(f"d_sae must be at least 1, got {d_sae}")
     tied = Init(encoder="tied", start_l0=0.0)
     rule = 2e-4 / math.sqrt(d_sae / 2**14)
     if name == "openai":
         optimizer = Optimizer(lr=1e-4, warmup=0, decay=0.0, ema=0.999)
-        return TrainConfig(
+        return dict(
             **shared,
             init=Init(encoder="tied", start_l0=0.0),
             optimizer=optimizer,
             dead_after=10_000_000,
         )
     if name == "dictionary_learning":
-        return TrainConfig(
+        return dict(
             **shared,
             init=tied,
             objective=Objective(error="sse"),
@@ -41,14 +50,14 @@ def recipe(name: str, d_sae: int | None = None, batch_size: int | None = None) -
             dead_after=10_000_000,
         )
     if name == "sparsify":
-        return TrainConfig(
+        return dict(
             **shared,
             init=Init(encoder="linear", b_dec="mean", start_l0=0.0),
             objective=Objective(auxk_coef=0.0),
             optimizer=Optimizer(lr=rule, warmup=0, decay=0.0, eps=1e-8),
         )
     if name == "sae_lens":
-        return TrainConfig(
+        return dict(
             **shared,
             by_norm=True,
             init=Init(encoder="tied", row_norm=0.1, b_dec="zero", start_l0=0.0),

@@ -13,11 +13,14 @@ from fastsae.checkpoint import list_checkpoints
 from fastsae.config import from_dict, to_dict
 from fastsae.files import claimed, read_json, write_json
 from fastsae.nn import SAE
+from fastsae.progress import say
 
 from .config import TrainConfig
 from .plan import Plan
 
 FORMAT = "fastsae.run.1"
+FROM_STEPS = ("steps", "lr", "warmup", "dead_after", "dead_every")
+"""What is planned from the number of steps, unless it is given."""
 
 
 @contextmanager
@@ -34,11 +37,12 @@ def begin(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SAE | N
     out = config.out
     if (out / "config.json").exists():
         raise ValueError(
-            f"{out} already holds a run: add --resume to go on with it, or choose another --out"
+            f"{out} already holds a run: add --resume to continue it, or choose another --out"
         )
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     document = {**_document(config, fingerprint), "plan": to_dict(plan)}
+    document["threads"] = torch.get_num_threads()
     if start_from is not None:
         document["start_from"] = _digest(start_from)
     write_json(out / "config.json", document)
@@ -46,7 +50,7 @@ def begin(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SAE | N
 
 def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SAE | None) -> None:
     """ValueError unless config.json is that of this run, on this data, planned as it is here, and
-    from the weights given, if any are."""
+    from the weights given, if any are. The number of steps may be another one."""
     path = config.out / "config.json"
     found, wanted = _read(config.out), _document(config, fingerprint)
     if found.get("fingerprint") != fingerprint:
@@ -54,14 +58,31 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
     if start_from is not None and found.get("start_from") != _digest(start_from):
         raise ValueError(f"{path} was written for a run that began from another SAE")
     # A setting that the run's version did not have yet has its default.
-    kept = _settings(to_dict(resolved(stored_config(config.out))))
+    kept = _settings(to_dict(resolved(stored_config(config.out)))) | {"steps": config.steps}
     changed = [n for n, value in _settings(wanted["config"]).items() if kept.get(n) != value]
     if changed:
         raise ValueError(f"{path} differs from this run in {', '.join(changed)}")
+    longer = found["plan"].get("steps") != plan.steps
     for name, value in to_dict(plan).items():
         kept = found["plan"].get(name)
-        if kept != value:
+        if kept != value and not (longer and name in FROM_STEPS):
             raise ValueError(f"{path} was planned with {name} = {kept}, here it would be {value}")
+    threads = torch.get_num_threads()
+    if plan.device == "cpu" and (began := found.get("threads", threads)) != threads:
+        say(f"this run began with {began} threads and now has {threads}: last bits may differ")
+
+
+def set_length(config: TrainConfig, plan: Plan, done: int) -> None:
+    """Write the number of steps of a run, of which some are done, to its config.json, with what is
+    planned from it; ValueError for fewer steps than are done."""
+    if plan.steps < done:
+        raise ValueError(
+            f"steps must be at least {done}, as many as {config.out} has done, got {plan.steps}"
+        )
+    document = _read(config.out)
+    if document["plan"] != to_dict(plan):
+        document["config"]["steps"], document["plan"] = config.steps, to_dict(plan)
+        write_json(config.out / "config.json", document)
 
 
 def stored_config(out: Path) -> TrainConfig:
@@ -84,8 +105,9 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def resumed_config(given: TrainConfig) -> TrainConfig:
-    """The settings of the run in given.out; ValueError for one that has another value there."""
-    stored = stored_config(given.out)
+    """The settings of the run in given.out, with the steps given; ValueError for another setting
+    that has another value there."""
+    stored = dataclasses.replace(stored_config(given.out), steps=given.steps)
     found = _settings(to_dict(resolved(stored)))
     for name, value in _settings(to_dict(resolved(given))).items():
         kept = found.get(name)

@@ -6,7 +6,6 @@ shape share the encoder GEMM, unless they keep bfloat16 copies.
 """
 
 import dataclasses
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ from fastsae.config import from_dict, to_dict
 from fastsae.data import ActivationSource
 from fastsae.files import read_json, write_json
 from fastsae.nn import SAE
-from fastsae.progress import progress_bar, shows_bars
+from fastsae.progress import printable, progress_bar, say, shows_bars
 
 from .comparison import compare
 from .config import TrainConfig
@@ -75,7 +74,7 @@ class Sweep:
                 step = states[name].step
                 log = Log(trainer.config, trainer.plan.steps, step, alone=False)
                 logs[name] = stack.enter_context(log)
-                log.say(f"{name}: {trainer.describe(states[name].sae)}")
+                say(f"{name}: {trainer.describe(states[name].sae)}")
             self.loop(states, logs, interrupts)
             saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
         compare(self.out, list(saes))
@@ -118,10 +117,10 @@ class Sweep:
                 if state.step % every == 0 or state.step == steps:
                     lines = {name: log.last["fvu"] for name, log in logs.items()}
                     best = min(lines, key=lambda name: lines[name])
-                    text = f"best FVU {lines[best]:.4f} ({best})"
+                    text = f"best FVU {lines[best]:.4f} ({printable(best, 60)})"
                     bar.set_postfix_str(text)
                     if not shows_bars():
-                        print(f"step {state.step}/{steps}  {text}", file=sys.stderr)
+                        say(f"step {state.step}/{steps}  {text}")
                 if interrupts.signum and state.step < steps:
                     for name, one in self.trainers.items():
                         one.save(states[name])

@@ -18,6 +18,7 @@ from fastsae.evals import reconstruction
 from fastsae.files import write_json
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
+from fastsae.progress import say
 from fastsae_kernels import WIDEST, balance
 
 from .columns import Columns
@@ -30,7 +31,7 @@ from .log import Log, read_lines
 from .memory import keep_freed_memory
 from .optim import Adam, schedule
 from .plan import Plan, copies_of
-from .run_folder import begin, check_same, claimed_run, latest
+from .run_folder import begin, check_same, claimed_run, latest, set_length
 from .standardization import replace_rows
 from .state import TrainState
 from .step import autograd_step, fused_step
@@ -46,7 +47,8 @@ class Trainer:
     config, data and backend give the same bits, whether or not the run was interrupted and resumed.
     For a transcoder, source is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
     `start_from`, an SAE of config's shape and activation for activations as they are, training
-    continues from its weights.
+    continues from its weights. A run can be resumed with another number of steps; what is planned
+    from it, such as the learning rate's decay, is then as in a run of that length.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Trainer:
         """Train to the last step and return the SAE, on the CPU, for activations as they are.
 
         Raises ValueError for a folder that holds another run, for data that does not fit, and for
-        NaN or Inf in data or loss; `Interrupted` after a SIGINT or SIGTERM, once it has saved.
+        NaN or Inf in data or loss; `Interrupted` after SIGINT, SIGTERM or SIGHUP, once saved.
         """
         config = self.config
         keep_freed_memory()
@@ -78,8 +80,8 @@ class Trainer:
                 self.batches(state) as batches,
             ):
                 resumed = f"; resumed at step {state.step}" if state.step else ""
-                log.say(self.describe(state.sae) + resumed)
-                log.say(self.describe_data())
+                say(self.describe(state.sae) + resumed)
+                say(self.describe_data())
                 while state.step < self.plan.steps:
                     start = time.perf_counter()
                     self.advance(state, self.load(batches, state), log, start)
@@ -117,6 +119,8 @@ class Trainer:
                 self.save(state)  # a resumed run then needs only the folder
         if checkpoint is not None:
             state.restore(*load_checkpoint(checkpoint))
+        if resume:
+            set_length(config, self.plan, state.step)
         if self.captures:
             required = config.cuda_graph == "on"
             self.captured = CapturedStep(sae, state.adam, config.objective, required)

@@ -14,7 +14,7 @@ def edited(tmp_path):
     """Write a run's config.json, with its settings passed through a function."""
 
     def write(edit) -> tuple[TrainConfig, Plan]:
-        config = TrainConfig(out=tmp_path, device="cpu", steps=10)
+        config = TrainConfig(out=tmp_path, device="cpu", steps=10, seed=1)
         plan = Plan.of(config, 64, 1000)
         begin(config, plan, "data", None)
         path = tmp_path / "config.json"
@@ -34,8 +34,8 @@ def test_an_absent_setting_has_its_default(edited):
 
 
 def test_an_absent_setting_is_not_any_value(edited):
-    config, plan = edited(lambda settings: settings.pop("steps"))
-    with pytest.raises(ValueError, match="differs from this run in steps"):
+    config, plan = edited(lambda settings: settings.pop("seed"))
+    with pytest.raises(ValueError, match="differs from this run in seed"):
         check_same(config, plan, "data", None)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.cli.sweep import read_sweep, swept
+from fastsae.cli.sweep import read_sweep
 from fastsae.data import ActivationShards
-from fastsae.nn import BatchTopKConfig, JumpReLUConfig, TopKConfig
+from fastsae.nn import BatchTopKConfig, JumpReLUConfig, RationalConfig, TopKConfig
 from fastsae.train import Sweep, Trainer
 from fastsae.train.log import read_lines
 from fastsae.train.sweep import stored_sweep
@@ -121,7 +121,7 @@ def test_an_error_names_the_sae(configs, activations, tmp_path):
 
 
 def described(*words):
-    return swept(read_sweep(words))
+    return read_sweep(words)[1]
 
 
 def test_what_the_words_of_a_sweep_mean():
@@ -136,6 +136,21 @@ def test_what_the_words_of_a_sweep_mean():
     seeds = described("abstopk", "--seeds", "4", "5")
     assert {name: c.seed for name, c in seeds.items()} == {"abstopk-seed4": 4, "abstopk-seed5": 5}
     assert seeds["abstopk-seed4"].activation == TopKConfig(by="abs")
+
+
+def test_only_what_is_given_is_set_for_all():
+    """Also what equals a default; the activation that names the options gives none."""
+    found = described("--k", "32", "topk", "rational", "--activation", "abstopk")
+    assert [c.activation for c in found.values()] == [TopKConfig(), RationalConfig(k=32)]
+    found = described("--by", "value", "topk", "batchabstopk", "topk:by=abs")
+    assert [c.activation for c in found.values()] == [
+        TopKConfig(),
+        BatchTopKConfig(by="abs"),
+        TopKConfig(by="abs"),
+    ]
+    found = described("--rotation", "dense", "topk:gradient=rotation,k=4", "--d-sae", "16")
+    (one,) = found.values()
+    assert one.activation == TopKConfig(k=4, gradient="rotation", rotation="dense")
 
 
 @pytest.mark.parametrize(
