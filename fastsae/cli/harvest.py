@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fastsae.data import HarvestConfig, harvest_each
+from fastsae.data import ActivationShards, HarvestConfig, harvest_each
 
 from .parse import filled, read_words
 
@@ -13,6 +13,21 @@ def main(words: Sequence[str]) -> None:
         print(f"{shards.n_tokens:,} tokens of width {shards.d_in} in {shards.path}")
         if shards.heldout is not None:
             print(f"{shards.heldout.n_tokens:,} tokens held out in {shards.heldout.path}")
+        else:
+            print("nothing is held out: SAEs will be evaluated on their training data")
+        print(_norms(shards))
+    if found[0].skipped_rows:
+        print(f"{found[0].skipped_rows:,} rows without text were skipped")
     print(f"next: fastsae train --data {found[0].path}")
     if len(found) > 1:
         print(f"or a transcoder: --target {found[1].path}; a crosscoder: --layers {found[1].path}")
+
+
+def _norms(shards: ActivationShards) -> str:
+    norm = shards.norm
+    if norm.median is None or norm.huge_fraction is None:  # harvested by an older version
+        return f"mean norm {norm.mean:.4g}"
+    text = f"median norm {norm.median:.4g}, {norm.huge_fraction:.2%} of tokens above 10 times that"
+    if norm.huge_fraction and not shards.harvest.get("drop_first"):
+        text += "; often first positions, which --drop-first leaves out"
+    return text
