@@ -49,7 +49,15 @@ def hookpoints_at(model: nn.Module, paths: Sequence[str]) -> list[Hookpoint]:
     """
     found = [Hookpoint(module_at(model, p.removesuffix(INPUT)), p.endswith(INPUT)) for p in paths]
     ids = torch.zeros(PROBE, dtype=torch.int64)
-    tensors = _captured(model, found, TokenBatch(ids, torch.ones_like(ids), ids == 0))
+    try:
+        tensors = _captured(model, found, TokenBatch(ids, torch.ones_like(ids), ids == 0))
+    except ValueError as error:
+        if not _is_encoder_decoder(model) or runner(model, found) is not model:
+            raise
+        raise ValueError(
+            f"of {type(model).__name__} only the encoder runs on text alone, "
+            f"not {' and '.join(paths)}: {error}"
+        ) from error
     layouts = [_layout(path, x) for path, x in zip(paths, tensors, strict=True)]
     return [hook._replace(layout=layout) for hook, layout in zip(found, layouts, strict=True)]
 
@@ -137,9 +145,13 @@ def splice(
         yield
 
 
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
 def runner(model: nn.Module, hookpoints: Sequence[Hookpoint]) -> nn.Module:
     """The part of a model to run on text: the encoder alone if all hookpoints are in one."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _is_encoder_decoder(model):
         encoder: nn.Module = model.get_encoder()  # pyright: ignore[reportCallIssue]
         inside = set(encoder.modules())
         if all(hook.module in inside for hook in hookpoints):
