@@ -52,7 +52,7 @@ def hookpoints_at(model: nn.Module, paths: Sequence[str]) -> list[Hookpoint]:
     try:
         tensors = _captured(model, found, TokenBatch(ids, torch.ones_like(ids), ids == 0))
     except ValueError as error:
-        if not _is_encoder_decoder(model) or runner(model, found) is not model:
+        if _encoder(model) is None or runner(model, found) is not model:
             raise
         raise ValueError(
             f"of {type(model).__name__} only the encoder runs on text alone, "
@@ -145,18 +145,17 @@ def splice(
         yield
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of a model that also has a decoder; the config of a T5 encoder denies that."""
+    encoder, decoder = getattr(model, "encoder", None), getattr(model, "decoder", None)
+    return encoder if isinstance(encoder, nn.Module) and decoder is not None else None
 
 
 def runner(model: nn.Module, hookpoints: Sequence[Hookpoint]) -> nn.Module:
     """The part of a model to run on text: the encoder alone if all hookpoints are in one."""
-    if _is_encoder_decoder(model):
-        encoder: nn.Module = model.get_encoder()  # pyright: ignore[reportCallIssue]
-        inside = set(encoder.modules())
-        if all(hook.module in inside for hook in hookpoints):
-            return encoder
-    return model
+    encoder = _encoder(model)
+    inside = set(encoder.modules()) if encoder else set()
+    return encoder if encoder and all(h.module in inside for h in hookpoints) else model
 
 
 class _Reached(Exception):

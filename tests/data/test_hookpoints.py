@@ -10,10 +10,10 @@ from torch import nn
 from fastsae.data.hookpoints import hidden_at, hookpoints_at, splice
 from fastsae.data.model import TokenBatch
 
-HEADS = {"num_attention_heads": 4, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 2}
 SMALL: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, **HEADS}
-EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-SEQ2SEQ = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SEQ2SEQ: dict[str, Any] = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
 
 
 class Attention(nn.Module):
@@ -44,9 +44,7 @@ def build(name: str) -> nn.Module:
             )
             model = transformers.OPTForCausalLM(config)
         case "qwen3_moe":
-            config = transformers.Qwen3MoeConfig(
-                num_key_value_heads=2, head_dim=8, **SMALL, **EXPERTS
-            )
+            config = transformers.Qwen3MoeConfig(num_key_value_heads=2, **SMALL, **EXPERTS)
             model = transformers.Qwen3MoeForCausalLM(config)
         case "mt5":
             model = transformers.MT5Model(transformers.MT5Config(**SEQ2SEQ))

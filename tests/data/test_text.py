@@ -180,13 +180,13 @@ def test_a_value_that_is_no_text_is_named(
     gpt2: Path, tmp_path: Path, column: str, value: Any, message: str
 ):
     datasets.Dataset.from_list([{"a": None}, {"a": value}]).save_to_disk(str(tmp_path / "rows"))
+    settings: dict[str, Any] = {f"{column}_column": "a", "context_length": 16}
     config = HarvestConfig(
         model=str(gpt2),
         hookpoint="transformer.h.0",
         out=tmp_path / "out",
         dataset=str(tmp_path / "rows"),
-        context_length=16,
-        **{f"{column}_column": "a"},
+        **settings,
     )
     with pytest.raises(ValueError, match=f"row 1, column 'a': {message}"):
         harvest(config, progress=False)
