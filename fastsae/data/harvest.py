@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastsae.config import to_dict
 from fastsae.data.harvest_config import HarvestConfig
+from fastsae.data.hook_names import is_path, module_paths
 from fastsae.data.hookpoints import Hookpoint, hidden_at, hookpoints_at
 from fastsae.data.index import INDEX, read_index
 from fastsae.data.model import TextWindows, load_model, load_tokenizer
@@ -30,6 +31,9 @@ from fastsae.data.writer import ShardWriter
 from fastsae.device import choose_device
 from fastsae.files import claimed
 from fastsae.progress import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GROUP_BATCHES = 4  # batches whose windows are held and sorted by length together
 HELDOUT_WINDOWS = 256  # longer documents are held out in runs of this many windows
@@ -54,13 +58,18 @@ def harvest(config: HarvestConfig, progress: bool = True) -> ActivationShards:
 def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, ActivationShards]:
     """Like `harvest`, but returns the shards of every hookpoint by name.
 
-    All have the same rows, as if each hookpoint were harvested alone. Existing shards are reused.
+    Globs and TransformerLens names become module paths. All have the same rows, as if each
+    hookpoint were harvested alone. Existing shards are reused.
     """
     files = text_files(config.text)
     if config.column != "text" and (other := [file for file in files if not is_json_lines(file)]):
         raise ValueError(
             f"column {config.column!r} needs a dataset or .jsonl files, got {other[0]}"
         )
+    model = None
+    if not all(map(is_path, config.hookpoints)):
+        model = _loaded(config)
+        config = replace(config, hookpoint=module_paths(model, config.hookpoints))
     requests = {name: _request(config, files, name) for name in config.hookpoints}
     with ExitStack() as claims:
         for folder in sorted(config.folders.values()):  # sorted, or two harvests could deadlock
@@ -72,16 +81,23 @@ def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, Acti
             else:
                 missing[name] = requests[name]
         if missing:
-            _harvest(config, files, missing, progress)
+            _harvest(config, files, missing, model or _loaded(config), progress)
         return {name: _existing(config.folders[name], requests[name]) for name in requests}
 
 
+def _loaded(config: HarvestConfig) -> "PreTrainedModel":
+    return load_model(config.model, choose_device(config.device), config.model_dtype, config.files)
+
+
 def _harvest(
-    config: HarvestConfig, files: list[Path], requests: dict[str, dict[str, Any]], progress: bool
+    config: HarvestConfig,
+    files: list[Path],
+    requests: dict[str, dict[str, Any]],
+    model: "PreTrainedModel",
+    progress: bool,
 ) -> None:
     for name in requests:  # left by a harvest that was killed near its end
         (config.folders[name] / "heldout" / INDEX).unlink(missing_ok=True)
-    model = load_model(config.model, choose_device(config.device), config.model_dtype, config.files)
     tokenizer = load_tokenizer(config.model, config.files)
     hookpoints = hookpoints_at(model, list(requests))
     windows = TextWindows(

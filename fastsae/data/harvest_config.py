@@ -27,7 +27,9 @@ class HarvestConfig:
 
     hookpoint: str | tuple[str, ...]
     """Module whose output is saved, such as `encoder.layer.3` or `model.layers.12`; with `:in`
-    appended, its input. Several hookpoints are harvested in one pass, with the same rows."""
+    appended, its input. Also a glob (`model.layers.*`) or a TransformerLens name
+    (`blocks.12.hook_resid_post`). Several hookpoints are harvested in one pass, with the same
+    rows."""
 
     out: Path
     """Output directory for the shards; held-out shards go to its subdirectory `heldout`. With
