@@ -129,15 +129,25 @@ def _harvest(
                 bar.update(0 if heldout else labels.shape[1])
             if stopped:
                 break
+    _finish(config, writers, documents.skipped, stopped)
+
+
+def _finish(
+    config: HarvestConfig,
+    writers: dict[tuple[bool, str], ShardWriter],
+    skipped: int,
+    stopped: str | None,
+) -> None:
+    """Write the indexes; ValueError if there are no rows, or if the harvest ended early."""
     kept = min((w.n_tokens for (heldout, _), w in writers.items() if not heldout), default=0)
     if not kept:
-        nulls = f" ({documents.skipped} rows are null)" if documents.skipped else ""
+        nulls = f" ({skipped} rows are null)" if skipped else ""
         raise ValueError(
             stopped or f"the text has no tokens: {config.text or config.dataset}{nulls}"
         )
     for key in sorted(writers, reverse=True):  # held out first: the main index is written last
         if writers[key].n_tokens:
-            writers[key].finish(skipped_rows=documents.skipped, stopped=stopped)
+            writers[key].finish(skipped_rows=skipped, stopped=stopped)
     if stopped:
         raise ValueError(f"{stopped}. The {kept:,} rows before are saved in {config.out}")
 

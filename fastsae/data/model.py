@@ -44,8 +44,8 @@ class ModelFiles:
     @classmethod
     def of(cls, harvest: dict[str, Any], trust_remote_code: bool = False) -> "ModelFiles":
         """Those that activations were harvested with. Data cannot ask to run code: the user can."""
-        named = {name: harvest.get(name) for name in ("revision", "gguf_file")}
-        return cls(**named, trust_remote_code=trust_remote_code)
+        revision, gguf_file = harvest.get("revision"), harvest.get("gguf_file")
+        return cls(revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
 
 
 def load_model(
