@@ -313,6 +313,7 @@ def test_eval_writes_its_numbers(data, whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert found["fvu"] == pytest.approx(summary["fvu"])
     assert "FVU" in done.stdout
+    assert f"{whole} on {data}, its training data:" in done.stdout
 
 
 def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):

@@ -24,7 +24,7 @@ DOCS, README = ROOT / "docs", (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r'--8<-- "docs/examples/(\w+)\.py"\n')
-PEERS = {"sparsify", "sae_lens", "dictionary_learning"}
+PEERS = {"sparsify", "sae_lens", "dictionary_learning", "gguf"}
 EXAMPLES = {
     "train_on_your_activations": "--batches 4 --steps 20",
     "accelerate_sparsify": "--tokens 128 --d-in 32 --latents 256 --k 8 --rounds 1",

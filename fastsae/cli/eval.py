@@ -27,10 +27,11 @@ def main(words: Sequence[str]) -> str:
     run = command.run
     if not run.is_dir():
         raise ValueError(f"{run} is not a directory, where the results could go")
-    result = evaluate(load(run), eval_data(run, command.data), command)
+    data = eval_data(run, command.data)
+    result = evaluate(load(run), data, command)
     write_json(run / "eval.json", to_dict(result))
-    table = evaluation_table(result)
-    return f"{run} on {result.data}:\n{table}\nwritten to {run / 'eval.json'}"
+    about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
+    return f"{about}\n{evaluation_table(result)}\nwritten to {run / 'eval.json'}"
 
 
 def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
@@ -42,3 +43,12 @@ def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
     else:
         raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
     return source.heldout or source
+
+
+def trained_on(run: Path, data: ActivationShards | Joined) -> bool:
+    """Whether the run was trained on just these rows."""
+    config = trained_with(run)
+    first = data.sources[0] if isinstance(data, Joined) else data
+    if config is None or config.data is None or not isinstance(first, ActivationShards):
+        return False
+    return first.path.absolute() == config.data.absolute()

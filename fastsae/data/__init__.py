@@ -1,7 +1,8 @@
 """Activations: harvested from a model, stored in shards, drawn in shuffled batches."""
 
 from fastsae.data.demo import demo_shards
-from fastsae.data.harvest import HarvestConfig, harvest, harvest_each
+from fastsae.data.harvest import harvest, harvest_each
+from fastsae.data.harvest_config import HarvestConfig
 from fastsae.data.joined import Joined
 from fastsae.data.prefetch import Batch, Batches
 from fastsae.data.shards import ActivationShards, Contexts

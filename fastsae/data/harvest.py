@@ -3,126 +3,40 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fastsae.config import check_choices, to_dict
-from fastsae.data.index import INDEX, Dtype, read_index
-from fastsae.data.model import (
-    Hookpoint,
-    TextWindows,
-    hidden_at,
-    hookpoint_at,
-    load_model,
-    load_tokenizer,
-)
+from fastsae.config import to_dict
+from fastsae.data.harvest_config import HarvestConfig
+from fastsae.data.hook_names import is_path, module_paths
+from fastsae.data.hookpoints import Hookpoint, hidden_at, hookpoints_at
+from fastsae.data.index import INDEX, read_index
+from fastsae.data.model import TextWindows, load_model, load_tokenizer
 from fastsae.data.shards import ActivationShards
-from fastsae.data.text import dataset_documents, file_documents, text_files
+from fastsae.data.text import (
+    Documents,
+    dataset_rows,
+    file_rows,
+    is_json_lines,
+    text_files,
+    text_of,
+    tokens_of,
+)
 from fastsae.data.writer import ShardWriter
-from fastsae.device import check_device, choose_device
+from fastsae.device import choose_device
 from fastsae.files import claimed
 from fastsae.progress import progress_bar
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 GROUP_BATCHES = 4  # batches whose windows are held and sorted by length together
 HELDOUT_WINDOWS = 256  # longer documents are held out in runs of this many windows
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarvestConfig:
-    """Run a Hugging Face model over text and save activations at one or more hookpoints."""
-
-    model: str
-    """Hugging Face hub id, or a model directory."""
-
-    hookpoint: str | tuple[str, ...]
-    """Module whose output is saved, such as `encoder.layer.3` or `model.layers.12`; with `:in`
-    appended, its input. Several hookpoints are harvested in one pass, with the same rows."""
-
-    out: Path
-    """Output directory for the shards; held-out shards go to its subdirectory `heldout`. With
-    several hookpoints, each gets a subdirectory of its name."""
-
-    text: tuple[str, ...] = ()
-    """Text files, directories or globs. A .jsonl file holds one object with a "text" field per
-    line."""
-
-    dataset: str | None = None
-    """Hub id or directory of a dataset, instead of `text`."""
-
-    dataset_config: str | None = None
-    """Dataset configuration, if it has several."""
-
-    dataset_split: str = "train"
-    """Dataset split."""
-
-    text_column: str = "text"
-    """Dataset column that holds the text."""
-
-    context_length: int = 128
-    """Context length in tokens, special tokens included; longer documents are split."""
-
-    max_tokens: int | None = None
-    """Stop once this many training tokens have been collected."""
-
-    max_document_tokens: int | None = None
-    """Use only the first N tokens of each document."""
-
-    heldout_fraction: float = 0.05
-    """Fraction of the documents (and of the parts of long ones) held out for evaluation."""
-
-    dtype: Dtype = "float32"
-    """Precision of the saved activations."""
-
-    model_dtype: Dtype = "float32"
-    """Precision of the model."""
-
-    device: str = "auto"
-    """Device for the model: auto (a GPU if available), cpu, cuda, or cuda:N."""
-
-    batch_tokens: int = 8192
-    """Tokens per forward pass, including padding."""
-
-    def __post_init__(self):
-        check_device(self.device)
-        names = self.hookpoints
-        if not names or len({*names}) < len(names) or any(Path(n).name != n for n in names):
-            raise ValueError(f"hookpoint must be one or more distinct module paths, got {names}")
-        if bool(self.text) == bool(self.dataset):
-            raise ValueError(
-                f"give either text or dataset, got text {self.text} and dataset {self.dataset!r}"
-            )
-        check_choices(self, dtype=Dtype, model_dtype=Dtype)
-        for name in ("context_length", "max_tokens", "max_document_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.batch_tokens < self.context_length:
-            raise ValueError(
-                f"batch_tokens must be at least context_length = {self.context_length}, "
-                f"got {self.batch_tokens}"
-            )
-        if not 0 <= self.heldout_fraction < 1:
-            raise ValueError(
-                f"heldout_fraction must be at least 0 and below 1, got {self.heldout_fraction}"
-            )
-        used = self.text and (self.dataset_config, self.dataset_split, self.text_column)
-        if used and used != (None, "train", "text"):
-            raise ValueError("dataset_config, dataset_split and text_column need a dataset")
-
-    @property
-    def hookpoints(self) -> tuple[str, ...]:
-        """All hookpoints, in order."""
-        return (self.hookpoint,) if isinstance(self.hookpoint, str) else self.hookpoint
-
-    @property
-    def folders(self) -> dict[str, Path]:
-        """The folder for each hookpoint's shards."""
-        several = len(self.hookpoints) > 1
-        return {name: self.out / name if several else self.out for name in self.hookpoints}
 
 
 class _Window(NamedTuple):
@@ -144,9 +58,18 @@ def harvest(config: HarvestConfig, progress: bool = True) -> ActivationShards:
 def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, ActivationShards]:
     """Like `harvest`, but returns the shards of every hookpoint by name.
 
-    All have the same rows, as if each hookpoint were harvested alone. Existing shards are reused.
+    Globs and TransformerLens names become module paths. All have the same rows, as if each
+    hookpoint were harvested alone. Existing shards are reused.
     """
     files = text_files(config.text)
+    if config.column != "text" and (other := [file for file in files if not is_json_lines(file)]):
+        raise ValueError(
+            f"column {config.column!r} needs a dataset or .jsonl files, got {other[0]}"
+        )
+    model = None
+    if not all(map(is_path, config.hookpoints)):
+        model = _loaded(config)
+        config = replace(config, hookpoint=module_paths(model, config.hookpoints))
     requests = {name: _request(config, files, name) for name in config.hookpoints}
     with ExitStack() as claims:
         for folder in sorted(config.folders.values()):  # sorted, or two harvests could deadlock
@@ -158,22 +81,42 @@ def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, Acti
             else:
                 missing[name] = requests[name]
         if missing:
-            _harvest(config, files, missing, progress)
+            _harvest(config, files, missing, model or _loaded(config), progress)
         return {name: _existing(config.folders[name], requests[name]) for name in requests}
 
 
+def _loaded(config: HarvestConfig) -> "PreTrainedModel":
+    return load_model(config.model, choose_device(config.device), config.model_dtype, config.files)
+
+
 def _harvest(
-    config: HarvestConfig, files: list[Path], requests: dict[str, dict[str, Any]], progress: bool
+    config: HarvestConfig,
+    files: list[Path],
+    requests: dict[str, dict[str, Any]],
+    model: "PreTrainedModel",
+    progress: bool,
 ) -> None:
     for name in requests:  # left by a harvest that was killed near its end
         (config.folders[name] / "heldout" / INDEX).unlink(missing_ok=True)
-    model = load_model(config.model, choose_device(config.device), config.model_dtype)
-    hookpoints = [hookpoint_at(model, name) for name in requests]
-    windows = TextWindows(load_tokenizer(config.model), config.context_length, model)
+    tokenizer = load_tokenizer(config.model, config.files)
+    hookpoints = hookpoints_at(model, list(requests))
+    windows = TextWindows(
+        tokenizer,
+        config.context_length,
+        model,
+        prepend_bos=config.prepend_bos,
+        drop_first=config.drop_first,
+    )
+    documents = _documents(config, files, tokenizer, model)
     writers: dict[tuple[bool, str], ShardWriter] = {}
+    stopped = None
     with progress_bar("harvest", "token", config.max_tokens, shown=progress) as bar:
-        for group in _groups(config, windows, _documents(config, files)):
+        for group in _groups(config, windows, documents):
             rows = _run(model, hookpoints, windows, group, config)
+            finite = next((i for i, found in enumerate(rows) if not _finite(found)), len(rows))
+            if finite < len(group):
+                stopped = _overflow(config, group[finite], list(requests), rows[finite])
+                group = group[:finite]
             for heldout in {window.heldout for window in group}:
                 chosen = [i for i, window in enumerate(group) if window.heldout == heldout]
                 labels = _labels(windows, [group[i] for i in chosen])
@@ -184,58 +127,100 @@ def _harvest(
                         writers[heldout, name] = _writer(folder, x.shape[1], request)
                     writers[heldout, name].append(x, *labels)
                 bar.update(0 if heldout else labels.shape[1])
-    if all(heldout for heldout, _ in writers):
-        raise ValueError(f"the text has no tokens: {config.text or config.dataset}")
+            if stopped:
+                break
+    _finish(config, writers, documents.skipped, stopped)
+
+
+def _finish(
+    config: HarvestConfig,
+    writers: dict[tuple[bool, str], ShardWriter],
+    skipped: int,
+    stopped: str | None,
+) -> None:
+    """Write the indexes; ValueError if there are no rows, or if the harvest ended early."""
+    kept = min((w.n_tokens for (heldout, _), w in writers.items() if not heldout), default=0)
+    if not kept:
+        nulls = f" ({skipped} rows are null)" if skipped else ""
+        raise ValueError(
+            stopped or f"the text has no tokens: {config.text or config.dataset}{nulls}"
+        )
     for key in sorted(writers, reverse=True):  # held out first: the main index is written last
         if writers[key].n_tokens:
-            writers[key].finish()
+            writers[key].finish(skipped_rows=skipped, stopped=stopped)
+    if stopped:
+        raise ValueError(f"{stopped}. The {kept:,} rows before are saved in {config.out}")
+
+
+def _finite(found: list[Float[Tensor, "_ _"]]) -> bool:
+    return all(bool(x.isfinite().all()) for x in found)
+
+
+def _overflow(
+    config: HarvestConfig, window: _Window, names: list[str], found: list[Float[Tensor, "_ _"]]
+) -> str:
+    """What is not finite, and what to change."""
+    name = next(name for name, x in zip(names, found, strict=True) if not _finite([x]))
+    dtypes = {"--model-dtype": config.model_dtype, "--dtype": config.dtype}
+    narrow = [f"{option} bfloat16" for option, dtype in dtypes.items() if dtype == "float16"]
+    cure = f"float16 ends at 65504, use {' '.join(narrow)}" if narrow else "so the model gives them"
+    return f"{name} holds NaN or Inf in document {window.document}: {cure}"
 
 
 def _request(config: HarvestConfig, files: list[Path], hookpoint: str) -> dict[str, Any]:
     """The settings that determine the rows: a harvest with the same ones is reused."""
     request = to_dict(replace(config, hookpoint=hookpoint))
-    for name in ("out", "device", "batch_tokens"):
+    for name in ("out", "device", "batch_tokens", "trust_remote_code"):
         del request[name]
     listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
     return {**request, "files": hashlib.sha256(listing.encode()).hexdigest()}
 
 
 def _existing(out: Path, request: dict[str, Any]) -> ActivationShards:
-    found = read_index(out).harvest or {}
-    other = [name for name in request if found.get(name) != request[name]]
+    index = read_index(out)
+    found = index.harvest or {}
+    before = {name: found.get(name, getattr(HarvestConfig, name, None)) for name in request}
+    other = [name for name in request if before[name] != request[name]]
     if other:
         raise ValueError(
-            f"{out} already holds other activations, with {other[0]} = {found.get(other[0])!r} "
+            f"{out} already holds other activations, with {other[0]} = {before[other[0]]!r} "
             f"instead of {request[other[0]]!r}; choose a new folder"
         )
+    if index.stopped:
+        raise ValueError(f"{out} holds a harvest that ended early: {index.stopped}")
     return ActivationShards(out)
 
 
-def _documents(config: HarvestConfig, files: list[Path]) -> Iterator[str]:
+def _documents(config: HarvestConfig, files: list[Path], tokenizer: Any, model: Any) -> Documents:
     if config.dataset is None:
-        return file_documents(files)
-    return dataset_documents(
-        config.dataset,
-        config=config.dataset_config,
-        split=config.dataset_split,
-        text_column=config.text_column,
-    )
+        rows = file_rows(files, config.column)
+    else:
+        rows = dataset_rows(
+            config.dataset,
+            config=config.dataset_config,
+            split=config.dataset_split,
+            column=config.column,
+        )
+    if config.tokens_column is None:
+        return Documents(rows, lambda value: text_of(value, tokenizer))
+    vocabulary = len(model.get_input_embeddings().weight)
+    return Documents(rows, lambda value: tokens_of(value, vocabulary))
 
 
 def _groups(
-    config: HarvestConfig, windows: TextWindows, documents: Iterator[str]
+    config: HarvestConfig, windows: TextWindows, documents: Documents
 ) -> Iterator[list[_Window]]:
     """Groups of windows of consecutive documents, until there are `max_tokens`."""
     group: list[_Window] = []
     size, taken = 0, 0
-    for number, text in enumerate(documents):
-        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        for place, ids in enumerate(windows.cut(text, config.max_document_tokens)):
+    for number, document in documents:
+        digest = hashlib.sha256(str(document).encode("utf-8", "replace")).digest()
+        for place, ids in enumerate(windows.cut(document, config.max_document_tokens)):
             part = place // HELDOUT_WINDOWS
             heldout = _draw(digest, part) < config.heldout_fraction and (number, part) != (0, 0)
             group.append(_Window(ids, number, heldout))
             size += len(ids)
-            taken += 0 if heldout else windows.kept(ids)
+            taken += 0 if heldout else len(windows.rows(ids))
             if config.max_tokens is not None and taken >= config.max_tokens:
                 yield group
                 return
@@ -282,7 +267,7 @@ def _labels(windows: TextWindows, group: list[_Window]) -> Int[Tensor, "3 _"]:
     """Token ids, positions and documents of the text rows of these windows."""
     labels: list[Int[Tensor, "3 _"]] = []
     for window in group:
-        places = [p for p, token in enumerate(window.ids) if token not in windows.special]
+        places = windows.rows(window.ids)
         ids = [window.ids[p] for p in places]
         labels.append(torch.tensor([ids, places, [window.document] * len(ids)]).view(3, -1))
     return torch.cat(labels, 1).long()

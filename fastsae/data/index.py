@@ -41,6 +41,12 @@ class Norm:
     min: float
     max: float
 
+    median: float | None = None
+    """To within 0.4 %; None in older files."""
+
+    huge_fraction: float | None = None
+    """Fraction of rows whose norm is above 10 times the median."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
@@ -72,6 +78,12 @@ class Index:
 
     harvest: dict | None = None
     """All settings that determined the rows, to recognize an identical harvest."""
+
+    skipped_rows: int = 0
+    """Rows of the text without a value, which were skipped."""
+
+    stopped: str | None = None
+    """Why the harvest ended early, if it did."""
 
     version: int = VERSION
     """Version of the format."""

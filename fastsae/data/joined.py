@@ -1,6 +1,7 @@
 """Activations of the same tokens from several sources, concatenated."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,11 @@ class Joined(Shuffled):
     def model(self) -> str | None:
         """The model that the rows come from, if a source knows it."""
         return self._with_contexts[0][1].model if self._with_contexts else None
+
+    @property
+    def harvest(self) -> dict[str, Any]:
+        """The settings that the model's source was harvested with."""
+        return self._with_contexts[0][1].harvest if self._with_contexts else {}
 
     @property
     def has_contexts(self) -> bool:

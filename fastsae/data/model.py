@@ -1,22 +1,22 @@
-"""Hugging Face models: load one, find a hookpoint, read or replace its hidden states."""
+"""Hugging Face models: load one and its tokenizer, and cut text into windows for it."""
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from fastsae.device import choose_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fastsae.data.text import Document
 
-INPUT = ":in"  # suffix of a hookpoint's path: the module's input instead of its output
+PrependBos = Literal["auto", "yes", "no"]
 
 
 class TokenBatch(NamedTuple):
@@ -28,28 +28,69 @@ class TokenBatch(NamedTuple):
     """False for padding and special tokens."""
 
 
-def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> "PreTrainedModel":
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """Which files of a model folder or hub id to load."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    gguf_file: str | None = None
+    """Name of a GGUF file."""
+
+    trust_remote_code: bool = False
+    """Whether to run Python code that comes with the model."""
+
+    @classmethod
+    def of(cls, harvest: dict[str, Any], trust_remote_code: bool = False) -> "ModelFiles":
+        """Those that activations were harvested with. Data cannot ask to run code: the user can."""
+        revision, gguf_file = harvest.get("revision"), harvest.get("gguf_file")
+        return cls(revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str, device: str = "cpu", dtype: str = "float32", files: ModelFiles | None = None
+) -> "PreTrainedModel":
     """Load a model from a folder or hub id for inference: a causal language model with its head,
     any other with `AutoModel`. ValueError if it cannot be loaded."""
+    options = {"dtype": getattr(torch, dtype), **asdict(files or ModelFiles())}
     with _transformers() as transformers:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
         if device.startswith("cuda"):
             choose_device(device)
         with _loading(name):
-            config = transformers.AutoConfig.from_pretrained(name)
-            causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-            is_causal = not causal.isdisjoint(config.architectures or [])
-            auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
-            model = auto.from_pretrained(name, dtype=getattr(torch, dtype))
+            model = _with_head(transformers, name, options)
+            model = model or transformers.AutoModel.from_pretrained(name, **options)
     model.config.use_cache = False
     return model.eval().requires_grad_(False).to(torch.device(device))
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+def _with_head(transformers: Any, name: str, options: dict[str, Any]) -> Any:
+    """A causal language model with its head; None if it is another model.
+
+    Some configs, such as those of GGUF files, name no architecture. Then the model must be of a
+    type that has no masked language models, and its weights must include the head.
+    """
+    from transformers.models.auto import modeling_auto
+
+    config = transformers.AutoConfig.from_pretrained(name, **options)
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if named := config.architectures:
+        own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if not own_code and set(causal.values()).isdisjoint(named):
+            return None
+    elif config.model_type not in causal.keys() - masked.keys():
+        return None
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        name, output_loading_info=True, **options
+    )
+    return model if named or not info["missing_keys"] else None
+
+
+def load_tokenizer(name: str, files: ModelFiles | None = None) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model folder or hub id; ValueError if it has none."""
     with _transformers() as transformers, _loading(name):
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, **asdict(files or ModelFiles()))
 
 
 @contextmanager
@@ -71,112 +112,25 @@ def _transformers() -> Iterator[Any]:
 def _loading(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with its own Python code, which only --trust-remote-code runs"
         raise ValueError(
             f"cannot load {name!r} as a Hugging Face folder or id: {reason}"
         ) from error
 
 
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path such as `encoder.layer.3`; a ValueError lists close matches."""
-    names = [name for name, _ in model.named_modules() if name]
-    if path in names:
-        return model.get_submodule(path)
-    near = [name for name in names if name.endswith(f".{path}")]
-    near = near or difflib.get_close_matches(path, names, n=5, cutoff=0.4)
-    near = near or [name for name, _ in model.named_children()]
-    raise ValueError(f"{type(model).__name__} has no module {path!r}; nearest: {', '.join(near)}")
-
-
-class Hookpoint(NamedTuple):
-    """Where hidden states are read or replaced."""
-
-    module: nn.Module
-    at_input: bool = False
-    """Whether they are the module's input instead of its output."""
-
-
-def hookpoint_at(model: nn.Module, path: str) -> Hookpoint:
-    """The output of the module at a dotted path, or with the suffix `:in` its input; a ValueError
-    lists close matches."""
-    return Hookpoint(module_at(model, path.removesuffix(INPUT)), path.endswith(INPUT))
-
-
-def hidden_of(passed: Any) -> Float[Tensor, "B T d_in"]:
-    """The hidden states in a module's inputs or outputs: a tensor, or the first of a tuple."""
-    hidden = passed[0] if isinstance(passed, tuple) else passed
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(f"a hookpoint's activations must be [batch, tokens, width], found {found}")
-    return hidden
-
-
-@contextmanager
-def splice(
-    module: nn.Module,
-    replace: Callable[[Float[Tensor, "B T d_in"]], Float[Tensor, "B T d_in"]],
-    at_input: bool = False,
-) -> Iterator[None]:
-    """While active, replace the module's output `hidden`, or with at_input its input, by
-    `replace(hidden)`."""
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        replaced = replace(hidden_of(output))
-        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (replace(hidden_of(args)), *args[1:]), kwargs
-        hidden = hidden_of(kwargs.get("hidden_states"))
-        return (), {**kwargs, "hidden_states": replace(hidden)}
-
-    if at_input:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _Reached(Exception):
-    """Ends a forward pass once all hidden states are captured."""
-
-
-def hidden_at(
-    model: nn.Module, hookpoints: Sequence[Hookpoint], batch: TokenBatch
-) -> list[Float[Tensor, "B T _"]]:
-    """The hidden states at each hookpoint, from one forward pass that stops after the last one."""
-    captured: dict[int, Tensor] = {}
-
-    def capture(place: int, hidden: Tensor) -> Tensor:
-        captured.setdefault(place, hidden.clone())  # a later layer may write to it
-        if len(captured) == len(hookpoints):
-            raise _Reached
-        return hidden
-
-    device = next(model.parameters()).device
-    with torch.no_grad(), ExitStack() as spliced:
-        for place, (module, at_input) in enumerate(hookpoints):
-            spliced.enter_context(splice(module, partial(capture, place), at_input))
-        try:
-            model(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-            )
-        except _Reached:
-            return [captured[place] for place in range(len(hookpoints))]
-    missed = next(hook.module for place, hook in enumerate(hookpoints) if place not in captured)
-    raise ValueError(f"the model's forward pass never called its {type(missed).__name__}")
-
-
 class TextWindows:
     """Splits text into windows of tokens, each with the special tokens that the model expects.
 
-    `context_length` includes the special tokens; ValueError if it is too long for the model or the
-    tokenizer.
+    Args:
+        tokenizer: puts its special tokens before and after the text of a window.
+        context_length: tokens per window, special tokens included; ValueError if there are too many
+            for the model or the tokenizer.
+        model: the model that will read them.
+        prepend_bos: whether windows begin with the BOS token; auto is what the tokenizer does.
+        drop_first: whether the first position of each window is no row.
     """
 
     def __init__(
@@ -184,6 +138,9 @@ class TextWindows:
         tokenizer: "PreTrainedTokenizerBase",
         context_length: int,
         model: "PreTrainedModel | None" = None,
+        *,
+        prepend_bos: PrependBos = "auto",
+        drop_first: bool = False,
     ):
         longest = min(
             tokenizer.model_max_length,
@@ -192,27 +149,66 @@ class TextWindows:
         if context_length > longest:
             raise ValueError(f"context_length must be at most {longest}, got {context_length}")
         self._tokenizer = tokenizer
+        self._drop_first = drop_first
         self.special = frozenset(tokenizer.all_special_ids)
         self._pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        whole, bare = tokenizer("a")["input_ids"], self._ids("a")
-        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        self._prefix, self._suffix = whole[:start], whole[start + len(bare) :]
-        self.text_tokens = context_length - len(self._prefix) - len(self._suffix)
+        self.prefix, self.suffix = self._around()
+        bos: Any = tokenizer.bos_token_id
+        if prepend_bos == "yes":
+            if bos is None:
+                raise ValueError("prepend_bos is 'yes', but the model's tokenizer has no BOS token")
+            self.prefix = [bos, *(token for token in self.prefix if token != bos)]
+        self._unwanted = bos if prepend_bos == "no" else None
+        self.prefix = [token for token in self.prefix if token != self._unwanted]
+        self.text_tokens = context_length - len(self.prefix) - len(self.suffix)
         if self.text_tokens < 1:
             raise ValueError(f"context_length {context_length} leaves no room for text")
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        for text in ("a", *self._tokenizer.get_vocab()):
+            bare = self._ids(text)
+            if bare and self.special.isdisjoint(bare):  # DNA tokenizers have no token for "a"
+                whole = self._tokenizer(text)["input_ids"]
+                start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+                return whole[:start], whole[start + len(bare) :]
+        raise ValueError("the model's tokenizer has no tokens for text")
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def cut(self, text: str, max_tokens: int | None = None) -> list[list[int]]:
-        """The consecutive windows of a text, or of its first `max_tokens`."""
-        ids, size = self._ids(text)[:max_tokens], self.text_tokens
+    def cut(self, document: "Document", max_tokens: int | None = None) -> list[list[int]]:
+        """The consecutive windows of a document, or of its first `max_tokens`."""
+        ids = self._ids(document) if isinstance(document, str) else self._without_padding(document)
+        ids, size = self._without_frame(ids)[:max_tokens], self.text_tokens
         starts = range(0, len(ids), size)
-        return [[*self._prefix, *ids[i : i + size], *self._suffix] for i in starts]
+        return [[*self.prefix, *ids[i : i + size], *self.suffix] for i in starts]
 
-    def kept(self, window: list[int]) -> int:
-        """The number of text tokens in a window."""
-        return sum(token not in self.special for token in window)
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """The ids without padding at the end, and at the start if it cannot be a BOS token."""
+        start, stop = 0, len(ids)
+        pad: Any = self._tokenizer.pad_token_id
+        while stop and ids[stop - 1] == pad:
+            stop -= 1
+        if pad not in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            while start < stop and ids[start] == pad:
+                start += 1
+        return ids[start:stop]
+
+    def _without_frame(self, ids: list[int]) -> list[int]:
+        """The ids without special tokens around them that every window gets, or must not have:
+        chat templates and tokenized datasets often bring their own."""
+        before, after = len(self.prefix), len(self.suffix)
+        if self._unwanted is not None and ids[:1] == [self._unwanted]:
+            ids = ids[1:]
+        if before and ids[:before] == self.prefix:
+            ids = ids[before:]
+        return ids[:-after] if after and ids[-after:] == self.suffix else ids
+
+    def rows(self, window: list[int]) -> list[int]:
+        """The positions in a window whose activations are rows: those of text tokens."""
+        start = int(self._drop_first)
+        return [p for p, token in enumerate(window) if p >= start and token not in self.special]
 
     def batch(self, windows: list[list[int]]) -> TokenBatch:
         """Windows padded on the right to the longest one."""
@@ -222,4 +218,5 @@ class TextWindows:
         ids = torch.tensor(rows)
         mask = torch.arange(width) < lengths[:, None]
         keep = mask & ~torch.isin(ids, torch.tensor(sorted(self.special), dtype=ids.dtype))
+        keep[:, : int(self._drop_first)] = False
         return TokenBatch(ids, mask.long(), keep)

@@ -71,6 +71,10 @@ class ActivationShards(Shuffled):
             raise ValueError(f"{self.path} holds no activations: {self.n_tokens} x {self.d_in}")
         self.model = self._index.model if self._index else None
         self.hookpoint = self._index.hookpoint if self._index else None
+        self.harvest = (self._index.harvest if self._index else None) or {}
+        """Settings of the harvest that wrote the data; empty if it is from elsewhere."""
+        self.skipped_rows = self._index.skipped_rows if self._index else 0
+        """Rows of the harvested text without a value."""
         self.fingerprint = _fingerprint(self.path, self._files)
         """A short hash of the index, or of the names, sizes and shapes of plain files (not of their
         values)."""

@@ -83,8 +83,13 @@ class ShardWriter:
             if self.n_tokens % self._shard_tokens == 0:
                 self._flush()
 
-    def finish(self) -> None:
-        """Write the last shard and the index; ValueError if no row was appended."""
+    def finish(self, *, skipped_rows: int = 0, stopped: str | None = None) -> None:
+        """Write the last shard and the index; ValueError if no row was appended.
+
+        Args:
+            skipped_rows: rows of the text that had no value.
+            stopped: why no more rows were appended, if something went wrong.
+        """
         if not self.n_tokens:
             raise ValueError(f"no rows to write to {self.folder}")
         if self._pending:
@@ -95,6 +100,8 @@ class ShardWriter:
             shards=tuple(self._shards),
             **self._moments.summary()._asdict(),
             **self._about,
+            skipped_rows=skipped_rows,
+            stopped=stopped,
         )
         write_index(self.folder, index)
         self._unfinished.unlink()

@@ -10,14 +10,8 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss, normalize
 
-from fastsae.data.model import (
-    Hookpoint,
-    TokenBatch,
-    hookpoint_at,
-    load_model,
-    load_tokenizer,
-    splice,
-)
+from fastsae.data.hookpoints import Hookpoint, hookpoints_at, runner, splice
+from fastsae.data.model import ModelFiles, TokenBatch, load_model, load_tokenizer
 from fastsae.data.shards import ActivationShards
 from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
@@ -103,6 +97,7 @@ def downstream(
     batch_size: int = 8,
     device: str | torch.device | None = None,
     model_dtype: str = "float32",
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Downstream | None:
     """Splice the SAE into the model that the data was harvested from, and measure the effect.
@@ -113,12 +108,14 @@ def downstream(
         max_windows: number of windows of the data's text, spread evenly and rebuilt from the
             stored token ids; None for all.
         batch_size: windows per forward pass.
+        trust_remote_code: whether to run Python code that comes with the model.
 
     Padding and special tokens, which the SAE was not trained on, keep their activations; so they do
     in the two ablations, which set the others to zero and to the data's mean row. A causal language
     model is measured by its next-token predictions, an encoder by its sentence embeddings: the
-    normalized mean of its output over a window. ValueError if the model or hookpoint cannot be
-    loaded, or if the data does not fit the SAE.
+    normalized mean of its output over a window. Of an encoder-decoder, the encoder alone runs if
+    the hookpoint is in it. ValueError if the model or hookpoint cannot be loaded, or if the data
+    does not fit the SAE.
     """
     check_fits(sae, data)
     if data.model is None or data.hookpoint is None:
@@ -128,13 +125,15 @@ def downstream(
             f"max_windows and batch_size must be at least 1, got {max_windows} and {batch_size}"
         )
     sae = sae.to(device or sae.b_dec.device)
-    model = load_model(data.model, str(sae.b_dec.device), model_dtype)
-    hookpoint = hookpoint_at(model, data.hookpoint)
-    batches = list(stored_batches(data, load_tokenizer(data.model), max_windows, batch_size))
+    files = ModelFiles.of(data.harvest, trust_remote_code)
+    model = load_model(data.model, str(sae.b_dec.device), model_dtype, files)
+    (hookpoint,) = hookpoints_at(model, [data.hookpoint])
+    tokenizer = load_tokenizer(data.model, files)
+    batches = list(stored_batches(data, tokenizer, max_windows, batch_size))
     shown = progress_bar("downstream", "batch", len(batches), shown=progress, over=batches)
     compare = partial(_compare, model, hookpoint, shown, _replacements(sae, data.mean))
     with evaluation_mode(sae):
-        if model.can_generate():
+        if model.can_generate() and runner(model, [hookpoint]) is model:
             return _causal_effect(compare(_log_probabilities, _losses), batches)
         return _encoder_effect(compare(_embeddings, _cosine), batches)
 
@@ -159,16 +158,16 @@ def _compare(
     """measure(clean, changed) summed over batches, for each replacement and for the original model,
     where clean and changed are what `read` takes from the model's outputs."""
     sums: dict[str, Any] = dict.fromkeys(["clean", *replacements], 0)
+    run = runner(model, [hookpoint])
     for batch in batches:
         batch = TokenBatch(*(tensor.to(model.device) for tensor in batch))
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        clean = read(model(**inputs), batch)
+        clean = read(run(**inputs), batch)
         sums["clean"] += measure(clean, clean, batch)
         for name, replace in replacements.items():
-            with splice(
-                hookpoint.module, partial(_replace_text, batch.keep, replace), hookpoint.at_input
-            ):
-                changed = read(model(**inputs), batch)
+            replace_text = partial(_replace_text, batch.keep, replace)
+            with splice(hookpoint, replace_text, len(batch.keep)):
+                changed = read(run(**inputs), batch)
             sums[name] += measure(clean, changed, batch)
     return sums
 

@@ -88,6 +88,9 @@ class EvalConfig:
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model."""
 
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
     device: str = "auto"
     """Device: auto (a GPU if available), cpu, cuda, or cuda:N."""
 
@@ -132,6 +135,7 @@ def evaluate(
             max_windows=config.windows,
             batch_size=config.batch_windows,
             model_dtype=config.model_dtype,
+            trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
     found = reconstruction(

@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from fastsae.codes import Codes
 from fastsae.data.joined import Joined
-from fastsae.data.model import load_tokenizer
+from fastsae.data.model import ModelFiles, load_tokenizer
 from fastsae.data.prefetch import checked
 from fastsae.data.shards import ActivationShards
 from fastsae.data.source import ActivationSource
@@ -159,7 +159,7 @@ class _Text:
         if not isinstance(data, ActivationShards | Joined) or data.model is None:
             raise ValueError("the text of the data is unknown: pass labels")
         self.data, self.rows = data, rows
-        self.tokenizer = load_tokenizer(data.model)
+        self.tokenizer = load_tokenizer(data.model, ModelFiles.of(data.harvest))
         _, self.positions, self.documents = data.contexts(rows)
         self.pieces: dict[int, str] = {}
 

@@ -27,8 +27,13 @@ def stored_batches(
     Shards only store text tokens. The special tokens around each window are restored; one inside
     the text is lost and replaced by the unknown token, or else by another special token.
     """
-    text = TextWindows(tokenizer, tokenizer.model_max_length)
-    before, after = _frame(text)
+    text = TextWindows(
+        tokenizer,
+        tokenizer.model_max_length,
+        prepend_bos=data.harvest.get("prepend_bos", "auto"),
+        drop_first=data.harvest.get("drop_first", False),
+    )
+    before, after = text.prefix, text.suffix
     unknown: Any = tokenizer.unk_token_id
     stand_in = min(text.special, default=0) if unknown is None else unknown
 
@@ -56,10 +61,3 @@ def _starts(data: ActivationShards) -> Int64[np.ndarray, " windows"]:
         begins = (np.diff(positions) <= 0) | (np.diff(documents) != 0)
         starts.append(first + np.flatnonzero(begins))
     return np.concatenate(starts)
-
-
-def _frame(text: TextWindows) -> tuple[list[int], list[int]]:
-    """The special tokens before and after the text of every window."""
-    (window,) = text.cut("a")
-    kept = [place for place, token in enumerate(window) if token not in text.special]
-    return window[: kept[0]], window[kept[-1] + 1 :]

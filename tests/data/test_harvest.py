@@ -256,7 +256,8 @@ def test_json_lines_globs_and_data_sets_hold_the_same_documents(
     [
         ({"text": ()}, "either text or dataset"),
         ({"dataset": "x"}, "either text or dataset"),
-        ({"text_column": "body"}, "need a dataset"),
+        ({"dataset_split": "test"}, "dataset_config and dataset_split need a dataset"),
+        ({"text_column": "body"}, "column 'body' needs a dataset or .jsonl files, got .*a.txt"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"batch_tokens": 31}, "batch_tokens must be at least context_length = 32, got 31"),

@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastsae.data.model import (
-    TextWindows,
-    TokenBatch,
-    hidden_at,
-    hookpoint_at,
-    load_model,
-    load_tokenizer,
-    module_at,
-    splice,
-)
+from fastsae.data.hookpoints import Hookpoint, hidden_at, hookpoints_at, module_at, splice
+from fastsae.data.model import TextWindows, TokenBatch, load_model, load_tokenizer
 
 TEXT = "It was the worst of times, it was the best of times.\n" * 5
 
@@ -28,12 +20,12 @@ def test_hidden_states_are_the_models_own(name: str, path: str, request: pytest.
     model = load_model(folder)
     windows = TextWindows(load_tokenizer(folder), 20, model)
     batch = windows.batch(windows.cut(TEXT))
-    (hidden,) = hidden_at(model, [hookpoint_at(model, path)], batch)
+    (hidden,) = hidden_at(model, hookpoints_at(model, [path]), batch)
     out = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
     assert torch.equal(hidden, out.hidden_states[2])
     assert not hidden.requires_grad and not model.training
     names = [path, f"{path}:in", path.replace("1", "0"), f"{path.replace('1', '2')}:in"]
-    several = hidden_at(model, [hookpoint_at(model, name) for name in names], batch)
+    several = hidden_at(model, hookpoints_at(model, names), batch)
     expected = [out.hidden_states[depth] for depth in (2, 1, 1, 2)]
     assert all(map(torch.equal, several, expected))
 
@@ -47,8 +39,8 @@ def test_layers_after_the_hookpoint_do_not_run(gpt2: Path):
         raise AssertionError("a later layer ran")
 
     module_at(model, "transformer.h.2").register_forward_pre_hook(refuse)
-    hidden_at(model, [hookpoint_at(model, "transformer.h.1")], batch)
-    hidden_at(model, [hookpoint_at(model, f"transformer.h.{n}:in") for n in (1, 0)], batch)
+    hidden_at(model, hookpoints_at(model, ["transformer.h.1"]), batch)
+    hidden_at(model, hookpoints_at(model, [f"transformer.h.{n}:in" for n in (1, 0)]), batch)
 
 
 class Writes(nn.Module):
@@ -71,26 +63,26 @@ def test_what_later_modules_do_does_not_reach_what_was_read():
     model = Calls()
     ids = torch.arange(6).view(2, 3)
     batch = TokenBatch(ids, torch.ones_like(ids), torch.ones_like(ids).bool())
-    hooks = [hookpoint_at(model, name) for name in ("embed", "writes:in", "writes")]
+    hooks = hookpoints_at(model, ("embed", "writes:in", "writes"))
     embedded, taken, put = hidden_at(model, hooks, batch)
     assert torch.equal(embedded, model.embed(ids)) and torch.equal(taken, embedded)
     assert torch.equal(put, 2 * embedded)
-    with torch.no_grad(), splice(model.writes, torch.ones_like, at_input=True):
+    with torch.no_grad(), splice(Hookpoint(model.writes, True), torch.ones_like, 2):
         assert torch.equal(model(ids, ids), torch.full((2, 3, 4), 2.0))
     with pytest.raises(ValueError, match="never called its Linear"):
-        hidden_at(model, [*hooks, hookpoint_at(model, "unused")], batch)
-    with pytest.raises(ValueError, match=r"must be \[batch, tokens, width\], found \(2, 3\)"):
-        hidden_at(model, [hookpoint_at(model, "embed:in")], batch)
+        hidden_at(model, [*hooks, Hookpoint(model.unused)], batch)
+    with pytest.raises(ValueError, match=r"embed:in must have a row for each .* found \(2, 13\)"):
+        hookpoints_at(model, ["embed:in"])
 
 
 def test_splice_replaces_the_output_and_is_undone(gpt2: Path):
     model = load_model(str(gpt2))
     ids = torch.arange(12).view(1, 12)
-    module = module_at(model, "transformer.h.1")
+    hook = Hookpoint(module_at(model, "transformer.h.1"))
     plain = model(ids).logits
-    with splice(module, lambda hidden: hidden):
+    with splice(hook, lambda hidden: hidden, 1):
         assert torch.equal(model(ids).logits, plain)
-    with splice(module, torch.zeros_like):
+    with splice(hook, torch.zeros_like, 1):
         zeroed = model(ids).logits
         last = model(ids, output_hidden_states=True).hidden_states[2]
     assert torch.equal(last, torch.zeros_like(last))
@@ -104,7 +96,7 @@ def test_splicing_an_input_changes_that_module_alone(bert: Path):
     ids = torch.arange(12).view(1, 12)
     dense = module_at(model, "encoder.layer.1.output.dense")
     block = module_at(model, "encoder.layer.1.output")
-    with torch.no_grad(), splice(dense, torch.zeros_like, at_input=True):
+    with torch.no_grad(), splice(Hookpoint(dense, True), torch.zeros_like, 1):
         found = model(ids, output_hidden_states=True).hidden_states
     seen: list[torch.Tensor] = []
     handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
@@ -123,7 +115,7 @@ def test_tuple_outputs_are_understood(bert: Path):
     seen: list[object] = []
 
     for factor in (1, 2):
-        with splice(module, lambda hidden, factor=factor: hidden * factor):
+        with splice(Hookpoint(module), lambda hidden, factor=factor: hidden * factor, 1):
             after = module.register_forward_hook(lambda module, args, output: seen.append(output))
             model(ids)
             after.remove()
@@ -141,8 +133,9 @@ def test_windows_cover_the_text_once(gpt2: Path, bert: Path):
         assert windows.text_tokens == 16 - around
         text = [token for window in cut for token in window if token not in windows.special]
         assert tokenizer.decode(text) == TEXT
-        assert sum(map(windows.kept, cut)) == len(text)
-        assert sum(map(windows.kept, windows.cut(TEXT, max_tokens=21))) == 21
+        assert sum(len(windows.rows(window)) for window in cut) == len(text)
+        heads = windows.cut(TEXT, max_tokens=21)
+        assert sum(len(windows.rows(window)) for window in heads) == 21
     assert windows.cut("") == []
 
 
@@ -161,14 +154,12 @@ def test_mistakes_are_named(gpt2: Path, tmp_path: Path):
         module_at(model, "h.1")
     with pytest.raises(ValueError, match="context_length must be at most 64, got 65"):
         TextWindows(tokenizer, 65, model)
-    windows = TextWindows(tokenizer, 8, model)
-    batch = windows.batch(windows.cut(TEXT))
     with pytest.raises(
         ValueError, match=r"must be \[batch, tokens, width\], found BaseModelOutput"
     ):
-        hidden_at(model, [hookpoint_at(model, "transformer")], batch)
+        hookpoints_at(model, ["transformer"])
     with pytest.raises(ValueError, match=r"no module 'h\.1'; nearest: transformer\.h\.1"):
-        hookpoint_at(model, "h.1:in")
+        hookpoints_at(model, ["h.1:in"])
     for load in (load_model, load_tokenizer):
         with pytest.raises(
             ValueError, match="cannot load '.*absent' as a Hugging Face folder or id"

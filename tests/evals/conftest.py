@@ -71,6 +71,19 @@ def bert(minilm, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def t5(gpt2, tmp_path_factory) -> Path:
+    """A random T5 encoder, whose config does not tell that AutoModel gives it a decoder."""
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    AutoTokenizer.from_pretrained(gpt2).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    T5EncoderModel(size).save_pretrained(folder)
+    return folder
+
+
 def identity(width: int) -> SAE:
     """Reconstructs everything exactly."""
     sae = SAE(width, width, AbsTopK(width))
@@ -97,6 +110,11 @@ def shards(model: Path, hookpoint: str, folder: Path, texts: list[str]) -> Activ
 @pytest.fixture(scope="session")
 def gpt2_data(gpt2, tmp_path_factory) -> ActivationShards:
     return shards(gpt2, "transformer.h.0", tmp_path_factory.mktemp("gpt2-data"), TEXTS)
+
+
+@pytest.fixture(scope="session")
+def t5_data(t5, tmp_path_factory) -> ActivationShards:
+    return shards(t5, "encoder.block.0", tmp_path_factory.mktemp("t5-data"), TEXTS)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The spliced model: known limits, a splice written out by hand, and real MiniLM."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,10 +40,11 @@ def by_hand(sae, data, module_of, judge) -> list:
             new[0, keep] = sae(out[0, keep])
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
+        run: Any = model.encoder if hasattr(model, "decoder") else model
         with torch.no_grad():
-            clean = model(batch.input_ids)
+            clean = run(batch.input_ids)
             handle = module_of(model).register_forward_hook(hook)
-            spliced = model(batch.input_ids)
+            spliced = run(batch.input_ids)
             handle.remove()
         found.append(judge(clean, spliced, batch.input_ids[0], keep))
     return found
@@ -106,15 +109,21 @@ def test_encoder_ablations(bert_data):
     assert (mean.cosine, mean.recovered_mean) == (mean.cosine_mean, 0)
 
 
-def test_encoder_by_hand(bert_data):
-    sae = init_from_data(SAE(D, 64, TopK(2)), bert_data.sample(100))
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_encoder_by_hand(name, request):
+    """Of a model that also has a decoder, the encoder runs alone."""
+    data = request.getfixturevalue(f"{name}_data")
+    sae = init_from_data(SAE(D, 64, TopK(2)), data.sample(100))
 
     def cosine(clean, spliced, ids, keep):
         a, b = (output.last_hidden_state[0].mean(0) for output in (clean, spliced))
         return float(cosine_similarity(a, b, dim=0))
 
-    cosines = by_hand(sae, bert_data, lambda model: model.encoder.layer[0], cosine)
-    found = downstream(sae, bert_data)
+    def block(model):
+        return model.encoder.layer[0] if name == "bert" else model.encoder.block[0]
+
+    cosines = by_hand(sae, data, block, cosine)
+    found = downstream(sae, data)
     assert isinstance(found, EncoderEffect)
     assert found.windows == len(cosines)
     assert found.cosine == pytest.approx(np.mean(cosines), rel=1e-5)
