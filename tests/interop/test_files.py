@@ -89,7 +89,7 @@ def test_openai_topk(tmp_path):
     ("changes", "message"),
     [
         ({"activation": "GELU"}, "activation must be ReLU or TopK, got 'GELU'"),
-        ({"activation": "TopK"}, r"must have k and postact_fn 'ReLU', got OrderedDict\(\)"),
+        ({"activation": "TopK"}, r"must have k and postact_fn 'ReLU', got {}"),
         (
             {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "Identity"}},
             "must have k and postact_fn 'ReLU', got .*Identity",
