@@ -10,7 +10,8 @@ from torch.nn.functional import linear, normalize
 
 from fastsae.codes import Codes
 from fastsae.config import to_dict
-from fastsae.files import write_json, write_tensors
+from fastsae.files import sealed, write_files
+from fastsae.version import __version__
 
 from .activation import Activation, Weights
 
@@ -184,15 +185,18 @@ class SAE(nn.Module):
             parameter.copy_(seen)
 
     def save(self, directory: str | Path) -> None:
-        """Write config.json and sae.safetensors, each atomically; `fastsae.load` reads them."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(directory / "sae.safetensors", self.state_dict())
-        write_json(directory / "config.json", self.config())
+        """Write config.json and sae.safetensors, which `fastsae.load` reads.
+
+        An SAE that the directory holds is replaced as a whole, at whatever moment this is killed.
+        """
+        tensors = self.state_dict()
+        contents = {"config.json": sealed(self.config(), tensors), "sae.safetensors": tensors}
+        write_files(Path(directory), contents)
 
     def config(self) -> dict[str, Any]:
         """What `fastsae.load` builds the SAE from: its shape and its activation's settings."""
-        return {"format": FORMAT, **self.shape(), "activation": to_dict(self.activation.cfg)}
+        about = {"format": FORMAT, "version": __version__}
+        return {**about, **self.shape(), "activation": to_dict(self.activation.cfg)}
 
     def shape(self) -> dict[str, Any]:
         """The constructor's arguments, without the activation."""

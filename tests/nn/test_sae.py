@@ -67,8 +67,8 @@ def test_nonsense_is_refused(build, message):
     ("change", "message"),
     [
         ({"format": "other"}, "is not the config of a fastsae.sae.1 file"),
-        ({"d_sea": 3}, r"unknown or missing \['d_sea'\]"),
-        ({"d_sae": 17}, "must hold"),
+        ({"d_sea": 3}, "config.json has no setting 'd_sea'"),
+        ({"d_sae": 17}, "W_enc must be \\[17, 8\\], got \\[16, 8\\]"),
         ({"d_in": "8"}, "d_in must be of type int, got '8'"),
         ({"d_in": None}, "d_in must be of type int, got None"),
         ({"by_norm": "x"}, "by_norm must be of type bool, got 'x'"),
