@@ -17,7 +17,7 @@ from . import dictionary_learning, gemma_scope, native, openai, sae_lens, sparsi
 from .checkpoint_io import read_file
 from .hub import download
 
-__all__ = ["FORMATS", "WRITABLE", "Format", "load", "save"]
+__all__ = ["FORMATS", "WRITABLE", "Format", "contents", "load", "save"]
 
 
 class Format(NamedTuple):
@@ -118,16 +118,23 @@ def has_setting(name: str, config: Path) -> bool:
 
 
 def save(sae: SAE, folder: str | Path, form: str, **metadata: Any) -> None:
-    """Write an SAE in the format of a library; ValueError if that does not support it, saying why.
+    """Write an SAE in the format of a library, replacing one of that format as a whole.
 
     Args:
         sae: the SAE, which is not changed.
         folder: directory to write to, created if needed.
         form: "fastsae", "sae_lens", "sparsify" or "dictionary_learning".
         metadata: for "sae_lens": what its config records, such as model_name and hook_name.
+
+    Raises ValueError if the library does not support the SAE, saying why.
     """
+    write_files(Path(folder), contents(sae, form, **metadata))
+
+
+def contents(sae: SAE, form: str, **metadata: Any) -> dict[str, Any]:
+    """What `save` writes, by file name."""
     if form not in WRITABLE:
         raise ValueError(f"the form must be one of {', '.join(WRITABLE)}, got {form!r}")
     files, _, write, _ = FORMATS[form]
     assert write is not None
-    write_files(Path(folder), dict(zip(files, write(sae, **metadata), strict=True)))
+    return dict(zip(files, write(sae, **metadata), strict=True))
