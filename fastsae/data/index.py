@@ -10,6 +10,8 @@ from fastsae.files import read_json, write_json
 
 VERSION = 1
 INDEX = "index.json"
+MAX_INDEX_BYTES = 8 << 20
+"""Enough for 50,000 shards."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 
@@ -80,6 +82,10 @@ class Index:
         total = sum(shard.tokens for shard in self.shards)
         if not self.shards:
             raise ValueError("it lists no shards")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("it lists a shard twice")
+        if self.mean_square < 0 or min(to_dict(self.norm).values()) < 0:
+            raise ValueError("mean_square and the statistics of norms must be at least 0")
         if self.shape != (total, len(self.mean)):
             raise ValueError(
                 f"shape is {list(self.shape)} but the shards hold {total} tokens "
@@ -94,7 +100,7 @@ def write_index(folder: Path, index: Index) -> None:
 def read_index(folder: Path) -> Index:
     """Read and check `index.json`; a ValueError names the file and what is wrong with it."""
     path = folder / INDEX
-    raw = read_json(path)
+    raw = read_json(path, MAX_INDEX_BYTES)
     version = raw.get("version") if isinstance(raw, dict) else None
     if version != VERSION:
         raise ValueError(f"{path}: expected format version {VERSION}, found {version}")

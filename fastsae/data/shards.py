@@ -208,7 +208,7 @@ def _open_shard(folder: Path, shard: Shard, index: Index) -> _File:
 def _plain_files(path: Path) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if path.is_file():
+    if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".safetensors"))
     if not files:

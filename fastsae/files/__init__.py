@@ -5,7 +5,7 @@ and a file that is missing, damaged or truncated is one ValueError that names it
 """
 
 from .checksum import CHECKSUM, is_sealed, sealed
-from .headers import ArrayHeader, are_sizes, array_header, read_header, read_tensors
+from .headers import ArrayHeader, array_header, is_shape, read_header, read_tensors
 from .read import open_file, read_json, shown
 from .write import (
     claimed,
@@ -20,10 +20,10 @@ from .write import (
 __all__ = [
     "CHECKSUM",
     "ArrayHeader",
-    "are_sizes",
     "array_header",
     "claimed",
     "is_sealed",
+    "is_shape",
     "open_file",
     "read_header",
     "read_json",

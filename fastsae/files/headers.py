@@ -69,14 +69,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _entry(name: str, value: Any, base: int) -> Entry:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
-            if are_sizes(shape) and are_sizes([start, stop]) and start <= stop:
+            if is_shape(shape) and is_shape([start]) and is_shape([stop]) and start <= stop:
                 return Entry(dtype, shape, base + start, base + stop)
     raise ValueError(f"{shown(name)} is {shown(value)}")
 
 
-def are_sizes(values: Sequence[Any]) -> bool:
-    """Whether values are the sizes of a few dimensions."""
-    return len(values) <= MAX_DIMENSIONS and all(type(v) is int and v >= 0 for v in values)
+def is_shape(values: Sequence[Any]) -> bool:
+    """Whether values are sizes of a few dimensions, small enough for any library: numpy multiplies
+    the others also if one is 0."""
+    sizes = len(values) <= MAX_DIMENSIONS and all(type(v) is int and v >= 0 for v in values)
+    return sizes and math.prod(v or 1 for v in values) < 2**48
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -123,6 +125,6 @@ def array_header(beginning: bytes) -> ArrayHeader:
             shape, fortran, dtype = read.read_array_header_2_0(file)
     except Exception as error:  # it is parsed as Python, so damage shows as any of a dozen types
         raise ValueError(f"not a valid .npy header: {shown(str(error))}") from None
-    if dtype.hasobject or not are_sizes(shape):
+    if dtype.hasobject or not is_shape(shape):
         raise ValueError(f"not an .npy file of numbers: shape {shown(shape)} of {dtype}")
     return ArrayHeader(shape, "F" if fortran else "C", dtype, file.tell())

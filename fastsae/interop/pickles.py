@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastsae.files import are_sizes, shown
+from fastsae.files import is_shape, shown
 
 MAX_PICKLE = 1 << 16
 """Bytes of a pickle; a tensor takes about 200."""
@@ -137,7 +137,7 @@ def _ordered_dict() -> dict[str, Any]:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """A view of a storage; ValueError for more entries than the storage has."""
     sizes, strides = _of(tuple, size), _of(tuple, stride)
-    if not all(map(are_sizes, (sizes, strides, [offset]))):
+    if not all(map(is_shape, (sizes, strides, [offset]))):
         raise ValueError(f"it has a tensor of size {shown(sizes)} with strides {shown(strides)}")
     if math.prod(sizes) > len(storage):
         raise ValueError("its tensors are larger than the file")

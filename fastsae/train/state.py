@@ -109,9 +109,12 @@ class TrainState:
                 )
             if name not in ("rng", "dead"):
                 target.copy_(source)
-        torch.set_rng_state(tensors["rng"])
-        self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
-        self.adam.restored(meta["step"])
-        self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
-        self.scales, self.cursor = tuple(meta["scales"]), Cursor(**meta["cursor"])
-        self.logged = tuple(meta["logged"])
+        try:
+            torch.set_rng_state(tensors["rng"])
+            self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
+            self.adam.restored(meta["step"])
+            self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
+            self.scales, self.cursor = tuple(meta["scales"]), Cursor(**meta["cursor"])
+            self.logged = tuple(meta["logged"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint is damaged: {error!r}") from None
