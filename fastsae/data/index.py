@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fastsae.config import from_dict, to_dict
-from fastsae.files import read_json, write_json
+from fastsae.files import read_json, shown, write_json
 
 VERSION = 1
 INDEX = "index.json"
@@ -29,9 +29,9 @@ class Shard:
 
     def __post_init__(self):
         if self.file in ("", "..") or Path(self.file).name != self.file or "\\" in self.file:
-            raise ValueError(f"shard file {self.file!r} is not the name of a file in the folder")
+            raise ValueError(f"{shown(self.file)} is not the name of a file in the folder")
         if self.tokens < 1:
-            raise ValueError(f"shard {self.file} has {self.tokens} tokens")
+            raise ValueError(f"shard {shown(self.file)} has {self.tokens} tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Index:
             raise ValueError("mean_square and the statistics of norms must be at least 0")
         if self.shape != (total, len(self.mean)):
             raise ValueError(
-                f"shape is {list(self.shape)} but the shards hold {total} tokens "
+                f"shape is {shown([*self.shape])} but the shards hold {total} tokens "
                 f"and the mean has {len(self.mean)} entries"
             )
 
@@ -103,7 +103,7 @@ def read_index(folder: Path) -> Index:
     raw = read_json(path, MAX_INDEX_BYTES)
     version = raw.get("version") if isinstance(raw, dict) else None
     if version != VERSION:
-        raise ValueError(f"{path}: expected format version {VERSION}, found {version}")
+        raise ValueError(f"{path}: expected format version {VERSION}, found {shown(version)}")
     try:
         return from_dict(Index, raw)
     except ValueError as error:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastsae.files import array_header, open_file, read_header
+from fastsae.files import array_header, open_file, read_header, shown
 from fastsae.files.headers import Entry
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -56,10 +56,11 @@ def _tensor(path: Path, memory: mmap.mmap, name: str, entry: Entry) -> Mapped:
     known = {**FLOATS, "I32": "int32"}.get(dtype)
     if known is None:
         allowed = ", ".join([*FLOATS, "I32"])
-        raise ValueError(f"{path}: {name} has dtype {dtype}, allowed are {allowed}")
+        raise ValueError(f"{path}: {shown(name)} has dtype {shown(dtype)}, allowed are {allowed}")
     stored, count = np.dtype(_NUMPY[known]), math.prod(shape)
     if stop - start != count * stored.itemsize:
-        raise ValueError(f"{path}: {name} has shape {shape} but {stop - start} bytes of {known}")
+        held = f"{stop - start} bytes of {known}"
+        raise ValueError(f"{path}: {shown(name)} has shape {shape} but {held}")
     array = np.frombuffer(memory, stored, count, start) if count else np.empty(0, stored)
     return Mapped(array.reshape(shape), known, memory)
 

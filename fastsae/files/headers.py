@@ -114,7 +114,7 @@ class ArrayHeader(NamedTuple):
 
 def array_header(beginning: bytes) -> ArrayHeader:
     """The header of an .npy file from its first bytes (64 kB are enough for any); ValueError if it
-    is damaged or of an array of Python objects."""
+    is damaged or of something else than an array of numbers."""
     file = io.BytesIO(beginning)
     read = np.lib.format
     try:
@@ -125,6 +125,6 @@ def array_header(beginning: bytes) -> ArrayHeader:
             shape, fortran, dtype = read.read_array_header_2_0(file)
     except Exception as error:  # it is parsed as Python, so damage shows as any of a dozen types
         raise ValueError(f"not a valid .npy header: {shown(str(error))}") from None
-    if dtype.hasobject or not is_shape(shape):
-        raise ValueError(f"not an .npy file of numbers: shape {shown(shape)} of {dtype}")
+    if dtype.kind not in "biufc" or not is_shape(shape):
+        raise ValueError(f"not an .npy file of numbers: shape {shown(shape)} of {shown(dtype)}")
     return ArrayHeader(shape, "F" if fortran else "C", dtype, file.tell())
