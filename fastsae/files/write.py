@@ -33,7 +33,7 @@ def write_files(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> None
     whole.
 
     Every file is complete under its temporary name before the first one is renamed. Settings with
-    a checksum are renamed first: they tell old tensors from new ones, which `read_sealed` also
+    a checksum are renamed first: they tell old tensors from new ones, which `fastsae.load` also
     finds under their temporary name. Without a checksum the old settings are removed first: a
     killed process leaves files that no loader takes for an SAE, rather than a mix of two.
     """
