@@ -393,10 +393,12 @@ class measured:
     def __enter__(self) -> None:
         if sys.platform.startswith("linux"):
             Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+        faulthandler.dump_traceback_later(60, exit=True)  # for a loader that never returns
         self.before, self.start = resident("VmRSS"), time.process_time()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         seconds, megabytes = time.process_time() - self.start, resident("VmHWM") - self.before
+        faulthandler.cancel_dump_traceback_later()
         if kind is None:
             assert seconds < MAX_SECONDS, f"{seconds:.1f} s"
             assert megabytes < self.megabytes, f"{megabytes:.0f} MB"
@@ -418,7 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Damage files at random and load them.")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1000, help="first seed after the kept ones")
-    parser.add_argument("--examples", type=int, default=100, help="per loader and seed")
+    parser.add_argument("--examples", type=int, default=50, help="per loader and seed")
     parser.add_argument("--only", choices=LOADERS)
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
@@ -428,14 +430,12 @@ def main() -> None:
         fuzzes = {name: Fuzz(name, Path(folder) / name) for name in names}
         rounds = ((seed, name) for seed in seeds(arguments.seed) for name in fuzzes)
         for seed, name in itertools.takewhile(lambda _: time.monotonic() < end, rounds):
-            faulthandler.dump_traceback_later(60, exit=True)  # a loader that hangs is shown
             try:
                 fuzzes[name].run(seed, arguments.examples)
             except Exception as error:
                 faults[f"{name}: {type(error).__name__}"] += 1
                 text = f"{type(error).__name__}: {getattr(error, 'exceptions', error)!s:.300}"
                 print(f"seed {seed}, {name}: {text}", flush=True)
-        faulthandler.cancel_dump_traceback_later()
     for name, fuzz in fuzzes.items():
         print(name, dict(fuzz.outcomes))
     total = sum(fuzz.outcomes.total() for fuzz in fuzzes.values())
