@@ -189,6 +189,7 @@ def entry(shape, start, stop, dtype="F32"):
         ({"a": entry([4.0], 0, 16)}, "header cannot be read: 'a' is {"),
         ({"a": entry(None, 0, 16)}, "header cannot be read: 'a' is {"),
         ({"a": entry([4], 0, 16, ["F32"])}, "header cannot be read: 'a' is {"),
+        ({"a": entry([4], 0, 16, "y" * 5000)}, "header cannot be read: 'a' is {"),
         ({"a": entry([True, 4], 0, 16)}, "header cannot be read: 'a' is {"),
         ({"a": entry([-4], 0, -16)}, "header cannot be read: 'a' is {"),
         ({"a": entry([1] * 9 + [4], 0, 16)}, "header cannot be read: 'a' is {"),

@@ -9,4 +9,4 @@ from .fuzz import KEPT, LOADERS, Fuzz
 def test_damaged_files_load_or_are_refused_by_one_error(name, tmp_path):
     fuzz = Fuzz(name, tmp_path / "files")
     for seed in KEPT:
-        fuzz.run(seed, 20)
+        fuzz.run(seed, 10)

@@ -94,5 +94,5 @@ def shown(value: Any) -> str:
     """The repr of a value from a file, cut short: nested values can share parts, so that a whole
     repr may be far larger than the file."""
     short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
+    short.maxlevel, short.maxstring, short.maxother = 2, 100, 100
     return short.repr(value)
