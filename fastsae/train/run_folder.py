@@ -11,7 +11,7 @@ import torch
 
 from fastsae.checkpoint import Checkpoint, newest_intact
 from fastsae.config import from_dict, to_dict
-from fastsae.files import claimed, read_json, write_json
+from fastsae.files import claimed, read_json, shown, write_json
 from fastsae.nn import SAE
 from fastsae.version import __version__, written_by
 
@@ -63,7 +63,7 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
         kept = found["plan"].get(name)
         if kept != value:
             raise ValueError(
-                f"{path} was planned with {name} = {kept}, here it would be {value}"
+                f"{path} was planned with {name} = {shown(kept)}, here it would be {value}"
                 f"{written_by(found.get('version'))}"
             )
 
