@@ -3,16 +3,30 @@
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastsae.files import read_json, read_tensors, sync_directory, write_json, write_tensors
+from fastsae.files import (
+    is_sealed,
+    read_json,
+    read_tensors,
+    sealed,
+    shown,
+    sync_directory,
+    write_json,
+    write_tensors,
+)
+from fastsae.version import __version__, written_by
 
 FORMAT = "fastsae.checkpoint.1"
 _NAME = re.compile(r"step-(\d{8})")
+
+Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
+"""The tensors and the metadata."""
 
 
 def save_checkpoint(
@@ -28,9 +42,11 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    about = {"format": FORMAT, "version": __version__, "step": step, **meta}
     try:
         write_tensors(temporary / "state.safetensors", tensors)
-        write_json(temporary / "state.json", {"format": FORMAT, "step": step, **meta})
+        write_json(temporary / "state.json", sealed(about, tensors))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except BaseException:
@@ -49,13 +65,36 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path) -> Checkpoint:
     """The tensors and the metadata of a checkpoint.
 
     Raises ValueError, naming the file, if one is missing, damaged or of another version.
     """
-    meta = read_json(path / "state.json")
-    found = meta.get("format") if isinstance(meta, dict) else meta
-    if found != FORMAT:
-        raise ValueError(f"{path / 'state.json'} must have format {FORMAT!r}, got {found!r}")
-    return read_tensors(path / "state.safetensors"), meta
+    document = read_json(path / "state.json")
+    meta = document if isinstance(document, dict) else {}
+    if meta.get("format") != FORMAT:
+        found, by = shown(meta.get("format", document)), written_by(meta.get("version"))
+        raise ValueError(f"{path / 'state.json'} must have format {FORMAT!r}, got {found}{by}")
+    tensors = read_tensors(path / "state.safetensors")
+    if not is_sealed(meta, tensors):
+        raise ValueError(f"{path} was changed after it was written: its checksum differs")
+    return tensors, meta
+
+
+def newest_intact(folders: Sequence[Path]) -> list[Checkpoint] | None:
+    """The checkpoints of the newest step for which every folder has an intact one; None if there is
+    no step for which every folder has one.
+
+    Says which ones it passes over, as they are damaged; ValueError if all are.
+    """
+    kept = [{path.name for path in list_checkpoints(folder)} for folder in folders]
+    damage = None
+    for name in sorted(set.intersection(*kept), reverse=True):
+        try:
+            return [load_checkpoint(folder / name) for folder in folders]
+        except ValueError as error:
+            damage = error
+            print(f"{error}; trying the checkpoint before it", file=sys.stderr)
+    if damage is not None:
+        raise ValueError(f"no checkpoint is intact: {damage}")
+    return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -49,15 +50,16 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """
     name = where or cls.__name__
     if not isinstance(values, dict):
-        raise ValueError(f"{name} must be an object, got {values!r}")
+        raise ValueError(f"{name} must be an object, got {reprlib.repr(values)}")
     if find := getattr(cls, "named", None):
-        name = str(values.get("name"))
+        name = str(values.get("name"))[:60]
         cls, values = find(name), {key: v for key, v in values.items() if key != "name"}
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     values = {RENAMED.get(key, key): value for key, value in values.items()}
     for key in values:
         if key not in fields:
-            raise ValueError(f"{name} has no setting {key!r}; its settings are {', '.join(fields)}")
+            known = ", ".join(fields)
+            raise ValueError(f"{name} has no setting {reprlib.repr(key)}; its settings are {known}")
     if values.get("l1_coef") == 0 and values.get("target_l0") and fields["l1_coef"].default is None:
         values = {**values, "l1_coef": None}  # older files say so where none was given
     hints = typing.get_type_hints(cls)
@@ -91,7 +93,7 @@ def from_json(hint: Any, value: Any, where: str) -> Any:
     if not right or not representable(value):
         allowed = arguments if origin is typing.Literal else getattr(hint, "__name__", hint)
         allowed = "a finite number" if hint is float else allowed
-        raise ValueError(f"{where} must be {allowed}, got {value!r}")
+        raise ValueError(f"{where} must be {allowed}, got {reprlib.repr(value)}")
     return Path(str(value)) if hint is Path else value
 
 

@@ -1,4 +1,7 @@
+import json
 import os
+import stat
+import struct
 import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -8,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastsae.data.mapped import map_safetensors
 from fastsae.files import (
     claimed,
+    is_sealed,
     read_json,
     read_tensors,
+    sealed,
     write_atomically,
     write_json,
     write_tensors,
@@ -107,3 +113,115 @@ def test_a_killed_process_holds_nothing_and_others_wait_for_it(tmp_path):
     with claimed(tmp_path, wait=True) as mine:
         assert mine
     holder.join()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", 1)
+        write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(3)})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
+
+
+def read_as_nobody(path: Path, answer: Connection) -> None:
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        read_json(path)
+    except Exception as error:
+        answer.send(repr(error))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+def test_a_file_that_may_not_be_read_is_not_said_to_be_absent(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    path.chmod(0)
+    answer, theirs = FORK.Pipe()
+    process = FORK.Process(target=read_as_nobody, args=(path, theirs))
+    process.start()
+    assert answer.recv() == f"PermissionError('{path} cannot be read: permission denied')"
+    process.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_is_refused_where_a_file_should_be(tmp_path):
+    for name, read in {"a.json": read_json, "a.safetensors": read_tensors}.items():
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "it has 'a' twice"),
+        ("[NaN]", "it has the number 'NaN'"),
+        ("[1e400]", "it has the number '1e400'"),
+        ("9" * 900_000, "it has an integer of 900000 digits"),
+        (str(2**64), "it has an integer of 20 digits"),
+        ("[" * 100_000, "it nests more than 32 levels deep"),
+        ("[" * 33 + "]" * 33, "it nests more than 32 levels deep"),
+        (" " * (1 << 20) + "1", "it exceeds 1048576 bytes"),
+        ("\ud800", "codec can't decode"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_json_that_is_no_config_is_refused(text, message, tmp_path):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ValueError, match=f"a.json is not a JSON file: .*{message}"):
+        read_json(tmp_path / "a.json")
+
+
+def entry(shape, start, stop, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": {"shape": [4], "data_offsets": [0, 16]}}, "header cannot be read: 'a' is {"),
+        ({"a": entry(["4"], 0, 16)}, "header cannot be read: 'a' is {"),
+        ({"a": entry([4.0], 0, 16)}, "header cannot be read: 'a' is {"),
+        ({"a": entry(None, 0, 16)}, "header cannot be read: 'a' is {"),
+        ({"a": entry([4], 0, 16, ["F32"])}, "header cannot be read: 'a' is {"),
+        ({"a": entry([4], 0, 16, "y" * 5000)}, "header cannot be read: 'a' is {"),
+        ({"a": entry([True, 4], 0, 16)}, "header cannot be read: 'a' is {"),
+        ({"a": entry([-4], 0, -16)}, "header cannot be read: 'a' is {"),
+        ({"a": entry([1] * 9 + [4], 0, 16)}, "header cannot be read: 'a' is {"),
+        ({"a": entry([0, 2**47, 2**47], 0, 0), "b": entry([4], 0, 16)}, "cannot be read: 'a' is {"),
+        ({"a": entry([2**40], 0, 2**42)}, "4398046511[0-9]+ bytes expected from its header"),
+        ({"a": entry([4], 0, 16), "b": entry([2], 8, 16)}, "'b' begins at byte"),
+        ({"a": entry([2], 8, 16)}, "'a' begins at byte"),
+        ([], "it is not an object"),
+        ("[" * 200_000, "nests more than 32 levels deep"),
+        (" " * (1 << 20), "safetensors header has 1048578 bytes"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_headers_that_do_not_describe_their_file_are_refused(header, message, tmp_path):
+    text = header + "{}" if isinstance(header, str) else json.dumps(header)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(16))
+    for read in (read_tensors, map_safetensors):
+        with pytest.raises(ValueError, match=f"a.safetensors.*{message}"):
+            read(path)
+
+
+def test_a_checksum_tells_values_types_and_names_apart():
+    tensors = {"w": torch.ones(2, 3), "b": torch.zeros((), dtype=torch.bfloat16)}
+    settings = sealed({"k": 16, "rate": 0.1}, tensors)
+    assert is_sealed(dict(reversed(settings.items())), dict(reversed(tensors.items())))
+    for one, other in [
+        ({**settings, "k": 17}, tensors),
+        ({"version": "0.1.0"}, tensors),
+        (settings, {**tensors, "w": torch.ones(3, 2)}),
+        (settings, {**tensors, "b": torch.zeros((), dtype=torch.float16)}),
+        (settings, {"v": tensors["w"], "b": tensors["b"]}),
+    ]:
+        assert not is_sealed(one, other)
+    assert is_sealed({"k": 17}, tensors), "older versions wrote none"

@@ -274,6 +274,7 @@ BUILDS: list[tuple[Callable[[], Any], str]] = [
     (lambda: SAE(8, 16, AbsTopK(17)), "k must be between 1 and d_sae = 16, got 17"),
     (lambda: SAE(8, 16, TopK(2), skip=True), "skip needs d_out"),
     (lambda: SAE(8, 16, TopK(2), d_out=0), "d_out must be at least 1, got 0"),
+    (lambda: SAE(8, 2**62, TopK(2)), "d_sae must be at most 268435456, got 4611686018427387904"),
     (lambda: SAE(8, 16, TopK(2), layers=0), "layers must be at least 1, got 0"),
     (lambda: SAE(8, 16, TopK(2), layers=3), "layers must divide d_in = 8 and d_out be None, got 3"),
     (lambda: SAE(8, 16, TopK(2), 8, layers=2), "layers must divide .* got 2 and 8"),

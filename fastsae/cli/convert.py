@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastsae.interop import load, save
+from fastsae.files import claimed, write_files
+from fastsae.interop import FORMATS, contents, load
 
 from .parse import filled, read_words
+
+UNFINISHED = ".converting"
+"""Marks a directory to which a process is writing, or was when it was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,32 @@ class Convert:
 def main(words: Sequence[str]) -> str:
     command = filled(Convert, read_words(words), ["source", "out"])
     out = command.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty directory: choose another one")
+    check_free(out)
     sae = load(command.source)
-    save(sae, out, command.to)
-    files = ", ".join(sorted(path.name for path in out.iterdir()))
-    return f"{sae.d_sae} latents of width {sae.d_in}, {sae.activation.cfg.name}: {out}/{files}"
+    files = contents(sae, command.to)
+    with claimed(out) as mine:
+        if not mine:
+            raise ValueError(f"another process is writing to {out}")
+        check_free(out)  # again: another process may have finished in the meantime
+        (out / UNFINISHED).touch()
+        for name in {name for form in FORMATS.values() for name in form.files}:
+            (out / name).unlink(missing_ok=True)  # may be of another format
+        write_files(out, files)
+        (out / UNFINISHED).unlink()
+    (out / ".lock").unlink(missing_ok=True)
+    names = ", ".join(sorted(files))
+    return f"{sae.d_sae} latents of width {sae.d_in}, {sae.activation.cfg.name}: {out}/{names}"
+
+
+def check_free(out: Path) -> None:
+    """ValueError unless the directory is new or empty, or holds what a process that was killed has
+    left of a conversion."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a directory: choose another one")
+    if out.is_dir() and visible(out) and not (out / UNFINISHED).exists():
+        raise ValueError(f"{out} is not an empty directory: choose another one")
+
+
+def visible(out: Path) -> list[Path]:
+    """What a directory holds, except for hidden files: killed processes leave those."""
+    return [path for path in out.iterdir() if not path.name.startswith(".")]

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fastsae.config import from_dict, to_dict
-from fastsae.files import read_json, write_json
+from fastsae.files import read_json, shown, write_json
 
 VERSION = 1
 INDEX = "index.json"
+MAX_INDEX_BYTES = 8 << 20
+"""Enough for 50,000 shards."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 
@@ -27,9 +29,9 @@ class Shard:
 
     def __post_init__(self):
         if self.file in ("", "..") or Path(self.file).name != self.file or "\\" in self.file:
-            raise ValueError(f"shard file {self.file!r} is not the name of a file in the folder")
+            raise ValueError(f"{shown(self.file)} is not the name of a file in the folder")
         if self.tokens < 1:
-            raise ValueError(f"shard {self.file} has {self.tokens} tokens")
+            raise ValueError(f"shard {shown(self.file)} has {self.tokens} tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,13 @@ class Index:
         total = sum(shard.tokens for shard in self.shards)
         if not self.shards:
             raise ValueError("it lists no shards")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("it lists a shard twice")
+        if self.mean_square < 0 or min(to_dict(self.norm).values()) < 0:
+            raise ValueError("mean_square and the statistics of norms must be at least 0")
         if self.shape != (total, len(self.mean)):
             raise ValueError(
-                f"shape is {list(self.shape)} but the shards hold {total} tokens "
+                f"shape is {shown([*self.shape])} but the shards hold {total} tokens "
                 f"and the mean has {len(self.mean)} entries"
             )
 
@@ -106,10 +112,10 @@ def write_index(folder: Path, index: Index) -> None:
 def read_index(folder: Path) -> Index:
     """Read and check `index.json`; a ValueError names the file and what is wrong with it."""
     path = folder / INDEX
-    raw = read_json(path)
+    raw = read_json(path, MAX_INDEX_BYTES)
     version = raw.get("version") if isinstance(raw, dict) else None
     if version != VERSION:
-        raise ValueError(f"{path}: expected format version {VERSION}, found {version}")
+        raise ValueError(f"{path}: expected format version {VERSION}, found {shown(version)}")
     try:
         return from_dict(Index, raw)
     except ValueError as error:

@@ -18,6 +18,7 @@ from fastsae.data.moments import Moments, Summary
 from fastsae.data.prefetch import Load, Window, checked
 from fastsae.data.shuffle import Shuffle
 from fastsae.data.source import Shuffled
+from fastsae.files import shown
 
 WINDOW_BYTES = 128_000_000  # data resident at a time
 LABELS = ("token_ids", "positions", "documents")
@@ -203,8 +204,10 @@ def _open_shard(folder: Path, shard: Shard, index: Index) -> _File:
     expected = {"activations": (index.dtype, (shard.tokens, index.shape[1]))}
     expected |= {name: ("int32", (shard.tokens,)) for name in LABELS}
     found = {name: (mapped.dtype, mapped.array.shape) for name, mapped in tensors.items()}
-    if found != expected:
-        raise ValueError(f"{path}: {expected} expected from {INDEX}, {found} found")
+    for name in sorted(found.keys() | expected):
+        if found.get(name) != expected.get(name):
+            wanted = f"{shown(name)} as {expected.get(name)} expected from {INDEX}"
+            raise ValueError(f"{path}: {wanted}, {found.get(name)} found")
     labels = {name: tensors[name] for name in LABELS}
     return _File(path, tensors["activations"], labels, shard.sha256)
 
@@ -212,7 +215,7 @@ def _open_shard(folder: Path, shard: Shard, index: Index) -> _File:
 def _plain_files(path: Path) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if path.is_file():
+    if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".safetensors"))
     if not files:

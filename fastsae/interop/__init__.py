@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsae.files import read_json, write_files
 from fastsae.nn import SAE
 
 from . import dictionary_learning, gemma_scope, native, openai, sae_lens, sparsify
-from .checkpoint_io import open_file, write_file
+from .checkpoint_io import read_file
 from .hub import download
 
-__all__ = ["FORMATS", "WRITABLE", "Format", "load", "save"]
+__all__ = ["FORMATS", "WRITABLE", "Format", "contents", "load", "save"]
 
 
 class Format(NamedTuple):
@@ -31,13 +32,20 @@ class Format(NamedTuple):
     write: Callable[..., tuple[Any, ...]] | None = None
     """The contents of the files from an SAE; ValueError if the library does not support it."""
 
+    setting: str = ""
+    """A setting by which its config is told from that of another format with the same name."""
+
 
 FORMATS = {
-    "fastsae": Format(("config.json", "sae.safetensors"), native.read, native.write),
-    "sae_lens": Format(("cfg.json", "sae_weights.safetensors"), sae_lens.read, sae_lens.write),
-    "sparsify": Format(("cfg.json", "sae.safetensors"), sparsify.read, sparsify.write),
+    "fastsae": Format(("config.json", "sae.safetensors"), native.read, native.write, "format"),
+    "sae_lens": Format(
+        ("cfg.json", "sae_weights.safetensors"), sae_lens.read, sae_lens.write, "d_sae"
+    ),
+    "sparsify": Format(
+        ("cfg.json", "sae.safetensors"), sparsify.read, sparsify.write, "num_latents"
+    ),
     "dictionary_learning": Format(
-        ("config.json", "ae.pt"), dictionary_learning.read, dictionary_learning.write
+        ("config.json", "ae.pt"), dictionary_learning.read, dictionary_learning.write, "trainer"
     ),
     "gemma_scope": Format(("params.npz",), gemma_scope.read),
     "openai": Format((), openai.read),
@@ -60,11 +68,11 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
     path = Path(source)
     if not path.exists():
         path = download(str(source), {name for form in FORMATS.values() for name in form.files})
-    if (path / "sae").is_dir():
+    if (path / "sae").is_dir() and not candidates(path):
         path = path / "sae"
     form, files = detect(path)
     try:
-        return form.read(*map(open_file, files)).to(device)
+        return form.read(*map(read_file, files)).to(device)
     except ValueError as error:
         if str(files[0].parent) in str(error):
             raise
@@ -72,32 +80,61 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
 
 
 def detect(path: Path) -> tuple[Format, list[Path]]:
-    """The format of a file or directory, and its files; ValueError lists the supported formats."""
-    folder = path.parent if path.is_file() else path
-    for form in FORMATS.values():
-        files = [folder / name for name in form.files]
-        if files and all(file.exists() for file in files) and path in (folder, *files):
-            return form, files
+    """The format of a file or directory, and its files; ValueError lists the supported formats, or
+    those that the directory has files of."""
+    found = candidates(path)
+    if len(found) > 1:
+        found = {name: files for name, files in found.items() if has_setting(name, files[0])}
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} holds SAEs of {' and '.join(found)}: load one by its config, such as "
+            f"{next(iter(found.values()))[0]}"
+        )
+    for name, files in found.items():
+        return FORMATS[name], files
     if path.is_file() and path.suffix == ".pt":
         return FORMATS["openai"], [path]
     known = [f"{' and '.join(form.files)} ({name})" for name, form in FORMATS.items() if form.files]
     raise ValueError(f"{path} holds no SAE: it must have {', '.join(known)}, or be a .pt (openai)")
 
 
+def candidates(path: Path) -> dict[str, list[Path]]:
+    """The files that a file belongs to, or a directory has, by the formats that have such files."""
+    folder = path.parent if path.is_file() else path
+    files = {name: [folder / file for file in form.files] for name, form in FORMATS.items()}
+    return {
+        name: found
+        for name, found in files.items()
+        if found and path in (folder, *found) and all(file.exists() for file in found)
+    }
+
+
+def has_setting(name: str, config: Path) -> bool:
+    """Whether a config has the setting by which a format is recognized."""
+    if config.suffix != ".json":
+        return True
+    values = read_json(config)
+    return isinstance(values, dict) and FORMATS[name].setting in values
+
+
 def save(sae: SAE, folder: str | Path, form: str, **metadata: Any) -> None:
-    """Write an SAE in the format of a library; ValueError if that does not support it, saying why.
+    """Write an SAE in the format of a library, replacing one of that format as a whole.
 
     Args:
         sae: the SAE, which is not changed.
         folder: directory to write to, created if needed.
         form: "fastsae", "sae_lens", "sparsify" or "dictionary_learning".
         metadata: for "sae_lens": what its config records, such as model_name and hook_name.
+
+    Raises ValueError if the library does not support the SAE, saying why.
     """
+    write_files(Path(folder), contents(sae, form, **metadata))
+
+
+def contents(sae: SAE, form: str, **metadata: Any) -> dict[str, Any]:
+    """What `save` writes, by file name."""
     if form not in WRITABLE:
         raise ValueError(f"the form must be one of {', '.join(WRITABLE)}, got {form!r}")
-    files, _, write = FORMATS[form]
+    files, _, write, _ = FORMATS[form]
     assert write is not None
-    contents = write(sae, **metadata)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in reversed([*zip(files, contents, strict=True)]):  # the config is last
-        write_file(Path(folder) / name, content)
+    return dict(zip(files, write(sae, **metadata), strict=True))

@@ -4,44 +4,73 @@ Both are zip archives. Their contents may be at most MAX_EXPANSION times as larg
 is checked before anything is read: the size of a file bounds the memory that reading it takes.
 """
 
-import pickletools
+import io
+import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae.files import array_header, open_file
+
+from .pickles import parse_pickle
+
 MAX_EXPANSION = 20
-MAX_PICKLE = 1 << 20
-"""Bytes of the pickle in a .pt file, which only lists its tensors."""
+MAX_DIRECTORY = 1 << 20
+"""Bytes read at once, and so of an archive's directory, which zipfile reads whole."""
 
-GLOBALS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor_v2",
-    *(
-        f"torch {name}Storage"
-        for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Bool")
-    ),
-}
-"""What a state dict may refer to; torch's own safe list also contains types that allocate."""
+COMPRESSIONS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+"""The others expand without a limit on what is read at once."""
 
 
-def check_archive(path: Path) -> int:
-    """The uncompressed size of an archive in bytes; ValueError if it is missing, not a zip file, or
-    expands too much."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # damage shows as any of a dozen types
-        raise ValueError(f"{path} is not a zip archive of tensors: {error}") from None
-    if size > MAX_EXPANSION * path.stat().st_size:
-        raise ValueError(f"{path} holds {size} bytes in a file of {path.stat().st_size}")
-    return size
+class _Limited(io.FileIO):
+    """A file from which at most MAX_DIRECTORY bytes are read at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise ValueError(f"its directory has {size} bytes")
+        return super().read(size) or b""
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """A zip archive and its entries by name; ValueError for anything else, and for one that is
+    damaged or expands too much, also while it is read."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            with (
+                _Limited(file.fileno(), closefd=False) as limited,
+                zipfile.ZipFile(limited) as archive,
+            ):
+                entries = {entry.filename: entry for entry in archive.infolist()}
+                if len(entries) < len(archive.infolist()):
+                    raise ValueError("two of its entries have the same name")
+                if any(entry.compress_type not in COMPRESSIONS for entry in entries.values()):
+                    raise ValueError("it is compressed by another method than deflate")
+                claimed = sum(entry.file_size for entry in entries.values())
+                if claimed > MAX_EXPANSION * size:
+                    raise ValueError(f"it holds {claimed} bytes in a file of {size}")
+                yield archive, entries
+        except Exception as error:  # damage shows as any of a dozen types
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path} is not a zip archive of plain tensors: {text}") from None
+
+
+def contents(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytearray:
+    """The bytes of an entry, compared with its size and its checksum. They are read piece by piece,
+    as zipfile expands all of a piece, whatever the size that the directory claims."""
+    found = bytearray()
+    with archive.open(entry) as file:
+        while piece := file.read(MAX_DIRECTORY):
+            found += piece
+    if len(found) != entry.file_size:
+        raise ValueError(f"{entry.filename} has {len(found)} bytes, not {entry.file_size}")
+    return found
 
 
 def read_pt(path: Path) -> dict[str, Any]:
@@ -49,61 +78,39 @@ def read_pt(path: Path) -> dict[str, Any]:
 
     ValueError for anything else, such as other objects.
     """
-    size = check_archive(path)
-    try:
-        check_pickle(path)
-        # mmap: storages are slices of the file, so none can claim more than it holds
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-            raise ValueError("it is not a dictionary with string keys")
-        tensors = [value for value in found.values() if isinstance(value, Tensor)]
-        if sum(t.numel() * t.itemsize for t in tensors) > 2 * size:  # tied weights count twice
-            raise ValueError("its tensors are larger than the file")
-        return {n: t.clone() if isinstance(t, Tensor) else t for n, t in found.items()}
-    except Exception as error:  # damage shows as any of a dozen types, in torch and in pickle
-        text = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a plain state dict of tensors: {text}") from None
+    with open_archive(path) as (archive, entries):
+        pickle = next((name for name in entries if name.endswith("/data.pkl")), None)
+        if pickle is None:
+            raise ValueError("it has no data.pkl")
+        folder = pickle.removesuffix("data.pkl")
+        order = entries.get(f"{folder}byteorder")
+        if order is not None and contents(archive, order) != b"little":
+            raise ValueError("its numbers are not in little-endian order")
 
+        def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+            found = contents(archive, entries[f"{folder}data/{key}"])
+            if len(found) != count * dtype.itemsize:
+                raise ValueError(f"{count} {dtype} in a storage of {len(found)} bytes")
+            return torch.frombuffer(found, dtype=dtype) if found else torch.empty(0, dtype=dtype)
 
-def check_pickle(path: Path) -> None:
-    """ValueError if the file's pickle refers to anything but GLOBALS."""
-    with zipfile.ZipFile(path) as archive:
-        (entry,) = [e for e in archive.infolist() if e.filename.endswith("/data.pkl")]
-        if entry.file_size > MAX_PICKLE:
-            raise ValueError(f"{entry.filename} has {entry.file_size} bytes")
-        for opcode, argument, _ in pickletools.genops(archive.read(entry)):
-            if opcode.name in ("STACK_GLOBAL", "INST", "BYTEARRAY8", "EXT1", "EXT2", "EXT4"):
-                raise ValueError(f"it holds {opcode.name}")
-            if opcode.name == "GLOBAL" and argument not in GLOBALS:
-                raise ValueError(f"it holds {argument}")
+        return parse_pickle(contents(archive, entries[pickle]), storage)
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
     """The arrays of an .npz file; ValueError if it is damaged or holds objects."""
-    check_archive(path)
-    tensors = {}
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            try:
-                check_array(archive, entry)
-                with archive.open(entry) as file:
-                    array = np.lib.format.read_array(file, allow_pickle=False)
-                tensors[entry.filename.removesuffix(".npy")] = torch.from_numpy(array.copy())
-            except Exception as error:  # damage shows as any of a dozen types
-                text = f"{path}: {entry.filename} is not a complete numeric array: {error}"
-                raise ValueError(text) from None
-    return tensors
+    with open_archive(path) as (archive, entries):
+        return {
+            name.removesuffix(".npy"): _array(name, contents(archive, entry))
+            for name, entry in entries.items()
+        }
 
 
-def check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """ValueError unless the entry's header declares as many bytes as follow it."""
-    with archive.open(entry) as file:
-        if np.lib.format.read_magic(file) == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        if dtype.hasobject or size != entry.file_size - file.tell():
-            raise ValueError(f"shape {shape} of {dtype} in {entry.file_size} bytes")
+def _array(name: str, content: bytearray) -> Tensor:
+    try:
+        header = array_header(bytes(content[: 1 << 16]))
+        size = len(content) - header.offset
+        if header.size != size:
+            raise ValueError(f"shape {header.shape} of {header.dtype} in {size} bytes")
+        return torch.from_numpy(header.array(content))
+    except Exception as error:  # also of a dtype that torch lacks
+        raise ValueError(f"{name} is not a complete numeric array: {error}") from None

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from fastsae.files import read_json, read_tensors, shown
 from fastsae.nn import SAE, Activation
 
 from .archives import read_npz, read_pt
-
-MAX_JSON_BYTES = 1 << 20
 
 DTYPES = {
     "float64": torch.float64,
@@ -37,7 +35,8 @@ class Config:
         if kind is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) is not kind:
-            raise ValueError(f"{self.path}: {name} must be of type {kind.__name__}, got {value!r}")
+            wanted = f"{name} must be of type {kind.__name__}"
+            raise ValueError(f"{self.path}: {wanted}, got {shown(value)}")
         return value
 
 
@@ -54,7 +53,7 @@ class Tensors:
         """A floating-point tensor of that shape, in which None is any size."""
         if name not in self:
             held = sorted(filter(self.__contains__, self.values))
-            raise ValueError(f"{self.path} lacks {name}: it holds {held}")
+            raise ValueError(f"{self.path} lacks {name}: it holds {shown(held)}")
         found = self.values[name]
         if len(found.shape) != len(shape) or any(
             want not in (None, size) for want, size in zip(shape, found.shape, strict=True)
@@ -66,21 +65,11 @@ class Tensors:
         return found
 
 
-def open_file(path: Path) -> Config | Tensors:
+def read_file(path: Path) -> Config | Tensors:
     if path.suffix == ".json":
-        return Config(path, read_json(path, MAX_JSON_BYTES))
+        return Config(path, read_json(path))
     readers = {".safetensors": read_tensors, ".npz": read_npz, ".pt": read_pt}
     return Tensors(path, readers[path.suffix](path))
-
-
-def write_file(path: Path, content: dict[str, Any]) -> None:
-    if path.suffix == ".json":
-        write_json(path, content)
-    elif path.suffix == ".safetensors":
-        write_tensors(path, content)
-    else:
-        state = {name: t.detach().clone().contiguous() for name, t in content.items()}
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def build_sae(

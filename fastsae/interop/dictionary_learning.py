@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.files import shown
 from fastsae.nn import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.nn.batchtopk import UNSET
 
@@ -60,7 +61,7 @@ def read(config: Config, tensors: Tensors) -> SAE:
         case "AutoEncoder":
             return build_sae(ReLU(l1_coef=0.0), *unit_rows(*linear(tensors, b_dec="bias")))
     supported = ", ".join(READABLE)
-    raise ValueError(f"{config.path}: dict_class must be one of {supported}, got {name!r}")
+    raise ValueError(f"{config.path}: dict_class must be one of {supported}, got {shown(name)}")
 
 
 def k_of(trainer: Config, tensors: Tensors) -> int:
@@ -69,7 +70,7 @@ def k_of(trainer: Config, tensors: Tensors) -> int:
         return trainer.take("k", int)
     k = tensors.values["k"]
     if k.shape or k.is_floating_point():
-        raise ValueError(f"{tensors.path}: k must be an integer, got {k}")
+        raise ValueError(f"{tensors.path}: k must be an integer, got {shown(k)}")
     return int(k)
 
 

@@ -1,35 +1,75 @@
 """fastsae's own files: config.json and the state dict in sae.safetensors, as `SAE.save` writes."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae.config import from_dict
+from fastsae.files import CHECKSUM, is_sealed, read_tensors, sealed, shown, temporary_of
 from fastsae.nn import SAE, ActivationConfig
 from fastsae.nn.sae import FORMAT
+from fastsae.version import written_by
 
 from .checkpoint_io import Config, Tensors
 
-SIZES, FLAGS = ("d_in", "d_sae", "layers"), ("skip", "by_norm", "layer_norm")
+SHAPE = {"skip": False, "layers": 1, "by_norm": False, "layer_norm": False}
+"""Settings that an SAE of an older version may lack, with the values that it had."""
 
 
 def read(config: Config, tensors: Tensors) -> SAE:
-    """ValueError for another format, and for unknown or missing settings and tensors."""
-    if config.values.pop("format", None) != FORMAT:
+    """ValueError for another format, for unknown or missing settings and tensors, and for files
+    that are not as they were saved."""
+    if config.values.get("format") != FORMAT:
         raise ValueError(f"{config.path} is not the config of a {FORMAT} file")
-    config.values.setdefault("layer_norm", False)  # older files do not name it
-    if unknown := config.values.keys() ^ {*SIZES, *FLAGS, "d_out", "activation"}:
-        raise ValueError(f"{config.path}: unknown or missing {sorted(unknown)}")
-    shape = {name: config.take(name, int) for name in SIZES}
-    shape |= {name: config.take(name, bool) for name in FLAGS}
-    d_out = None if config.values["d_out"] is None else config.take("d_out", int)
-    activation = from_dict(ActivationConfig, config.values["activation"], "activation").build()
+    saved = saved_with(config, tensors)
+    try:
+        sae = build(config, saved or tensors)  # what is wrong there says more than a checksum
+    except ValueError as error:
+        raise ValueError(f"{error}{written_by(config.values.get('version'))}") from None
+    if saved is None:
+        raise ValueError(
+            f"{tensors.path} or {config.path} was changed after it was saved: its checksum differs "
+            f"(to use an edited config, remove version and {CHECKSUM} from it)"
+        )
+    return sae
+
+
+def saved_with(config: Config, tensors: Tensors) -> Tensors | None:
+    """The tensors that were saved with the settings, if they are there.
+
+    A process that was killed while it replaced an SAE leaves them under a temporary name.
+    """
+    pending = temporary_of(tensors.path)
+    if is_sealed(config.values, tensors.values):
+        return tensors
+    with suppress(ValueError):  # there is none, or it was not complete yet
+        found = read_tensors(pending)
+        if is_sealed(config.values, found):
+            return Tensors(tensors.path, found)
+    return None
+
+
+def build(config: Config, tensors: Tensors) -> SAE:
+    known = {"format", "version", CHECKSUM, "d_in", "d_sae", "d_out", "activation", *SHAPE}
+    if unknown := sorted(config.values.keys() - known):
+        raise ValueError(f"{config.path} has no setting {shown(unknown[0])}")
+    d_in, d_sae = config.take("d_in", int), config.take("d_sae", int)
+    tensors.take("W_enc", d_sae, d_in)  # sizes are real before anything is built of them
+    shape = {name: config.take(name, type(default), default) for name, default in SHAPE.items()}
+    d_out = config.values.get("d_out")
+    if d_out is not None:
+        tensors.take("W_dec", d_sae, config.take("d_out", int))
+    settings = config.values.get("activation")
+    activation = from_dict(ActivationConfig, settings, f"{config.path}: activation").build()
     with torch.device("meta"):
-        sae = SAE(activation=activation, d_out=d_out, **shape)
+        sae = SAE(d_in, d_sae, activation, d_out, **shape)
     wanted, found = shapes(sae.state_dict()), shapes(tensors.values)
-    if wanted != found:
-        raise ValueError(f"{tensors.path} must hold {wanted}, got {found}")
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            one, two = (kind.get(name, "absent") for kind in (wanted, found))
+            raise ValueError(f"{tensors.path}: {shown(name)} must be {one}, got {two}")
     sae.load_state_dict(tensors.values, assign=True)
     return sae.eval()
 
@@ -39,4 +79,5 @@ def shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 def write(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return sae.config(), sae.state_dict()
+    tensors = sae.state_dict()
+    return sealed(sae.config(), tensors), tensors

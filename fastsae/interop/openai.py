@@ -3,6 +3,7 @@
 Their TopK SAEs normalize each token; their ReLU SAEs do not.
 """
 
+from fastsae.files import shown
 from fastsae.nn import SAE, Activation, ReLU, TopK
 
 from .checkpoint_io import Config, Tensors, build_sae
@@ -10,6 +11,11 @@ from .checkpoint_io import Config, Tensors, build_sae
 
 def read(tensors: Tensors) -> SAE:
     """ValueError for other activations than ReLU and TopK."""
+    if "latent_bias" not in tensors:
+        raise ValueError(
+            f"{tensors.path} is not a state dict of OpenAI's, as it lacks latent_bias; "
+            "dictionary_learning's ae.pt needs its config.json in the same directory"
+        )
     W_enc = tensors.take("encoder.weight", None, None)
     d_sae, d_in = W_enc.shape
     activation = activation_of(tensors)
@@ -29,8 +35,8 @@ def activation_of(tensors: Tensors) -> Activation:
     if name == "ReLU":
         return ReLU(l1_coef=0.0)
     if name != "TopK":
-        raise ValueError(f"{path}: activation must be ReLU or TopK, got {name!r}")
+        raise ValueError(f"{path}: activation must be ReLU or TopK, got {shown(name)}")
     state = tensors.values.get("activation_state_dict")
     if not isinstance(state, dict) or state.get("postact_fn") != "ReLU":
-        raise ValueError(f"{path}: a TopK must have k and postact_fn 'ReLU', got {state!r}")
+        raise ValueError(f"{path}: a TopK must have k and postact_fn 'ReLU', got {shown(state)}")
     return TopK(Config(path, state).take("k", int))

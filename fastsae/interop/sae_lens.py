@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastsae.files import shown
 from fastsae.nn import SAE, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 from .checkpoint_io import DTYPES, Config, Tensors, build_sae, exportable
@@ -42,7 +43,7 @@ def read(config: Config, tensors: Tensors) -> SAE:
     if architecture not in KINDS:
         supported = ", ".join(KINDS)
         raise ValueError(
-            f"{config.path}: architecture must be one of {supported}, got {architecture!r}"
+            f"{config.path}: architecture must be one of {supported}, got {shown(architecture)}"
         )
     d_in, d_sae = config.take("d_in", int), config.take("d_sae", int)
     if "scaling_factor" in tensors and (tensors.take("scaling_factor", d_sae) != 1).any():
@@ -73,7 +74,9 @@ def read(config: Config, tensors: Tensors) -> SAE:
     )
     dtype = config.take("dtype", str, "float32").removeprefix("torch.")
     if dtype not in DTYPES:
-        raise ValueError(f"{config.path}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(
+            f"{config.path}: dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}"
+        )
     return sae.to(DTYPES[dtype])
 
 
@@ -109,12 +112,14 @@ def update(config: Config) -> None:
         k = given.get("k") if isinstance(given, dict) else None
         values |= {"architecture": "topk", "k": values.get("k") if k is None else k}
     elif architecture == "standard" and activation not in ("relu", None):
-        raise ValueError(f"{config.path}: activation_fn must be relu or topk, got {activation!r}")
+        raise ValueError(
+            f"{config.path}: activation_fn must be relu or topk, got {shown(activation)}"
+        )
     normalization = values.get("normalize_activations")
     if normalization not in (None, False, True, *NORMALIZATIONS):
         raise ValueError(
             f"{config.path}: normalize_activations must be one of {', '.join(NORMALIZATIONS)}, "
-            f"got {normalization!r}"
+            f"got {shown(normalization)}"
         )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastsae.files import shown
 from fastsae.nn import SAE, TopK
 
 from .checkpoint_io import Config, Tensors, build_sae, exportable, shift_bias
@@ -14,7 +15,7 @@ def read(config: Config, tensors: Tensors) -> SAE:
     """ValueError for the activation groupmax."""
     activation = config.values.get("activation", "topk")
     if activation != "topk":
-        raise ValueError(f"{config.path}: activation must be topk, got {activation!r}")
+        raise ValueError(f"{config.path}: activation must be topk, got {shown(activation)}")
     d_in, k = config.take("d_in", int), config.take("k", int)
     transcoder = config.take("transcode", bool, False)
     skip = config.take("skip_connection", bool, False)

@@ -42,6 +42,8 @@ Center = Literal["gate", "zero"]
 
 DEFAULT_K = 32
 
+MAX_DEGREE = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class RationalConfig(ActivationConfig):
@@ -87,8 +89,9 @@ class RationalConfig(ActivationConfig):
         if self.k is not None:
             check_k(self.k)
         degree = self.degree or (0, 1)
-        if len(degree) != 2 or degree[0] < 0 or degree[1] < 1:
-            raise ValueError(f"degree must be two numbers, (0, 1) or more, got {self.degree}")
+        if len(degree) != 2 or degree[0] < 0 or degree[1] < 1 or max(degree) > MAX_DEGREE:
+            allowed = f"two numbers from (0, 1) to {(MAX_DEGREE, MAX_DEGREE)}"
+            raise ValueError(f"degree must be {allowed}, got {self.degree}")
         check_penalty(self.l1_coef, self.target_l0, "l1_coef")
         if self.target_l0 is not None and (self.gate == "topk" or self.support == "none"):
             raise ValueError(

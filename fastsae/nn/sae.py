@@ -10,13 +10,17 @@ from torch.nn.functional import linear, normalize
 
 from fastsae.codes import Codes
 from fastsae.config import to_dict
-from fastsae.files import write_json, write_tensors
+from fastsae.files import sealed, write_files
+from fastsae.version import __version__
 
 from .activation import Activation, Weights
 from .layer_norm import layer_norm as normalized
 from .layer_norm import undo_layer_norm
 
 FORMAT = "fastsae.sae.1"
+
+LARGEST = 2**28
+"""The largest width and number of latents: the bytes of a weight are then a 64-bit number."""
 
 
 def unit_rows(n: int, width: int) -> Float[Tensor, "n width"]:
@@ -59,8 +63,9 @@ class SAE(nn.Module):
     ):
         super().__init__()
         for name, size in {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "layers": layers}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            if size is not None and not 1 <= size <= LARGEST:
+                bound = "at least 1" if size < 1 else f"at most {LARGEST}"
+                raise ValueError(f"{name} must be {bound}, got {size}")
         if skip and d_out is None:
             raise ValueError("skip needs d_out: an autoencoder with one would pass x on unseen")
         if d_in % layers or (layers > 1 and d_out is not None):
@@ -217,15 +222,18 @@ class SAE(nn.Module):
             parameter.copy_(seen)
 
     def save(self, directory: str | Path) -> None:
-        """Write config.json and sae.safetensors, each atomically; `fastsae.load` reads them."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(directory / "sae.safetensors", self.state_dict())
-        write_json(directory / "config.json", self.config())
+        """Write config.json and sae.safetensors, which `fastsae.load` reads.
+
+        An SAE that the directory holds is replaced as a whole, at whatever moment this is killed.
+        """
+        tensors = self.state_dict()
+        contents = {"config.json": sealed(self.config(), tensors), "sae.safetensors": tensors}
+        write_files(Path(directory), contents)
 
     def config(self) -> dict[str, Any]:
         """What `fastsae.load` builds the SAE from: its shape and its activation's settings."""
-        return {"format": FORMAT, **self.shape(), "activation": to_dict(self.activation.cfg)}
+        about = {"format": FORMAT, "version": __version__}
+        return {**about, **self.shape(), "activation": to_dict(self.activation.cfg)}
 
     def shape(self) -> dict[str, Any]:
         """The constructor's arguments, without the activation."""

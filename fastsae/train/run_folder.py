@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from fastsae.checkpoint import list_checkpoints
+from fastsae.checkpoint import Checkpoint, newest_intact
 from fastsae.config import from_dict, to_dict
-from fastsae.files import claimed, read_json, write_json
+from fastsae.files import claimed, read_json, shown, write_json
 from fastsae.nn import SAE
 from fastsae.progress import say
+from fastsae.version import __version__, written_by
 
 from .config import TrainConfig
 from .plan import Plan
@@ -66,7 +67,10 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
     for name, value in to_dict(plan).items():
         kept = found["plan"].get(name)
         if kept != value and not (longer and name in FROM_STEPS):
-            raise ValueError(f"{path} was planned with {name} = {kept}, here it would be {value}")
+            raise ValueError(
+                f"{path} was planned with {name} = {shown(kept)}, here it would be {value}"
+                f"{written_by(found.get('version'))}"
+            )
     threads = torch.get_num_threads()
     if plan.device == "cpu" and (began := found.get("threads", threads)) != threads:
         say(f"this run began with {began} threads and now has {threads}: last bits may differ")
@@ -88,7 +92,10 @@ def set_length(config: TrainConfig, plan: Plan, done: int) -> None:
 def stored_config(out: Path) -> TrainConfig:
     """The settings of the run in a folder; ValueError if there is none, or they are damaged."""
     document = _read(out)
-    stored = from_dict(TrainConfig, document["config"], str(out / "config.json"))
+    try:
+        stored = from_dict(TrainConfig, document["config"], str(out / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{error}{written_by(document.get('version'))}") from None
     return dataclasses.replace(stored, out=out)
 
 
@@ -100,7 +107,8 @@ def _read(out: Path) -> dict[str, Any]:
     parts = document if isinstance(document, dict) else {}
     whole = all(isinstance(parts.get(name), dict) for name in ("config", "plan"))
     if parts.get("format") != FORMAT or not whole:
-        raise ValueError(f"{path} is not the config of a {FORMAT} folder")
+        by = written_by(parts.get("version"))
+        raise ValueError(f"{path} is not the config of a {FORMAT} folder{by}")
     return parts
 
 
@@ -137,10 +145,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, data=data, target=target, layers=layers)
 
 
-def latest(out: Path) -> Path | None:
-    """The newest checkpoint of the run, if there is one."""
-    checkpoints = list_checkpoints(out / "checkpoints")
-    return checkpoints[-1] if checkpoints else None
+def latest(out: Path) -> Checkpoint | None:
+    """The newest intact checkpoint of the run, if there is one; ValueError if all are damaged."""
+    found = newest_intact([out / "checkpoints"])
+    return found[0] if found else None
 
 
 def _digest(sae: SAE) -> str:
@@ -154,4 +162,5 @@ def _digest(sae: SAE) -> str:
 def _document(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
     settings = to_dict(resolved(config))
     del settings["out"]  # the folder may be moved
-    return {"format": FORMAT, "config": settings, "fingerprint": fingerprint}
+    about = {"format": FORMAT, "version": __version__}
+    return {**about, "config": settings, "fingerprint": fingerprint}

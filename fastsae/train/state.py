@@ -121,11 +121,14 @@ class TrainState:
                 )
             if name not in ("rng", "dead"):
                 target.copy_(source)
-        torch.set_rng_state(tensors["rng"])
-        self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
-        self.adam.restored(meta["step"])
-        self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
-        self.units.scales = tuple(meta["scales"])
-        self.units.limits = tuple(tensors["limits"].tolist())
-        self.cursor = Cursor(**meta["cursor"])
-        self.logged = tuple(meta["logged"])
+        try:
+            torch.set_rng_state(tensors["rng"])
+            self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
+            self.adam.restored(meta["step"])
+            self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
+            self.units.scales = tuple(meta["scales"])
+            self.units.limits = tuple(tensors["limits"].tolist())
+            self.cursor = Cursor(**meta["cursor"])
+            self.logged = tuple(meta["logged"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint is damaged: {error!r}") from None

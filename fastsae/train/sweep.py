@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from fastsae.checkpoint import list_checkpoints
+from fastsae.checkpoint import newest_intact
 from fastsae.config import from_dict, to_dict
 from fastsae.data import ActivationSource
 from fastsae.files import read_json, write_json
@@ -81,17 +81,17 @@ class Sweep:
         return saes
 
     def start(self, resume: bool) -> dict[str, TrainState]:
-        """All states at the newest step for which every SAE has a checkpoint."""
-        folders = [trainer.config.out / "checkpoints" for trainer in self.trainers.values()]
-        kept = [{path.name for path in list_checkpoints(folder)} for folder in folders]
-        newest = max(set.intersection(*kept), default=None)
-        states = {}
-        for name, trainer in self.trainers.items():
-            out = trainer.config.out
-            begun = resume and (out / "config.json").exists()
-            checkpoint = out / "checkpoints" / newest if begun and newest else None
-            states[name] = trainer.start(begun, checkpoint)
-        return states
+        """All states at the newest step for which every SAE has an intact checkpoint."""
+        outs = {name: trainer.config.out for name, trainer in self.trainers.items()}
+        begun = {name: resume and (out / "config.json").exists() for name, out in outs.items()}
+        found = None
+        if all(begun.values()):
+            found = newest_intact([out / "checkpoints" for out in outs.values()])
+        checkpoints = found or [None] * len(outs)
+        return {
+            name: trainer.start(begun[name], checkpoint)
+            for (name, trainer), checkpoint in zip(self.trainers.items(), checkpoints, strict=True)
+        }
 
     def loop(
         self, states: dict[str, TrainState], logs: dict[str, Log], interrupts: Interrupts

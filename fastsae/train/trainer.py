@@ -3,13 +3,12 @@
 import copy
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastsae.interop as interop
-from fastsae.checkpoint import load_checkpoint, save_checkpoint
+from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
 from fastsae.data import ActivationShards, ActivationSource, Batch, Batches
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
@@ -94,7 +93,7 @@ class Trainer:
                         )
             return self.finish(state)
 
-    def start(self, resume: bool, checkpoint: Path | None) -> TrainState:
+    def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
         """The initial state, from a sample of the data, or a checkpoint's."""
         config, columns = self.config, self.columns
         if resume:
@@ -118,7 +117,7 @@ class Trainer:
             if self.start_from is not None:
                 self.save(state)  # a resumed run then needs only the folder
         if checkpoint is not None:
-            state.restore(*load_checkpoint(checkpoint))
+            state.restore(*checkpoint)
         if resume:
             set_length(config, self.plan, state.step)
         if self.captures:

@@ -89,7 +89,7 @@ def test_openai_topk(tmp_path):
     ("changes", "message"),
     [
         ({"activation": "GELU"}, "activation must be ReLU or TopK, got 'GELU'"),
-        ({"activation": "TopK"}, r"must have k and postact_fn 'ReLU', got OrderedDict\(\)"),
+        ({"activation": "TopK"}, r"must have k and postact_fn 'ReLU', got {}"),
         (
             {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "Identity"}},
             "must have k and postact_fn 'ReLU', got .*Identity",
@@ -254,3 +254,24 @@ def test_metadata_says_where_activations_came_from(tmp_path):
     interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "sae_lens", **about)
     found = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert found == {"sae_lens_version": "6.0.0", **about}
+
+
+def test_a_directory_of_several_formats_is_told_apart_by_settings_or_refused(tmp_path):
+    sae = SAE(D_IN, D_SAE, TopK(K))
+    interop.save(sae, tmp_path, "sae_lens")
+    (tmp_path / "sae.safetensors").write_bytes(b"of sparsify, if there were one")
+    assert torch.equal(fastsae.load(tmp_path).W_enc, sae.W_enc)
+    sae.save(tmp_path)
+    with pytest.raises(ValueError, match="holds SAEs of fastsae and sae_lens: load one by"):
+        fastsae.load(tmp_path)
+    for name in ("config.json", "cfg.json"):
+        assert torch.equal(fastsae.load(tmp_path / name).W_enc, sae.W_enc)
+
+
+def test_a_lone_state_dict_says_what_it_lacks(tmp_path):
+    interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "dictionary_learning")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"dictionary_learning's ae.pt needs its config.json in"):
+        fastsae.load(tmp_path / "ae.pt")
+    torch.save(openai_state(weights()), tmp_path / "ae.pt")
+    assert fastsae.load(tmp_path / "ae.pt").d_sae == D_SAE

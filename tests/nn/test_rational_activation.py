@@ -247,7 +247,10 @@ def test_it_trains_without_a_teacher(tmp_path, gate):
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"gate": "relu", "center": "zero"}, 'center "zero" is for .* got the gate "relu"'),
         ({"support": "none", "center": "zero"}, 'center "zero" is for .* with support "none"'),
-        ({"degree": (3, 0)}, r"degree must be two numbers, \(0, 1\) or more, got \(3, 0\)"),
+        (
+            {"degree": (3, 0)},
+            r"degree must be two numbers from \(0, 1\) to \(64, 64\), got \(3, 0\)",
+        ),
         ({"l1_coef": -1.0}, "l1_coef must be at least 0, got -1.0"),
     ],
 )

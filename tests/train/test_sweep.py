@@ -164,3 +164,15 @@ def test_only_what_is_given_is_set_for_all():
 def test_words_without_effect_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         described(*words)
+
+
+def test_a_damaged_checkpoint_takes_all_saes_back_to_the_one_before(configs, activations, tmp_path):
+    few = {name: SAES[name] for name in ("k4", "k8")}
+    sweep = Sweep(configs(saes=few, checkpoint_every=10), ActivationShards(activations), tmp_path)
+    saved = {name: sae.W_dec.clone() for name, sae in sweep.fit().items()}
+    path = tmp_path / "k8" / "checkpoints" / "step-00000030" / "state.json"
+    path.write_text(path.read_text().replace('"tokens": 6000', '"tokens": 6001'))
+    states = sweep.start(resume=True)
+    assert [state.step for state in states.values()] == [20, 20]
+    again = sweep.fit(resume=True)
+    assert all(torch.equal(again[name].W_dec, saved[name]) for name in few)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -255,6 +256,27 @@ def test_only_the_last_checkpoints_are_kept(config):
     fit(run)
     names = [path.name for path in list_checkpoints(run.out / "checkpoints")]
     assert names == ["step-00000030", "step-00000040"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, capsys):
+    run = config(checkpoint_every=10)
+    fit(run)
+    saved = (run.out / "sae" / "sae.safetensors").read_bytes()
+    older, newest = list_checkpoints(run.out / "checkpoints")
+    for damaged in (newest, older):
+        path = damaged / "state.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1
+        path.write_bytes(content)
+        if damaged == newest:
+            fit(run, resume=True)
+            said = capsys.readouterr().err
+            assert "step-00000040 was changed after it was written" in said
+            assert "resumed at step 30" in said
+            assert (run.out / "sae" / "sae.safetensors").read_bytes() == saved
+    shutil.rmtree(newest)
+    with pytest.raises(ValueError, match="no checkpoint is intact: .*step-00000030 was changed"):
+        fit(run, resume=True)
 
 
 @pytest.mark.parametrize(

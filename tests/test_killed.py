@@ -1,0 +1,129 @@
+"""Processes killed at any moment while they replace files: the old or the new SAE, never a mix."""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import SAE, TopK, interop
+from fastsae.cli.convert import main as convert
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process"),
+    pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning"),
+]
+FORK = get_context("fork")
+
+
+def killed_at(event: int, act: Callable[[], object]) -> bool:
+    """Run it in a process that dies before its file operation of that number; False if it has
+    fewer."""
+
+    def watched() -> None:
+        left = [event]
+
+        def hook(name: str, arguments: tuple) -> None:
+            if name in ("os.rename", "os.remove"):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        act()
+
+    process = FORK.Process(target=watched)
+    process.start()
+    process.join()
+    return process.exitcode == 9
+
+
+def without_checksum(folder: Path) -> None:
+    """As older versions wrote it."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["crc32"], values["version"]
+    path.write_text(json.dumps(values))
+
+
+def found(folder: Path, saes: dict[str, SAE]) -> str:
+    """Which of these SAEs a folder holds, as a whole."""
+    try:
+        sae = fastsae.load(folder)
+    except ValueError:
+        return "refused"
+    weights = [name for name, one in saes.items() if torch.equal(sae.W_dec, one.W_dec)]
+    settings = [name for name, one in saes.items() if sae.activation.cfg == one.activation.cfg]
+    assert weights == settings, "a mix of two"
+    return weights[0]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_sae_is_replaced_as_a_whole(older, tmp_path):
+    saes, states = {"old": SAE(6, 10, TopK(3)), "new": SAE(6, 10, TopK(5))}, []
+    for event in itertools.count():
+        saes["old"].save(tmp_path)
+        if older:
+            without_checksum(tmp_path)
+        killed = killed_at(event, lambda: saes["new"].save(tmp_path))
+        states.append(found(tmp_path, saes))
+        if not killed:
+            break
+    assert states == sorted(states, reverse=True) and {*states} == {"old", "new"}
+
+
+def test_no_mix_of_two_in_the_format_of_another_library(tmp_path):
+    saes, states = {"old": SAE(6, 10, TopK(3)), "new": SAE(6, 10, TopK(5))}, []
+    for event in itertools.count():
+        interop.save(saes["old"], tmp_path, "sparsify")
+        killed = killed_at(event, lambda: interop.save(saes["new"], tmp_path, "sparsify"))
+        states.append(found(tmp_path, saes))
+        if not killed:
+            break
+    assert states[0] == "old" and states[-1] == "new" and "refused" in states
+
+
+def test_a_conversion_that_was_killed_can_be_repeated(tmp_path):
+    source, files = str(tmp_path / "source"), set()
+    SAE(6, 10, TopK(3)).save(source)
+    for event in itertools.count():
+        out = tmp_path / str(event)
+        killed = killed_at(event, lambda out=out: convert([source, str(out), "--to", "sae_lens"]))
+        if killed:
+            with suppress(ValueError):  # it was complete
+                convert([source, str(out), "--to", "sparsify"])
+        fastsae.load(out)
+        files.add(frozenset(path.name for path in out.iterdir() if path.name[0] != "."))
+        if not killed:
+            break
+    one, two = {"cfg.json", "sae.safetensors"}, {"cfg.json", "sae_weights.safetensors"}
+    assert files == {frozenset(one), frozenset(two)}
+
+
+def test_several_conversions_to_one_directory_do_not_mix(tmp_path):
+    saes = {str(k): SAE(6, 10, TopK(k)) for k in (2, 3, 4)}
+    for name, sae in saes.items():
+        sae.save(tmp_path / name)
+    out = str(tmp_path / "out")
+
+    def one(name: str) -> None:
+        try:
+            convert([str(tmp_path / name), out, "--to", "dictionary_learning"])
+        except ValueError as error:
+            assert "not an empty directory" in str(error) or "another process" in str(error)
+            sys.exit(1)
+
+    processes = [FORK.Process(target=one, args=(name,)) for name in saes]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    (won,) = [name for name, p in zip(saes, processes, strict=True) if p.exitcode == 0]
+    assert found(tmp_path / "out", saes) == won
