@@ -58,3 +58,9 @@ def near(
     distance = torch.linalg.vector_norm(sample - center, dim=1)
     limit = ratio * (float(distance.median()) or math.inf)
     return distance <= limit, limit
+
+
+def check_max_norm_ratio(ratio: float | None) -> None:
+    """ValueError unless more than half of the tokens can be ordinary."""
+    if ratio is not None and not ratio > 1:
+        raise ValueError(f"max_norm_ratio must be above 1, or none to keep all tokens, got {ratio}")

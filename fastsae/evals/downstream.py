@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss, normalize
 
 from fastsae.data.hookpoints import Hookpoint, hookpoints_at, runner, splice
 from fastsae.data.model import ModelFiles, TokenBatch, load_model, load_tokenizer
+from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
 from fastsae.data.shards import ActivationShards
 from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
@@ -35,10 +36,13 @@ class EncoderEffect:
     """Windows of text embedded."""
 
     tokens: int
-    """Tokens whose activations were replaced."""
+    """Tokens of text whose activations were replaced, those of extreme norm included."""
 
     cosine: float
     """Mean cosine similarity of the original embeddings and the spliced model's."""
+
+    cosine_all: float
+    """The same with tokens of extreme norm replaced too."""
 
     cosine_zero: float
     """The same with zero ablation."""
@@ -69,6 +73,9 @@ class CausalEffect:
     ce: float
     """Cross-entropy of the spliced model."""
 
+    ce_all: float
+    """The same with tokens of extreme norm replaced too."""
+
     ce_zero: float
     """Cross-entropy with zero ablation."""
 
@@ -98,6 +105,7 @@ def downstream(
     device: str | torch.device | None = None,
     model_dtype: str = "float32",
     trust_remote_code: bool = False,
+    max_norm_ratio: float | None = MAX_NORM_RATIO,
     progress: bool = False,
 ) -> Downstream | None:
     """Splice the SAE into the model that the data was harvested from, and measure the effect.
@@ -109,12 +117,14 @@ def downstream(
             stored token ids; None for all.
         batch_size: windows per forward pass.
         trust_remote_code: whether to run Python code that comes with the model.
+        max_norm_ratio: tokens that are further from the data's mean than this multiple of the
+            median distance keep their activations; None replaces all.
 
-    Padding and special tokens, which the SAE was not trained on, keep their activations; so they do
-    in the two ablations, which set the others to zero and to the data's mean row. A causal language
-    model is measured by its next-token predictions, an encoder by its sentence embeddings: the
-    normalized mean of its output over a window. Of an encoder-decoder, the encoder alone runs if
-    the hookpoint is in it. ValueError if the model or hookpoint cannot be loaded, or if the data
+    Padding and special tokens, which the SAE was not trained on, keep their activations too; so
+    they do in the two ablations, which set the others to zero and to the data's mean row. A causal
+    language model is measured by its next-token predictions, an encoder by its sentence embeddings:
+    the normalized mean of its output over a window. Of an encoder-decoder, the encoder alone runs
+    if the hookpoint is in it. ValueError if the model or hookpoint cannot be loaded, or if the data
     does not fit the SAE.
     """
     check_fits(sae, data)
@@ -131,20 +141,30 @@ def downstream(
     tokenizer = load_tokenizer(data.model, files)
     batches = list(stored_batches(data, tokenizer, max_windows, batch_size))
     shown = progress_bar("downstream", "batch", len(batches), shown=progress, over=batches)
-    compare = partial(_compare, model, hookpoint, shown, _replacements(sae, data.mean))
+    ordinary = Ordinary.of(data.sample(SAMPLE_TOKENS), max_norm_ratio)
+    compare = partial(_compare, model, hookpoint, shown, _replacements(sae, ordinary, data.mean))
     with evaluation_mode(sae):
         if model.can_generate() and runner(model, [hookpoint]) is model:
             return _causal_effect(compare(_log_probabilities, _losses), batches)
         return _encoder_effect(compare(_embeddings, _cosine), batches)
 
 
-def _replacements(sae: SAE, mean: Float[Tensor, " d_in"]) -> dict[str, Replace]:
+def _replacements(sae: SAE, ordinary: Ordinary, mean: Float[Tensor, " d_in"]) -> dict[str, Replace]:
     mean = mean.to(sae.b_dec)
-    return {
-        "spliced": lambda x: sae(x.to(sae.b_dec)),
+    replacements: dict[str, Replace] = {
+        "spliced": sae,
         "zero": torch.zeros_like,
         "mean": lambda x: mean.expand_as(x),
     }
+    of_ordinary: dict[str, Replace] = {
+        name: partial(_of_ordinary, ordinary, replace) for name, replace in replacements.items()
+    }
+    return of_ordinary | {"all": sae}
+
+
+def _of_ordinary(ordinary: Ordinary, replace: Replace, x: Float[Tensor, "N d_in"]) -> Tensor:
+    """The replacements of ordinary tokens; the others stay."""
+    return torch.where(ordinary.has(x.float())[:, None], replace(x).to(x), x)
 
 
 def _compare(
@@ -198,6 +218,7 @@ def _encoder_effect(cosines: dict[str, Tensor], batches: list[TokenBatch]) -> En
         windows=windows,
         tokens=sum(int(batch.keep.sum()) for batch in batches),
         cosine=mean["spliced"],
+        cosine_all=mean["all"],
         cosine_zero=mean["zero"],
         cosine_mean=mean["mean"],
         recovered_zero=_recovered(1.0, mean["spliced"], mean["zero"]),
@@ -231,6 +252,7 @@ def _causal_effect(losses: dict[str, Tensor], batches: list[TokenBatch]) -> Caus
         tokens=tokens,
         ce_clean=loss["clean"],
         ce=loss["spliced"],
+        ce_all=loss["all"],
         ce_zero=loss["zero"],
         ce_mean=loss["mean"],
         recovered_zero=_recovered(-loss["clean"], -loss["spliced"], -loss["zero"]),

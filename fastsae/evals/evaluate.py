@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastsae.data.joined import Joined
-from fastsae.data.ordinary import MAX_NORM_RATIO
+from fastsae.data.ordinary import MAX_NORM_RATIO, check_max_norm_ratio
 from fastsae.data.shards import ActivationShards
 from fastsae.device import check_device, choose_device
 from fastsae.nn.sae import SAE
@@ -47,12 +47,14 @@ def _ablations(field: str) -> tuple[Row, ...]:
 ENCODER: tuple[Row, ...] = (
     ("windows", "windows", ",", "of text embedded by the model with the SAE spliced in"),
     ("embeddings", "cosine", ".4f", "cosine similarity with the original ones"),
+    ("  all", "cosine_all", ".4f", "with tokens of extreme norm replaced too"),
     *_ablations("cosine"),
     *RECOVERED,
 )
 CAUSAL: tuple[Row, ...] = (
     ("predicted", "tokens", ",", "next tokens, by the model with the SAE spliced in"),
     ("cross-entropy", "ce", ".4f", "nats per token"),
+    ("  all", "ce_all", ".4f", "with tokens of extreme norm replaced too"),
     ("  clean", "ce_clean", ".4f", "of the original model"),
     *_ablations("ce"),
     ("KL", "kl", ".4f", "from the original model, nats per token"),
@@ -96,6 +98,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_device(self.device)
+        check_max_norm_ratio(self.max_norm_ratio)
         least = {"max_tokens": 1, "batch_size": 1, "windows": 0, "batch_windows": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -135,6 +138,7 @@ def evaluate(
             max_windows=config.windows,
             batch_size=config.batch_windows,
             model_dtype=config.model_dtype,
+            max_norm_ratio=config.max_norm_ratio,
             trust_remote_code=config.trust_remote_code,
             progress=progress,
         )

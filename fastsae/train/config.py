@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fastsae.data.ordinary import MAX_NORM_RATIO
+from fastsae.data.ordinary import MAX_NORM_RATIO, check_max_norm_ratio
 from fastsae.device import check_device
 from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
@@ -126,8 +126,7 @@ class TrainConfig:
             if not 0 <= (getattr(self, name) or 0) < 2**63:
                 raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {getattr(self, name)}")
         check_device(self.device)
-        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
-            raise ValueError(f"max_norm_ratio must be above 1, got {self.max_norm_ratio}")
+        check_max_norm_ratio(self.max_norm_ratio)
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
         check(CONFLICTS, self)
