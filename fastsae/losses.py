@@ -1,5 +1,7 @@
 """The training loss: unexplained variance, the activation's penalty, and the aux loss (aux-k).
 
+The fused step (train/step.py) computes the same loss, and its gradients, without autograd.
+
     error    = sum |y - recon|^2                                     y = x, or a transcoder's target
     FVU      = error / sum |y - mean(y)|^2                           over the batch of N tokens
     residual = y - recon, held constant
