@@ -190,8 +190,9 @@ def tokens_and_target(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tenso
 def total_variance(x: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
     """Summed squared distance of the rows from their mean: the denominator of FVU. Equal rows have
     none, whatever their mean is rounded to."""
-    mean = x.mean(0)
-    return nonzero_variance((x - mean).square().sum(), mean, len(x))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.mean(0)
+    return nonzero_variance((wide - mean).square().sum(), mean, len(x)).to(x.dtype)
 
 
 def fraction(part: Float[Tensor, ""], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -164,7 +164,7 @@ def initial(
     columns = Columns((source,), False, teacher.layer_norm)
     units = columns.standardization(columns.ordinary(MAX_NORM_RATIO))
     scaled = columns.unfold_(copy.deepcopy(teacher), units)
-    x = units(source.sample(CALIBRATION_TOKENS, config.seed))
+    x = units(source.sample(CALIBRATION_TOKENS, config.seed).clone())
     x = x[units.ordinary(x)]
     l0 = float(scaled.encode(x).l0())
     settings, threshold = gate_of(scaled, l0)
@@ -258,8 +258,11 @@ def tuning(sae: SAE, config: UpgradeConfig) -> TrainConfig:
 
 
 def constraint_of(sae: SAE) -> Constraint:
-    """The constraint under which an SAE can be trained further as it is."""
-    unit = not sae.by_norm and (sae.W_dec.norm(dim=1) - 1).abs().max() < UNIT
+    """The constraint under which an SAE can be trained further as it is. In a transcoder, the scale
+    of its targets is folded into the decoder rows."""
+    norms = sae.W_dec.norm(dim=1)
+    norms = norms if sae.d_out is None else norms / norms.mean()
+    unit = not sae.by_norm and (norms - 1).abs().max() < UNIT
     return "unit" if unit else "none"
 
 

@@ -34,11 +34,13 @@ import fastsae
 from fastsae import SAE, ActivationShards, Gated, TopK, TrainConfig, interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
 from fastsae.data import ShardWriter
+from fastsae.data.ordinary import Ordinary
 from fastsae.nn import TopKConfig
 from fastsae.train.log import read_lines
 from fastsae.train.optim import Adam
 from fastsae.train.plan import Plan
 from fastsae.train.run_folder import begin, check_same
+from fastsae.train.standardization import Standardization
 from fastsae.train.state import TrainState
 from fastsae.train.sweep import begin as begin_sweep
 from fastsae.train.sweep import stored_sweep
@@ -101,7 +103,8 @@ def read_foreign(folder: Path) -> None:
 
 def state() -> TrainState:
     sae = SAE(D_IN, D_SAE, TopK(3))
-    return TrainState.fresh(sae, Adam(sae), (1.0,))
+    units = Standardization.of([Ordinary.of(torch.eye(D_IN), None)])
+    return TrainState.fresh(sae, Adam(sae), units)
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -13,6 +13,7 @@ from .architectures import (
     ARCHITECTURES,
     D_IN,
     JUMPRELU,
+    LEARNED,
     RELU,
     TOPK,
     TRANSCODER,
@@ -112,3 +113,12 @@ def test_a_folded_scale_leaves_the_noise_of_a_learned_variance():
     expected = log_variance(SCALE * x.double())
     sae.fold_scale_(SCALE)
     torch.testing.assert_close(log_variance(x.double()), expected)
+
+
+def test_a_folded_mean_leaves_the_noise_of_a_transcoder():
+    activation = LEARNED.build()
+    sae, x = SAE(D_IN, 64, activation, d_out=D_IN).double(), torch.randn(9, D_IN).double()
+    activation.W_variance.data.normal_()
+    expected = (x - SCALE) @ activation.W_variance.T + activation.b_variance
+    sae.fold_mean_(torch.full((D_IN,), SCALE).double())
+    torch.testing.assert_close(x @ activation.W_variance.T + activation.b_variance, expected)

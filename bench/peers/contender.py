@@ -15,7 +15,7 @@ from fastsae.nn import Init
 from fastsae.train import Optimizer
 from fastsae.train.memory import keep_freed_memory
 
-from .task import Code, Task, TimeUp, open_stream, scale_of
+from .task import Code, Task, TimeUp, open_stream, standardization_of
 
 LENS = Contender("sae_lens", {"use_sparse_activations": False}, package="sae-lens")
 SPARSIFY = Contender("sparsify", {"optimizer": "adam"}, package="eai-sparsify")
@@ -73,7 +73,7 @@ def quality(code: Code, shards: ActivationShards, device: str) -> dict[str, floa
     """Held-out FVU, L0, and the fraction of latents that are never active."""
     heldout = shards.heldout
     assert heldout is not None
-    x = heldout.rows(torch.arange(heldout.n_tokens)) * scale_of(shards)
+    x = standardization_of(shards)(heldout.rows(torch.arange(heldout.n_tokens)))
     variance = (x - x.mean(0)).double().square().sum()
     error, counts = 0.0, 0
     for part in x.to(device).split(4096):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastsae.data import ActivationShards
-from fastsae.train.trainer import SAMPLE_TOKENS
+from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
+from fastsae.train.standardization import Standardization, replace_rows
 
 LONG = 10_000
 """Steps of a run that is only timed; it stops long before."""
@@ -111,18 +112,23 @@ class Stream:
 
 
 def open_stream(task: Task) -> Stream:
-    """A task's batches on its device, scaled to a mean square of 1."""
+    """A task's batches on its device, standardized as fastsae does, for every library alike."""
     if task.data is None:
         generator = torch.Generator().manual_seed(0)
         sample = torch.randn(SAMPLE_TOKENS, task.d_in, generator=generator)
         pair = torch.randn(2, task.tokens, task.d_in, generator=generator).to(task.device)
         return Stream(sample, cycle(pair), task)
     shards = ActivationShards(task.data)
-    scale = scale_of(shards)
-    batches = (batch.x.to(task.device) * scale for batch in shards.batches(task.tokens))
-    return Stream(shards.sample(SAMPLE_TOKENS) * scale, batches, task)
+    standardized = standardization_of(shards)
+    batches = (standardized(batch.x.to(task.device)) for batch in shards.batches(task.tokens))
+    return Stream(standardized(shards.sample(SAMPLE_TOKENS)), batches, task)
 
 
-def scale_of(shards: ActivationShards) -> float:
-    """The factor that gives activations a mean square of 1."""
-    return shards.mean_square**-0.5
+def standardization_of(shards: ActivationShards) -> Callable[[Tensor], Tensor]:
+    """Centers and scales activations in place, and replaces those of extreme norm."""
+    units = Standardization.of([Ordinary.of(shards.sample(SAMPLE_TOKENS), MAX_NORM_RATIO)])
+
+    def standardized(x: Tensor) -> Tensor:
+        return replace_rows(units(x), units.ordinary(x))
+
+    return standardized

@@ -39,7 +39,7 @@ class StreamSource:
     @contextmanager
     def batches(self, *order: Any, **loading: Any) -> Iterator[Iterator[Batch]]:
         no_position = Cursor(), np.empty(0, np.int64)  # needed only to resume
-        yield (Batch(x, *no_position) for x in self.stream)
+        yield (Batch(x.clone(), *no_position) for x in self.stream)  # standardized in place
 
 
 def config_of(task: Task, **options: Any) -> TrainConfig:

@@ -23,10 +23,13 @@ class Eval(EvalConfig):
 
 
 def main(words: Sequence[str]) -> str:
-    command = filled(Eval, read_words(words), ["run"])
+    given = read_words(words)
+    command = filled(Eval, given, ["run"])
     run = command.run
     if not run.is_dir():
         raise ValueError(f"{run} is not a directory, where the results could go")
+    if "max_norm_ratio" not in dict(given) and (config := trained_with(run)):
+        command = replace(command, max_norm_ratio=config.max_norm_ratio)
     data = eval_data(run, command.data)
     result = evaluate(load(run), data, command)
     write_json(run / "eval.json", to_dict(result))

@@ -1,15 +1,16 @@
 """fastsae train: one SAE."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastsae.data import ActivationShards, Joined, demo_shards
 from fastsae.device import choose_device
 from fastsae.files import read_json
 from fastsae.interop import load
-from fastsae.nn import SAE, Init
+from fastsae.nn import SAE, ActivationConfig, Init
 from fastsae.train import Optimizer, TrainConfig, Trainer, resumed_config, stored_config
 from fastsae.upgrade import constraint_of
 
@@ -44,7 +45,7 @@ class Train:
     start_from: str | None = None
     """Start from the weights of a trained SAE: its directory or file, from fastsae or another
     library, or its id on the Hugging Face Hub. It sets the activation, --d-sae and whether decoder
-    rows have norm 1; the optimizer starts afresh."""
+    rows have norm 1; the optimizer starts from zero."""
 
     resume: bool = False
     """Resume the run in --out from its last checkpoint, with its settings. With --steps N, it
@@ -63,7 +64,8 @@ def read_train(words: Sequence[str], sae: SAE | None = None) -> Train:
     start, named = training_start(given), dict(given)
     if sae is not None:
         start |= settings_of(sae, start["optimizer"])
-        if unused := [name for name in ("activation", *vars(Init())) if name in named]:
+        start["activation"] = with_penalty(sae.activation.cfg, named)
+        if unused := [name for name in ("activation", "threshold", *vars(Init())) if name in named]:
             raise ValueError(f"{option(unused[0])} has no effect with --start-from: leave it out")
     command = filled(Train, given, config=start)
     if not command.resume:
@@ -85,6 +87,20 @@ def start_from(given: Given) -> SAE | None:
     source = dict(given).get("start_from", ["none"])
     found = converted("--start-from", str | None, source[:1])
     return None if found is None else load(found).float()
+
+
+def with_penalty(cfg: ActivationConfig, named: Mapping[str, Any]) -> ActivationConfig:
+    """The settings of the activation to start from; ValueError if they have no sparsity penalty, as
+    in other libraries' files, and none is given."""
+    for name in ("l1_coef", "l0_coef"):
+        if getattr(cfg, name, None) == 0.0 and name not in named:
+            if "target_l0" not in named:
+                raise ValueError(
+                    "the SAE to start from has no sparsity penalty: give --target-l0 or "
+                    f"{option(name)}"
+                )
+            return dataclasses.replace(cfg, **{name: None})
+    return cfg
 
 
 def settings_of(sae: SAE, optimizer: Optimizer) -> Settings:

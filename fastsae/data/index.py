@@ -96,7 +96,8 @@ class Index:
             raise ValueError("it lists no shards")
         if len({shard.file for shard in self.shards}) < len(self.shards):
             raise ValueError("it lists a shard twice")
-        if self.mean_square < 0 or min(to_dict(self.norm).values()) < 0:
+        norms = [value for value in to_dict(self.norm).values() if value is not None]
+        if min(self.mean_square, *norms) < 0:
             raise ValueError("mean_square and the statistics of norms must be at least 0")
         if self.shape != (total, len(self.mean)):
             raise ValueError(

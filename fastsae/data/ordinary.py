@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 SAMPLE_TOKENS = 8192
@@ -37,13 +37,12 @@ class Ordinary(NamedTuple):
         ordinary, _ = near(sample, sample.median(0).values, ratio)
         mean = sample[ordinary].double().mean(0).to(sample)
         ordinary, limit = near(sample, mean, ratio)
-        distance = torch.linalg.vector_norm(sample[ordinary] - mean, dim=1)
-        spread = float(distance.double().square().mean().sqrt())
+        spread = float(distances(sample[ordinary], mean).square().mean().sqrt())
         return cls(mean, spread, limit, 1 - float(ordinary.double().mean()))
 
     def has(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
         """Which tokens are ordinary."""
-        return torch.linalg.vector_norm(x - self.mean.to(x), dim=1) <= self.limit
+        return distances(x, self.mean.to(x)) <= self.limit
 
     @property
     def gamma(self) -> float:
@@ -51,11 +50,15 @@ class Ordinary(NamedTuple):
         return float(self.mean.double().norm()) / self.spread
 
 
+def distances(x: Float[Tensor, "N D"], center: Float[Tensor, " D"]) -> Float64[Tensor, " N"]:
+    return torch.linalg.vector_norm(x - center, dim=1, dtype=torch.float64)
+
+
 def near(
     sample: Float[Tensor, "N D"], center: Float[Tensor, " D"], ratio: float
 ) -> tuple[Bool[Tensor, " N"], float]:
     """Which tokens are within `ratio` times the median distance from the center, and that limit."""
-    distance = torch.linalg.vector_norm(sample - center, dim=1)
+    distance = distances(sample, center)
     limit = ratio * (float(distance.median()) or math.inf)
     return distance <= limit, limit
 

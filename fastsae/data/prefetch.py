@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from fastsae.data.shuffle import Cursor, Shuffle
@@ -27,8 +27,8 @@ class Batch(NamedTuple):
     cursor: Cursor
     rows: Int64[np.ndarray, " N"]
     """Row numbers in the data."""
-    left_out: Tensor | int = 0
-    """Rows replaced by others in training, because of their norm."""
+    kept: Bool[Tensor, " N"] | None = None
+    """In training: which rows are as drawn; others replace those of extreme norm."""
 
 
 @dataclass

@@ -121,11 +121,11 @@ def downstream(
             median distance keep their activations; None replaces all.
 
     Padding and special tokens, which the SAE was not trained on, keep their activations too; so
-    they do in the two ablations, which set the others to zero and to the data's mean row. A causal
-    language model is measured by its next-token predictions, an encoder by its sentence embeddings:
-    the normalized mean of its output over a window. Of an encoder-decoder, the encoder alone runs
-    if the hookpoint is in it. ValueError if the model or hookpoint cannot be loaded, or if the data
-    does not fit the SAE.
+    they do in the two ablations, which set the others to zero and to the mean of ordinary tokens. A
+    causal language model is measured by its next-token predictions, an encoder by its sentence
+    embeddings: the normalized mean of its output over a window. Of an encoder-decoder, the encoder
+    alone runs if the hookpoint is in it. ValueError if the model or hookpoint cannot be loaded, or
+    if the data does not fit the SAE.
     """
     check_fits(sae, data)
     if data.model is None or data.hookpoint is None:
@@ -142,15 +142,15 @@ def downstream(
     batches = list(stored_batches(data, tokenizer, max_windows, batch_size))
     shown = progress_bar("downstream", "batch", len(batches), shown=progress, over=batches)
     ordinary = Ordinary.of(data.sample(SAMPLE_TOKENS), max_norm_ratio)
-    compare = partial(_compare, model, hookpoint, shown, _replacements(sae, ordinary, data.mean))
+    compare = partial(_compare, model, hookpoint, shown, _replacements(sae, ordinary))
     with evaluation_mode(sae):
         if model.can_generate() and runner(model, [hookpoint]) is model:
             return _causal_effect(compare(_log_probabilities, _losses), batches)
         return _encoder_effect(compare(_embeddings, _cosine), batches)
 
 
-def _replacements(sae: SAE, ordinary: Ordinary, mean: Float[Tensor, " d_in"]) -> dict[str, Replace]:
-    mean = mean.to(sae.b_dec)
+def _replacements(sae: SAE, ordinary: Ordinary) -> dict[str, Replace]:
+    mean = ordinary.mean.to(sae.b_dec)
     replacements: dict[str, Replace] = {
         "spliced": sae,
         "zero": torch.zeros_like,

@@ -78,7 +78,7 @@ class EvalConfig:
 
     max_norm_ratio: float | None = MAX_NORM_RATIO
     """Leave out tokens that are further from the mean than this multiple of the median distance,
-    such as attention sinks; none keeps all."""
+    such as attention sinks; none keeps all. By default as in training."""
 
     windows: int = 128
     """Text windows to run the model on with the SAE spliced in; 0 skips the downstream

@@ -107,6 +107,7 @@ def reconstruction(
     ordinary = [Ordinary.of(s.sample(SAMPLE_TOKENS), max_norm_ratio) for s in sources]
     widths = [source.d_in for source in sources]
     bar = progress_bar("reconstruction", "token", tokens, shown=progress)
+    ends = [sae.d_in, width]
     with evaluation_mode(sae), bar:
         for x in _in_order(data, tokens, batch_size):
             x = x.to(sae.b_dec)
@@ -116,7 +117,7 @@ def reconstruction(
             for rows, add in ((x[kept], totals.add), (x[~kept], totals.leave_out)):
                 if not len(rows):
                     continue
-                seen, target = (rows, rows) if sae.d_out is None else rows.split(widths, 1)
+                seen, target = (rows, rows) if sae.d_out is None else rows.split(ends, 1)
                 codes = sae.encode(seen)
                 add(target.double(), sae.decode(codes, seen).double(), codes)
     return totals.summary(ranks)
@@ -197,6 +198,10 @@ class _Totals:
         return float((self.error + self.outlying_error) / square)
 
     def summary(self, ranks: Sequence[int]) -> Reconstruction:
+        if not self.tokens:
+            raise ValueError(
+                f"all {self.left_out} tokens have an extreme norm: raise max_norm_ratio"
+            )
         n, cov = self.tokens, self.inputs.value()
         variance = float(cov.trace())
         same = torch.finfo(torch.float64).eps * float(self.inputs.shift.square().sum())

@@ -48,7 +48,8 @@ class Init:
     TopK, AbsTopK or BatchTopK, unless the constraint is aligned; else tied."""
 
     b_dec: BDecInit = "median"
-    """Initial b_dec: geometric median or mean of a sample of the data, or zero."""
+    """Initial b_dec: geometric median or mean of a sample of the data, or zero, which after
+    centering is the mean of ordinary tokens."""
 
     start_l0: float | None = None
     """L0 before the first step: b_enc is set so that each latent is active on this fraction of

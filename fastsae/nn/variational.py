@@ -106,6 +106,11 @@ class Variational(Activation, config=VariationalConfig):
             self.W_variance.mul_(scale)
 
     @torch.no_grad()
+    def fold_mean_(self, mean: Float[Tensor, " d_in"], weights: Weights) -> None:
+        if self.cfg.variance == "learned":
+            self.b_variance.sub_(self.W_variance @ mean)
+
+    @torch.no_grad()
     def fold_columns_(self, factors: Float[Tensor, " d_in"]) -> None:
         if self.cfg.variance == "learned":
             self.W_variance.mul_(factors)

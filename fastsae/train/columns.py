@@ -68,7 +68,13 @@ class Columns:
             if not (sample != sample[0]).any():
                 name = "targets" if self.transcoder and number else "activations"
                 raise ValueError(f"all sampled {name} are identical")
-        return [Ordinary.of(sample, max_norm_ratio) for sample in samples]
+        found = [Ordinary.of(sample, max_norm_ratio) for sample in samples]
+        for part in found:
+            if not 1e-15 < part.spread < 1e15:  # squares must be float32 numbers
+                raise ValueError(
+                    f"activations must have a spread from 1e-15 to 1e15, got {part.spread:.3g}"
+                )
+        return found
 
     def standardization(self, sources: list[Ordinary]) -> Standardization:
         """What is done to the data before training: nothing to inputs that the SAE normalizes."""

@@ -52,7 +52,8 @@ class TrainConfig:
 
     max_norm_ratio: float | None = MAX_NORM_RATIO
     """Leave out tokens that are further from the mean than this multiple of the median distance,
-    such as attention sinks, in training and evaluation; none keeps all."""
+    such as attention sinks, in training (but not inputs with layer norm) and evaluation; none keeps
+    all."""
 
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """Activation."""

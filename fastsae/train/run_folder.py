@@ -76,6 +76,14 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
         say(f"this run began with {began} threads and now has {threads}: last bits may differ")
 
 
+def check_start(out: Path) -> None:
+    """ValueError for a run that began from an SAE, and stopped before its first checkpoint."""
+    if "start_from" in _read(out):
+        raise ValueError(
+            f"{out} began from another SAE and stopped before it was saved: remove it, start again"
+        )
+
+
 def set_length(config: TrainConfig, plan: Plan, done: int) -> None:
     """Write the number of steps of a run, of which some are done, to its config.json, with what is
     planned from it; ValueError for fewer steps than are done."""

@@ -53,7 +53,8 @@ class TrainState:
         """Count a step that has been made."""
         self.step += 1
         self.tokens += len(batch.x)
-        self.left_out += batch.left_out
+        if batch.kept is not None:
+            self.left_out += (~batch.kept).sum()
         self.cursor = batch.cursor
         self.tokens_since_fired += len(batch.x)
         assert result.fired is not None, "training steps report which latents fired"

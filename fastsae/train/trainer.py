@@ -30,12 +30,13 @@ from .log import Log, read_lines
 from .memory import keep_freed_memory
 from .optim import Adam, schedule
 from .plan import Plan, copies_of
-from .run_folder import begin, check_same, claimed_run, latest, set_length
+from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
 from .standardization import replace_rows
 from .state import TrainState
 from .step import autograd_step, fused_step
 
 EVALUATION_TOKENS = 65536
+COEFFICIENT = "activation.coefficient.value"
 
 
 class Trainer:
@@ -60,6 +61,8 @@ class Trainer:
         self.meter = GpuMeter(self.device)
         self.captured: CapturedStep | None = None
         self.ordinary: list[Ordinary] = []
+        self.left_out = 0.0
+        """Fraction of a sample of tokens that training leaves out."""
         if start_from is not None:
             with torch.device("meta"):
                 check_same_form(self.columns.build(config), start_from)
@@ -98,18 +101,25 @@ class Trainer:
         config, columns = self.config, self.columns
         if resume:
             check_same(config, self.plan, self.source.fingerprint, self.start_from)
+            if checkpoint is None and self.start_from is None:
+                check_start(config.out)
         self.ordinary = columns.ordinary(config.max_norm_ratio)
         units = columns.standardization(self.ordinary)
-        sample = units(self.source.sample(SAMPLE_TOKENS, config.seed))
-        x, target = columns.split(sample[units.ordinary(sample)])
+        sample = units(self.source.sample(SAMPLE_TOKENS, config.seed).clone())
+        kept = units.ordinary(sample)
+        self.left_out = 1 - float(kept.double().mean())
+        x, target = columns.split(sample[kept])
         generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)  # for activations with noise
         sae = columns.build(config)
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.start)
         else:
-            given = columns.unfold_(copy.deepcopy(self.start_from).float(), units)
-            sae.load_state_dict(given.state_dict())
+            given = columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units)
+            started = given.state_dict()
+            if getattr(config.activation, "l1_coef", None) is not None:  # given for this run
+                started[COEFFICIENT] = sae.state_dict()[COEFFICIENT]
+            sae.load_state_dict(started)
         sae.to(self.device)
         state = TrainState.fresh(sae, self.optimizer(sae, x), units)
         if not resume:  # last, so that a failed start leaves no files
@@ -156,7 +166,7 @@ class Trainer:
             raise ValueError(f"step {state.step + 1}: {error}") from error
         x = state.units(batch.x.to(self.device, non_blocking=True))
         kept = state.units.ordinary(x)
-        return batch._replace(x=replace_rows(x, kept), left_out=(~kept).sum())
+        return batch._replace(x=replace_rows(x, kept), kept=kept)
 
     def advance(
         self, state: TrainState, batch: Batch, log: Log, start: float, codes: Codes | None = None
@@ -201,7 +211,9 @@ class Trainer:
     def check_finite(self, state: TrainState, batch: Batch) -> None:
         """ValueError if the loss was NaN or Inf since the last line; on a CPU, at this step."""
         if not torch.isfinite(state.sums).all():
-            largest = int(batch.rows[int(batch.x.abs().amax(1).argmax())])
+            size = batch.x.abs().amax(1)
+            size = size if batch.kept is None else size.where(batch.kept, 0.0)
+            largest = int(batch.rows[int(size.argmax())])
             raise ValueError(
                 f"the loss is NaN or Inf at step {state.step}: no checkpoint was written since; "
                 f"the batch's largest activation is in {self.source.where(largest)}; "
@@ -235,10 +247,9 @@ class Trainer:
     def describe_data(self) -> str:
         """What the activations are like, in one line."""
         gamma = ", ".join(f"{part.gamma:.3g}" for part in self.ordinary)
-        share = max(part.share for part in self.ordinary)
         ratio = self.config.max_norm_ratio
-        left_out = f"; {share:.2%} of tokens left out, beyond {ratio} times the median distance"
-        return f"activations: |mean| / |std| = {gamma}{left_out if share else ''}"
+        left_out = f"; {self.left_out:.2%} of tokens left out, over {ratio} times the median norm"
+        return f"activations: |mean| / |std| = {gamma}{left_out if self.left_out else ''}"
 
     def finish(self, state: TrainState) -> SAE:
         """Save the SAE with the activations' scale folded in, its numbers and its curves."""
@@ -292,7 +303,21 @@ class Trainer:
 
 
 def check_same_form(sae: SAE, start_from: SAE) -> None:
-    """ValueError unless the SAE to start from has the shape and activation of the run."""
+    """ValueError unless the SAE to start from has the shape and activation of the run, and finite
+    weights. A crosscoder may count latents by their norm or have that folded into its weights."""
     wanted, given = (s.shape() | {"activation": s.activation.cfg.name} for s in (sae, start_from))
+    if sae.layers > 1:
+        given["by_norm"] = True
     if wanted != given:
         raise ValueError(f"the SAE to start from must be {wanted}, got {given}")
+    states = sae.state_dict(), start_from.state_dict()
+    wanted, given = ({name: list(t.shape) for name, t in state.items()} for state in states)
+    for name in sorted(wanted | given):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"the SAE to start from must have {name} of shape {wanted.get(name)}, "
+                f"got {given.get(name)}"
+            )
+    for name, weight in start_from.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} of the SAE to start from holds NaN or Inf")

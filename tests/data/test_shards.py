@@ -221,7 +221,7 @@ def test_no_path_in_the_index_leaves_the_folder(tmp_path: Path, x: torch.Tensor,
         ({"surprise": 1}, "surprise"),
         ({"shards": [{"file": "shard-00000.safetensors"}]}, "tokens"),
         ({"shards": []}, "it lists no shards"),
-        ({"mean_square": "1"}, "mean_square must be float"),
+        ({"mean_square": "1"}, "mean_square must be a finite number"),
     ],
 )
 def test_an_edited_index_is_refused(

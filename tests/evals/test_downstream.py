@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from fastsae.data import ActivationShards
 from fastsae.data.model import load_model, load_tokenizer
+from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.evals import CausalEffect, Downstream, EncoderEffect, downstream
 from fastsae.evals.windows import stored_batches
 from fastsae.nn import SAE, TopK, init_from_data
@@ -63,7 +64,7 @@ def test_causal_identity(gpt2_data):
 def ablated(data) -> tuple[Downstream | None, Downstream | None]:
     """The effect of SAEs that reconstruct everything as zero, and as the mean."""
     zero = downstream(constant(torch.zeros(D)), data, batch_size=3, progress=True)
-    return zero, downstream(constant(data.mean), data)
+    return zero, downstream(constant(Ordinary.of(data.sample(SAMPLE_TOKENS), 10.0).mean), data)
 
 
 def test_causal_ablations(gpt2_data):

@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from fastsae import SAE
 from fastsae.cli.train import main, read_train
 from fastsae.data import ActivationShards
 from fastsae.files import read_tensors
 from fastsae.interop import load, save
+from fastsae.nn.relu import ReLU
 from fastsae.train import Trainer
 from fastsae.train.log import read_lines
 from fastsae.train.optim import schedule
@@ -100,3 +103,61 @@ def test_what_starting_from_an_sae_leaves_without_effect(run, tmp_path):
             read_train(["--start-from", "x", f"--{name}", value], sae)
     with pytest.raises(ValueError, match="--resume takes the settings of .*: no --start-from"):
         read_train(["--resume", "--start-from", "x"])
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "crosscoder"])
+def test_training_starts_from_an_sae_of_several_sources(kind, activations, tmp_path):
+    x = ActivationShards(activations).rows(torch.arange(4000))
+    np.save(tmp_path / "y.npy", (30 * x.flip(1) + 5).numpy())
+    option = {"transcoder": "--target", "crosscoder": "--layers"}[kind]
+    shared = ["--data", activations, option, tmp_path / "y.npy", "--batch-size", 200]
+    first = ["--out", tmp_path / "first", "--steps", 8, "--d-sae", 64, "--k", 4, "--lr", 3e-3]
+    following = ["--start-from", tmp_path / "first", "--out", tmp_path / "next", "--steps", 2]
+    for words in (first, [*following, "--lr", 1e-30]):
+        main([str(word) for word in (*shared, *words)])
+    rows = x if kind == "transcoder" else torch.cat([x, 30 * x.flip(1) + 5], dim=1)
+    with torch.no_grad():
+        before, after = (load(tmp_path / name)(rows) for name in ("first", "next"))
+    rounding = 32 * torch.finfo(torch.float32).eps * before.abs().max().item()
+    torch.testing.assert_close(after, before, rtol=0, atol=rounding)
+    config = json.loads((tmp_path / "next" / "config.json").read_text())["config"]
+    first_config = json.loads((tmp_path / "first" / "config.json").read_text())["config"]
+    if kind == "transcoder":
+        assert config["optimizer"]["constraint"] == first_config["optimizer"]["constraint"]
+
+
+def test_a_start_that_was_never_saved_cannot_be_resumed(run, activations, tmp_path, monkeypatch):
+    sae = run("first", 2)
+    config = train_config(out=str(tmp_path / "run"), steps=4, **SMALL)
+    source = ActivationShards(activations)
+    monkeypatch.setattr(Trainer, "save", lambda self, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(config, source, sae).fit()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="began from another SAE and stopped before it was saved"):
+        Trainer(config, source).fit(resume=True)
+
+
+def test_what_an_sae_to_start_from_must_be(run, activations, tmp_path):
+    sae = run("first", 2)
+    config = train_config(out=str(tmp_path / "run"), steps=4, **SMALL)
+    with torch.no_grad():
+        sae.b_enc[3] = torch.nan
+    with pytest.raises(ValueError, match="b_enc of the SAE to start from holds NaN or Inf"):
+        Trainer(config, ActivationShards(activations), sae)
+    relu = SAE(16, 64, ReLU(l1_coef=0.0))
+    with pytest.raises(ValueError, match="no sparsity penalty: give --target-l0 or --l1-coef"):
+        read_train(["--start-from", "x"], relu)
+    for words, settings in {
+        ("--l1-coef", "5"): (5.0, None),
+        ("--target-l0", "7"): (None, 7),
+    }.items():
+        cfg = read_train(["--start-from", "x", *words], relu).config.activation
+        assert (cfg.l1_coef, cfg.target_l0) == settings
+    trainer = Trainer(
+        train_config(activation="relu", l1_coef=5.0, d_sae=64, out=str(tmp_path / "run")),
+        ActivationShards(activations),
+        relu,
+    )
+    (tmp_path / "run").mkdir()
+    assert trainer.start(False, None).sae.activation.coefficient.value == 5.0

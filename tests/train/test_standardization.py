@@ -73,16 +73,17 @@ def test_a_large_mean_changes_nothing(runs):
     assert max(moved_summary["gamma"]) > 100 > max(summary["gamma"])
 
 
-def test_extreme_tokens_change_nothing_for_the_others(runs):
-    _, (sae, summary, _), (x, y), run = runs
+def test_extreme_tokens_change_nothing_for_the_others(runs, capsys):
+    kind, (_, summary, _), (x, y), run = runs
     extreme = np.arange(0, len(x), 500)
     x, y = x.copy(), y.copy()
     x[extreme] *= 1000
     y[extreme] *= 1000
-    other, found, lines = run("extreme", x, y)
+    _, found, _ = run("extreme", x, y)
     assert found["fvu"] == pytest.approx(summary["fvu"], rel=0.15)
     assert found["fvu_all"] != found["fvu"] and found["left_out_of_evaluation"] == len(extreme)
-    assert lines[0]["fvu"] < 3
+    assert (found["left_out_tokens"] > 0) == (kind != "layer norm"), "normalized, none is extreme"
+    assert ("of tokens left out" in capsys.readouterr().err) == (kind != "layer norm")
 
 
 def test_one_source_with_extreme_tokens_is_enough(activations, tmp_path):
@@ -108,3 +109,19 @@ def test_one_source_with_extreme_tokens_is_enough(activations, tmp_path):
 def test_rows_are_replaced_by_those_before_them(kept, rows):
     x = torch.arange(4.0)[:, None].expand(4, 3).contiguous()
     assert replace_rows(x, torch.tensor(kept, dtype=torch.bool))[:, 0].tolist() == rows
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_activations_without_float32_squares_are_refused(scale, activations, tmp_path):
+    with pytest.raises(ValueError, match="must have a spread from 1e-15 to 1e15, got .*e.25"):
+        fitted("topk", scale * np.load(activations), np.load(activations), tmp_path)
+
+
+def test_the_data_of_a_source_stay_as_they_are(activations, tmp_path):
+    """Also if it hands out its own memory."""
+    source = ActivationShards(activations)
+    rows = source.rows(torch.arange(source.n_tokens))
+    before = rows.clone()
+    source.sample = lambda n, seed=0: rows[:n]
+    Trainer(train_config(k=4, out=str(tmp_path / "run"), **SMALL), source).fit()
+    assert torch.equal(rows, before)
