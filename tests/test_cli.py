@@ -329,6 +329,7 @@ def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
     again = fastsae("sweep", "--resume", "--out", out)
     assert again.stdout == done.stdout, "nothing is left to train"
     for more in (["topk"], ["--steps", 20], ["--seeds", 1], ["--batch-size", 4096]):
+    assert "\n  evaluated on training data\n" in done.stdout
         message = one_line_error("sweep", "--resume", "--out", out, *more)
         assert "--resume takes the SAEs and settings of" in message
     assert "already holds a sweep" in one_line_error("sweep", "topk", *shared)

@@ -133,6 +133,7 @@ def test_names_are_harmless_and_short(tmp_path, monkeypatch):
         assert len(lines) == 3 and max(map(len, lines)) < 2100
         assert "\x1b" not in errors.getvalue() + out.getvalue()
     row = dict(fvu=0.1, l0=2.0, dead_fraction=0.0, tokens_per_second=1.0, seconds=1.0)
+    row |= dict(evaluated_on="held-out data")
     table = comparison_table({ESCAPE: row, "\n" * 5000: row})
     assert "\x1b" not in table and len(table.splitlines()) == 3
 
