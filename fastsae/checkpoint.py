@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fastsae.files import (
     write_json,
     write_tensors,
 )
+from fastsae.progress import say
 from fastsae.version import __version__, written_by
 
 FORMAT = "fastsae.checkpoint.1"
@@ -94,7 +94,7 @@ def newest_intact(folders: Sequence[Path]) -> list[Checkpoint] | None:
             return [load_checkpoint(folder / name) for folder in folders]
         except ValueError as error:
             damage = error
-            print(f"{error}; trying the checkpoint before it", file=sys.stderr)
+            say(f"{error}; trying the checkpoint before it")
     if damage is not None:
         raise ValueError(f"no checkpoint is intact: {damage}")
     return None

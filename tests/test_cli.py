@@ -306,7 +306,7 @@ def test_eval_of_data_of_another_width(data, tmp_path):
     assert "32" in message
 
 
-def test_eval_writes_its_numbers(data, whole):
+def test_eval_writes_its_numbers(data, whole, tmp_path):
     done = fastsae("eval", whole, "--data", data)
     assert done.returncode == 0, done.stderr
     found = json.loads((whole / "eval.json").read_text())["reconstruction"]
@@ -314,6 +314,9 @@ def test_eval_writes_its_numbers(data, whole):
     assert found["fvu"] == pytest.approx(summary["fvu"])
     assert "FVU" in done.stdout
     assert f"{whole} on {data}, its training data:" in done.stdout
+    (tmp_path / "link").symlink_to(data)
+    done = fastsae("eval", whole, "--data", tmp_path / "link")
+    assert "its training data:" in done.stdout, done.stderr
 
 
 def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
@@ -326,6 +329,7 @@ def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
     found = json.loads((out / "comparison.json").read_text())
     assert list(found) == ["topk-k=8", "jumprelu-target_l0=8-by_norm=true-constraint=none"]
     assert all(name in done.stdout for name in found)
+    assert "\n  evaluated on training data\n" in done.stdout
     again = fastsae("sweep", "--resume", "--out", out)
     assert again.stdout == done.stdout, "nothing is left to train"
     for more in (["topk"], ["--steps", 20], ["--seeds", 1], ["--batch-size", 4096]):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastsae import SAE, TopK, interop
 from fastsae.data.mapped import map_safetensors
 from fastsae.files import (
     claimed,
@@ -45,6 +46,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_atomically(path, fail)
     assert read_json(path) == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_dict_that_does_not_fit_on_the_disk_is_named(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"ae.pt cannot be written: File too large"):
+            interop.save(SAE(32, 64, TopK(3)), tmp_path, "dictionary_learning")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rename_that_fails_names_its_own_file(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(OSError, match=r"config.json cannot be written: "):
+        SAE(4, 8, TopK(3)).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_damage_names_the_file(tmp_path):

@@ -79,6 +79,20 @@ def test_an_sae_is_replaced_as_a_whole(older, tmp_path):
     assert states == sorted(states, reverse=True) and {*states} == {"old", "new"}
 
 
+def test_an_sae_whose_tensors_are_not_renamed_yet_outlives_a_second_kill(tmp_path):
+    saes = {name: SAE(6, 10, TopK(k)) for name, k in (("old", 3), ("new", 4), ("newest", 5))}
+    states = []
+    for event in itertools.count():
+        saes["old"].save(tmp_path)
+        assert killed_at(3, lambda: saes["new"].save(tmp_path))
+        assert found(tmp_path, saes) == "new" and (tmp_path / ".sae.safetensors.tmp").exists()
+        killed = killed_at(event, lambda: saes["newest"].save(tmp_path))
+        states.append(found(tmp_path, saes))
+        if not killed:
+            break
+    assert states == sorted(states) and {*states} == {"new", "newest"}
+
+
 def test_no_mix_of_two_in_the_format_of_another_library(tmp_path):
     saes, states = {"old": SAE(6, 10, TopK(3)), "new": SAE(6, 10, TopK(5))}, []
     for event in itertools.count():

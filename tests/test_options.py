@@ -105,6 +105,10 @@ def test_flags_override_a_file(tmp_path):
     assert (config.steps, config.layer_norm, config.optimizer.betas) == (60, True, (0.5, 0.75))
     command, _ = read_sweep(["--config", str(path), "relu:target_l0=8"])
     assert command.saes == ("relu:target_l0=8",)
+    (tmp_path / "more.toml").write_text("steps = 70")
+    words = ["--config", str(path), "--lr", "0.5", "--config", str(tmp_path / "more.toml")]
+    config = read_train(words).config
+    assert (config.steps, config.layer_norm, config.optimizer.lr) == (70, True, 0.5)
     path.write_text("stepz = 3")
     with pytest.raises(ValueError, match="unknown option --stepz; did you mean --step or --steps"):
         read_train(["--config", str(path)])
@@ -185,6 +189,9 @@ def test_one_or_several_hookpoints(words, hookpoint):
         ("--betas 0.9 nan", "--betas must be a finite number, got 'nan'"),
         (f"--seed {2**64}", f"--seed must be a whole number of at most 64 bits, got '{2**64}'"),
         ("--data-seed -5", "data_seed must be from 0 to .*, got -5"),
+        ("--betas", "--betas takes 2 values, got 0"),
+        ("--layers --d-sae 64", "--layers needs a value"),
+        ("--prefixes", "--prefixes needs a value"),
         ("--betas 0.9", "--betas takes 2 values, got 1"),
         ("--step quick", "--step must be one of auto, fused, autograd, got 'quick'"),
         ("--device gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),

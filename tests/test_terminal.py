@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastsae.checkpoint import newest_intact, save_checkpoint
 from fastsae.cli import main, out_of_memory
 from fastsae.progress import printable
 from fastsae.train.comparison import comparison_table
@@ -58,6 +59,16 @@ def test_a_run_outlives_its_stderr(stream, arguments, tmp_path, monkeypatch, cap
     assert command(monkeypatch, *arguments) == 0
     sys.stderr.close()
     assert (tmp_path / "run" / "summary.json").exists() and "FVU" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_passed_over_without_a_stderr(tmp_path, monkeypatch):
+    for step in (1, 2):
+        path = save_checkpoint(tmp_path, step, {"w": torch.zeros(2)}, {}, keep=2)
+    (path / "state.safetensors").write_bytes(b"")
+    monkeypatch.setattr(sys, "stderr", StringIO())
+    sys.stderr.close()
+    ((_, meta),) = newest_intact([tmp_path]) or []
+    assert meta["step"] == 1
 
 
 @pytest.mark.parametrize(("stream", "code"), [(closed, 0), (full, 2), (left, 141)])
@@ -122,6 +133,7 @@ def test_names_are_harmless_and_short(tmp_path, monkeypatch):
         assert len(lines) == 3 and max(map(len, lines)) < 2100
         assert "\x1b" not in errors.getvalue() + out.getvalue()
     row = dict(fvu=0.1, l0=2.0, dead_fraction=0.0, tokens_per_second=1.0, seconds=1.0)
+    row |= dict(evaluated_on="held-out data")
     table = comparison_table({ESCAPE: row, "\n" * 5000: row})
     assert "\x1b" not in table and len(table.splitlines()) == 3
 

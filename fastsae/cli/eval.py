@@ -54,4 +54,4 @@ def trained_on(run: Path, data: ActivationShards | Joined) -> bool:
     first = data.sources[0] if isinstance(data, Joined) else data
     if config is None or config.data is None or not isinstance(first, ActivationShards):
         return False
-    return first.path.absolute() == config.data.absolute()
+    return first.path.resolve() == config.data.resolve()

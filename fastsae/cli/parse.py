@@ -47,7 +47,7 @@ FIELD_NAMES = RENAMED | {
 
 
 def read_words(words: Sequence[str]) -> Given:
-    """The settings that words give, after those in the file of --config."""
+    """The settings that words give, after those in the files of --config."""
     given: Given = [("", [])]
     stored: Given = []
     rest = iter(words)
@@ -60,7 +60,7 @@ def read_words(words: Sequence[str]) -> Given:
             path = value if equals else next(rest, "")
             if not path or path.startswith("--"):
                 raise ValueError("--config needs a value")
-            stored = read_toml(Path(path))
+            stored += read_toml(Path(path))
             continue
         if not flag:
             raise ValueError(f"unexpected argument {word!r}")
@@ -157,6 +157,8 @@ def typed(given: Given, hints: dict[str, Any], positional: Sequence[str] = ()) -
             wanted = "one value" if count == 1 else f"{count} values"
             wanted = "true or false" if hints[name] is bool else wanted
             raise ValueError(f"{name} must be {wanted}, got {' '.join(words)!r} in the file")
+        if not count and hints[name] is not bool and not stored:
+            raise ValueError(f"{option(name)} needs a value")
         values[name] = converted(option(name), hints[name], words[:count])
         loose += words[count:]
     for name in positional:

@@ -125,6 +125,8 @@ def _translated(model: nn.Module, name: str) -> str:
             f"{name!r} is known for the model types {', '.join(sorted(BLOCKS))}, not for {kind!r}: "
             "give a module's path"
         )
+    if getattr(model.config, "do_layer_norm_before", None) is False:
+        block = block._replace(resid_mid=None)  # OPT-350m normalizes after each addition
     number, place = hook.groups()
     places = {"resid_pre": INPUT, "resid_post": ""} | {
         place: f".{path}" for place, path in block._asdict().items() if place != "blocks" and path

@@ -71,6 +71,11 @@ def _layout(path: str, tensor: Tensor) -> Layout:
     if len(shape) == 4 and shape[:2] == PROBE:
         return "heads"
     if len(shape) == 4 and (shape[0], shape[2]) == PROBE:
+        if shape[3] == tokens:
+            raise ValueError(
+                f"{path} gives attention weights, [batch, heads, tokens, tokens]: "
+                "a hookpoint must have a row for each token"
+            )
         return "heads_first"
     raise ValueError(
         f"{path} must have a row for each token of each window, [batch, tokens, width]: "

@@ -154,6 +154,8 @@ def file_rows(files: list[Path], column: str) -> Iterator[Row]:
 
 def _json_rows(file: Path, lines: io.TextIOWrapper, column: str) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)[column]
         except (ValueError, KeyError, TypeError) as error:
@@ -211,10 +213,9 @@ def dataset_rows(name: str, *, config: str | None, split: str, column: str) -> I
         raise ValueError("--dataset needs a package: pip install 'fastsae-triton[hf]'") from error
     try:
         rows: Any
-        if (Path(name) / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(name)[split]
-        elif (Path(name) / "dataset_info.json").is_file():
-            rows = datasets.load_from_disk(name)
+        marks = ("dataset_dict.json", "dataset_info.json")
+        if any((Path(name) / mark).is_file() for mark in marks):
+            rows = _saved_rows(datasets.load_from_disk(name), config, split)
         else:
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
     except (OSError, ValueError, KeyError) as error:
@@ -225,3 +226,16 @@ def dataset_rows(name: str, *, config: str | None, split: str, column: str) -> I
             allowed = ", ".join(row)
             raise ValueError(f"dataset {name!r} has no column {column!r}, only {allowed}")
         yield Row(f"dataset {name!r} row {number}, column {column!r}", row[column])
+
+
+def _saved_rows(saved: Any, config: str | None, split: str) -> Any:
+    """The rows of a dataset that was saved to disk, with one split or several; ValueError if it was
+    saved from another config or without that split."""
+    several = isinstance(saved, dict)
+    splits = [*saved] if several else [str(saved.split or "train")]
+    if split not in splits and (several or split != "train"):  # the default: may not be asked for
+        raise ValueError(f"it was saved with split {' and '.join(splits)}")
+    rows: Any = saved[split] if several else saved
+    if config not in (None, rows.info.config_name):
+        raise ValueError(f"it was saved with config {rows.info.config_name}, not {config!r}")
+    return rows

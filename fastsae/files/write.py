@@ -1,10 +1,11 @@
 """Writes files atomically, alone or several as a whole; nothing is ever pickled."""
 
+import io
 import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checksum import CHECKSUM
+from .checksum import CHECKSUM, is_sealed
+from .headers import read_tensors
+from .read import read_json
 
 Write = Callable[[Path], object]
 """Writes a file at the path given."""
@@ -42,20 +45,36 @@ def write_files(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> None
     writes = {folder / name: writers[Path(name).suffix](c) for name, c in contents.items()}
     settings = next(iter(writes))
     if CHECKSUM in contents[settings.name]:
+        _finish(*writes)
         _replace(writes)
     else:
         _replace(dict(reversed(writes.items())), remove=settings)
 
 
+def _finish(settings: Path, tensors: Path) -> None:
+    """Rename the tensors of an SAE whose writer was killed after it had renamed the settings: they
+    exist only under the temporary name, which is about to be reused."""
+    pending = temporary_of(tensors)
+    with suppress(ValueError):  # no settings, no tensors, or incomplete ones
+        staged, found = read_tensors(pending), read_json(settings)
+        if isinstance(found, dict) and CHECKSUM in found and is_sealed(found, staged):
+            del staged  # Windows does not rename a mapped file
+            os.replace(pending, tensors)
+            sync_directory(tensors.parent)
+
+
 def _replace(writes: Mapping[Path, Write], remove: Path | None = None) -> None:
     """Write files of one folder under temporary names, remove a file, then rename them in order."""
-    first, *later = path, *_ = writes
+    first, *later = writes
+    path = first
     try:
         for path, write in writes.items():
             _stage(temporary_of(path), write)
         if remove is not None:
-            remove.unlink(missing_ok=True)
-        os.replace(temporary_of(first), first)
+            path = remove
+            path.unlink(missing_ok=True)
+        path = first
+        os.replace(temporary_of(path), path)
     except BaseException as error:
         for staged in writes:
             temporary_of(staged).unlink(missing_ok=True)
@@ -138,4 +157,10 @@ def _tensor_writer(tensors: Mapping[str, Tensor]) -> Write:
 
 def _pt_writer(tensors: Mapping[str, Tensor]) -> Write:
     state = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    return lambda path: torch.save(state, path)
+
+    def write(path: Path) -> None:
+        buffer = io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
+        torch.save(state, buffer)
+        path.write_bytes(buffer.getbuffer())
+
+    return write

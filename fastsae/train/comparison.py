@@ -28,7 +28,7 @@ def compare(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def comparison_table(found: dict[str, dict[str, Any]]) -> str:
-    """A row for each run, best FVU first."""
+    """A row for each run, best FVU first, and a note if no held-out data was evaluated on."""
     ranked = sorted(found.items(), key=lambda item: item[1]["fvu"])
     rows = [["SAE", *(title for title, _ in COLUMNS.values())]]
     for name, run in ranked:
@@ -39,6 +39,8 @@ def comparison_table(found: dict[str, dict[str, Any]]) -> str:
     for name, *cells in rows:
         numbers = (f"{c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
         lines.append("  ".join([f"  {name:<{widths[0]}}", *numbers]))
+    if any(run["evaluated_on"] == "training data" for run in found.values()):
+        lines.append("  evaluated on training data")
     return "\n".join(lines)
 
 

@@ -65,6 +65,13 @@ def test_names_fulfil_the_equations_of_a_block(kind: str):
             torch.testing.assert_close(projected, at[out])
 
 
+def test_there_is_no_resid_mid_where_opt_normalizes_after_each_addition():
+    model = build("opt")
+    model.config.do_layer_norm_before = False
+    with pytest.raises(ValueError, match="opt has no hook 'resid_mid' in its blocks, only"):
+        module_paths(model, ["blocks.0.hook_resid_mid"])
+
+
 def test_globs_match_whole_steps_in_the_models_order():
     model = build("gpt2")
     blocks = ("transformer.h.0", "transformer.h.1")

@@ -27,10 +27,12 @@ class HeadsFirst(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.heads = nn.Embedding(99, 32), Attention()
-        self.mixed = nn.Identity()
+        self.weights, self.mixed = nn.Identity(), nn.Identity()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.mixed(self.heads(self.embed(input_ids)).transpose(1, 2).flatten(2))
+        heads = self.heads(self.embed(input_ids))
+        values = self.weights(heads @ heads.mT) @ heads
+        return self.mixed(values.transpose(1, 2).flatten(2))
 
 
 def build(name: str) -> nn.Module:
@@ -117,6 +119,7 @@ def test_splicing_undoes_the_layout(name: str, path: str):
     ("name", "path", "message"),
     [
         ("gpt2", "transformer.wpe", r"wpe must have a row for .* found \(1, 13, 32\)"),
+        ("heads_first", "weights", "weights gives attention weights, .* a row for each token"),
         ("qwen3_moe", "model.rotary_emb", r"rotary_emb must have .* found \(1, 13, 8\)"),
         (
             "mt5",

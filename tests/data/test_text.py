@@ -15,7 +15,7 @@ import torch
 
 from fastsae.data import ActivationShards, HarvestConfig, harvest
 from fastsae.data.model import TextWindows, load_tokenizer
-from fastsae.data.text import file_rows, text_files
+from fastsae.data.text import dataset_rows, file_rows, text_files
 
 TEXT = "The best of times: “naïve” café.\nIt was the worst of times.\n"
 CHAT = [{"role": "user", "content": "was it"}, {"role": "assistant", "content": "the best"}]
@@ -70,6 +70,52 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, data: bytes,
     with pytest.raises(ValueError, match=message) as error:
         list(file_rows([tmp_path / name], "text"))
     assert "\n" not in str(error.value)
+
+
+def test_blank_lines_are_no_rows_but_counted(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n\n  \n{"text": "b"}\n{}\n')
+    rows = file_rows([file], "text")
+    assert [next(rows).value, next(rows).value] == ["a", "b"]
+    with pytest.raises(ValueError, match="a.jsonl line 5: expected"):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "split", "message"),
+    [
+        ("plain", None, "train", None),
+        (
+            "plain",
+            None,
+            "test",
+            "cannot load split 'test' of .*plain': it was saved with split train",
+        ),
+        ("plain", "en", "train", "it was saved with config None, not 'en'"),
+        ("named", "en", "train", None),
+        ("named", "en", "test", None),
+        ("named", "de", "test", "it was saved with config en, not 'de'"),
+        ("named", None, "other", "it was saved with split test"),
+        ("several", None, "b", None),
+        ("several", None, "train", "it was saved with split a and b"),
+        ("several", "en", "b", "it was saved with config None, not 'en'"),
+    ],
+)
+def test_a_dataset_saved_to_disk_has_its_own_config_and_split(
+    tmp_path: Path, name: str, config: str | None, split: str, message: str | None
+):
+    rows = datasets.Dataset.from_list([{"text": "b"}])
+    named = datasets.Dataset.from_list(
+        [{"text": "b"}], info=datasets.DatasetInfo(config_name="en"), split=datasets.Split.TEST
+    )
+    several = datasets.DatasetDict({"a": datasets.Dataset.from_list([{"text": "a"}]), "b": rows})
+    {"plain": rows, "named": named, "several": several}[name].save_to_disk(str(tmp_path / name))
+    found = dataset_rows(str(tmp_path / name), config=config, split=split, column="text")
+    if message is None:
+        assert [row.value for row in found] == ["b"]
+    else:
+        with pytest.raises(ValueError, match=message):
+            next(found)
 
 
 def harvested(tmp_path: Path, model: Path, rows: list[dict], **settings: Any) -> ActivationShards:
