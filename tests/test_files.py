@@ -197,7 +197,7 @@ def test_json_that_is_no_config_is_refused(text, message, tmp_path):
         read_json(tmp_path / "a.json")
 
 
-def entry(shape, start, stop, dtype="F32"):
+def entry(shape, start, stop, dtype: object = "F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 

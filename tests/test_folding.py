@@ -117,6 +117,7 @@ def test_a_folded_scale_leaves_the_noise_of_a_learned_variance():
 
 def test_a_folded_mean_leaves_the_noise_of_a_transcoder():
     activation = LEARNED.build()
+    assert isinstance(activation, Variational)
     sae, x = SAE(D_IN, 64, activation, d_out=D_IN).double(), torch.randn(9, D_IN).double()
     activation.W_variance.data.normal_()
     expected = (x - SCALE) @ activation.W_variance.T + activation.b_variance

@@ -100,6 +100,8 @@ def test_tokens_of_extreme_norm_keep_their_activations(gpt2_data):
     sae = init_from_data(SAE(D, 64, TopK(2)), gpt2_data.sample(100))
     ratios = (None, 1.0, 1e-9)
     every, half, none = (downstream(sae, gpt2_data, max_norm_ratio=ratio) for ratio in ratios)
+    assert isinstance(every, CausalEffect) and isinstance(half, CausalEffect)
+    assert isinstance(none, CausalEffect)
     assert every.ce == every.ce_all == half.ce_all == none.ce_all
     assert none.ce == none.ce_zero == none.ce_mean == none.ce_clean
     assert len({every.ce, half.ce, none.ce}) == 3 and len({every.ce_zero, half.ce_zero}) == 2

@@ -11,7 +11,7 @@ from fastsae.cli.train import main, read_train
 from fastsae.data import ActivationShards
 from fastsae.files import read_tensors
 from fastsae.interop import load, save
-from fastsae.nn.relu import ReLU
+from fastsae.nn.relu import ReLU, ReLUConfig
 from fastsae.train import Trainer
 from fastsae.train.log import read_lines
 from fastsae.train.optim import schedule
@@ -153,11 +153,12 @@ def test_what_an_sae_to_start_from_must_be(run, activations, tmp_path):
         ("--target-l0", "7"): (None, 7),
     }.items():
         cfg = read_train(["--start-from", "x", *words], relu).config.activation
-        assert (cfg.l1_coef, cfg.target_l0) == settings
+        assert isinstance(cfg, ReLUConfig) and (cfg.l1_coef, cfg.target_l0) == settings
     trainer = Trainer(
         train_config(activation="relu", l1_coef=5.0, d_sae=64, out=str(tmp_path / "run")),
         ActivationShards(activations),
         relu,
     )
     (tmp_path / "run").mkdir()
-    assert trainer.start(False, None).sae.activation.coefficient.value == 5.0
+    activation = trainer.start(False, None).sae.activation
+    assert isinstance(activation, ReLU) and activation.coefficient.value == 5.0
