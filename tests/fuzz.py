@@ -387,8 +387,8 @@ class Fuzz:
 
 
 class measured:
-    """AssertionError if what is done in it takes MAX_SECONDS of a core, or at any time more memory
-    than so many megabytes; that is measured where Linux can say so."""
+    """AssertionError if its body takes MAX_SECONDS of a core, or ever allocates more than the given
+    megabytes (measured on Linux only)."""
 
     def __init__(self, megabytes: float):
         self.megabytes = megabytes

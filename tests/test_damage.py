@@ -149,7 +149,7 @@ def test_a_state_dict_that_claims_to_be_larger_than_it_is(tmp_path):
 
 
 class Nested:
-    """Refers to the same object twice on each of so many levels, in lists or in keys."""
+    """Nests this many levels, each with two references to the next, in lists or in keys."""
 
     def __init__(self, kind: type, levels: int):
         self.value: Any = "x"

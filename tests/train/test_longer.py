@@ -45,7 +45,7 @@ def test_a_longer_run_is_the_one_that_was_long_from_the_start(run, tmp_path):
 
 
 def test_a_longer_run_has_the_schedule_of_its_length_and_can_be_resumed(run, tmp_path, capsys):
-    """A run that dies after it was made longer goes on as one that did not, without being told."""
+    """A run that dies after it was lengthened resumes like one that did not die."""
     for name in ("one", "two"):
         run(name, 8)
     run("one", 20, resume=True)
