@@ -27,8 +27,6 @@ class Ordinary(NamedTuple):
     """Root mean square distance of the ordinary tokens from their mean."""
     limit: float
     """The largest distance of an ordinary token; infinite if all tokens are."""
-    share: float
-    """Fraction of the sample that is not ordinary."""
 
     @classmethod
     def of(cls, sample: Float[Tensor, "N D"], max_norm_ratio: float | None) -> "Ordinary":
@@ -38,7 +36,7 @@ class Ordinary(NamedTuple):
         mean = sample[ordinary].double().mean(0).to(sample)
         ordinary, limit = near(sample, mean, ratio)
         spread = float(distances(sample[ordinary], mean).square().mean().sqrt())
-        return cls(mean, spread, limit, 1 - float(ordinary.double().mean()))
+        return cls(mean, spread, limit)
 
     def has(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
         """Which tokens are ordinary."""

@@ -1,7 +1,7 @@
 """Activations as training sees them: centered, scaled, without tokens of extreme norm."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +21,7 @@ class Standardization:
     limits: tuple[float, ...]
     """The largest norm of an ordinary token in each source, standardized."""
     widths: tuple[int, ...]
+    _on_gpu: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, sources: Sequence[Ordinary]) -> "Standardization":
@@ -37,8 +38,12 @@ class Standardization:
 
     def __call__(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """Standardize activations in place."""
-        x.sub_(self.mean.to(x.device, non_blocking=True))
-        return x.mul_(self.scales[0] if len(self.scales) == 1 else self.factors.to(x.device))
+        if x.device.type == "cpu":
+            return x.sub_(self.mean).mul_(self.factors)
+        if self._on_gpu is None:  # copied once: a copy for every batch would wait for the GPU
+            self._on_gpu = self.mean.to(x.device), self.factors.to(x.device)
+        mean, factors = self._on_gpu
+        return x.sub_(mean).mul_(factors)
 
     def ordinary(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
         """Which standardized tokens are within the limit of every source."""
