@@ -30,18 +30,21 @@ def keep(pre: Tensor, k: int, signed: bool) -> Tensor:
     return codes if signed else codes.relu()
 
 
-def dense_loss(sae: SAE, x: Tensor, dead: Tensor | None, coef: float, k_aux: int) -> Tensor:
-    """METHODS' formula with every tensor written out; autograd does the rest."""
+def dense_loss(
+    sae: SAE, x: Tensor, dead: Tensor | None, coef: float, k_aux: int, error: str
+) -> Tensor:
+    """The formula of fastsae.losses with every tensor written out; autograd does the rest."""
     signed = sae.activation.signed
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     recon = keep(pre, K, signed) @ sae.W_dec + sae.b_dec
-    loss = (x - recon).square().sum() / (x - x.mean(0)).square().sum()
+    fvu = (x - recon).square().sum() / (x - x.mean(0)).square().sum()
+    loss, proportion = (fvu.log(), 1 / fvu.detach()) if error == "log_fvu" else (fvu, 1)
     if dead is not None and len(dead):
         residual = (x - recon).detach()
         codes = keep(pre[:, dead], min(k_aux, len(dead)), signed)
-        error = (codes @ sae.W_dec[dead] - residual).square().sum()
-        auxk = error / (residual - residual.mean(0)).square().sum()
-        loss = loss + coef * min(len(dead) / k_aux, 1) * auxk
+        auxk = (codes @ sae.W_dec[dead] - residual).square().sum()
+        auxk /= (residual - residual.mean(0)).square().sum()
+        loss = loss + coef * min(len(dead) / k_aux, 1) * proportion * auxk
     return loss
 
 
@@ -62,23 +65,24 @@ def problem(request):
 
 
 @pytest.mark.parametrize("dead", DEAD)
+@pytest.mark.parametrize("error", ["fvu", "log_fvu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_equal_dense_float64_autograd(problem, dead, dtype):
+def test_gradients_equal_dense_float64_autograd(problem, dead, error, dtype):
     sae, x = problem
     if dtype == torch.float32:  # the reference sees the same, already rounded, numbers
         sae, x = sae.float().double(), x.float().double()
     rows, k_aux = DEAD[dead](), 10
-    exact = dense_loss(sae, x, rows, 1 / 32, k_aux)
+    exact = dense_loss(sae, x, rows, 1 / 32, k_aux, error)
     parameters = dict(sae.named_parameters())
     expected = torch.autograd.grad(exact, list(parameters.values()))
 
     sae = sae.to(dtype)
-    got = training_loss(sae, x.to(dtype), rows, Objective(k_aux=k_aux))
+    got = training_loss(sae, x.to(dtype), rows, Objective(error=error, k_aux=k_aux))
     gradients = torch.autograd.grad(got.loss, list(sae.parameters()))
     torch.testing.assert_close(got.loss.double(), exact, rtol=1e-6, atol=0)
     for name, gradient, reference in zip(parameters, gradients, expected, strict=True):
-        error = (gradient - reference).norm() / reference.norm()
-        assert error <= 1e-6, f"{name}: {error:.1e}"
+        distance = (gradient - reference).norm() / reference.norm()
+        assert distance <= 1e-6, f"{name}: {distance:.1e}"
 
 
 def test_auxk_trains_the_encoder_of_dead_latents(problem):
@@ -147,17 +151,18 @@ def test_only_a_transcoder_takes_a_target():
 
 
 @pytest.mark.parametrize("take", [autograd_step, fused_step])
+@pytest.mark.parametrize("error", ["fvu", "log_fvu"])
 @pytest.mark.parametrize("value", [0.0, 0.7, 1e4])
-def test_a_batch_of_equal_rows_trains_nothing_and_counts_as_reconstructed(take, value):
+def test_a_batch_of_equal_rows_trains_nothing_and_counts_as_reconstructed(take, error, value):
     """They have no variance, whatever the rounding of their mean."""
     sae = SAE(D_IN, D_SAE, TopK(K))
     before = copy.deepcopy(sae.state_dict())
     adam = Adam(sae)
     adam.begin_step(1e-2)
     x = torch.full((1000, D_IN), value)
-    result = take(sae, adam, x, torch.arange(0, D_SAE, 3), Objective(auxk_coef=0.0))
+    result = take(sae, adam, x, torch.arange(0, D_SAE, 3), Objective(error=error, auxk_coef=0.0))
     assert result.loss == result.fvu == 0
     for name, weight in sae.state_dict().items():
         torch.testing.assert_close(weight, before[name])
-    result = take(sae, adam, x, torch.arange(0, D_SAE, 3), Objective())
+    result = take(sae, adam, x, torch.arange(0, D_SAE, 3), Objective(error=error))
     assert result.auxk == 0 and all(weight.isfinite().all() for weight in sae.parameters())

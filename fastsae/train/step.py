@@ -69,12 +69,14 @@ def fused_step(
         codes = sae.activation.encode(seen, weights, **proposals)
     indices = codes.latents()
     sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
-    unit, total = objective.unit(variance, len(x)), sse.sum()
-    loss, fvu, auxk = total * unit, fraction(total, variance), torch.zeros_like(total)
+    total = sse.sum()
+    unit, loss = (f(total, variance, len(x)) for f in (objective.unit, objective.value))
+    fvu, auxk = fraction(total, variance), torch.zeros_like(total)
     aux = extra = None
     if dead is not None and len(dead) and objective.auxk_coef:
         slices = W_enc[dead], b_enc[dead], W_dec[dead]
-        aux = auxk_gradients(seen, -error.to(x.dtype), slices, objective, sae.activation.signed)
+        residual, how = -error.to(x.dtype), (objective, sae.activation.signed)
+        aux = auxk_gradients(seen, residual, slices, *how, objective.proportion(total, variance))
         auxk, extra = aux.loss, (dead, aux.W_dec, aux.W_enc)
 
     scale = 2 * unit

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from fastsae import SAE, AbsTopK, TopK, losses
-from fastsae.losses import Objective, training_loss
+from fastsae import SAE, AbsTopK, TopK
+from fastsae.losses import Objective, auxk, training_loss
 from fastsae.train.optim import Adam, Optimizer, default_lr, schedule
 from fastsae.train.step import autograd_step, fused_step
 from fastsae_kernels import _launch, loss, sparse
@@ -35,15 +35,15 @@ def sae(request):
 def small_blocks(monkeypatch):
     """Blocks and chunks that split this small problem as large ones are split."""
     monkeypatch.setattr(adam_module, "BLOCK_BYTES", 16 * D_IN * 8)
-    monkeypatch.setattr(losses, "AUX_BYTES", 7 * 14 * 8)
+    monkeypatch.setattr(auxk, "AUX_BYTES", 7 * 14 * 8)
 
 
-def torch_adam_steps(sae, batches, dead, lr):
+def torch_adam_steps(sae, batches, dead, objective, lr):
     """The recipe with torch.optim.Adam on dense gradients."""
     adam = torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10)
     for x in batches:
         adam.zero_grad()
-        training_loss(sae, x, dead, Objective(k_aux=K_AUX)).loss.backward()
+        training_loss(sae, x, dead, objective).loss.backward()
         W = sae.W_dec.detach()
         sae.W_dec.grad -= (sae.W_dec.grad * W).sum(1, keepdim=True) * W
         adam.step()
@@ -51,15 +51,17 @@ def torch_adam_steps(sae, batches, dead, lr):
 
 
 @pytest.mark.parametrize("dead", DEAD)
+@pytest.mark.parametrize("error", ["fvu", "log_fvu"])
 @pytest.mark.parametrize("take", [autograd_step, fused_step])
-def test_fifty_steps_equal_torch_adam(sae, dead, take, small_blocks):
+def test_fifty_steps_equal_torch_adam(sae, dead, error, take, small_blocks):
+    objective = Objective(error=error, k_aux=K_AUX)
     batches = [torch.randn(33, D_IN, dtype=torch.float64) for _ in range(50)]
     expected = copy.deepcopy(sae)
-    torch_adam_steps(expected, batches, DEAD[dead](), lr=1e-2)
+    torch_adam_steps(expected, batches, DEAD[dead](), objective, lr=1e-2)
     adam = Adam(sae)
     for x in batches:
         adam.begin_step(1e-2)
-        take(sae, adam, x, DEAD[dead](), Objective(k_aux=K_AUX))
+        take(sae, adam, x, DEAD[dead](), objective)
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(
             parameter, expected.get_parameter(name), rtol=1e-9, atol=1e-9, msg=name
@@ -67,13 +69,15 @@ def test_fifty_steps_equal_torch_adam(sae, dead, take, small_blocks):
 
 
 @pytest.mark.parametrize("dead", DEAD)
-def test_both_ways_report_the_same(sae, dead):
+@pytest.mark.parametrize("error", ["fvu", "log_fvu"])
+def test_both_ways_report_the_same(sae, dead, error):
     x, results = torch.randn(40, D_IN, dtype=torch.float64), []
     for take in (autograd_step, fused_step):
         model = copy.deepcopy(sae)
         adam = Adam(model)
         adam.begin_step(1e-3)
-        results.append(take(model, adam, x, DEAD[dead](), Objective(k_aux=K_AUX)))
+        objective = Objective(error=error, k_aux=K_AUX)
+        results.append(take(model, adam, x, DEAD[dead](), objective))
     for a, b in zip(results[0][:4], results[1][:4], strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(results[0].codes.indices, results[1].codes.indices)
