@@ -13,7 +13,7 @@ import torch
 
 from bench import record
 from bench.contender import LOW
-from bench.peers import race
+from bench.peers import race, training
 from bench.peers.contender import CONTENDERS, KNOWN, quality
 from bench.peers.report import tables
 from bench.peers.task import Task, TimeUp, open_stream
@@ -73,7 +73,8 @@ def one_process(server, monkeypatch):
         print(json.dumps(asdict(task)), file=server.stdin, flush=True)
         return json.loads(server.stdout.readline())
 
-    monkeypatch.setattr(race, "run", run)
+    for module in (race, training):
+        monkeypatch.setattr(module, "run", run)
 
 
 def task(contender: str, data, **settings) -> Task:
@@ -97,29 +98,41 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     names = ["fastsae", *low, "dense PyTorch", "nobody"]
     monkeypatch.setattr(race, "TURN", 0.02)
     monkeypatch.setitem(race.SHAPES, "a", TINY)
+    monkeypatch.setattr(training, "GRID", (2e-3, 1e-4))
+    monkeypatch.setattr(race, "GRID", training.GRID)
     words = ["--shapes", "a", "--rounds", "1", "--steps", "60", "--data", str(data)]
-    race.bench(parse(*words, "--contenders", *names))
+    words += ["--seeds", "2", "--contenders", *names]
+    race.bench(parse(*words))
     text = capsys.readouterr().out
     (results,) = tmp_path.glob("peers-*.json")
     found = json.loads(results.read_text())
-    assert found.keys() == {"a", "training"}
+    trained = f"training, {data.name}"
+    assert found.keys() == {"a", trained}
     for part in found.values():
-        assert part["contenders"].keys() == set(names[:-1])
+        assert part.get("contenders", part.get("runs", {}).get("60")).keys() == set(names[:-1])
         assert part["missing"] == {"nobody": "not-a-package is not installed"}
         assert {"cpu", "torch", "commit", "versions"} <= part.keys()
     for row in found["a"]["contenders"].values():
         assert 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
         assert row["peak MB"] > 100 and row["tokens/s"] > 0
-    runs = found["training"]["contenders"]
-    fvu = {name: row["held-out FVU"] for name, row in runs.items()}
-    assert fvu["fastsae"] < 0.8
+    runs = found[trained]["runs"]["60"]
+    for tried in runs.values():
+        assert [(one["rate"], one["seed"]) for one in tried] == [(2e-3, 0), (1e-4, 0), (2e-3, 1)]
+        assert all(one["L0"] <= 4 and one["seconds"] > 0 for one in tried)
+        assert tried[0]["held-out FVU"] < tried[1]["held-out FVU"], "the best rate is repeated"
+    fvu = {name: [one["held-out FVU"] for one in tried] for name, tried in runs.items()}
+    assert max(fvu["fastsae"][::2]) < 0.8 and fvu["fastsae"][0] != fvu["fastsae"][2]
     assert fvu["dense PyTorch"] == pytest.approx(fvu["fastsae"], rel=1e-3)
     for name in low:
         assert fvu[name] == pytest.approx(fvu["fastsae"], rel=2e-2)
-    assert all(row["L0"] <= 4 and row["tokens/s"] > 0 for row in runs.values())
     assert "- nobody: not-a-package is not installed" in text
     assert all(f"| {name} | " in text for name in names[:3])
-    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    plots = [*tmp_path.glob("*.png")]
+    assert len(plots) == 2 and all(one.read_bytes().startswith(b"\x89PNG") for one in plots)
+    before = results.read_text()
+    monkeypatch.setattr(training, "run", None)  # nothing is left to run
+    race.bench(parse("--rounds", "0", *words[4:]))
+    assert results.read_text() == before
 
 
 def test_a_contender_is_a_process_and_reported_if_it_fails():
@@ -136,12 +149,14 @@ def test_variants(data, tmp_path, monkeypatch, one_process):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setitem(race.SHAPES, "a", TINY)
     names = ["fastsae, tied encoder", "dense PyTorch"]
-    words = ["--variants", "--rounds", "0", "--steps", "20", "--data", str(data)]
+    words = ["--variants", "--rounds", "0", "--steps", "20", "--seeds", "1", "--data", str(data)]
     race.bench(parse(*words, "--contenders", *names))
     (results,) = tmp_path.glob("variants-*.json")
-    found = json.loads(results.read_text())["training"]
-    assert [*found["contenders"]] == names and {"commit", "torch"} <= found.keys()
-    for row in found["contenders"].values():
+    (found,) = json.loads(results.read_text()).values()
+    runs = found["runs"]["20"]
+    assert [*runs] == names and {"commit", "torch"} <= found.keys()
+    for (row,) in runs.values():
+        assert row["rate"] is None and row["lr"] > 0
         assert 0 < row["held-out FVU"] < 1.5 and 0 <= row["never active"] <= 1
         assert row["L0"] <= 4 and row["seconds"] >= 0
 
@@ -157,8 +172,9 @@ def test_the_committed_results_have_tables():
     [
         ("--contenders nobody", r"unknown contenders: nobody \(allowed: fastsae; "),
         ("--variants --contenders SAELens", r"unknown contenders: SAELens \(allowed: fastsae; "),
-        ("--steps 2", "steps must be at least 3, or 0"),
-        ("--rounds 0 --steps 0", "rounds or steps must be above 0, got 0 and 0"),
+        ("--steps 300 2", r"steps must be at least 3, or 0 for no training, got \[300, 2\]"),
+        ("--seeds 0", "seeds must be at least 1, got 0"),
+        ("--rounds 0 --steps 0", r"rounds or steps must be above 0, got 0 and \[0\]"),
         ("--data {data}/heldout", "must have a held-out part"),
         ("--shapes z", r"unknown shapes for this machine: z \(allowed: "),
     ],

@@ -45,9 +45,6 @@ VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None
 
 KNOWN = CONTENDERS | VARIANTS
 
-SAME_LR = ", fastsae's learning rate"
-"""Suffix of a peer that trains with fastsae's learning rate."""
-
 
 def measure(task: Task) -> dict[str, Any]:
     """Milliseconds of each step and peak memory; for a complete run, also its settings and quality.
@@ -56,6 +53,7 @@ def measure(task: Task) -> dict[str, Any]:
     """
     contender = KNOWN[task.contender]
     keep_freed_memory()
+    torch.manual_seed(task.seed)
     train = import_module(f".train_{contender.trainer}", __package__).train
     stream, trained = open_stream(task), None
     with suppress(TimeUp):

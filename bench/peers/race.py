@@ -2,11 +2,12 @@
 
 Each contender trains with its library's own loop, on the same batches in the same order, in its own
 process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
-take turns. Then each one trains for the same number of tokens, which gives its held-out FVU.
-Libraries that use Adam train twice: with their default learning rate, and with fastsae's.
+take turns. Then each one trains for the same numbers of tokens, at the best of five learning rates,
+with several seeds, which gives its held-out FVU. Other settings are each library's own.
 
 Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
-results of other shapes, and, if matplotlib is installed, to a plot. One environment for all:
+results of other shapes and data, and, if matplotlib is installed, to plots. Every training run is
+saved at once: the same command continues an interrupted one. One environment for all:
 
     pip install -c constraints.txt -e '.[demo,peers]' && pip uninstall torchvision
 
@@ -16,9 +17,6 @@ installs breaks the import of transformers.
 
 import argparse
 import json
-import subprocess
-import sys
-from dataclasses import asdict
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,15 +24,16 @@ from statistics import median
 from typing import Any
 
 from bench import record
-from bench.clock import significant, summary
+from bench.clock import summary
 from bench.problem import SHAPES, Size, check_names
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.device import choose_device
-from fastsae.train.optim import default_lr
 
-from .contender import CONTENDERS, KNOWN, SAME_LR, VARIANTS
-from .report import plot, tables
+from .contender import CONTENDERS, KNOWN, VARIANTS
+from .process import run
+from .report import TRAINING, plot, tables
 from .task import Task
+from .training import GRID, Runs, train
 
 TURN = 2.0
 """Seconds of steps per turn; a step that takes longer is timed once."""
@@ -44,9 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shapes", nargs="+", help="shapes to time, a-d, on a GPU A-D (default: all)")
     add("--rounds", type=int, default=3, help="rounds of timed steps, 0 for none (default: 3)")
-    add("--steps", type=int, default=300, help="training steps, 0 for none (default: 300)")
+    add(
+        "--steps",
+        nargs="+",
+        type=int,
+        default=[300, 2000],
+        metavar="N",
+        help="lengths of training runs, 0 for none (default: 300 2000)",
+    )
+    add("--seeds", type=int, default=3, help="seeds of the training runs (default: 3)")
     add("--contenders", nargs="+", help="names of contenders, as in the results (default: all)")
-    add("--data", type=Path, help="directory of activations (default: demo activations)")
+    add("--data", type=Path, help="directory of activations (default: 2 million of MiniLM)")
     add("--variants", action="store_true", help="compare settings of fastsae instead")
 
 
@@ -56,33 +63,52 @@ def bench(arguments: argparse.Namespace) -> None:
     Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, and data
     without a held-out part.
     """
-    rounds, steps = arguments.rounds, arguments.steps
-    if rounds < 0 or not (rounds or steps):
-        raise ValueError(f"rounds or steps must be above 0, got {rounds} and {steps}")
-    if steps and steps < 3:
-        raise ValueError(f"steps must be at least 3, or 0 for no training runs, got {steps}")
+    rounds, lengths = arguments.rounds, [n for n in arguments.steps if n]
+    if rounds < 0 or not (rounds or lengths):
+        raise ValueError(f"rounds or steps must be above 0, got {rounds} and {arguments.steps}")
+    if any(steps < 3 for steps in lengths):
+        raise ValueError(f"steps must be at least 3, or 0 for no training, got {arguments.steps}")
+    if arguments.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {arguments.seeds}")
     kind, table = ("variants", VARIANTS) if arguments.variants else ("peers", CONTENDERS)
     check_names("contenders", arguments.contenders, table)
     shapes = chosen(arguments.shapes)
-    shards = training_data(arguments.data) if steps else None
+    shards = training_data(arguments.data) if lengths else None
     ready, about = installed(arguments.contenders or list(table))
     device = choose_device("auto")
     path = record.RESULTS / f"{kind}-{record.machine(device)}.json"
 
-    def keep(name: str, task: dict[str, Any], contenders: dict[str, Any]) -> None:
-        record.write(path.stem, {name: {**task, **about, "contenders": contenders}}, device)
+    def keep(name: str, task: dict[str, Any], found: dict[str, Any]) -> None:
+        record.write(path.stem, {name: {**task, **about, **found}}, device)
 
     for name, size in shapes.items() if rounds else ():
         task = {**sized(size), "device": device, "seconds": TURN}
-        keep(name, task, race(name, task, ready, rounds))
+        keep(name, task, {"contenders": race(name, task, ready, rounds)})
     if shards is not None:
-        task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device, "steps": steps}
-        found = training({**task, "data": str(shards.path)}, ready)
-        keep("training", {**task, "data": shards.fingerprint}, found)
+        name = f"{TRAINING}, {arguments.data.name}" if arguments.data else TRAINING
+        task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device}
+        known = known_runs(path, name, shards.fingerprint)
+        # An accelerated contender would train the same SAE again: it must be asked for.
+        asked = arguments.contenders or [n for n in ready if "accelerate" not in KNOWN[n].options]
+        train(
+            {**task, "data": str(shards.path)},
+            [n for n in ready if n in asked],
+            lengths,
+            (None,) if arguments.variants else GRID,
+            arguments.seeds,
+            known,
+            lambda runs: keep(name, task, {"data": shards.fingerprint, "runs": runs}),
+        )
     results = json.loads(path.read_text())
     if find_spec("matplotlib") is not None:
-        plot(results, path.with_suffix(".png"))
+        plot(results, path)
     print(tables(results))
+
+
+def known_runs(path: Path, name: str, fingerprint: str) -> Runs:
+    """The runs on these data that a file of results has."""
+    found = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
+    return found["runs"] if found.get("data") == fingerprint else {}
 
 
 def chosen(names: list[str] | None) -> dict[str, Size]:
@@ -98,8 +124,8 @@ def sized(size: Size) -> dict[str, Any]:
 
 
 def training_data(folder: Path | None) -> ActivationShards:
-    """The activations in a directory, or the demo activations."""
-    shards = ActivationShards(folder) if folder else demo_shards()
+    """The activations in a directory, or as many of the demo's as the standard library yields."""
+    shards = ActivationShards(folder) if folder else demo_shards(max_tokens=2_000_000)
     if shards.heldout is None:
         raise ValueError(f"{shards.path} must have a held-out part to measure on, in heldout/")
     return shards
@@ -137,37 +163,3 @@ def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     ms = summary([median(turn["ms"]) for turn in turns])
     peak = max(turn["peak MB"] for turn in turns)
     return {"ms": ms, "tokens/s": round(tokens / ms["median"] * 1e3), "peak MB": round(peak)}
-
-
-def training(task: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Train each contender with its own learning rate, and Adam-trained peers with fastsae's."""
-    lr = default_lr(task["d_sae"], task["steps"])
-    results, runs = {}, {}
-    # An accelerated contender would train the same SAE again: only its steps are timed.
-    for name in (name for name in names if "accelerate" not in KNOWN[name].options):
-        runs[name] = Task(contender=name, **task)
-        if KNOWN[name].package and KNOWN[name].adam:
-            runs[name + SAME_LR] = Task(contender=name, lr=lr, **task)
-    for name, one in runs.items():
-        found = run(one)
-        if "error" not in found:
-            times = found.pop("ms")
-            s = sum(times) / len(times) / 1e3  # per step
-            found |= {"tokens/s": round(one.tokens / s), "seconds": significant(one.steps * s)}
-        results[name] = found
-        print(f"training, {name}: {found}", flush=True)
-    return results
-
-
-def run(task: Task) -> dict[str, Any]:
-    """Run a task in its own process; returns the result it prints, or its error."""
-    command = [sys.executable, "-m", "bench.peers.contender", json.dumps(asdict(task))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout)
-    if done.returncode < 0:
-        return {"error": f"killed by signal {-done.returncode}"}
-    lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-    error = next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]
-    hint = " (try: pip uninstall torchvision)" if "torchvision" in done.stderr else ""
-    return {"error": error + hint}

@@ -1,26 +1,32 @@
-"""Tables in Markdown and a plot of the comparison with other trainers."""
+"""Tables in Markdown and plots of the comparison with other trainers."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.record import markdown
 
-from .contender import SAME_LR
+from .training import FVU, NEVER, averaged, best
+
+TRAINING = "training"
+"""The first word of results that are training runs."""
 
 Rows = dict[str, dict[str, Any]]
 """Results of each contender that finished."""
 
 
 def tables(results: dict[str, Any]) -> str:
-    """A table of step times per shape, and one of the training runs."""
+    """A table of step times per shape, and one of the training runs per data set and length."""
     parts = []
     for name, found in results.items():
-        rows = finished(found)
         size = "{tokens} tokens per step, {d_in} wide, {d_sae} latents, k = {k}".format(**found)
-        steps = f", {found['steps']} steps" if name == "training" else ""
-        parts.append(f"**{name}**: {size}{steps}")
-        parts.append(training_table(rows) if name == "training" else step_table(rows))
+        if name.startswith(TRAINING):
+            for steps, rows in training_rows(found).items():
+                parts += [f"**{name}**: {size}, {steps} steps", training_table(rows)]
+            continue
+        rows = finished(found)
+        parts += [f"**{name}**: {size}", step_table(rows)]
         failed = {n: one["error"] for n, one in found["contenders"].items() if n not in rows}
         notes = [f"- {n}: {why}" for n, why in (found["missing"] | failed).items()]
         parts += ["\n".join(notes)] if notes else []
@@ -29,6 +35,14 @@ def tables(results: dict[str, Any]) -> str:
 
 def finished(found: dict[str, Any]) -> Rows:
     return {name: one for name, one in found["contenders"].items() if "error" not in one}
+
+
+def training_rows(found: dict[str, Any]) -> dict[str, Rows]:
+    """Results of the contenders at their best learning rates, by number of steps."""
+    return {
+        steps: {name: averaged(runs) for name, runs in contenders.items() if best(runs)}
+        for steps, contenders in found["runs"].items()
+    }
 
 
 def step_table(rows: Rows) -> str:
@@ -42,13 +56,24 @@ def step_table(rows: Rows) -> str:
     return markdown(titles, cells)
 
 
-TRAINING = "lr", "warm-up", "held-out FVU", "L0", "tokens/s", "seconds"
-
-
 def training_table(rows: Rows) -> str:
     """Old results lack some columns, which show as NaN."""
-    cells = [[n, *(f"{row.get(key, math.nan):.4g}" for key in TRAINING)] for n, row in rows.items()]
-    return markdown(["", *TRAINING], cells)
+    titles = ["", "best learning rate", "held-out FVU", "over seeds", "never active", "seconds"]
+    cells = []
+    for name, row in rows.items():
+        spread = f"{row['lowest']:.4f} to {row['highest']:.4f} ({row['seeds']})"
+        dead = f"{row.get(NEVER, math.nan):.2%}"
+        cells.append(
+            [
+                name,
+                row.get("lr", math.nan),
+                f"{row[FVU]:.4f}",
+                spread,
+                dead,
+                f"{row['seconds']:.0f}",
+            ]
+        )
+    return markdown(titles, cells)
 
 
 COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#999999"
@@ -56,39 +81,91 @@ COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Plot step time per shape (left), and FVU against time of the training runs (right)."""
+    """Plot step times to PATH with .png, and each data set's training runs to a file of its name.
+
+    In training plots, a contender's points are its run lengths.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
-    speeds, quality = figure.subplots(1, 2, width_ratios=(5, 4))
-    names = dict.fromkeys(plain(name) for found in results.values() for name in finished(found))
-    colors: dict[str, str] = dict(zip(names, COLORS, strict=False))
-    sizes = [found for name, found in results.items() if name != "training"]
+    sizes = [found for name, found in results.items() if not name.startswith(TRAINING)]
+    if sizes:
+        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        plot_steps(figure, sizes)
+        figure.savefig(path.with_suffix(".png"), dpi=120)
+    for name, found in results.items():
+        if name.startswith(TRAINING):
+            figure = Figure(figsize=(11, 4.6), layout="constrained")
+            plot_training(figure, found)
+            suffix = name.replace(", ", "-").replace(" ", "-")
+            figure.savefig(path.with_name(f"{path.stem}-{suffix}.png"), dpi=120)
+
+
+def plot_steps(figure: Any, sizes: list[dict[str, Any]]) -> None:
+    axes = figure.subplots()
+    colors = colors_of(name for found in sizes for name in finished(found))
     for place, found in enumerate(sizes):
         for name, row in finished(found).items():
             left = (list(colors).index(plain(name)) + 0.5) * 0.8 / len(colors) - 0.4
-            point(speeds, name, colors, place + left, row["ms"]["median"])
-    for name, row in finished(results.get("training", {"contenders": {}})).items():
-        point(quality, name, colors, row["seconds"], row["held-out FVU"])
+            axes.plot(place + left, row["ms"]["median"], **style(name, colors))
     labels = ["{tokens} x {d_in}\n{d_sae} latents".format(**found) for found in sizes]
-    speeds.set_xticks(range(len(sizes)), labels, fontsize="small")
-    speeds.set(xlabel="tokens x d_in, latents", ylabel="time per training step (ms)", yscale="log")
-    speeds.yaxis.set_major_formatter("{x:,g}")
-    quality.set(xlabel="training time (s)", ylabel="held-out fraction of variance unexplained")
-    figure.suptitle("Hollow: fastsae.accelerate. Triangle: fastsae's learning rate. Square: Adam.")
-    swatches = [speeds.plot([], [], "s", color=color)[0] for color in colors.values()]
-    figure.legend(swatches, list(colors), loc="outside lower center", ncols=6)
-    figure.savefig(path, dpi=120)
+    axes.set_xticks(range(len(sizes)), labels, fontsize="small")
+    axes.set(xlabel="tokens x d_in, latents", ylabel="time per training step (ms)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.grid(visible=True, alpha=0.3)
+    legend(figure, colors, 3)
+
+
+def plot_training(figure: Any, found: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    rows = training_rows(found)
+    colors = colors_of(name for one in rows.values() for name in one)
+    panels = figure.subplots(1, 3)
+    x_labels = ["million tokens", "seconds", "million tokens"]
+    y_labels = [FVU, FVU, "latents never active (%)"]
+    for axes, x_label, y_label in zip(panels, x_labels, y_labels, strict=True):
+        axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(visible=True, which="both", alpha=0.3)
+    for name in dict.fromkeys(name for one in rows.values() for name in one):
+        points = [(int(steps), one[name]) for steps, one in rows.items() if name in one]
+        tokens = [steps * found["tokens"] / 1e6 for steps, _ in points]
+        keys = FVU, "seconds", NEVER
+        fvu, seconds, dead = ([row.get(key, math.nan) for _, row in points] for key in keys)
+        lines = (tokens, fvu), (seconds, fvu), (tokens, [100 * part for part in dead])
+        for axes, (x, y) in zip(panels, lines, strict=True):
+            axes.plot(x, y, **style(name, colors) | {"linestyle": "-"})
+    legend(figure, colors, 6)
+
+
+def legend(figure: Any, colors: dict[str, str], columns: int) -> None:
+    from matplotlib.lines import Line2D
+
+    swatches = [Line2D([], [], marker="s", linestyle="", color=color) for color in colors.values()]
+    title = "hollow: fastsae.accelerate; squares: Adam"
+    figure.legend(swatches, list(colors), loc="outside lower center", ncols=columns, title=title)
+
+
+def colors_of(names: Iterable[str]) -> dict[str, str]:
+    """A color for each trainer."""
+    return dict(zip(dict.fromkeys(map(plain, names)), COLORS, strict=False))
 
 
 def plain(name: str) -> str:
     """The trainer's name without its variant: trainers share a color, variants have markers."""
-    return name.removesuffix(SAME_LR).removesuffix(", Adam").removesuffix(", accelerated")
+    return name.removesuffix(", accelerated").removesuffix(", Adam")
 
 
-def point(axes: Any, name: str, colors: dict[str, str], x: float, y: float) -> None:
-    """Plot one contender; its marker shows the variant."""
-    marker = "^" if name.endswith(SAME_LR) else "s" if name.endswith(", Adam") else "o"
-    style = {"fillstyle": "none" if name.endswith(", accelerated") else "full", "mew": 2}
-    axes.plot(x, y, marker, color=colors[plain(name)], markersize=8, **style)
-    axes.grid(visible=True, alpha=0.3)
+def style(name: str, colors: dict[str, str]) -> dict[str, Any]:
+    """How a contender is drawn; its marker shows the variant."""
+    hollow, adam = name.endswith(", accelerated"), ", Adam" in name
+    return {
+        "marker": "s" if adam else "o",
+        "linestyle": "",
+        "color": colors[plain(name)],
+        "fillstyle": "none" if hollow else "full",
+        "markersize": 8,
+        "markeredgewidth": 2,
+    }

@@ -46,6 +46,9 @@ class Task:
     lr: float | None = None
     """Learning rate; None for the contender's default."""
 
+    seed: int = 0
+    """Seed of the weights and of the order of the batches."""
+
     def warmup(self, default: int) -> int:
         """A trainer's default warm-up, or 1/20 of the run if the default exceeds the run."""
         return default if default < self.steps else self.steps // 20
@@ -120,8 +123,9 @@ def open_stream(task: Task) -> Stream:
         return Stream(sample, cycle(pair), task)
     shards = ActivationShards(task.data)
     standardized = standardization_of(shards)
-    batches = (standardized(batch.x.to(task.device)) for batch in shards.batches(task.tokens))
-    return Stream(standardized(shards.sample(SAMPLE_TOKENS)), batches, task)
+    batches = shards.batches(task.tokens, task.seed)
+    stream = (standardized(batch.x.to(task.device)) for batch in batches)
+    return Stream(standardized(shards.sample(SAMPLE_TOKENS)), stream, task)
 
 
 def standardization_of(shards: ActivationShards) -> Callable[[Tensor], Tensor]:

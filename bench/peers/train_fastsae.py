@@ -45,7 +45,8 @@ class StreamSource:
 def config_of(task: Task, **options: Any) -> TrainConfig:
     """A task's TrainConfig; settings that are not given keep their defaults."""
     options |= {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k), "device": task.device}
-    config = TrainConfig(steps=task.steps, batch_size=task.tokens, **options)
+    options |= {"steps": task.steps, "batch_size": task.tokens, "seed": task.seed}
+    config = TrainConfig(**options)
     lr = config.optimizer.lr if task.lr is None else task.lr
     return replace(config, optimizer=replace(config.optimizer, lr=lr))
 

@@ -1,0 +1,80 @@
+"""Trains each contender at its best learning rate, which a grid decides with the first seed."""
+
+import math
+from collections.abc import Callable, Iterator
+from statistics import mean
+from typing import Any
+
+from bench.clock import significant
+from bench.record import source_commit
+
+from .process import run
+from .task import Task
+
+Rates = tuple[float | None, ...]
+"""Learning rates; None is a contender's own."""
+
+GRID: Rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+
+FVU, NEVER = "held-out FVU", "never active"
+
+Run = dict[str, Any]
+Runs = dict[str, dict[str, list[Run]]]
+"""By number of steps, then by contender: every run, with its learning rate and seed."""
+
+
+def train(
+    task: dict[str, Any],
+    names: list[str],
+    lengths: list[int],
+    rates: Rates,
+    seeds: int,
+    known: Runs,
+    keep: Callable[[Runs], None],
+) -> None:
+    """Make the runs that are not known yet, and keep each."""
+    for steps in lengths:
+        for name in names:
+            runs = known.setdefault(str(steps), {}).setdefault(name, [])
+            for rate, seed in planned(runs, rates, seeds):
+                if any((one["rate"], one["seed"]) == (rate, seed) for one in runs):
+                    continue
+                found = run(Task(contender=name, steps=steps, lr=rate, seed=seed, **task))
+                if "error" not in found:
+                    seconds = sum(times := found.pop("ms")) / len(times) * steps / 1e3
+                    found |= {"seconds": significant(seconds)}
+                runs.append({"rate": rate, "seed": seed, "commit": source_commit(), **found})
+                print(f"training, {steps} steps, {name}: {runs[-1]}", flush=True)
+                keep(known)
+
+
+def planned(runs: list[Run], rates: Rates, seeds: int) -> Iterator[tuple[float | None, int]]:
+    """Learning rates and seeds; those after the grid follow from the runs of the grid."""
+    yield from ((rate, 0) for rate in rates)
+    if chosen := best(runs):
+        yield from ((chosen[0]["rate"], seed) for seed in range(1, seeds))
+
+
+def best(runs: list[Run]) -> list[Run]:
+    """All seeds at the learning rate with the lowest error of the first seed."""
+    tried = {one["rate"]: one[FVU] for one in runs if one["seed"] == 0 and finite(one)}
+    if not tried:
+        return []
+    rate = min(tried, key=tried.__getitem__)
+    return [one for one in runs if one["rate"] == rate and finite(one)]
+
+
+def finite(run: Run) -> bool:
+    return math.isfinite(run.get(FVU, math.nan))
+
+
+def averaged(runs: list[Run]) -> dict[str, float]:
+    """Mean over the seeds of what was measured at the best learning rate, and the FVU's spread."""
+    chosen = best(runs)
+    found = {
+        key: significant(mean(one[key] for one in chosen))
+        for key in ("lr", FVU, NEVER, "L0", "seconds")
+        if all(key in one for one in chosen)
+    }
+    values = [one[FVU] for one in chosen]
+    return found | {"lowest": min(values), "highest": max(values), "seeds": len(chosen)}
