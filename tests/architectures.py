@@ -26,11 +26,19 @@ from fastsae_kernels.rotation import rotation_reference
 D_IN, D_OUT, D_SAE, K = 16, 12, 64, 4
 
 
+def fvu(**settings: Any) -> Objective:
+    return Objective(error="fvu", **settings)
+
+
+def log_fvu(**settings: Any) -> Objective:
+    return Objective(error="log_fvu", **settings)
+
+
 class Architecture(NamedTuple):
     """An activation, what is minimized, and the SAE's other settings."""
 
     activation: ActivationConfig
-    objective: Objective = Objective()
+    objective: Objective = fvu()
     options: dict[str, Any] = {}
 
     def build(self) -> SAE:
@@ -86,13 +94,13 @@ ARCHITECTURES = {
     "rational jumprelu at 0 to an L0": Architecture(
         RationalConfig(gate="jumprelu", center="zero", l1_coef=0.1, target_l0=float(K))
     ),
-    "matryoshka": Architecture(BATCHTOPK, Objective(prefixes=PREFIXES)),
-    "matryoshka, topk": Architecture(TOPK, Objective(prefixes=PREFIXES[:2])),
-    "matryoshka, relu": Architecture(RELU, Objective(prefixes=PREFIXES)),
-    "matryoshka, rotation": Architecture(ROTATED, Objective(prefixes=PREFIXES)),
-    "matryoshka, rational": Architecture(RATIONAL, Objective(prefixes=PREFIXES)),
-    "multi-k": Architecture(TOPK, Objective(multi_k=True)),
-    "multi-k, matryoshka": Architecture(ABSTOPK, Objective(multi_k=True, prefixes=PREFIXES)),
+    "matryoshka": Architecture(BATCHTOPK, fvu(prefixes=PREFIXES)),
+    "matryoshka, topk": Architecture(TOPK, fvu(prefixes=PREFIXES[:2])),
+    "matryoshka, relu": Architecture(RELU, fvu(prefixes=PREFIXES)),
+    "matryoshka, rotation": Architecture(ROTATED, fvu(prefixes=PREFIXES)),
+    "matryoshka, rational": Architecture(RATIONAL, fvu(prefixes=PREFIXES)),
+    "multi-k": Architecture(TOPK, fvu(multi_k=True)),
+    "multi-k, matryoshka": Architecture(ABSTOPK, fvu(multi_k=True, prefixes=PREFIXES)),
     "transcoder": Architecture(TOPK, options=TRANSCODER),
     "jumprelu transcoder": Architecture(JUMPRELU, options=TRANSCODER),
     "skip transcoder": Architecture(TOPK, options=SKIP),
@@ -110,9 +118,15 @@ ARCHITECTURES = {
     "layer norm skip transcoder": Architecture(TOPK, options={**SKIP, **LAYER_NORM}),
     "layer norm crosscoder": Architecture(BATCHTOPK, options={**CROSSCODER, **LAYER_NORM}),
     "jumprelu by norm, layer norm": Architecture(JUMPRELU, options={**BY_NORM, **LAYER_NORM}),
+    "logarithm": Architecture(TOPK, log_fvu()),
+    "logarithm of a skip transcoder": Architecture(GATED, log_fvu(), SKIP),
+    "logarithm, matryoshka": Architecture(RELU, log_fvu(prefixes=PREFIXES)),
+    "logarithm, multi-k": Architecture(
+        ABSTOPK, log_fvu(multi_k=True, prefixes=PREFIXES, auxk_error="absolute")
+    ),
     "summed error": Architecture(TOPK, Objective(error="sse")),
     "relu, summed error": Architecture(RELU, Objective(error="sse")),
-    "absolute auxk": Architecture(TOPK, Objective(auxk_error="absolute")),
+    "absolute auxk": Architecture(TOPK, fvu(auxk_error="absolute")),
     "absolute auxk of signed codes": Architecture(
         BatchTopKConfig(k=K, by="abs"), Objective(error="sse", auxk_error="absolute")
     ),
@@ -326,7 +340,10 @@ def dense_loss(
     if objective.multi_k:
         total = total + error(kept(parts.h, 4 * cfg.k, cfg.by == "abs")) / 8
     unit = 1 / N if objective.error == "sse" else 1 / variance(y)
-    loss = unit * (total + N * penalty)
+    loss, proportion = unit * (total + N * penalty), 1.0
+    if objective.error == "log_fvu":
+        proportion = 1 / (unit * total).detach()
+        loss = torch.log(unit * total) + proportion * unit * N * penalty
     if dead is None or not len(dead) or not objective.auxk_coef:
         return loss
     k_aux = objective.k_aux or y.shape[1] // 2
@@ -334,4 +351,4 @@ def dense_loss(
     codes = kept(parts.h[:, dead], k_aux, sae.activation.signed)
     aux = (codes @ parts.V[dead] - residual).square().sum()
     aux = aux / (N if objective.auxk_error == "absolute" else variance(residual))
-    return loss + objective.auxk_coef * min(len(dead) / k_aux, 1) * aux
+    return loss + objective.auxk_coef * min(len(dead) / k_aux, 1) * proportion * aux
