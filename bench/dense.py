@@ -23,18 +23,19 @@ class DenseTopK(nn.Module):
         )
 
     def loss(self, x: Tensor, dead: Tensor | None, k_aux: int) -> tuple[Tensor, Tensor, Tensor]:
-        """FVU plus aux-k / 32, FVU alone, and which latents fired; `dead` is a mask of latents."""
+        """Log FVU plus aux-k / (32 FVU), FVU, and which latents fired; `dead` is a mask."""
         pre = linear(x - self.b_dec, self.W_enc, self.b_enc)
         codes = dense_codes(pre, self.k)
         residual = x - (codes @ self.W_dec + self.b_dec)
-        loss = fvu = residual.square().sum() / total_variance(x)
+        fvu = residual.square().sum() / total_variance(x)
+        loss = fvu.log()
         n_dead = 0 if dead is None else int(dead.sum())
         if dead is not None and n_dead:
             k = min(k_aux, n_dead)
             aux_codes = dense_codes(pre.masked_fill(~dead, -torch.inf), k)
             left = residual.detach()
             auxk = (aux_codes @ self.W_dec - left).square().sum() / total_variance(left)
-            loss = fvu + auxk / 32 * min(n_dead / k_aux, 1)
+            loss = loss + auxk / 32 * min(n_dead / k_aux, 1) / fvu.detach()
         return loss, fvu.detach(), (codes > 0).any(0)
 
 

@@ -148,7 +148,7 @@ def test_variants(data, tmp_path, monkeypatch, one_process):
     """Into a file of their own."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setitem(race.SHAPES, "a", TINY)
-    names = ["fastsae, tied encoder", "dense PyTorch"]
+    names = ["fastsae, FVU", "dense PyTorch"]
     words = ["--variants", "--rounds", "0", "--steps", "20", "--seeds", "1", "--data", str(data)]
     race.bench(parse(*words, "--contenders", *names))
     (results,) = tmp_path.glob("variants-*.json")

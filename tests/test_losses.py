@@ -116,7 +116,7 @@ def test_inactive_entries_get_no_gradient():
 def test_parts_of_the_loss(problem):
     sae, x = problem
     dead = DEAD["few dead"]()
-    result = training_loss(sae, x, dead, Objective(auxk_coef=0.5, k_aux=10))
+    result = training_loss(sae, x, dead, Objective(error="fvu", auxk_coef=0.5, k_aux=10))
     weight = 0.5 * min(len(dead) / 10, 1)
     torch.testing.assert_close(result.loss, result.fvu + weight * result.auxk)
     assert result.l0 == (sae.encode(x).to_dense() != 0).sum(1).double().mean()

@@ -82,7 +82,7 @@ def test_an_activation(config, settings, message, no_types):
 
 
 SETTINGS = [
-    (Objective, {"error": "mse"}, r"error must be one of \('fvu', 'sse'\), got 'mse'"),
+    (Objective, {"error": "mse"}, r"error must be one of \('fvu', 'log_fvu', 'sse'\), got 'mse'"),
     (Objective, {"prefixes": (16, 8)}, r"prefixes must be above 0 and rise, got \(16, 8\)"),
     (Objective, {"prefixes": (-1, 8)}, r"prefixes must be above 0 and rise, got \(-1, 8\)"),
     (Objective, {"auxk_coef": NAN}, "auxk_coef must be at least 0, got nan"),

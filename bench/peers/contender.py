@@ -11,6 +11,7 @@ import torch
 from bench.clock import resident_bytes
 from bench.contender import LOW, Contender
 from fastsae.data import ActivationShards
+from fastsae.losses import Objective
 from fastsae.nn import Init
 from fastsae.train import Optimizer
 from fastsae.train.memory import keep_freed_memory
@@ -39,7 +40,8 @@ for name in ("SAELens", "dictionary_learning", "sparsify"):
 VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None} | {
     "fastsae, bf16 moments": Contender(options={"optimizer": Optimizer(adam_moments="bf16")}),
     "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
-    "fastsae, tied encoder": Contender(options={"init": Init(encoder="tied")}),
+    "fastsae, fitted encoder": Contender(options={"init": Init(encoder="fitted")}),
+    "fastsae, FVU": Contender(options={"objective": Objective(error="fvu")}),
 }
 """Contenders of `python -m bench peers --variants`."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastsae.data import ActivationSource, Synthetic, demo_shards
 from fastsae.losses import Objective
-from fastsae.nn import ActivationConfig, Init
+from fastsae.nn import ActivationConfig
 from fastsae.train import TrainConfig
 from fastsae.upgrade import UpgradeConfig
 
@@ -69,7 +69,6 @@ class Method:
             d_sae=D_SAE,
             activation=cfg(**settings),
             objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
-            init=Init(encoder="tied"),  # the same for all methods
             data_seed=0,
             **run_options(scale, scale.steps, seed),
         )

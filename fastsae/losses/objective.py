@@ -23,7 +23,7 @@ WIDER = 4
 class Objective:
     """Loss."""
 
-    error: Error = "fvu"
+    error: Error = "log_fvu"
     """Reconstruction error: fraction of the batch's variance that is unexplained (fvu), its
     logarithm (log_fvu), or squared error summed over coordinates and averaged over tokens (sse).
     With log_fvu, steps follow the relative error; penalty and auxiliary loss keep their proportion
@@ -87,7 +87,7 @@ class Objective:
         if self.error == "sse":
             return error / max(N, 1)
         fvu = fraction(error, variance)
-        return torch.where(fvu > 0, fvu, 1.0).log() if self.error == "log_fvu" else fvu
+        return torch.where(fvu == 0, 1.0, fvu).log() if self.error == "log_fvu" else fvu
 
     def unit(
         self, error: Float[Tensor, ""], variance: Float[Tensor, ""], N: int

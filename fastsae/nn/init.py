@@ -5,7 +5,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -41,11 +41,11 @@ class Init:
     row_norm: float = 1.0
     """Norm of the decoder rows, and of tied encoder rows."""
 
-    encoder: Encoder | None = None
+    encoder: Encoder = "tied"
     """Encoder rows: tied (a copy of the decoder's), fitted (tied, scaled to minimize the error of
-    the first reconstruction; much as in arXiv:2406.04093, A.1), or linear (drawn like
-    torch.nn.Linear's, the decoder being a normalized copy). Default: fitted in autoencoders with
-    TopK, AbsTopK or BatchTopK, unless the constraint is aligned; else tied."""
+    the first reconstruction; in autoencoders with TopK, AbsTopK or BatchTopK; much as in
+    arXiv:2406.04093, A.1), or linear (drawn like torch.nn.Linear's, the decoder being a normalized
+    copy)."""
 
     b_dec: BDecInit = "median"
     """Initial b_dec: geometric median or mean of a sample of the data, or zero, which after
@@ -58,9 +58,7 @@ class Init:
     0."""
 
     def __post_init__(self):
-        check_choices(self, rows=Rows, b_dec=BDecInit)
-        if self.encoder not in (None, *get_args(Encoder)):
-            raise ValueError(f"encoder must be one of {get_args(Encoder)}, got {self.encoder!r}")
+        check_choices(self, rows=Rows, encoder=Encoder, b_dec=BDecInit)
         if not self.row_norm > 0:
             raise ValueError(f"row_norm must be above 0, got {self.row_norm}")
         if self.start_l0 is not None and not self.start_l0 >= 0:
@@ -84,15 +82,12 @@ class Init:
                 f"an SAE starts with fewer active latents than d_sae = {sae.d_sae}, got "
                 f"{start_l0}: lower target_l0, or give start_l0 = 0"
             )
-        if self.encoder == "fitted" and not can_fit(sae):
+        can_fit = sae.d_out is None and sae.activation.scale_equivariant
+        if self.encoder == "fitted" and not can_fit:
             raise ValueError(
                 "a fitted encoder is that of an autoencoder with topk, abstopk or batchtopk, got "
                 f"{sae.activation.cfg.name} and d_out = {sae.d_out}"
             )
-
-    def encoder_of(self, sae: SAE) -> Encoder:
-        """How its encoder starts."""
-        return self.encoder or ("fitted" if can_fit(sae) else "tied")
 
     def l0_of(self, sae: SAE) -> float:
         """The L0 to start from; 0 for none."""
@@ -161,14 +156,9 @@ def init_from_data(
     sae.b_dec.copy_(middle[init.b_dec](y))
     if start_l0 := init.l0_of(sae):
         start_from_l0_(sae, x, start_l0)
-    if init.encoder_of(sae) == "fitted":
+    if init.encoder == "fitted":
         fit_encoder_(sae, x[:FIT_TOKENS])
     return sae
-
-
-def can_fit(sae: SAE) -> bool:
-    """Whether scaling the encoder scales the codes, and they reconstruct x itself."""
-    return sae.d_out is None and sae.activation.scale_equivariant
 
 
 def fit_encoder_(sae: SAE, x: Float[Tensor, "N d_in"]) -> None:

@@ -1,6 +1,6 @@
 """What a training run is made of."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -134,12 +134,6 @@ class TrainConfig:
         with torch.device("meta"):
             self.build(2, None if self.target is None else 1)
         check(STEP_CONFLICTS, self)
-
-    @property
-    def start(self) -> Init:
-        """How weights start: as `init` says, under the constraint."""
-        aligned = self.optimizer.constraint == "aligned"
-        return replace(self.init, encoder="tied") if aligned else self.init
 
     @property
     def needs_autograd(self) -> str | None:

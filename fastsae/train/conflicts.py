@@ -29,7 +29,7 @@ CONFLICTS: Rules = [
     ),
     (
         'constraint "aligned" needs a tied encoder, got "{c.init.encoder}"',
-        lambda c: c.optimizer.constraint == "aligned" and c.init.encoder not in (None, "tied"),
+        lambda c: c.optimizer.constraint == "aligned" and c.init.encoder != "tied",
     ),
     (
         'row_norm = {c.init.row_norm} needs constraint "none", got "{c.optimizer.constraint}"',

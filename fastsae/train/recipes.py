@@ -31,13 +31,14 @@ def recipe_settings(
     shared: dict[str, Any] = {"d_sae": d_sae, "batch_size": batch_size}
     if d_sae < 1:
         raise ValueError(f"d_sae must be at least 1, got {d_sae}")
-    tied = Init(encoder="tied", start_l0=0.0)
+    tied = Init(start_l0=0.0)
     rule = 2e-4 / math.sqrt(d_sae / 2**14)
     if name == "openai":
         optimizer = Optimizer(lr=1e-4, warmup=0, decay=0.0, ema=0.999)
         return dict(
             **shared,
-            init=Init(encoder="tied", start_l0=0.0),
+            init=tied,
+            objective=Objective(error="fvu"),
             optimizer=optimizer,
             dead_after=10_000_000,
         )
@@ -53,14 +54,14 @@ def recipe_settings(
         return dict(
             **shared,
             init=Init(encoder="linear", b_dec="mean", start_l0=0.0),
-            objective=Objective(auxk_coef=0.0),
+            objective=Objective(error="fvu", auxk_coef=0.0),
             optimizer=Optimizer(lr=rule, warmup=0, decay=0.0, eps=1e-8),
         )
     if name == "sae_lens":
         return dict(
             **shared,
             by_norm=True,
-            init=Init(encoder="tied", row_norm=0.1, b_dec="zero", start_l0=0.0),
+            init=Init(row_norm=0.1, b_dec="zero", start_l0=0.0),
             objective=Objective(error="sse", auxk_coef=1.0, auxk_error="absolute"),
             optimizer=Optimizer(
                 lr=3e-4, warmup=0, decay=0.0, eps=1e-8, clip=1.0, constraint="none"

@@ -113,7 +113,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # for activations with noise
         sae = columns.build(config)
         if self.start_from is None:
-            init_from_data(sae, x, generator, target, config.start)
+            init_from_data(sae, x, generator, target, config.init)
         else:
             given = columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units)
             started = given.state_dict()

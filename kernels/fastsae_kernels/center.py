@@ -36,9 +36,12 @@ def _center_torch(x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def nonzero_variance(variance: Tensor, mean: Tensor, N: int) -> Tensor:
-    """The total variance of N rows, or 0 if it is no more than what rounding their mean gives."""
+    """The total variance of N rows, or 0 if it is no more than what rounding their mean gives.
+
+    Where both overflow, it stays Inf.
+    """
     rounding = N * (4 * torch.finfo(mean.dtype).eps * mean).square().sum()
-    return torch.where(variance <= rounding, 0.0, variance)
+    return torch.where((variance <= rounding) & variance.isfinite(), 0.0, variance)
 
 
 # --- for training steps ---------------------------------------------------------------------

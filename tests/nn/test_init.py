@@ -29,7 +29,7 @@ def test_geometric_median_of_equal_rows():
 def test_init_from_data():
     x = torch.randn(100, 8) + 3
     sae = SAE(8, 32, TopK(4))
-    init_from_data(sae, x, torch.Generator().manual_seed(1), init=Init(encoder="tied"))
+    init_from_data(sae, x, torch.Generator().manual_seed(1))
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
     assert torch.equal(sae.W_enc, sae.W_dec)
     assert not sae.b_enc.any()
@@ -103,7 +103,7 @@ def test_starts_that_cannot_be(activation, start_l0, message):
 @pytest.mark.parametrize("options", [{}, {"by_norm": True}, {"layer_norm": True}, {"layers": 2}])
 def test_no_other_length_of_a_fitted_encoder_reconstructs_better(activation, options):
     x = 5 * torch.randn(100, 8, dtype=torch.float64) + 3
-    sae = init_from_data(SAE(8, 32, activation, **options).double(), x)
+    sae = init_from_data(SAE(8, 32, activation, **options).double(), x, init=Init(encoder="fitted"))
     cosine = torch.nn.functional.cosine_similarity(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
     assert sae.training
@@ -119,10 +119,9 @@ def test_no_other_length_of_a_fitted_encoder_reconstructs_better(activation, opt
     assert error(1.0) < min(error(0.99), error(1.01))
 
 
-def test_who_is_fitted():
-    assert Init().encoder_of(SAE(8, 32, TopK(4))) == "fitted"
-    assert Init().encoder_of(SAE(8, 32, JumpReLU())) == "tied"
-    assert Init().encoder_of(SAE(8, 32, TopK(4), 8)) == "tied"
-    assert Init(encoder="tied").encoder_of(SAE(8, 32, TopK(4))) == "tied"
+def test_who_can_be_fitted():
+    Init(encoder="fitted").check(SAE(8, 32, TopK(4)))
+    with pytest.raises(ValueError, match="got topk and d_out = 8"):
+        Init(encoder="fitted").check(SAE(8, 32, TopK(4), 8))
     with pytest.raises(ValueError, match="topk, abstopk or batchtopk, got jumprelu"):
         Init(encoder="fitted").check(SAE(8, 32, JumpReLU(target_l0=4.0)))

@@ -219,9 +219,7 @@ def test_directions_in_the_active_subspace(d_out):
     x = torch.randn(500, D, dtype=torch.float64) * sizes @ basis.T + 10
     y = None if d_out is None else x @ torch.randn(D, d_out, dtype=torch.float64)
     sae = SAE(D, F, TopK(K), d_out).double()
-    init_from_data(
-        sae, x, target=y, init=Init(rows="active_subspace", row_norm=0.5, encoder="tied")
-    )
+    init_from_data(sae, x, target=y, init=Init(rows="active_subspace", row_norm=0.5))
     for rows, data in ((sae.W_enc, x), (sae.W_dec, x if y is None else y)):
         torch.testing.assert_close(rows.norm(dim=1), torch.full((F,), 0.5).double())
         leading = torch.linalg.svd(data - data.mean(0), full_matrices=False).Vh[:5]
