@@ -43,14 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shapes", nargs="+", help="shapes to time, a-d, on a GPU A-D (default: all)")
     add("--rounds", type=int, default=3, help="rounds of timed steps, 0 for none (default: 3)")
-    add(
-        "--steps",
-        nargs="+",
-        type=int,
-        default=[300, 2000],
-        metavar="N",
-        help="lengths of training runs, 0 for none (default: 300 2000)",
-    )
+    add("--steps", nargs="+", type=int, default=[300, 2000], metavar="N", help="lengths of training "
+        "runs, 0 for none (default: 300 2000)")  # fmt: skip
+    add("--rates", nargs="+", type=float, metavar="X", help="learning rates to choose from, 0 for "
+        "each contender's own (default: a grid of five; with --variants: 0)")  # fmt: skip
     add("--seeds", type=int, default=3, help="seeds of the training runs (default: 3)")
     add("--contenders", nargs="+", help="names of contenders, as in the results (default: all)")
     add("--data", type=Path, help="directory of activations (default: 2 million of MiniLM)")
@@ -88,13 +84,14 @@ def bench(arguments: argparse.Namespace) -> None:
         name = f"{TRAINING}, {arguments.data.name}" if arguments.data else TRAINING
         task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device}
         known = known_runs(path, name, shards.fingerprint)
+        rates = arguments.rates or ([0.0] if arguments.variants else GRID)
         # An accelerated contender would train the same SAE again: it must be asked for.
         asked = arguments.contenders or [n for n in ready if "accelerate" not in KNOWN[n].options]
         train(
             {**task, "data": str(shards.path)},
             [n for n in ready if n in asked],
             lengths,
-            (None,) if arguments.variants else GRID,
+            tuple(rate or None for rate in rates),
             arguments.seeds,
             known,
             lambda runs: keep(name, task, {"data": shards.fingerprint, "runs": runs}),

@@ -24,6 +24,8 @@ def tables(results: dict[str, Any]) -> str:
         if name.startswith(TRAINING):
             for steps, rows in training_rows(found).items():
                 parts += [f"**{name}**: {size}, {steps} steps", training_table(rows)]
+                parts += ["FVU / never active by learning rate, first seed:"]
+                parts += [rates_table(found["runs"][steps])]
             continue
         rows = finished(found)
         parts += [f"**{name}**: {size}", step_table(rows)]
@@ -62,18 +64,24 @@ def training_table(rows: Rows) -> str:
     cells = []
     for name, row in rows.items():
         spread = f"{row['lowest']:.4f} to {row['highest']:.4f} ({row['seeds']})"
-        dead = f"{row.get(NEVER, math.nan):.2%}"
-        cells.append(
-            [
-                name,
-                row.get("lr", math.nan),
-                f"{row[FVU]:.4f}",
-                spread,
-                dead,
-                f"{row['seconds']:.0f}",
-            ]
-        )
+        numbers = f"{row[FVU]:.4f}", spread, f"{row.get(NEVER, math.nan):.2%}"
+        cells.append([name, row.get("lr", math.nan), *numbers, f"{row['seconds']:.0f}"])
     return markdown(titles, cells)
+
+
+def rates_table(contenders: dict[str, list[dict[str, Any]]]) -> str:
+    """The grid, which shows whether the best learning rate is inside it."""
+    rates = sorted({run["lr"] for runs in contenders.values() for run in runs if "lr" in run})
+    cells = [[name, *(cell(runs, rate) for rate in rates)] for name, runs in contenders.items()]
+    return markdown(["", *rates], cells)
+
+
+def cell(runs: list[dict[str, Any]], lr: float) -> str:
+    """What the first seed gave with a learning rate."""
+    for run in runs:
+        if run.get("lr") == lr and run["seed"] == 0:
+            return f"{run[FVU]:.4f} / {run.get(NEVER, math.nan):.2%}"
+    return "–"
 
 
 COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#999999"
