@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shapes", nargs="+", help="shapes to time, a-d, on a GPU A-D (default: all)")
     add("--rounds", type=int, default=3, help="rounds of timed steps, 0 for none (default: 3)")
-    add("--steps", nargs="+", type=int, default=[300, 2000], metavar="N", help="lengths of training "
-        "runs, 0 for none (default: 300 2000)")  # fmt: skip
+    add("--steps", nargs="+", type=int, default=[300, 2000], metavar="N", help="lengths of "
+        "training runs, 0 for none (default: 300 2000)")  # fmt: skip
     add("--rates", nargs="+", type=float, metavar="X", help="learning rates to choose from, 0 for "
         "each contender's own (default: a grid of five; with --variants: 0)")  # fmt: skip
     add("--seeds", type=int, default=3, help="seeds of the training runs (default: 3)")
