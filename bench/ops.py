@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
 import fastsae_kernels as ours
+from fastsae.train.optim import Optimizer
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, Window, adam_
 from fastsae_kernels.center import center, center_reference
 from fastsae_kernels.float8 import quantize_reference, quantize_rows
@@ -160,12 +161,15 @@ def error_torch(values: Tensor, indices: Tensor, W: Tensor, b: Tensor, target: T
 # --- Adam -----------------------------------------------------------------------------------
 
 
-def adam_inputs(p: Problem, moments: torch.dtype, T: int) -> tuple:
-    """Both weights with moments of this dtype, and gradients from random codes."""
-    rows = []
+def adam_inputs(p: Problem, options: Optimizer) -> tuple:
+    """Both weights with their moments, and gradients from random codes."""
+    rows, T = [], options.adam_window
     for W in (p.weights(fp32), p.weights(fp32)):
-        first = p.normal(p.F, p.D, dtype=moments, std=1e-3)
-        rows.append(Rows(W, first, first.square(), W.bfloat16()))
+        first = p.normal(p.F, p.D, dtype=bf16 if options.adam_moments == "bf16" else fp32, std=1e-3)
+        second = first.square()
+        if options.adam_second == "row":
+            second = second.float().mean(1, keepdim=True)
+        rows.append(Rows(W, first, second, W.bfloat16()))
     (values, indices), d_values = p.codes(fp32), p.normal(p.N, p.K, dtype=fp32)
     runs = latent_major(indices, p.F)
     v, d_v = (t.flatten()[runs.entry] for t in (values, d_values))
@@ -185,13 +189,14 @@ def adam_cost(p: Problem, back: int, decoder: Rows, encoder: Rows, g: RowGradien
     busy = int((g.runs.start.diff() > 0).sum())
     visited = busy + (p.F - busy) / (len(window.history) if window else 1)
     item, entries = p.dtype.itemsize, p.N * p.K
-    moved = 2 * adam_bytes(decoder.first.dtype) * visited * p.D + 2 * item * p.N * p.D
+    moments = sum(m.nbytes for m in decoder[1:3]) / decoder.weight.numel()
+    moved = 2 * adam_bytes(moments) * visited * p.D + 2 * item * p.N * p.D
     return Cost(moved, 4 * entries * p.D, gathered=2 * item * entries * p.D)
 
 
-def adam_bytes(moments: torch.dtype) -> int:
-    """Bytes per parameter: it and two moments, read and written, and a written bfloat16 copy."""
-    return 2 * (4 + 2 * moments.itemsize) + 2
+def adam_bytes(moments: float) -> float:
+    """Bytes per parameter: it and its moments, read and written, and a written bfloat16 copy."""
+    return 2 * (4 + moments) + 2
 
 
 def dense_adam_inputs(p: Problem) -> tuple:
@@ -204,8 +209,9 @@ def dense_adam_inputs(p: Problem) -> tuple:
     return adam, *weights, *(W.grad for W in weights)
 
 
-def adam_op(variant: str, moments: torch.dtype, T: int) -> Op:
-    make, dense = partial(adam_inputs, moments=moments, T=T), lambda adam, *_: adam.step()
+def adam_op(variant: str, **options: Any) -> Op:
+    make = partial(adam_inputs, options=Optimizer(**options))
+    dense = lambda adam, *_: adam.step()  # noqa: E731
     return Op(adam_step, make, adam_cost, dense, False, True, "adam_", variant, dense_adam_inputs)
 
 
@@ -261,9 +267,10 @@ OPS: list[Op] = [
     Op(latent_major, lambda p: (p.indices(), p.F),
        lambda p, *_: Cost(p.N * p.K * (8 + 8 + 4 + 4) + 4 * p.F),
        lambda indices, F: indices.flatten().sort(stable=True), False, step=True),
-    adam_op("", fp32, 1),
-    adam_op("bf16 moments", bf16, 1),
-    adam_op("bf16 moments and window 8", bf16, 8),
+    adam_op(""),
+    adam_op("second moment per row", adam_second="row"),
+    adam_op("bf16 moments", adam_moments="bf16"),
+    adam_op("bf16 moments and window 8", adam_moments="bf16", adam_window=8),
     Op(ours.decode, lambda p: (*p.codes(), p.weights()), sparse_cost, decode_torch),
     Op(ours.gather_dot, lambda p: (p.normal(p.N, p.D), p.indices(), p.weights()), sparse_cost,
        gather_dot_reference),

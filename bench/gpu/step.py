@@ -103,7 +103,9 @@ def profiled(step: Step, data: list[tuple], p: Problem) -> dict[str, Any]:
 def floor_ms(p: Problem, contender: Contender, record: Record, roofs: Roofs) -> float:
     """What no step can avoid: the encoder GEMM in bf16, as measured, and Adam's memory traffic."""
     optimizer = contender.options.get("optimizer", Optimizer())
-    moments = torch.bfloat16 if optimizer.adam_moments == "bf16" else torch.float32
+    moments = (2 if optimizer.adam_moments == "bf16" else 4) * (
+        2 - (optimizer.adam_second == "row")
+    )
     busy = int(torch.bincount(p.indices().flatten(), minlength=p.F).count_nonzero())
     visited = busy + (p.F - busy) / optimizer.adam_window
     gemm = record.rows("floors").get(f"bf16 {p.name}", {}).get("ms", {}).get("median", 0.0)

@@ -39,6 +39,9 @@ for name in ("SAELens", "dictionary_learning", "sparsify"):
 
 VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None} | {
     "fastsae, bf16 moments": Contender(options={"optimizer": Optimizer(adam_moments="bf16")}),
+    "fastsae, second moment per row": Contender(
+        options={"optimizer": Optimizer(adam_second="row")}
+    ),
     "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
     "fastsae, fitted encoder": Contender(options={"init": Init(encoder="fitted")}),
     "fastsae, FVU": Contender(options={"objective": Objective(error="fvu")}),

@@ -18,8 +18,8 @@ from fastsae_kernels import (
     Rows,
     Window,
     adam_,
+    dense_adam_,
     flush_,
-    fused_adam_,
     normalize_rows_,
     quantize_int8,
     quantize_rows,
@@ -29,6 +29,7 @@ from fastsae_kernels import (
 
 Constraint = Literal["unit", "aligned", "none"]
 Moments = Literal["fp32", "bf16"]
+Second = Literal["entry", "row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,16 @@ class Optimizer:
     """Precision of Adam's moments of the weights; bf16, rounded stochastically, saves a third of
     the optimizer's memory and traffic."""
 
+    adam_second: Second = "entry"
+    """Adam's second moment of the weights: of each entry, or the mean over each row, which saves
+    half of the optimizer's memory (arXiv:2406.16793)."""
+
     adam_window: int = 1
     """Lazy updates: latents without gradient are updated at least every N steps (max 8), applying
     the missed momentum. 1 is standard Adam."""
 
     def __post_init__(self):
-        check_choices(self, constraint=Constraint, adam_moments=Moments)
+        check_choices(self, constraint=Constraint, adam_moments=Moments, adam_second=Second)
         for name in ("lr", "eps", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -139,6 +144,9 @@ class Adam:
         kept = {name: low if name in ("W_dec", "W_enc") else None for name in self.parameters}
         self.first = {n: torch.zeros_like(p, dtype=kept[n]) for n, p in self.parameters.items()}
         self.second = {n: torch.zeros_like(m) for n, m in self.first.items()}
+        if settings.adam_second == "row":
+            rows = {n: self.parameters[n].new_zeros(sae.d_sae, 1) for n in ("W_dec", "W_enc")}
+            self.second |= rows
         self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
         self.quantized = None
         if quantized is not None:
@@ -171,7 +179,7 @@ class Adam:
 
     def update(self, name: str, gradient: Tensor) -> None:
         """Move a parameter down its dense gradient."""
-        fused_adam_(self.parameters[name], gradient, self.first[name], self.second[name], self.at)
+        dense_adam_(self.parameters[name], gradient, self.first[name], self.second[name], self.at)
 
     def update_all(self, gradients: dict[str, Tensor]) -> None:
         """Move every parameter down its dense gradient, which is used up, and constrain it."""

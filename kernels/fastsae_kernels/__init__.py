@@ -16,7 +16,7 @@ from .adam import adam_ as adam_
 from .adam import flush_ as flush_
 from .center import center as center
 from .center import nonzero_variance as nonzero_variance
-from .dense_adam import fused_adam_ as fused_adam_
+from .dense_adam import dense_adam_ as dense_adam_
 from .dense_adam import normalize_rows_ as normalize_rows_
 from .dense_adam import remove_parallel_ as remove_parallel_
 from .dense_adam import scalars_of as scalars_of

@@ -113,8 +113,8 @@ def _adam_kernel(
     row_ptr, missed_ptr, count_ptr, table_ptr,  # of _visits_kernel; None to visit every row
     bias_ptr, center_ptr,  # [F], [programs, D]: sums of w, and of these times W; or None
     scalars_ptr, F, beta1, beta2, rest1, rest2, eps, D: tl.constexpr,
-    UNIT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr, PER_ROW: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One Adam step on a program's rows: gradient, catch-up, update, and the weight's copies."""
     p = tl.program_id(0)
@@ -136,7 +136,10 @@ def _adam_kernel(
         at = f.to(tl.int64) * D + d
         w = tl.load(W_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        if PER_ROW:
+            v = tl.load(v_ptr + f)
+        else:
+            v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         if row_ptr is not None:  # prefetch the next row's index, so that nothing waits for it
             following = tl.load(row_ptr + i + 1, mask=i + 1 < end, other=0)
         g = sum_run(
@@ -166,7 +169,10 @@ def _adam_kernel(
             g -= tl.sum(g * w) * w
         m += rest1 * (g - m)
         lr, root2 = _scalar(scalars_ptr, 4), _scalar(scalars_ptr, 5)
-        v = beta2 * v + rest2 * g * g
+        square = g * g
+        if PER_ROW:
+            square = tl.sum(square) / D
+        v = beta2 * v + rest2 * square
         w -= lr * root2 * (m / (tl.sqrt(v) + eps * root2))
         if UNIT:
             w *= 1 / tl.sqrt(tl.sum(w * w))
@@ -180,9 +186,14 @@ def _adam_kernel(
         if STOCHASTIC:
             step, seed = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
             bits = _mix(d ^ _mix(_mix(seed + f) + 2 * step + UNIT))
-            m, v = _round_bf16(m, bits & 0xFFFF), _round_bf16(v, bits >> 16)
+            m = _round_bf16(m, bits & 0xFFFF)
+            if not PER_ROW:
+                v = _round_bf16(v, bits >> 16)
         tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
-        tl.store(v_ptr + at, v, mask=mask, eviction_policy="evict_first")
+        if PER_ROW:
+            tl.store(v_ptr + f, v)
+        else:
+            tl.store(v_ptr + at, v, mask=mask, eviction_policy="evict_first")
         if row_ptr is not None:
             f = following
     if center_ptr is not None:
@@ -272,6 +283,7 @@ def launch_adam(
             *(at.scalars, F, *at.betas, 1 - at.betas[0], 1 - at.betas[1], at.eps),
             D=D,
             UNIT=unit,
+            PER_ROW=state.second.shape[1] != D,
             STOCHASTIC=state.first.dtype != state.weight.dtype,
             ROWS=rows,
             BLOCK_T=1 if window is None else power_of_2(len(window.history)),

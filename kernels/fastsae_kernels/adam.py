@@ -29,7 +29,7 @@ from torch import Tensor
 from ._launch import check_devices, use_triton
 from .dense_adam import AdamStep as AdamStep
 from .dense_adam import (
-    fused_adam_,
+    dense_adam_,
     normalize_rows_,
     remove_parallel_,
     scalars_on,
@@ -56,8 +56,10 @@ class Rows(NamedTuple):
 
     weight: Tensor
     first: Tensor
+    """In the weight's dtype, or in bfloat16 with stochastic rounding."""
+
     second: Tensor
-    """Both moments in the weight's dtype, or in bfloat16 with stochastic rounding."""
+    """[F, D] in the dtype of the first, or one per row, [F, 1] in the weight's."""
 
     shadow: Tensor | None = None
     """bfloat16 [F, D], kept equal to the weight."""
@@ -155,14 +157,14 @@ def _update_block(
             normalize_rows_(w)
     if unit:
         remove_parallel_(g, w)
-    fused_adam_(w, g, m, v, at)
+    dense_adam_(w, g, m, v, at)
     if unit:
         normalize_rows_(w)
-    if state.first.dtype != wide:
-        state.first[rows] = stochastic_bf16(m, generator)
-        state.second[rows] = stochastic_bf16(v, generator)
-    elif window is not None:
-        state.first[rows], state.second[rows] = m, v
+    for moment, new in ((state.first, m), (state.second, v)):
+        if moment.dtype != wide:
+            moment[rows] = stochastic_bf16(new, generator)
+        elif window is not None:
+            moment[rows] = new
     if window is not None:
         state.weight[rows] = w
     state.refresh(rows, w)
@@ -213,10 +215,14 @@ def _check(decoder: Rows, encoder: Rows, g: RowGradients, window: Window | None)
         low = None if state.quantized is None else state.quantized.rows
         parts = state._replace(quantized=low)._asdict()
         expected |= {f"{name}.{part}": (t, (F, D)) for part, t in parts.items() if t is not None}
-        moments, wide = {state.first.dtype, state.second.dtype}, state.weight.dtype
-        if moments not in ({wide}, {torch.bfloat16 if wide == torch.float32 else wide}):
+        first, second, wide = state.first.dtype, state.second.dtype, state.weight.dtype
+        if per_row := state.second.shape[1:] == (1,) != (D,):
+            expected[f"{name}.second"] = state.second, (F, 1)
+        low_first = first == torch.bfloat16 and wide == torch.float32
+        if not (first == wide or low_first) or second != (wide if per_row else first):
             raise ValueError(
-                f"{name}'s moments must be {wide}, or bfloat16 of float32 weights, got {moments}"
+                f"{name}'s moments must be {wide}, or bfloat16 of float32 weights (a second moment "
+                f"per row always {wide}), got {first} and {second}"
             )
     if decoder.first.dtype != encoder.first.dtype:
         raise ValueError(
@@ -257,8 +263,8 @@ def adam_(
     Returns the gradients of the biases, without the extra gradients' share.
 
     Reads N K D elements of error and of x, and reads and writes F D of each weight and moment, 26
-    bytes a parameter in fp32 with a shadow and 18 with bfloat16 moments. ValueError for wrong
-    shapes or dtypes.
+    bytes a parameter in fp32 with a shadow, 18 with bfloat16 moments or with a second moment per
+    row, and 14 with both. ValueError for wrong shapes or dtypes.
     """
     gradients, W = gradients.contiguous(), decoder.weight
     _check(decoder, encoder, gradients, window)

@@ -29,12 +29,13 @@ class AdamStep(NamedTuple):
 def adam_reference(
     W: Tensor, m: Tensor, v: Tensor, g: Tensor, at: AdamStep, unit: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Any number of rows, with a dense gradient: [F, D] -> W, m, v"""
+    """Any number of rows, with a dense gradient: [F, D], v also [F, 1] -> W, m, v"""
     (b1, b2), t = at.betas, at.step
     if unit:
         g = g - (g * W).sum(-1, keepdim=True) * W
     m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * g * g
+    square = g * g if v.shape == g.shape else (g * g).mean(-1, keepdim=True)
+    v = b2 * v + (1 - b2) * square
     W = W - at.lr * m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + at.eps)
     return W / W.norm(dim=-1, keepdim=True) if unit else W, m, v
 
@@ -52,8 +53,28 @@ def normalize_rows_(rows: Tensor) -> None:
     rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
-def fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
-    """The step of torch.optim.Adam(fused=True) (arXiv:1412.6980), in place; all of one shape."""
+def dense_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
+    """One step in place: Adam (arXiv:1412.6980), all of one shape, or, with a second moment per row
+    [F, 1], the mean of its entries' (arXiv:2406.16793)."""
+    if second.shape != weight.shape:
+        _row_adam_(weight, g, first, second, at)
+    else:
+        _fused_adam_(weight, g, first, second, at)
+
+
+def _row_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
+    b1, b2 = at.betas
+    lr, root = at.lr / (1 - b1**at.step), math.sqrt(1 - b2**at.step)
+    if at.scalars is not None:
+        lr, root = at.scalars.view(torch.float32)[4:6].unbind()
+    first.lerp_(g, 1 - b1)
+    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    second.mul_(b2).addcmul_(norm, norm, value=(1 - b2) / g.shape[1])
+    weight.addcmul_(first, lr * root / (second.sqrt() + at.eps * root), value=-1)
+
+
+def _fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
+    """torch.optim.Adam(fused=True)."""
     assert g.stride() == weight.stride(), "torch's operator walks through memory, not indices"
     lr, step = at.lr, None
     if at.scalars is not None:

@@ -13,6 +13,7 @@ import fastsae_kernels as ops
 from bench.dense import rotation_dense
 from bench.ops import adam_inputs
 from bench.problem import Problem
+from fastsae.train import Optimizer
 from fastsae_kernels.adam import AdamStep, RowGradients, Rows, adam_
 from fastsae_kernels.center import center, center_reference
 from fastsae_kernels.dense_adam import adam_reference
@@ -215,10 +216,11 @@ def adam_kernel(runs: LatentMajor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.core
 @every_shape
+@pytest.mark.parametrize("second", ["entry", "row"])
 @pytest.mark.parametrize("op", ["adam_"])
-def test_adam(op, problem):
+def test_adam(op, second, problem):
     """Rows with many tokens and with none, from moments that are not 0."""
     p = problem._replace(N=9 if problem.dry else 160, F=24, K=2)
-    decoder, encoder, g, *_ = adam_inputs(p, torch.float32, 1)
+    decoder, encoder, g, *_ = adam_inputs(p, Optimizer(adam_second=second))
     tensors = *decoder[:3], g.values, g.error, *encoder[:3], g.d_values, g.x
     assert_no_worse(partial(adam_kernel, g.runs), partial(adam_dense, g.runs), *tensors)

@@ -56,10 +56,11 @@ def extra_gradients(dtype) -> tuple[Tensor, Tensor]:
     return dec, enc
 
 
-def rows(W: Tensor, moments: torch.dtype | None = None, device="cpu") -> Rows:
+def rows(W: Tensor, moments: torch.dtype | None = None, device="cpu", per_row=False) -> Rows:
     W = W.clone().to(device)
     zeros = torch.zeros_like(W, dtype=moments)
-    return Rows(W, zeros, zeros.clone(), W.bfloat16(), quantize_rows(W))
+    second = torch.zeros_like(W[:, :1]) if per_row else zeros.clone()
+    return Rows(W, zeros, second, W.bfloat16(), quantize_rows(W))
 
 
 @contextmanager
@@ -72,9 +73,11 @@ def small_chunks() -> Iterator[None]:
 
 
 @small_chunks()
-def train(device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32, seed=0):
+def train(
+    device, moments=None, T=1, extra=False, steps=12, dtype=torch.float32, seed=0, per_row=False
+):
     """Decoder and encoder after so many steps of adam_."""
-    decoder, encoder = (rows(W, moments, device) for W in weights(dtype))
+    decoder, encoder = (rows(W, moments, device, per_row) for W in weights(dtype))
     window = None
     if T > 1:
         updated = torch.zeros(F, dtype=torch.int32, device=device)
@@ -175,6 +178,17 @@ def test_both_paths_agree_on_a_window(device):
         assert (a.weight.cpu() - b.weight).abs().max() <= 2 * (s - e).abs().max()
 
 
+@pytest.mark.parametrize("options", [{"extra": True}, {"T": 3}])
+def test_both_paths_agree_with_a_second_moment_per_row(device, options):
+    options |= {"steps": 6, "per_row": True}
+    got = train(device, **options)
+    same, exact = (train_on_torch_path(dtype=t, **options) for t in (torch.float32, torch.float64))
+    for a, s, e in zip(got, same, exact, strict=True):
+        assert a.second.shape == (F, 1)
+        allowed = 2 * (s.weight - e.weight).abs().max() + torch.finfo(torch.float32).eps
+        assert (a.weight.cpu() - e.weight).abs().max() <= allowed
+
+
 @torch.no_grad()
 def step_reference(values, d_values, error, x, indices, W_dec, W_enc, m, v) -> tuple[Tensor, ...]:
     """Both weights and what is summed for the biases, after a step on dense gradients."""
@@ -200,13 +214,15 @@ def step(values, d_values, error, x, indices, W_dec, W_enc, m, v) -> tuple[Tenso
 @pytest.mark.parametrize(
     ("n", "f", "d"), [(130, F, D), (0, F, D), (1, 1, 1), (300, 5, 33), (20, 11, 600)]
 )
-def test_a_step_and_the_sums_for_the_biases(device, n, f, d):
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_step_and_the_sums_for_the_biases(device, n, f, d, per_row):
     """Several programs, one of few rows; sums of whole chunks of entries and of none."""
     torch.manual_seed(0)
     values, d_values = torch.randn(2, n, K)
     indices = torch.randint(f, (n, K)) * (torch.arange(K) > 0)  # all tokens have latent 0
     (error, x), (W_dec, W_enc, m, v) = torch.randn(2, n, d), torch.randn(4, f, d)
-    tensors = values, d_values, error, x, indices, normalize(W_dec, dim=1), W_enc, m, v.square()
+    v = v.square().mean(1, keepdim=True) if per_row else v.square()
+    tensors = values, d_values, error, x, indices, normalize(W_dec, dim=1), W_enc, m, v
     assert_no_worse(step, step_reference, *(t.to(device) for t in tensors))
 
 
@@ -267,10 +283,14 @@ def test_stochastic_rounding_is_right_on_average():
     assert rounded[:, 0].unique().tolist() == [1.0, 1 + 2**-7]
 
 
-@pytest.mark.parametrize(("moments", "T", "steps"), [(torch.bfloat16, 1, 3), (None, 4, 5)])
-def test_options_deviate_by_less_than_a_step(device, moments, T, steps):
+@pytest.mark.parametrize(
+    ("moments", "T", "steps", "per_row"),
+    [(torch.bfloat16, 1, 3, False), (torch.bfloat16, 1, 3, True), (None, 4, 5, False)],
+)
+def test_options_deviate_by_less_than_a_step(device, moments, T, steps, per_row):
     """Adam moves no weight by more than about the learning rate in a step."""
-    got, exact = train(device, moments, T, steps=steps), train_on_torch_path(steps=steps)
+    got = train(device, moments, T, steps=steps, per_row=per_row)
+    exact = train_on_torch_path(steps=steps, per_row=per_row)
     for state, reference in zip(got, exact, strict=True):
         assert state.first.dtype == (moments or torch.float32)
         deviation = (state.weight.cpu() - reference.weight).abs().max()
@@ -308,6 +328,9 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="encoder's moments must be torch.float32, or bfloat16 of"):
         half = torch.zeros(F, D, dtype=torch.float16)
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)
+    with pytest.raises(ValueError, match="a second moment per row always torch.float32"):
+        half = torch.zeros(F, 1, dtype=torch.bfloat16)
+        adam_(decoder, encoder._replace(second=half), gradients, at)
     with pytest.raises(ValueError, match="must have one dtype, got torch.float32, torch.bfloat16"):
         half = torch.zeros(F, D, dtype=torch.bfloat16)
         adam_(decoder, encoder._replace(first=half, second=half), gradients, at)

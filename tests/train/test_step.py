@@ -67,6 +67,19 @@ def test_fifty_steps_equal_torch_adam(sae, dead, take, small_blocks):
         )
 
 
+def test_both_ways_take_a_second_moment_per_row(sae):
+    """With the same updates of every parameter, those of the biases being plain Adam's."""
+    ways = {autograd_step: copy.deepcopy(sae), fused_step: sae}
+    for take, one in ways.items():
+        adam = Adam(one, Optimizer(adam_second="row"))
+        assert adam.second["W_enc"].shape == (D_SAE, 1) and adam.second["b_enc"].shape == (D_SAE,)
+        for x in torch.randn(5, 33, D_IN, dtype=torch.float64, generator=torch.manual_seed(0)):
+            adam.begin_step(1e-2)
+            take(one, adam, x, DEAD["some"](), Objective(k_aux=K_AUX))
+    for name, parameter in ways[autograd_step].named_parameters():
+        torch.testing.assert_close(parameter, sae.get_parameter(name), msg=name)
+
+
 @pytest.mark.parametrize("dead", DEAD)
 @pytest.mark.parametrize("error", ["fvu", "log_fvu"])
 def test_both_ways_report_the_same(sae, dead, error):

@@ -186,7 +186,7 @@ def test_the_rotation_gradient_trains(config, activation, rotation):
 OPTIONS = [
     {},
     {"encoder_precision": "bf16"},
-    {"adam_moments": "bf16", "adam_window": 4},
+    {"adam_moments": "bf16", "adam_window": 4, "adam_second": "row"},
     {"encoder_precision": "int8", "adam_moments": "bf16", "adam_window": 4},
 ]
 
