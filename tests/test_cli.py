@@ -220,11 +220,13 @@ def test_a_bad_row(data, tmp_path):
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--out", "/sys/fastsae-run"], "/sys/fastsae-run"),
         (["--resume"], "holds no run to resume"),
+        (["--batch-size", "300001"], "at most 100 times the 3000 tokens of the data, got 300001"),
     ],
 )
 def test_bad_settings(data, tmp_path, settings, message):
-    arguments = ["--data", data, "--out", tmp_path / "run", *SMALL, *settings]
-    assert message in one_line_error("train", *arguments)
+    out = tmp_path / "run"
+    assert message in one_line_error("train", "--data", data, "--out", out, *SMALL, *settings)
+    assert not (out / "config.json").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
