@@ -108,6 +108,12 @@ class Trainer:
         sample = units(self.source.sample(SAMPLE_TOKENS, config.seed).clone())
         kept = units.ordinary(sample)
         self.left_out = 1 - float(kept.double().mean())
+        if self.left_out > 0.9:  # each source keeps half of its tokens, but others than the next
+            raise ValueError(
+                f"{self.left_out:.1%} of tokens would be left out: the sources have few in common "
+                f"that are ordinary in each; raise --max-norm-ratio, which is "
+                f"{config.max_norm_ratio}, or set it to none"
+            )
         x, target = columns.split(sample[kept])
         generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)  # for activations with noise
