@@ -220,7 +220,10 @@ def test_a_bad_row(data, tmp_path):
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--out", "/sys/fastsae-run"], "/sys/fastsae-run"),
         (["--resume"], "holds no run to resume"),
-        (["--batch-size", "300001"], "at most 100 times the 3000 tokens of the data, got 300001"),
+        (
+            ["--batch-size", "3000001"],
+            "at most 1000 times the 3000 tokens of the data, got 3",
+        ),
     ],
 )
 def test_bad_settings(data, tmp_path, settings, message):

@@ -17,7 +17,7 @@ Resolved = Literal["fp32", "tf32", "bf16", "fp8", "int8"]
 """An encoder_precision that is not auto."""
 
 BOTH = "W_enc", "W_dec"
-MAX_PASSES = 100
+MAX_PASSES = 1000
 """Passes over the data in one batch. A batch larger than the data repeats rows, which small tests
 do with the default batch size; drawing one of far more passes takes longer than training on it."""
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import time
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from .run_folder import begin, check_same, check_start, claimed_run, latest, set
 from .standardization import replace_rows
 from .state import TrainState
 from .step import autograd_step, fused_step
+from .summary import Summary
 
 EVALUATION_TOKENS = 65536
 COEFFICIENT = "activation.coefficient.value"
@@ -275,7 +275,7 @@ class Trainer:
         )
         lines = read_lines(config.out / "metrics.jsonl")
         plot_curves(lines, config.out / "curves.png", self.describe(sae))
-        summary: dict[str, Any] = {
+        summary: Summary = {
             "fvu": result.fvu,
             "fvu_all": result.fvu_all,
             "l0": result.l0,
@@ -285,7 +285,7 @@ class Trainer:
             "left_out_of_evaluation": result.left_out,
             "tokens": state.tokens,
             "left_out_tokens": int(state.left_out),
-            "gamma": [part.gamma for part in self.ordinary],
+            "gamma": tuple(part.gamma for part in self.ordinary),
             "tokens_per_second": state.tokens / state.seconds,
             "seconds": state.seconds,
             "step_path": self.plan.step,
