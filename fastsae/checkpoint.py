@@ -23,7 +23,7 @@ from fastsae.progress import say
 from fastsae.version import __version__, written_by
 
 FORMAT = "fastsae.checkpoint.1"
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8})(\.new)?")
 
 Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 """The tensors and the metadata."""
@@ -35,31 +35,45 @@ def save_checkpoint(
     """Write folder/step-XXXXXXXX, then remove all but the newest `keep` checkpoints.
 
     A checkpoint is written under a temporary name, synced, then renamed, so every one that is
-    listed is complete.
+    listed is complete. One of the same step is listed until the new one is, as step-XXXXXXXX.new.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
+    new, temporary = folder / f"{final.name}.new", folder / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    if new.exists():  # its writer was killed
+        _rename(new, final, temporary)
     temporary.mkdir()
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     about = {"format": FORMAT, "version": __version__, "step": step, **meta}
     try:
         write_tensors(temporary / "state.safetensors", tensors)
         write_json(temporary / "state.json", sealed(about, tensors))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        os.replace(temporary, new)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(folder)
+    _rename(new, final, temporary)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.rename(temporary))  # renamed first: a crash must not leave half of one
+        _remove(old, temporary)
     return final
 
 
+def _rename(new: Path, final: Path, temporary: Path) -> None:
+    """Give a checkpoint its final name, which one that it replaces may have."""
+    if final.exists():
+        _remove(final, temporary)
+    os.replace(new, final)
+
+
+def _remove(checkpoint: Path, temporary: Path) -> None:
+    """Remove a checkpoint, renamed first: a crash must not leave half of one."""
+    shutil.rmtree(checkpoint.rename(temporary))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first; of one step, the newer one is last."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))

@@ -5,8 +5,11 @@ import math
 import reprlib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, Union
+
+from fastsae.files import read_json
 
 T = TypeVar("T")
 
@@ -72,9 +75,23 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     return cls(**{key: from_json(hints[key], v, f"{name}.{key}") for key, v in values.items()})
 
 
+def read_record(kind: Callable[..., T], path: Path) -> T:
+    """The value in a JSON file, of a type such as a TypedDict or a dict of them; keys that it does
+    not have are left out. ValueError names the file and what does not fit."""
+    return from_json(kind, read_json(path), str(path))
+
+
 def from_json(hint: Any, value: Any, where: str) -> Any:
     """A JSON value as the setting of that type; ValueError if it is of another one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict or typing.is_typeddict(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object, got {reprlib.repr(value)}")
+        hints = dict.fromkeys(value, arguments[1]) if origin else typing.get_type_hints(hint)
+        return {
+            key: from_json(h, value.get(key), f"{where}: {reprlib.repr(key)}")
+            for key, h in hints.items()
+        }
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
     if origin in (Union, types.UnionType):

@@ -33,15 +33,22 @@ from safetensors.torch import save_file
 import fastsae
 from fastsae import SAE, ActivationShards, Gated, TopK, TrainConfig, interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
+from fastsae.cli.train import run_table
+from fastsae.cli.upgrade import upgrade_table
+from fastsae.config import read_record
 from fastsae.data import ShardWriter
 from fastsae.data.ordinary import Ordinary
+from fastsae.files import write_json
 from fastsae.nn import TopKConfig
+from fastsae.train.comparison import comparison_table
+from fastsae.train.curves import PANELS
 from fastsae.train.log import read_lines
 from fastsae.train.optim import Adam
 from fastsae.train.plan import Plan
 from fastsae.train.run_folder import begin, check_same
 from fastsae.train.standardization import Standardization
 from fastsae.train.state import TrainState
+from fastsae.train.summary import Summary
 from fastsae.train.sweep import begin as begin_sweep
 from fastsae.train.sweep import stored_sweep
 
@@ -128,16 +135,35 @@ def run_config(out: Path) -> tuple[TrainConfig, Plan]:
 
 def write_run(folder: Path) -> None:
     begin(*run_config(folder), "data", None)
-    (folder / "metrics.jsonl").write_text('{"step": 5, "loss": 0.5}\n' * 3)
+    line = dict.fromkeys(("step", *PANELS), 5)
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * 3)
 
 
 def read_run(folder: Path) -> None:
-    read_lines(folder / "metrics.jsonl")
+    for line in read_lines(folder / "metrics.jsonl"):
+        assert all(isinstance(line[name], int | float) for name in ("step", *PANELS))
     check_same(*run_config(folder), "data", None)
 
 
 def write_sweep(folder: Path) -> None:
     begin_sweep(folder, {"one": run_config(folder / "one")[0]})
+
+
+def write_results(folder: Path) -> None:
+    row = {name: 0.5 for name in ("fvu", "fvu_all", "mse", "l0", "dead_fraction", "seconds")}
+    row |= dict(evaluated_tokens=5, left_out_of_evaluation=0, tokens=5, left_out_tokens=0)
+    row |= dict(evaluated_on="held-out data", step_path="fused", sae_lens="none", gamma=[0.5])
+    row |= dict(tokens_per_second=5.0)
+    write_json(folder / "summary.json", row)
+    write_json(folder / "comparison.json", {"one": row, "two": row})
+    about = dict(support="teacher", new_scalars=7, saes={"baseline": row})
+    write_json(folder / "upgrade.json", row | about)
+
+
+def read_results(folder: Path) -> None:
+    run_table(folder)
+    comparison_table(read_record(dict[str, Summary], folder / "comparison.json"))
+    upgrade_table(folder)
 
 
 def write_shards(folder: Path) -> None:
@@ -172,6 +198,7 @@ LOADERS = {
     "checkpoint, older": Loader(write_older_checkpoint, restore_checkpoint),
     "run": Loader(write_run, read_run),
     "sweep": Loader(write_sweep, stored_sweep),
+    "results": Loader(write_results, read_results),
     "shards": Loader(write_shards, read_rows),
     "npy": Loader(write_npy, read_rows),
     "safetensors": Loader(write_plain, read_rows),

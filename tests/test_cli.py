@@ -97,11 +97,12 @@ def wait_for_lines(process: BaseProcess, out: Path, lines: int) -> None:
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    done = in_process("train", "--data", data, "--out", out, "--steps", 120, *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert "FVU" in done.stdout
-    assert str(out / "sae") in done.stdout
+    folder = tmp_path_factory.mktemp("whole")
+    out, errors = folder / "run", folder / "errors"
+    words = ["train", "--data", data, "--out", out, "--steps", 120, *SMALL]
+    process = forked(errors, [str(word) for word in words])
+    process.join(timeout=120)
+    assert process.exitcode == 0, errors.read_text()
     return out
 
 
@@ -130,8 +131,9 @@ def test_killed_or_asked_to_stop_it_ends_with_the_same_bytes(data, whole, tmp_pa
             assert f"--resume --out {out}" in message
         if (out / "config.json").exists():
             arguments = ["train", "--resume", "--out", str(out)]
-    done = in_process(*arguments)
-    assert done.returncode == 0, done.stderr
+    process = forked(tmp_path / "errors", arguments)
+    process.join(timeout=120)
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
     assert sae_files(out) == sae_files(whole)
 
 
@@ -139,7 +141,7 @@ def test_a_finished_run_can_be_resumed_and_says_the_same(whole):
     before = sae_files(whole)
     again = fastsae("train", "--resume", "--out", whole)
     assert again.returncode == 0
-    assert "FVU" in again.stdout
+    assert "FVU" in again.stdout and str(whole / "sae") in again.stdout
     assert sae_files(whole) == before
 
 
@@ -220,11 +222,16 @@ def test_a_bad_row(data, tmp_path):
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--out", "/sys/fastsae-run"], "/sys/fastsae-run"),
         (["--resume"], "holds no run to resume"),
+        (
+            ["--batch-size", "3000001"],
+            "at most 1000 times the 3000 tokens of the data, got 3",
+        ),
     ],
 )
 def test_bad_settings(data, tmp_path, settings, message):
-    arguments = ["--data", data, "--out", tmp_path / "run", *SMALL, *settings]
-    assert message in one_line_error("train", *arguments)
+    out = tmp_path / "run"
+    assert message in one_line_error("train", "--data", data, "--out", out, *SMALL, *settings)
+    assert not (out / "config.json").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,8 +1,9 @@
-"""Processes killed at any moment while they replace files: the old or the new SAE, never a mix."""
+"""Processes killed at any moment while they replace files: the old or the new, never a mix."""
 
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ import torch
 
 import fastsae
 from fastsae import SAE, TopK, interop
+from fastsae.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastsae.cli.convert import main as convert
 
 pytestmark = [
@@ -141,3 +143,47 @@ def test_several_conversions_to_one_directory_do_not_mix(tmp_path):
         process.join()
     (won,) = [name for name, p in zip(saes, processes, strict=True) if p.exitcode == 0]
     assert found(tmp_path / "out", saes) == won
+
+
+def save(run: Path, step: int, value: float) -> None:
+    save_checkpoint(run, step, {"x": torch.tensor(value)}, {"value": value}, keep=1)
+
+
+def newest(run: Path) -> float:
+    tensors, meta = load_checkpoint(list_checkpoints(run)[-1])
+    assert float(tensors["x"]) == meta["value"]
+    return meta["value"]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_checkpoint_is_listed_whenever_saving_another_is_killed(step, tmp_path):
+    """Also if it is of the same step, and but one is kept."""
+    states = []
+    for event in itertools.count():
+        run = tmp_path / str(event)
+        save(run, 1, 1.0)
+        killed = killed_at(event, lambda run=run: save(run, step, 2.0))
+        states.append(newest(run))
+        save(run, step, 3.0)
+        assert newest(run) == 3.0 and len([*run.iterdir()]) == 1, "nothing is left of the killed"
+        if not killed:
+            break
+    assert states == sorted(states) and {*states} == {1.0, 2.0}
+
+
+def test_a_checkpoint_that_lacks_its_final_name_outlives_a_second_kill(tmp_path):
+    halfway = tmp_path / "halfway"
+    for event in itertools.count():
+        save(halfway, 1, 1.0)
+        assert killed_at(event, lambda: save(halfway, 1, 2.0))
+        if [path.name for path in list_checkpoints(halfway)] == ["step-00000001.new"]:
+            break
+    states = []
+    for event in itertools.count():
+        run = tmp_path / str(event)
+        shutil.copytree(halfway, run)
+        killed = killed_at(event, lambda run=run: save(run, 1, 3.0))
+        states.append(newest(run))
+        if not killed:
+            break
+    assert states == sorted(states) and {*states} == {2.0, 3.0}

@@ -1,9 +1,12 @@
 """What reaches the terminal, and what happens to a run when the terminal is gone."""
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,10 +135,23 @@ def test_names_are_harmless_and_short(tmp_path, monkeypatch):
         lines = errors.getvalue().splitlines()
         assert len(lines) == 3 and max(map(len, lines)) < 2100
         assert "\x1b" not in errors.getvalue() + out.getvalue()
-    row = dict(fvu=0.1, l0=2.0, dead_fraction=0.0, tokens_per_second=1.0, seconds=1.0)
+    row: Any = dict(fvu=0.1, l0=2.0, dead_fraction=0.0, tokens_per_second=1.0, seconds=1.0)
     row |= dict(evaluated_on="held-out data")
     table = comparison_table({ESCAPE: row, "\n" * 5000: row})
     assert "\x1b" not in table and len(table.splitlines()) == 3
+
+
+def test_what_other_libraries_say_is_harmless(monkeypatch, caplog, capsys):
+    def run(words):
+        warnings.warn(f"{ESCAPE}\nindeed", stacklevel=1)
+        logging.getLogger("other.library").warning("%s\n\x1b[1mbold\x1b[0m", ESCAPE)
+
+    monkeypatch.setattr("fastsae.cli.run", run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert command(monkeypatch) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == r"UserWarning: \x1b]0;title\x07 indeed"
+    assert caplog.messages == ["\\x1b]0;title\\x07\nbold"]
 
 
 def test_a_failed_allocation_is_one_line(arguments, monkeypatch, capsys):

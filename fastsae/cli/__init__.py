@@ -1,12 +1,14 @@
 """The command line: fastsae train | sweep | harvest | upgrade | eval | convert."""
 
+import logging
 import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TextIO
+from typing import Any, TextIO
 
 from fastsae.progress import printable, say
 from fastsae.version import __version__
@@ -22,6 +24,8 @@ def main() -> None:
     for name in ("stdin", "stdout", "stderr"):  # by number: the first free one is taken
         if getattr(sys, name) is None:  # closed, or a file of the run would get its number
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    warnings.showwarning = say_warning
+    logging.setLogRecordFactory(PrintableRecord)
     code, message = 0, ""
     try:
         run(sys.argv[1:])
@@ -58,10 +62,28 @@ def run(words: Sequence[str]) -> None:
         show(import_module(f"fastsae.cli.{name}").main(rest))
 
 
+def say_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Print a warning of another library: it may name files and models, which may be called
+    anything."""
+    say(f"{category.__name__}: {' '.join(str(message).split())}")
+
+
+class PrintableRecord(logging.LogRecord):
+    """What another library logs, without colors and control characters."""
+
+    def getMessage(self) -> str:
+        text = re.sub(r"\x1b\[[\d;]*m", "", super().getMessage())
+        return printable_lines(text.expandtabs())
+
+
+def printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def show(text: str) -> None:
     """Print the result of a command."""
     try:
-        print("\n".join(map(printable, text.split("\n"))))
+        print(printable_lines(text))
         sys.stdout.flush()
     except BrokenPipeError:  # of a reader that has enough, such as `head`
         discard(sys.stdout)

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
-from fastsae.files import read_json
+from fastsae.config import read_record
 from fastsae.interop import load
 from fastsae.upgrade import UpgradeConfig, upgrade
 
@@ -29,6 +30,23 @@ class Upgrade(UpgradeConfig):
     """Resume the upgrade in --out, of the same SAE and with the same settings."""
 
 
+class Measured(TypedDict):
+    fvu: float
+    mse: float
+    l0: float
+    dead_fraction: float
+
+
+class Upgraded(TypedDict):
+    """What the table shows of upgrade.json."""
+
+    support: str
+    new_scalars: int
+    evaluated_on: str
+    evaluated_tokens: int
+    saes: dict[str, Measured]
+
+
 def main(words: Sequence[str]) -> str:
     config = filled(Upgrade, read_words(words), ["teacher"])
     teacher = config.teacher
@@ -44,7 +62,7 @@ def main(words: Sequence[str]) -> str:
 
 def upgrade_table(out: Path) -> str:
     """The comparison in a folder, a line for each SAE, and where the files are."""
-    found = read_json(out / "upgrade.json")
+    found = read_record(Upgraded, out / "upgrade.json")
     lines = [f"  {'':<22}{'FVU':>8}{'MSE':>12}{'L0':>8}{'dead':>8}"]
     for name, row in found["saes"].items():
         errors = f"{row['fvu']:>8.4f}{row['mse']:>12.4g}"

@@ -15,7 +15,7 @@ class Block(NamedTuple):
     """Where the hooks of a transformer block are, as paths in the block."""
 
     blocks: str
-    """Path of the blocks in the model."""
+    """Path of the blocks in the model with a head."""
 
     attn_out: str
     mlp_out: str
@@ -27,6 +27,12 @@ class Block(NamedTuple):
 
     resid_mid: str | None
     """Input: between attention and MLP; None if they are parallel."""
+
+    resid_post: str = ""
+    """The block's output, or the input of the norm that follows the last addition."""
+
+    normalized_resid_post: str | None = None
+    """The block's output, if it is that of a norm."""
 
 
 _LLAMA = Block(
@@ -59,6 +65,16 @@ BLOCKS: dict[str, Block] = {
         "mlp.dense_4h_to_h:in",
         "post_attention_layernorm:in",
     ),
+    "bert": Block(
+        "bert.encoder.layer",
+        "attention.output.dense",
+        "output.dense",
+        "attention.output.dense:in",
+        "output.dense:in",
+        "attention.output.LayerNorm:in",
+        "output.LayerNorm:in",
+        "",
+    ),
     "opt": Block(
         "model.decoder.layers",
         "self_attn",
@@ -74,6 +90,13 @@ BLOCKS: dict[str, Block] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo"), _LLAMA),
 }
 """By the model type of the config."""
+
+_OPT_350M = BLOCKS["opt"]._replace(
+    resid_mid="self_attn_layer_norm:in",
+    resid_post="final_layer_norm:in",
+    normalized_resid_post="",
+)
+"""It normalizes after each addition, as BERT does."""
 
 _HOOK = re.compile(r"blocks\.(\d+|\*)\.(?:attn\.|mlp\.)?hook_(\w+)")
 
@@ -126,11 +149,15 @@ def _translated(model: nn.Module, name: str) -> str:
             "give a module's path"
         )
     if getattr(model.config, "do_layer_norm_before", None) is False:
-        block = block._replace(resid_mid=None)  # OPT-350m normalizes after each addition
+        block = _OPT_350M
     number, place = hook.groups()
-    places = {"resid_pre": INPUT, "resid_post": ""} | {
-        place: f".{path}" for place, path in block._asdict().items() if place != "blocks" and path
+    blocks, *paths = block
+    if getattr(model, "base_model", None) is model:  # loaded without a head
+        blocks = blocks.removeprefix(f"{model.base_model_prefix}.")
+    found = zip(Block._fields[1:], paths, strict=True)
+    places = {"resid_pre": INPUT} | {
+        place: path and f".{path}" for place, path in found if path is not None
     }
     if place not in places:
         raise ValueError(f"{kind} has no hook {place!r} in its blocks, only {', '.join(places)}")
-    return f"{block.blocks}.{number}{places[place]}"
+    return f"{blocks}.{number}{places[place]}"

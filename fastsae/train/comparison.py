@@ -2,12 +2,13 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
-from fastsae.files import read_json, write_json
+from fastsae.config import read_record
+from fastsae.files import write_json
 from fastsae.progress import printable
 
 from .log import read_lines
+from .summary import Summary
 
 COLUMNS = {
     "fvu": ("FVU", "{:.4f}"),
@@ -18,16 +19,16 @@ COLUMNS = {
 }
 
 
-def compare(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def compare(out: Path, names: list[str]) -> dict[str, Summary]:
     """Write comparison.json of the runs of these names in a sweep's folder, and comparison.png."""
-    found = {name: read_json(out / name / "summary.json") for name in names}
+    found = {name: read_record(Summary, out / name / "summary.json") for name in names}
     write_json(out / "comparison.json", found)
     if importlib.util.find_spec("matplotlib") is not None:
         _plot(out, found)
     return found
 
 
-def comparison_table(found: dict[str, dict[str, Any]]) -> str:
+def comparison_table(found: dict[str, Summary]) -> str:
     """A row for each run, best FVU first, and a note if no held-out data was evaluated on."""
     ranked = sorted(found.items(), key=lambda item: item[1]["fvu"])
     rows = [["SAE", *(title for title, _ in COLUMNS.values())]]
@@ -44,7 +45,7 @@ def comparison_table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _plot(out: Path, found: dict[str, dict[str, Any]]) -> None:
+def _plot(out: Path, found: dict[str, Summary]) -> None:
     """FVU over the steps, and where each run ended between L0 and FVU."""
     from matplotlib.figure import Figure
 

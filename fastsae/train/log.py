@@ -9,6 +9,7 @@ from fastsae.files import write_atomically
 from fastsae.progress import progress_bar, say, shows_bars
 
 from .config import TrainConfig
+from .curves import PANELS
 
 GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilization": "{:.0%}", "gpu_watts": "{:.0f}"}
 
@@ -83,7 +84,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             found = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        numbers = [found.get(n) for n in ("step", *PANELS)] if isinstance(found, dict) else [None]
+        if not all(isinstance(number, int | float) for number in numbers):
             break
         lines.append(found)
     return lines

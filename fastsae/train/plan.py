@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, TypedDict
 
+import numpy as np
+
 from fastsae.device import choose_device
 from fastsae.nn import TopKConfig
 from fastsae_kernels import WIDEST, float8_pays, has_bf16, why_not_float8, why_not_int8
@@ -15,6 +17,9 @@ Resolved = Literal["fp32", "tf32", "bf16", "fp8", "int8"]
 """An encoder_precision that is not auto."""
 
 BOTH = "W_enc", "W_dec"
+MAX_PASSES = 1000
+"""Passes over the data in one batch. A batch larger than the data repeats rows, which small tests
+do with the default batch size; drawing one of far more passes takes longer than training on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +38,17 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, d_out: int, n_tokens: int) -> "Plan":
-        """Raises ValueError for a setting that the SAE or the machine does not support."""
+        """Raises ValueError for a setting that the SAE, the data or the machine does not support,
+        MemoryError for a batch that cannot be allocated."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
+        if config.batch_size > MAX_PASSES * n_tokens:
+            raise ValueError(
+                f"batch_size must be at most {MAX_PASSES} times the {n_tokens} tokens of the data, "
+                f"got {config.batch_size}"
+            )
+        np.empty((config.batch_size, d_out), np.float32)  # fails now, not once a folder is written
         optimizer = config.optimizer
         steps = config.steps or max(600, n_tokens // config.batch_size)
         step = "autograd" if config.not_fused else "fused"

@@ -13,9 +13,10 @@ from pathlib import Path
 from fastsae.checkpoint import newest_intact
 from fastsae.config import from_dict, to_dict
 from fastsae.data import ActivationSource
-from fastsae.files import read_json, write_json
+from fastsae.files import read_json, shown, write_json
 from fastsae.nn import SAE
 from fastsae.progress import printable, progress_bar, say, shows_bars
+from fastsae.version import __version__, written_by
 
 from .comparison import compare
 from .config import TrainConfig
@@ -143,16 +144,28 @@ def begin(out: Path, configs: dict[str, TrainConfig]) -> None:
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no sweep: choose another --out")
     runs = {name: to_dict(resolved(config)) for name, config in configs.items()}
-    write_json(out / "sweep.json", {"format": FORMAT, "runs": runs})
+    document = {"format": FORMAT, "version": __version__, "runs": runs}
+    write_json(out / "sweep.json", document)
 
 
 def stored_sweep(out: Path) -> dict[str, TrainConfig]:
-    """The configs of the sweep in a folder, by name; ValueError if there is none."""
+    """The configs of the sweep in a folder, by name; ValueError if there is none or it
+    is damaged."""
     path = out / "sweep.json"
     if not path.exists():
         raise ValueError(f"{out} holds no sweep to resume: {path} does not exist")
     document = read_json(path)
-    runs = document.get("runs") if isinstance(document, dict) else None
-    if not isinstance(runs, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the record of a {FORMAT} folder")
-    return {name: from_dict(TrainConfig, run, f"{path}: {name}") for name, run in runs.items()}
+    parts = document if isinstance(document, dict) else {}
+    runs, by = parts.get("runs"), written_by(parts.get("version"))
+    if parts.get("format") != FORMAT or not isinstance(runs, dict) or not runs:
+        raise ValueError(f"{path} is not the record of a {FORMAT} folder{by}")
+    for name in runs:
+        if Path(name).name != name or name in ("", ".."):
+            raise ValueError(f"{path}: {shown(name)} is not the name of a folder{by}")
+    try:
+        return {
+            name: from_dict(TrainConfig, run, f"{path}: {shown(name)}")
+            for name, run in runs.items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{error}{by}") from None

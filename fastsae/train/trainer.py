@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import time
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from .run_folder import begin, check_same, check_start, claimed_run, latest, set
 from .standardization import replace_rows
 from .state import TrainState
 from .step import autograd_step, fused_step
+from .summary import Summary
 
 EVALUATION_TOKENS = 65536
 COEFFICIENT = "activation.coefficient.value"
@@ -108,6 +108,12 @@ class Trainer:
         sample = units(self.source.sample(SAMPLE_TOKENS, config.seed).clone())
         kept = units.ordinary(sample)
         self.left_out = 1 - float(kept.double().mean())
+        if self.left_out > 0.9:  # each source keeps half of its tokens, but others than the next
+            raise ValueError(
+                f"{self.left_out:.1%} of tokens would be left out: the sources have few in common "
+                f"that are ordinary in each; raise --max-norm-ratio, which is "
+                f"{config.max_norm_ratio}, or set it to none"
+            )
         x, target = columns.split(sample[kept])
         generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)  # for activations with noise
@@ -269,7 +275,7 @@ class Trainer:
         )
         lines = read_lines(config.out / "metrics.jsonl")
         plot_curves(lines, config.out / "curves.png", self.describe(sae))
-        summary: dict[str, Any] = {
+        summary: Summary = {
             "fvu": result.fvu,
             "fvu_all": result.fvu_all,
             "l0": result.l0,
@@ -279,7 +285,7 @@ class Trainer:
             "left_out_of_evaluation": result.left_out,
             "tokens": state.tokens,
             "left_out_tokens": int(state.left_out),
-            "gamma": [part.gamma for part in self.ordinary],
+            "gamma": tuple(part.gamma for part in self.ordinary),
             "tokens_per_second": state.tokens / state.seconds,
             "seconds": state.seconds,
             "step_path": self.plan.step,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from fastsae.data import HarvestConfig, harvest_each
 from fastsae.data.hook_names import BLOCKS, module_paths
@@ -29,25 +29,30 @@ OWN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 FULL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "post")
+POST_NORM = ("bert", "opt-350m")
 
 
-def build(kind: str) -> PreTrainedModel:
+def build(kind: str, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **OWN.get(kind, {}))
+    model_type, *variant = kind.split("-")
+    config = AutoConfig.for_model(model_type, **OWN.get(model_type, {}))
     for name, value in SIZE.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    if variant:
+        config.do_layer_norm_before = False
+    model = auto.from_config(config).eval()
     for weight in model.parameters():  # else biases are 0 and norms do nothing
         weight.data += 0.1 * torch.randn_like(weight) * (weight.ndim == 1)
     return model
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", [*BLOCKS, "opt-350m"])
 def test_names_fulfil_the_equations_of_a_block(kind: str):
     model = build(kind)
-    parallel = BLOCKS[kind].resid_mid is None
+    parallel = kind in BLOCKS and BLOCKS[kind].resid_mid is None
     places = [place for place in FULL if not (parallel and place == "resid_mid")]
+    places += ["normalized_resid_post"] * (kind in POST_NORM)
     prefix = {"z": "attn.", "post": "mlp."}
     names = [f"blocks.1.{prefix.get(place, '')}hook_{place}" for place in places]
     paths = module_paths(model, names)
@@ -56,7 +61,17 @@ def test_names_fulfil_the_equations_of_a_block(kind: str):
     at = dict(zip(places, hidden_at(model, hookpoints_at(model, paths), batch), strict=True))
     if not parallel:
         torch.testing.assert_close(at["resid_mid"], at["resid_pre"] + at["attn_out"])
-    torch.testing.assert_close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"])
+    before = at["resid_pre"] + at["attn_out"]
+    if kind in POST_NORM:
+        with torch.no_grad():
+            norms = [
+                module_at(model, paths[places.index(f"resid_{place}")].removesuffix(":in"))
+                for place in ("mid", "post")
+            ]
+            before = norms[0](at["resid_mid"])
+            after = norms[1](at["resid_post"])
+        torch.testing.assert_close(at["normalized_resid_post"], after)
+    torch.testing.assert_close(at["resid_post"], before + at["mlp_out"])
     for place, out in (("z", "attn_out"), ("post", "mlp_out")):
         path = paths[places.index(place)].removesuffix(":in")
         with torch.no_grad():
@@ -65,11 +80,13 @@ def test_names_fulfil_the_equations_of_a_block(kind: str):
             torch.testing.assert_close(projected, at[out])
 
 
-def test_there_is_no_resid_mid_where_opt_normalizes_after_each_addition():
-    model = build("opt")
-    model.config.do_layer_norm_before = False
-    with pytest.raises(ValueError, match="opt has no hook 'resid_mid' in its blocks, only"):
-        module_paths(model, ["blocks.0.hook_resid_mid"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "opt", "llama", "gpt_neox"])
+def test_a_model_without_a_head_has_the_same_names(kind: str):
+    names = ["blocks.*.hook_resid_post", "blocks.0.hook_mlp_out"]
+    whole, base = build(kind), build(kind, AutoModel)
+    found = module_paths(base, names)
+    assert module_paths(whole, names) == tuple(f"{whole.base_model_prefix}.{p}" for p in found)
+    hookpoints_at(base, found)
 
 
 def test_globs_match_whole_steps_in_the_models_order():
@@ -89,9 +106,9 @@ def test_globs_match_whole_steps_in_the_models_order():
         ("gpt2", "model.layers.*", "GPT2LMHeadModel has no modules that match 'model.layers.*'"),
         ("gptj", "blocks.0.hook_resid_mid", "gptj has no hook 'resid_mid' in its blocks, only"),
         (
-            "bert",
+            "roberta",
             "blocks.0.hook_resid_pre",
-            "is known for the model types bloom, .*, not for 'bert'",
+            "is known for the model types bert, bloom, .*, not for 'roberta'",
         ),
     ],
 )

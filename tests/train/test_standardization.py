@@ -96,6 +96,16 @@ def test_one_source_with_extreme_tokens_is_enough(activations, tmp_path):
     assert fastsae.load(tmp_path / "run").layers == 2
 
 
+@pytest.mark.parametrize("kind", ["crosscoder", "transcoder"])
+def test_sources_whose_ordinary_tokens_are_not_the_same(kind, activations, tmp_path):
+    x, y = np.load(activations), np.load(activations)
+    x[::2] *= 1000
+    y[1::2] *= 1000
+    with pytest.raises(ValueError, match=r"^100.0% of tokens .* raise --max-norm-ratio, .* 10.0"):
+        fitted(kind, x, y, tmp_path)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("kept", "rows"),
     [

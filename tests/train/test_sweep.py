@@ -13,7 +13,7 @@ from fastsae.data import ActivationShards
 from fastsae.nn import BatchTopKConfig, JumpReLUConfig, RationalConfig, TopKConfig
 from fastsae.train import Sweep, Trainer
 from fastsae.train.log import read_lines
-from fastsae.train.sweep import stored_sweep
+from fastsae.train.sweep import begin, stored_sweep
 from fastsae_kernels.encode import encode_topk_each, encode_topk_reference
 from fastsae_kernels.topk import By
 
@@ -110,6 +110,23 @@ def test_what_does_not_go_together_is_refused(configs, activations, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty and holds no sweep"):
         Sweep(one, source, tmp_path).fit()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"runs": {}}, "is not the record of a fastsae.sweep.1 folder"),
+        ({"runs": {"../k4": {}}}, r"'\.\./k4' is not the name of a folder"),
+        ({"runs": {"k4": {"rate": 1}}}, "'k4' has no setting 'rate'"),
+    ],
+)
+def test_a_damaged_record_names_the_version_that_wrote_it(changed, message, configs, tmp_path):
+    begin(tmp_path, configs())
+    assert list(stored_sweep(tmp_path)) == list(SAES)
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": "9.9.9"} | changed))
+    with pytest.raises(ValueError, match=f"{message}.* .written by fastsae '9.9.9', this is"):
+        stored_sweep(tmp_path)
 
 
 def test_an_error_names_the_sae(configs, activations, tmp_path):

@@ -116,6 +116,11 @@ def test_no_graph_of_rows_that_the_kernel_cannot_hold(config, monkeypatch):
     assert not trainer.captures
 
 
+def test_a_batch_that_memory_cannot_hold_is_refused_before_the_run_begins(config):
+    with pytest.raises(MemoryError, match="Unable to allocate 4.00 EiB"):
+        Plan.of(config(batch_size=2**30), 2**30, 2**30)
+
+
 def fit(config, resume=False):
     return Trainer(config, ActivationShards(config.data)).fit(resume)
 
