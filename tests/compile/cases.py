@@ -59,11 +59,13 @@ def _adam(
     extra: int = 0,
     shadow: bool = True,
     float8: bool = False,
+    per_row: bool = False,
 ) -> None:
     """One step on weights in fp32, from tokens in the dtype of the inputs."""
     W = torch.empty_like(s.W, dtype=fp32)
     m = torch.empty_like(W, dtype=moments)
-    rows = Rows(W, m, m, torch.empty_like(W, dtype=bf16) if shadow else None)
+    v = torch.empty_like(W[:, :1]) if per_row else m
+    rows = Rows(W, m, v, torch.empty_like(W, dtype=bf16) if shadow else None)
     if float8 and _launch.capability(W) >= FIRST_CAPABILITY:
         rows = rows._replace(quantized=quantize_rows(W))
     more = s.empty(extra, W.shape[1], dtype=fp32)
@@ -141,6 +143,7 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "adam extra": (TWO, lambda s: _adam(s, extra=64)),
     "adam fp8": ({"A bf16", "C bf16"}, lambda s: _adam(s, bf16, T=8, float8=True)),
     "adam bare": ({"A fp32", "odd fp32"}, lambda s: _adam(s, shadow=False)),
+    "adam per row": (TWO, lambda s: _adam(s, per_row=True)),
     "adam window": ({*FEW, "B bf16", "C bf16"}, lambda s: _adam(s, bf16, T=8)),
     "adam window extra": (TWO, lambda s: _adam(s, bf16, T=8, extra=64)),
     "rational": (FEW, lambda s: rational(s.values, *s.rational)),
