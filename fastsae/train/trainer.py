@@ -31,12 +31,12 @@ from .optim import Adam, schedule
 from .plan import Plan, copies_of
 from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
 from .standardization import replace_rows
+from .start_from import check_same_form, copy_weights_
 from .state import TrainState
 from .step import autograd_step, fused_step
 from .summary import Summary
 
 EVALUATION_TOKENS = 65536
-COEFFICIENT = "activation.coefficient.value"
 
 
 class Trainer:
@@ -121,11 +121,7 @@ class Trainer:
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.init)
         else:
-            given = columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units)
-            started = given.state_dict()
-            if getattr(config.activation, "l1_coef", None) is not None:  # given for this run
-                started[COEFFICIENT] = sae.state_dict()[COEFFICIENT]
-            sae.load_state_dict(started)
+            copy_weights_(sae, columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units))
         sae.to(self.device)
         state = TrainState.fresh(sae, self.optimizer(sae, x), units)
         if not resume:  # last, so that a failed start leaves no files
@@ -306,24 +302,3 @@ class Trainer:
         except ValueError as error:
             return f"none: {error}"
         return str(folder)
-
-
-def check_same_form(sae: SAE, start_from: SAE) -> None:
-    """ValueError unless the SAE to start from has the shape and activation of the run, and finite
-    weights. A crosscoder may count latents by their norm or have that folded into its weights."""
-    wanted, given = (s.shape() | {"activation": s.activation.cfg.name} for s in (sae, start_from))
-    if sae.layers > 1:
-        given["by_norm"] = True
-    if wanted != given:
-        raise ValueError(f"the SAE to start from must be {wanted}, got {given}")
-    states = sae.state_dict(), start_from.state_dict()
-    wanted, given = ({name: list(t.shape) for name, t in state.items()} for state in states)
-    for name in sorted(wanted | given):
-        if wanted.get(name) != given.get(name):
-            raise ValueError(
-                f"the SAE to start from must have {name} of shape {wanted.get(name)}, "
-                f"got {given.get(name)}"
-            )
-    for name, weight in start_from.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} of the SAE to start from holds NaN or Inf")
