@@ -73,9 +73,8 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
             )
     threads = torch.get_num_threads()
     if plan.device == "cpu" and (began := found.get("threads", threads)) != threads:
-        say(
-            f"this run began with {shown(began)} threads and now has {threads}: last bits may differ"
-        )
+        began = shown(began)
+        say(f"this run began with {began} threads and now has {threads}: last bits may differ")
 
 
 def check_start(out: Path) -> None:
