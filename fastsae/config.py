@@ -65,8 +65,6 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
             raise ValueError(f"{name} has no setting {reprlib.repr(key)}; its settings are {known}")
     if values.get("l1_coef") == 0 and values.get("target_l0") and fields["l1_coef"].default is None:
         values = {**values, "l1_coef": None}  # older files say so where none was given
-    if values.get("encoder", "") is None:  # older files left it to the activation
-        values = {key: value for key, value in values.items() if key != "encoder"}
     hints = typing.get_type_hints(cls)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING

@@ -120,6 +120,7 @@ ARCHITECTURES = {
     "jumprelu by norm, layer norm": Architecture(JUMPRELU, options={**BY_NORM, **LAYER_NORM}),
     "logarithm": Architecture(TOPK, log_fvu()),
     "logarithm of a skip transcoder": Architecture(GATED, log_fvu(), SKIP),
+    "logarithm of a crosscoder": Architecture(JUMPRELU, log_fvu(), CROSSCODER),
     "logarithm, matryoshka": Architecture(RELU, log_fvu(prefixes=PREFIXES)),
     "logarithm, multi-k": Architecture(
         ABSTOPK, log_fvu(multi_k=True, prefixes=PREFIXES, auxk_error="absolute")

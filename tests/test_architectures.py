@@ -151,12 +151,15 @@ def test_parts_of_the_loss(name):
         sae.layer_norm = False
     target = None if sae.d_out is None else y
     variance = (y - y.mean(0)).square().sum()
-    unit = 1 / variance if objective.error == "fvu" else 1 / N
+    unit = 1 / N if objective.error == "sse" else 1 / variance
     result = training_loss(sae, x, DEAD, objective, target)
     assert result.l0 == (result.codes.to_dense() != 0).sum() / N
-    if objective.plain and objective.error != "log_fvu":
-        own = result.fvu * variance + N * result.penalty
-        torch.testing.assert_close(result.loss, unit * own + 0.5 * result.auxk)
+    if objective.plain:
+        terms = unit * N * result.penalty + 0.5 * result.auxk
+        own = unit * result.fvu * variance
+        if objective.error == "log_fvu":
+            own, terms = result.fvu.log(), terms / result.fvu
+        torch.testing.assert_close(result.loss, own + terms)
     recon = sae.decode(result.codes, x)
     torch.testing.assert_close(result.fvu * variance, (y - recon).square().sum())
 

@@ -15,7 +15,7 @@ from bench import record
 from bench.contender import LOW
 from bench.peers import race, training
 from bench.peers.contender import CONTENDERS, KNOWN, quality
-from bench.peers.report import tables
+from bench.peers.report import colors_of, plain, tables
 from bench.peers.task import Task, TimeUp, open_stream
 from fastsae.data import ShardWriter, Synthetic
 
@@ -106,8 +106,8 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     text = capsys.readouterr().out
     (results,) = tmp_path.glob("peers-*.json")
     found = json.loads(results.read_text())
-    trained = f"training, {data.name}"
-    assert found.keys() == {"a", trained}
+    shape, trained = found
+    assert shape == "a" and trained.startswith(f"training, {data.name}, ")
     for part in found.values():
         assert part.get("contenders", part.get("runs", {}).get("60")).keys() == set(names[:-1])
         assert part["missing"] == {"nobody": "not-a-package is not installed"}
@@ -129,6 +129,7 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     assert all(f"| {name} | " in text for name in names[:3])
     plots = [*tmp_path.glob("*.png")]
     assert len(plots) == 2 and all(one.read_bytes().startswith(b"\x89PNG") for one in plots)
+    assert len(colors_of([*KNOWN])) == len({plain(name) for name in KNOWN})
     before = results.read_text()
     monkeypatch.setattr(training, "run", None)  # nothing is left to run
     race.bench(parse("--rounds", "0", *words[4:]))

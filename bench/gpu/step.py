@@ -103,9 +103,8 @@ def profiled(step: Step, data: list[tuple], p: Problem) -> dict[str, Any]:
 def floor_ms(p: Problem, contender: Contender, record: Record, roofs: Roofs) -> float:
     """What no step can avoid: the encoder GEMM in bf16, as measured, and Adam's memory traffic."""
     optimizer = contender.options.get("optimizer", Optimizer())
-    moments = (2 if optimizer.adam_moments == "bf16" else 4) * (
-        2 - (optimizer.adam_second == "row")
-    )
+    item = 2 if optimizer.adam_moments == "bf16" else 4
+    moments = item + (item if optimizer.adam_second == "entry" else 0)
     busy = int(torch.bincount(p.indices().flatten(), minlength=p.F).count_nonzero())
     visited = busy + (p.F - busy) / optimizer.adam_window
     gemm = record.rows("floors").get(f"bf16 {p.name}", {}).get("ms", {}).get("median", 0.0)

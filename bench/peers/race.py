@@ -2,8 +2,9 @@
 
 Each contender trains with its library's own loop, on the same batches in the same order, in its own
 process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
-take turns. Then each one trains for the same numbers of tokens, at the best of five learning rates,
-with several seeds, which gives its held-out FVU. Other settings are each library's own.
+take turns. Then each one trains for the same numbers of tokens, at the best of six learning rates
+(five and its own), with several seeds, which gives its held-out FVU. Other settings are each
+library's own.
 
 Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
 results of other shapes and data, and, if matplotlib is installed, to plots. Every training run is
@@ -33,7 +34,7 @@ from .contender import CONTENDERS, KNOWN, VARIANTS
 from .process import run
 from .report import TRAINING, plot, tables
 from .task import Task
-from .training import GRID, Runs, train
+from .training import GRID, train
 
 TURN = 2.0
 """Seconds of steps per turn; a step that takes longer is timed once."""
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", nargs="+", type=int, default=[300, 2000], metavar="N", help="lengths of "
         "training runs, 0 for none (default: 300 2000)")  # fmt: skip
     add("--rates", nargs="+", type=float, metavar="X", help="learning rates to choose from, 0 for "
-        "each contender's own (default: a grid of five; with --variants: 0)")  # fmt: skip
+        "each contender's own (default: that and a grid of five; with --variants: 0)")  # fmt: skip
     add("--seeds", type=int, default=3, help="seeds of the training runs (default: 3)")
     add("--contenders", nargs="+", help="names of contenders, as in the results (default: all)")
     add("--data", type=Path, help="directory of activations (default: 2 million of MiniLM)")
@@ -81,9 +82,10 @@ def bench(arguments: argparse.Namespace) -> None:
         task = {**sized(size), "device": device, "seconds": TURN}
         keep(name, task, {"contenders": race(name, task, ready, rounds)})
     if shards is not None:
-        name = f"{TRAINING}, {arguments.data.name}" if arguments.data else TRAINING
+        label = f", {arguments.data.name}" * bool(arguments.data)
+        name = f"{TRAINING}{label}, {shards.fingerprint}"
         task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device}
-        known = known_runs(path, name, shards.fingerprint)
+        known = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
         rates = arguments.rates or ([0.0] if arguments.variants else GRID)
         # An accelerated contender would train the same SAE again: it must be asked for.
         asked = arguments.contenders or [n for n in ready if "accelerate" not in KNOWN[n].options]
@@ -93,19 +95,14 @@ def bench(arguments: argparse.Namespace) -> None:
             lengths,
             tuple(rate or None for rate in rates),
             arguments.seeds,
-            known,
-            lambda runs: keep(name, task, {"data": shards.fingerprint, "runs": runs}),
+            known.get("runs", {}),
+            {"commit": record.source_commit(), "versions": about["versions"]},
+            lambda runs: keep(name, task, {"runs": runs}),
         )
     results = json.loads(path.read_text())
+    print(tables(results))
     if find_spec("matplotlib") is not None:
         plot(results, path)
-    print(tables(results))
-
-
-def known_runs(path: Path, name: str, fingerprint: str) -> Runs:
-    """The runs on these data that a file of results has."""
-    found = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
-    return found["runs"] if found.get("data") == fingerprint else {}
 
 
 def chosen(names: list[str] | None) -> dict[str, Size]:

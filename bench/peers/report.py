@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ def tables(results: dict[str, Any]) -> str:
     for name, found in results.items():
         size = "{tokens} tokens per step, {d_in} wide, {d_sae} latents, k = {k}".format(**found)
         if name.startswith(TRAINING):
+            failed = {}
             for steps, rows in training_rows(found).items():
+                runs = found["runs"][steps]
                 parts += [f"**{name}**: {size}, {steps} steps", training_table(rows)]
-                parts += ["FVU / never active by learning rate, first seed:"]
-                parts += [rates_table(found["runs"][steps])]
-            continue
-        rows = finished(found)
-        parts += [f"**{name}**: {size}", step_table(rows)]
-        failed = {n: one["error"] for n, one in found["contenders"].items() if n not in rows}
+                parts += ["FVU / never active by learning rate, first seed:", rates_table(runs)]
+                errors = ((n, one["error"]) for n in runs for one in runs[n] if "error" in one)
+                failed |= dict(errors)
+        else:
+            rows = finished(found)
+            parts += [f"**{name}**: {size}", step_table(rows)]
+            failed = {n: one["error"] for n, one in found["contenders"].items() if n not in rows}
         notes = [f"- {n}: {why}" for n, why in (found["missing"] | failed).items()]
         parts += ["\n".join(notes)] if notes else []
     return "\n\n".join(parts)
@@ -158,7 +162,7 @@ def legend(figure: Any, colors: dict[str, str], columns: int) -> None:
 
 def colors_of(names: Iterable[str]) -> dict[str, str]:
     """A color for each trainer."""
-    return dict(zip(dict.fromkeys(map(plain, names)), COLORS, strict=False))
+    return dict(zip(dict.fromkeys(map(plain, names)), cycle(COLORS), strict=False))
 
 
 def plain(name: str) -> str:

@@ -18,7 +18,10 @@ WIDER_COEF = 1 / 8  # arXiv:2406.04093, A.6
 
 
 class TrainingLoss(NamedTuple):
-    """A loss, its parts (scalars on the data's device), and the codes."""
+    """A loss, its parts (scalars on the data's device), and the codes.
+
+    auxk and penalty are as they are before they are weighted and, with log_fvu, divided by FVU.
+    """
 
     loss: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
@@ -76,8 +79,8 @@ def training_loss(
     if dead is not None and len(dead) and objective.auxk_coef:
         rows = *(weight[dead] for weight in weights[:3]), sae.b_dec if sae.d_out is None else None
         proportion = objective.proportion(error.detach(), variance)
-        seen = centered.detach(), residual.detach(), objective, sae.activation.signed, proportion
-        weighted, auxk = AuxK.apply(*rows, *seen)
+        settings = objective, sae.activation.signed, proportion
+        weighted, auxk = AuxK.apply(*rows, centered.detach(), residual.detach(), *settings)
         loss = loss + weighted
     parts = fraction(own.detach(), variance), auxk, penalty.detach(), codes.l0()
     return TrainingLoss(loss, *parts, codes)

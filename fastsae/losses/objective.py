@@ -26,8 +26,7 @@ class Objective:
     error: Error = "log_fvu"
     """Reconstruction error: fraction of the batch's variance that is unexplained (fvu), its
     logarithm (log_fvu), or squared error summed over coordinates and averaged over tokens (sse).
-    With log_fvu, steps follow the relative error; penalty and auxiliary loss keep their proportion
-    to it."""
+    With log_fvu, all gradients are divided by FVU, so they do not shrink as the error falls."""
 
     prefixes: tuple[int, ...] = ()
     """Increasing sizes of nested dictionaries: the first N latents must also reconstruct on their
@@ -103,7 +102,10 @@ class Objective:
         """Factor that keeps the aux loss in proportion to the error's gradient: 1 / FVU if its
         logarithm is minimized."""
         one = torch.ones_like(variance)
-        return fraction(one, fraction(error, variance)) if self.error == "log_fvu" else one
+        if self.error != "log_fvu":
+            return one
+        fvu = fraction(error, variance)  # as small as 1 / FVU can be represented
+        return fraction(one, torch.where(fvu == 0, 0.0, fvu.clamp_min(torch.finfo(fvu.dtype).tiny)))
 
     @property
     def plain(self) -> bool:

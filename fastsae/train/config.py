@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from fastsae.config import from_dict
 from fastsae.data.ordinary import MAX_NORM_RATIO, check_max_norm_ratio
 from fastsae.device import check_device
 from fastsae.losses import Objective
@@ -169,3 +170,15 @@ class TrainConfig:
         self.objective.check(sae)
         self.init.check(sae)
         return sae
+
+
+def read_config(stored: Any, where: str) -> TrainConfig:
+    """The settings of a run from its JSON, also of an older version; ValueError if damaged."""
+    parts = stored if isinstance(stored, dict) else {}
+    init, activation, optimizer = (parts.get(n) for n in ("init", "activation", "optimizer"))
+    if isinstance(init, dict) and init.get("encoder", "") is None:  # then left to the activation
+        fits = isinstance(activation, dict) and activation.get("name") in ("topk", "batchtopk")
+        aligned = isinstance(optimizer, dict) and optimizer.get("constraint") == "aligned"
+        fitted = fits and not aligned and parts.get("target") is None
+        stored = {**parts, "init": {**init, "encoder": "fitted" if fitted else "tied"}}
+    return from_dict(TrainConfig, stored, where)

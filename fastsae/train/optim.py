@@ -64,12 +64,12 @@ class Optimizer:
     (arXiv:2605.18629)."""
 
     adam_moments: Moments = "fp32"
-    """Precision of Adam's moments of the weights; bf16, rounded stochastically, saves a third of
-    the optimizer's memory and traffic."""
+    """Precision of Adam's moments of the weights; bf16, rounded stochastically, halves
+    them."""
 
     adam_second: Second = "entry"
-    """Adam's second moment of the weights: of each entry, or the mean over each row, which saves
-    half of the optimizer's memory (arXiv:2406.16793)."""
+    """Adam's second moment of the weights: of each entry, or the mean over each row, which halves
+    the memory of the moments (arXiv:2406.16793)."""
 
     adam_window: int = 1
     """Lazy updates: latents without gradient are updated at least every N steps (max 8), applying

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from fastsae.checkpoint import Checkpoint, newest_intact
-from fastsae.config import from_dict, to_dict
+from fastsae.config import to_dict
 from fastsae.files import claimed, read_json, shown, write_json
 from fastsae.nn import SAE
 from fastsae.progress import say
 from fastsae.version import __version__, written_by
 
-from .config import TrainConfig
+from .config import TrainConfig, read_config
 from .plan import Plan
 
 FORMAT = "fastsae.run.1"
@@ -102,7 +102,7 @@ def stored_config(out: Path) -> TrainConfig:
     """The settings of the run in a folder; ValueError if there is none, or they are damaged."""
     document = _read(out)
     try:
-        stored = from_dict(TrainConfig, document["config"], str(out / "config.json"))
+        stored = read_config(document["config"], str(out / "config.json"))
     except ValueError as error:
         raise ValueError(f"{error}{written_by(document.get('version'))}") from None
     return dataclasses.replace(stored, out=out)

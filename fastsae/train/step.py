@@ -70,13 +70,14 @@ def fused_step(
     indices = codes.latents()
     sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
     total = sse.sum()
-    unit, loss = (f(total, variance, len(x)) for f in (objective.unit, objective.value))
+    loss = objective.value(total, variance, len(x))
+    unit = objective.unit(total, variance, len(x))
     fvu, auxk = fraction(total, variance), torch.zeros_like(total)
     aux = extra = None
     if dead is not None and len(dead) and objective.auxk_coef:
         slices = W_enc[dead], b_enc[dead], W_dec[dead]
-        residual, how = -error.to(x.dtype), (objective, sae.activation.signed)
-        aux = auxk_gradients(seen, residual, slices, *how, objective.proportion(total, variance))
+        settings = objective, sae.activation.signed, objective.proportion(total, variance)
+        aux = auxk_gradients(seen, -error.to(x.dtype), slices, *settings)
         auxk, extra = aux.loss, (dead, aux.W_dec, aux.W_enc)
 
     scale = 2 * unit

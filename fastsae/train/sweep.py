@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fastsae.checkpoint import newest_intact
-from fastsae.config import from_dict, to_dict
+from fastsae.config import to_dict
 from fastsae.data import ActivationSource
 from fastsae.files import read_json, shown, write_json
 from fastsae.nn import SAE
@@ -19,7 +19,7 @@ from fastsae.progress import printable, progress_bar, say, shows_bars
 from fastsae.version import __version__, written_by
 
 from .comparison import compare
-from .config import TrainConfig
+from .config import TrainConfig, read_config
 from .interrupt import Interrupted, Interrupts
 from .log import Log
 from .memory import keep_freed_memory
@@ -163,9 +163,6 @@ def stored_sweep(out: Path) -> dict[str, TrainConfig]:
         if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{path}: {shown(name)} is not the name of a folder{by}")
     try:
-        return {
-            name: from_dict(TrainConfig, run, f"{path}: {shown(name)}")
-            for name, run in runs.items()
-        }
+        return {name: read_config(run, f"{path}: {shown(name)}") for name, run in runs.items()}
     except ValueError as error:
         raise ValueError(f"{error}{by}") from None

@@ -7,6 +7,9 @@
     W -= lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
     W_dec[f] /= |W_dec[f]|
 
+The second moment v may be one number per row: the mean of g^2 over the row then stands for g^2
+(arXiv:2406.16793).
+
 Momentum moves rows without a gradient, too. With window = 1 every step visits every row, and the
 result is that of torch.optim.Adam on dense gradients. With window = T (lazy updates) a row is
 visited when it has a gradient, and at least every T steps. It then catches up on the steps that it
@@ -256,9 +259,9 @@ def adam_(
     """One Adam step on both weights of a dictionary, in place, from sparse gradients.
 
     Decoder rows have norm 1 before and after, and only the part of a gradient that is orthogonal
-    to its row counts (arXiv:2406.04093). Without a window this is torch.optim.Adam on the dense
-    gradients; with one (see the module), rows without a gradient wait up to T - 1 steps.
-    Deterministic.
+    to its row counts (arXiv:2406.04093). Without a window, and with a second moment of each entry,
+    this is torch.optim.Adam on the dense gradients. With a window (see the module), rows without a
+    gradient wait up to T - 1 steps. Deterministic.
 
     Returns the gradients of the biases, without the extra gradients' share.
 

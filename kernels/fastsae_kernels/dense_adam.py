@@ -56,10 +56,15 @@ def normalize_rows_(rows: Tensor) -> None:
 def dense_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
     """One step in place: Adam (arXiv:1412.6980), all of one shape, or, with a second moment per row
     [F, 1], the mean of its entries' (arXiv:2406.16793)."""
-    if second.shape != weight.shape:
+    if second.shape == weight.shape:
+        _fused_adam_(weight, g, first, second, at)
+    elif weight.dim() == 2 and second.shape == (len(weight), 1):
         _row_adam_(weight, g, first, second, at)
     else:
-        _fused_adam_(weight, g, first, second, at)
+        raise ValueError(
+            f"the second moment must be of shape {list(weight.shape)} or one number per row, "
+            f"got {list(second.shape)}"
+        )
 
 
 def _row_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:

@@ -144,6 +144,10 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "adam fp8": ({"A bf16", "C bf16"}, lambda s: _adam(s, bf16, T=8, float8=True)),
     "adam bare": ({"A fp32", "odd fp32"}, lambda s: _adam(s, shadow=False)),
     "adam per row": (TWO, lambda s: _adam(s, per_row=True)),
+    "adam per row fp8": (
+        {"C bf16"},
+        lambda s: _adam(s, bf16, T=8, float8=True, per_row=True),
+    ),
     "adam window": ({*FEW, "B bf16", "C bf16"}, lambda s: _adam(s, bf16, T=8)),
     "adam window extra": (TWO, lambda s: _adam(s, bf16, T=8, extra=64)),
     "rational": (FEW, lambda s: rational(s.values, *s.rational)),

@@ -5,8 +5,12 @@ import json
 import pytest
 
 from fastsae import TrainConfig
+from fastsae.config import to_dict
+from fastsae.train.config import read_config
 from fastsae.train.plan import Plan
 from fastsae.train.run_folder import begin, check_same, stored_config
+
+from .conftest import train_config
 
 
 @pytest.fixture
@@ -44,3 +48,15 @@ def test_an_unknown_setting_is_an_error(edited):
     config, plan = edited(lambda settings: settings.update(of_the_future=1))
     with pytest.raises(ValueError, match=r"no setting 'of_the_future'.* \(written by fastsae"):
         check_same(config, plan, "data", None)
+
+
+@pytest.mark.parametrize(
+    ("activation", "constraint", "encoder"),
+    [("topk", "unit", "fitted"), ("topk", "aligned", "tied"), ("relu", "unit", "tied")],
+)
+def test_an_encoder_that_an_older_version_left_open(activation, constraint, encoder):
+    """It chose by the activation, and wrote null."""
+    given = train_config(activation=activation, constraint=constraint, data="x", out="run")
+    stored = to_dict(given)
+    stored["init"]["encoder"] = None
+    assert read_config(stored, "config.json").init.encoder == encoder
