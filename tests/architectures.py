@@ -183,8 +183,8 @@ def topk(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor |
     q = kept(seen.h, cfg.k, cfg.by == "abs")
     if cfg.gradient == "rotation":
         R = rotation_reference(seen.h, q).detach()
-        turned = torch.einsum("nij,nj->ni", R, seen.h)
         reached = (q != 0) | (cfg.rotation == "dense")
+        turned = torch.einsum("nij,nj->ni", R, torch.where(reached, seen.h, seen.h.detach()))
         q = q.detach() + (turned - turned.detach()) * reached
     return q, 0.0
 
