@@ -23,9 +23,9 @@ TUNED = 0.5, 1.0, 2.0
 class Scale:
     """The size of the study's runs and evaluations."""
 
-    steps: int = 400
+    steps: int = 300
     """Training steps from scratch."""
-    tune_steps: int = 120
+    tune_steps: int = 90
     """Fine-tuning steps of upgrades and their teachers."""
     batch_size: int = 1024
     tokens: int = 26_000

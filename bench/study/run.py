@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smollm", type=Path, default=Path("smol"), help="SmolLM2's activations (default: smol)")
     add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: all)")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="training seeds (default: 0 to 4)")
-    add("--steps", type=int, default=Scale.steps, help="training steps (default: 400)")
+    add("--steps", type=int, default=Scale.steps, help="training steps (default: 300)")
     add("--out", type=Path, default=out, help="where results go (default: bench/results/study)")
 
 
