@@ -81,7 +81,7 @@ class Data(NamedTuple):
 
 MAP = (32, 0.5), (32, 1.0), (32, 4.0), (64, 4.0), (128, 4.0), (128, 16.0)
 """k and expansions at which AbsTopK is compared with TopK."""
-ROOM = {"lr x0.25": 0.25, "lr x1": 1.0, "lr x3": 3.0, "lr x6": 6.0}
+ROOM = {"lr x1": 1.0, "lr x5": 5.0, "lr x10": 10.0, "lr x20": 20.0}
 """Learning rates at which more and more latents of a TopK SAE without aux-k die."""
 UNTIED = "--k 16 --encoder linear --constraint none"
 ROTATIONS = {
