@@ -68,19 +68,21 @@ class Study:
         """The metrics of a trained SAE after fine-tuning, unchanged and as a rational one."""
         config = self.plan.upgrades[name].config(seed, self.scale)
         out = self.work / f"{slug(name)}-{digest(config)}-{teacher.name[-8:]}"
-        config = replace(config, out=out)
         started = (out / "config.json").exists()
-        fit = partial(upgrade, load(teacher / "sae"), self.source, config, started)
+        fit = partial(
+            upgrade, load(teacher / "sae"), self.source, replace(config, out=out), started
+        )
         rational = self.metrics(out, fit)
         return self.metrics(out / "baseline", fit), rational
 
     def metrics(self, out: Path, fit: Callable[[], object]) -> dict[str, Any]:
         """The metrics of the SAE in a run directory; `fit` trains it if they are missing."""
         if not (out / "study.json").exists():
-            fit()
-            found = measure(load(out / "sae"), self.source, self.scale)
+            if not (out / "sae").exists():  # a baseline is trained with its upgrade
+                fit()
+            found = measure(load(out / "sae"), self.source, self.scale) | {"stamp": stamp()}
             print(f"{out}: {found}", flush=True)
-            write_json(out / "study.json", {**found, "stamp": stamp()})
+            write_json(out / "study.json", found)
         return read_json(out / "study.json")
 
 
