@@ -55,7 +55,7 @@ class Study:
                 found[name][str(seed)] = {"lr": factor, **metrics}
                 for upgrade_name in (n for n, u in self.plan.upgrades.items() if u.teacher == name):
                     both = self.upgrade(upgrade_name, out, seed)
-                    found[f"{name}, tuned"][str(seed)], found[upgrade_name][str(seed)] = both
+                    found[upgrade_name][str(seed)], found[f"{name}, tuned"][str(seed)] = both
         return found
 
     def train(self, name: str, config: TrainConfig) -> tuple[Path, dict[str, Any]]:
@@ -65,15 +65,12 @@ class Study:
         return config.out, self.metrics(config.out, fit)
 
     def upgrade(self, name: str, teacher: Path, seed: int) -> tuple[dict, dict]:
-        """The metrics of a trained SAE after fine-tuning, unchanged and as a rational one."""
+        """The metrics of a trained SAE after fine-tuning, as a rational one and unchanged."""
         config = self.plan.upgrades[name].config(seed, self.scale)
         out = self.work / f"{slug(name)}-{digest(config)}-{teacher.name[-8:]}"
-        started = (out / "config.json").exists()
-        fit = partial(
-            upgrade, load(teacher / "sae"), self.source, replace(config, out=out), started
-        )
-        rational = self.metrics(out, fit)
-        return self.metrics(out / "baseline", fit), rational
+        rest = replace(config, out=out), (out / "config.json").exists()
+        fit = partial(upgrade, load(teacher / "sae"), self.source, *rest)
+        return self.metrics(out, fit), self.metrics(out / "baseline", fit)
 
     def metrics(self, out: Path, fit: Callable[[], object]) -> dict[str, Any]:
         """The metrics of the SAE in a run directory; `fit` trains it if they are missing."""
