@@ -80,13 +80,13 @@ def rotation_dense(
     h = torch.addmm(b_enc, x, W_enc.t())
     q, g = (torch.zeros_like(h).scatter_(1, indices, t) for t in (values, d_values))
     active = q != 0
-    g.mul_(active).addmm_(d_recon, W_dec.t())
-    if mode == "support":
-        g.mul_(active)
+    listed = active if mode == "support" else 1
+    g.mul_(active).addmm_(d_recon, W_dec.t()).mul_(listed)
     none = ~active.any(1, keepdim=True)
     h_norm, q_norm = (t.norm(dim=1, keepdim=True).masked_fill(none, 1) for t in (h, q))
     a = (q_norm / h_norm).masked_fill(none, 0)
     qg = (q * g).sum(1, keepdim=True) / q_norm
     s = ((h * g).sum(1, keepdim=True) / h_norm + qg) / (1 + a)
     dh = g.mul_(a).addcmul_(h, a * (2 * qg - s) / h_norm).addcmul_(q, -a * s / q_norm)
+    dh.mul_(listed)
     return dh @ W_enc, dh.t() @ x, dh.sum(0)

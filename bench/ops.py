@@ -241,9 +241,8 @@ def rotation_inputs(p: Problem, mode: str) -> tuple:
 
 def rotation_cost(p: Problem, back: int, *arguments: Any) -> Cost:
     """Cost of the cheaper algorithm; reads both weights and writes three gradients."""
-    E = p.D if arguments[-2] == "dense" else 0
-    gram = 4 * (p.F + p.N) * p.D * (p.D + E)
-    dense = 2 * p.N * p.F * (p.D + E) + 4 * p.N * p.F * p.D
+    factor = 4 if arguments[-2] == "dense" else 1  # as many products as |h|^2 alone takes
+    gram, dense = 2 * factor * (p.F + p.N) * p.D**2, 2 * factor * p.N * p.F * p.D
     return Cost(3 * p.dtype.itemsize * (p.F + p.N) * p.D, min(gram, dense), precision(p))
 
 

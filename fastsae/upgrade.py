@@ -5,6 +5,12 @@
     calibrate    the function to the teacher's own pre-activations, by least squares
     fine-tune    everything
 
+On the path "copy" the fit is to what the teacher's activation does with the latents that it keeps,
+which on TopK, BatchTopK and JumpReLU can be exact: the function starts as a copy, and is fine-tuned
+without a new penalty. On the path "paper" it is the minimax fit to the whole activation, in
+h - threshold, and is fine-tuned with an L1 penalty. The degree 1 0 on either is a control: a
+trained scale and shift.
+
 The teacher itself is fine-tuned too, for as many steps on the same batches at the same learning
 rate: what the rational activation is worth is the difference to that, not to the teacher.
 """
@@ -12,13 +18,13 @@ rate: what the rational activation is worth is the difference to that, not to th
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastsae.config import to_dict
+from fastsae.config import check_choices, to_dict
 from fastsae.data import ActivationSource
 from fastsae.data.ordinary import MAX_NORM_RATIO
 from fastsae.device import choose_device
@@ -30,15 +36,18 @@ from fastsae.nn import SAE, ActivationConfig
 from fastsae.nn.batchtopk import BatchTopK
 from fastsae.nn.jumprelu import JumpReLU
 from fastsae.nn.rational import Center, Rational, RationalConfig, Support
-from fastsae.nn.rational_fit import GAP, RationalFit, calibrate
+from fastsae.nn.rational_fit import GAP, JUMP, RationalFit, calibrate
 from fastsae.nn.relu import ReLU
 from fastsae.nn.topk import TopK
 from fastsae.train import Interrupted, Optimizer, TrainConfig, Trainer
 from fastsae.train.columns import Columns
 from fastsae.train.optim import Constraint
 
+Start = Literal["copy", "paper"]
 CALIBRATION_TOKENS, CALIBRATION_ENTRIES = 2048, 20_000
 EVALUATION_TOKENS = 65536
+PAPER_L1 = 0.03
+"""L1 coefficient of the path "paper", whose own is not known to us: a few percent of the error."""
 UNIT = 1e-3
 """Decoder rows whose norms are this close to 1 are kept at 1."""
 
@@ -58,16 +67,23 @@ class UpgradeConfig:
     """teacher: only the latents that the SAE's own rule selects are active. none: all are, so L0 is
     d_sae and decoding is dense."""
 
+    path: Start = "copy"
+    """copy: start as close to the SAE's activation on the active latents as possible, and fine-tune
+    without a new penalty. paper: start from the minimax fit to the whole activation, centered at
+    the gate's threshold, and fine-tune with an L1 penalty."""
+
     center: Center | None = None
     """Center of the function: the gate's threshold, as in the paper, or zero, where it can start as
-    an exact copy of the SAE's activation (default: zero where possible, with support teacher)."""
+    an exact copy of the SAE's activation (default: zero where possible, with support teacher and
+    path copy)."""
 
     degree: tuple[int, int] | None = None
-    """Degrees (p, q) of numerator and denominator (default: 3 2 for ReLU, 9 8 for the others)."""
+    """Degrees (p, q) of numerator and denominator (default: 3 2 for ReLU, 9 8 for the others). 1 0
+    is a trained scale and shift, a control."""
 
     l1_coef: float | None = None
-    """L1 coefficient, relative to the squared error per token (default: none; for ReLU, the one it
-    was last trained with, adapted to keep its L0)."""
+    """L1 coefficient, relative to the squared error per token (default: none, or 0.03 with path
+    paper; for ReLU, the one it was last trained with, adapted to keep its L0)."""
 
     steps: int = 500
     """Fine-tuning steps."""
@@ -91,19 +107,25 @@ class UpgradeConfig:
     """Steps between log lines (metrics.jsonl)."""
 
     def __post_init__(self):
+        check_choices(self, path=Start)
+        if self.path == "paper" and self.center == "zero":
+            raise ValueError('center "zero" is for path "copy", got path "paper"')
         self.function({"gate": "topk"})
         self.run()
 
     def function(self, gate: dict[str, Any]) -> RationalConfig:
         """The settings of the rational function for a gate; ValueError for nonsense."""
+        paper = self.path == "paper"
         settings = {"support": self.support, "degree": self.degree, **gate}
+        if paper:
+            settings.setdefault("l1_coef", PAPER_L1)
         if self.l1_coef is not None:
             settings["l1_coef"] = self.l1_coef
         if self.l1_coef is not None or self.support == "none":
             settings["target_l0"] = None
         center = self.center
         if center is None:
-            free = gate["gate"] != "relu" and self.support == "teacher"
+            free = gate["gate"] != "relu" and self.support == "teacher" and not paper
             center = "zero" if free else "gate"
         return RationalConfig(center=center, **settings)
 
@@ -175,10 +197,11 @@ def initial(
             sae.get_parameter(name).copy_(scaled.get_parameter(name))
         if threshold is not None:
             activation.threshold.copy_(threshold)
-        fit = calibrated(sae, activation, x, config.seed)
+        fit = calibrated(sae, activation, x, config)
         activation.start_from_(fit)
     about = {
         **to_dict(activation.cfg),
+        "path": config.path,
         "degree": list(activation.degree),
         "new_scalars": sum(p.numel() for p in activation.parameters()),
         "calibration_mse": fit.error,
@@ -207,7 +230,7 @@ def gate_of(sae: SAE, l0: float) -> tuple[dict[str, Any], Tensor | None]:
 
 
 def calibrated(
-    sae: SAE, activation: Rational, x: Float[Tensor, "N d_in"], seed: int
+    sae: SAE, activation: Rational, x: Float[Tensor, "N d_in"], config: UpgradeConfig
 ) -> RationalFit:
     """The rational function nearest to its gate's activation on some of the pre-activations of x.
 
@@ -222,10 +245,15 @@ def calibrated(
     )
     if not len(h):
         raise ValueError("the SAE has no active latent on this data")
-    some = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))
+    some = torch.randperm(len(h), generator=torch.Generator().manual_seed(config.seed))
     h, s, target = (values[some[:CALIBRATION_ENTRIES]] for values in (h, s, target))
     c_in = max(float((h - s).abs().max()), torch.finfo(h.dtype).tiny)
-    fit = activation.fit(max(float(s.median()) / c_in, GAP))
+    if not activation.degree[1]:
+        c_in *= 2  # the larger activations of other tokens are not to be clamped
+    if config.path == "paper":  # of this jump, the minimax fit is known
+        fit = activation.fit(JUMP, whole=True)
+    else:
+        fit = activation.fit(max(float(s.median()) / c_in, GAP))
     return calibrate(h, target, fit.a, fit.b, c_in, c_in, s)
 
 

@@ -52,6 +52,7 @@ RELU, GATED = ReLUConfig(l1_coef=0.1), GatedConfig(l1_coef=0.1)
 ROTATED = TopKConfig(k=K, gradient="rotation")
 ROTATED_ALL = TopKConfig(k=K, gradient="rotation", rotation="dense")
 LEARNED = VariationalConfig(k=K, variance="learned", beta=0.01)
+TOKEN_NOISE = VariationalConfig(k=K, variance="learned", noise="token", beta=0.003)
 RATIONAL = RationalConfig(k=K, l1_coef=0.02)
 PREFIXES = 8, 24, D_SAE
 TRANSCODER, SKIP = {"d_out": D_OUT}, {"d_out": D_OUT, "skip": True}
@@ -78,6 +79,7 @@ ARCHITECTURES = {
     "vsae without noise": Architecture(VariationalConfig(k=K, beta=0.01)),
     "vsae": Architecture(VariationalConfig(k=K, variance="fixed", beta=0.01)),
     "vsae of learned variance": Architecture(LEARNED),
+    "vsae with noise in units of tokens": Architecture(TOKEN_NOISE),
     "rational": Architecture(RATIONAL),
     "rational at 0": Architecture(replace(RATIONAL, center="zero")),
     "rational of every latent": Architecture(
@@ -198,8 +200,8 @@ def topk(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor |
     q = kept(seen.h, cfg.k, cfg.by == "abs")
     if cfg.gradient == "rotation":
         R = rotation_reference(seen.h, q).detach()
-        turned = torch.einsum("nij,nj->ni", R, seen.h)
         reached = (q != 0) | (cfg.rotation == "dense")
+        turned = torch.einsum("nij,nj->ni", R, torch.where(reached, seen.h, seen.h.detach()))
         q = q.detach() + (turned - turned.detach()) * reached
     return q, 0.0
 
@@ -243,13 +245,14 @@ def gated(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor 
 
 def variational(activation: Any, seen: Seen, progress: float) -> tuple[Tensor, Tensor | float]:
     cfg, mean = activation.cfg, seen.h.relu()
+    unit = seen.centered.shape[1] ** 0.5 if cfg.noise == "token" else 1.0
     z, log_variance = mean, torch.zeros_like(mean)
     if seen.noise is not None:
         if cfg.variance == "learned":
             log_variance = seen.centered @ activation.W_variance.T + activation.b_variance
             log_variance = log_variance.clamp(-6, 2)
-        z = mean + log_variance.exp().sqrt() * seen.noise
-    kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
+        z = mean + unit * log_variance.exp().sqrt() * seen.noise
+    kl = (mean.square() + unit**2 * (log_variance.exp() - 1 - log_variance)).sum() / 2
     return kept(z, cfg.k, signed=True), rise(cfg, progress) * cfg.beta * kl / len(z)
 
 

@@ -1,56 +1,105 @@
-"""The study's verdicts, on results that are made up."""
+"""The study's verdicts on results that are made up, its pursuit, and that its plan is sound."""
+
+from dataclasses import replace
 
 import pytest
+import torch
 
-from bench.study.claims import Claim, verdict
+from bench.study.claims import CLAIMS, T95, Claim, difference
+from bench.study.measure import pursuit
+from bench.study.plan import DATA, PATHS, Scale
 from bench.study.report import report
 
-LOWER = Claim("paper", "less", "new", "old", "fvu", False)
+LOWER = Claim("paper", "better", "new", "old")
+STAMP = {"cpu": "none", "torch": "0", "commit": "0"}
 
 
-def results(fvu: list[float], l0: float = 32.0) -> dict:
-    stamp = {"cpu": "none", "threads": 1, "torch": "0", "commit": "0"}
-    shared = {"l0": l0, "dead": 0.0, "curve": [[1, 1.0], [2, 0.5]], "stamp": stamp}
-    return {
-        str(seed): {"fvu": value, "pcr16": 1 - value, **shared} for seed, value in enumerate(fvu)
-    }
+def results(values: list[float], l0: float = 32.0, metric: str = "fvu") -> dict:
+    run = {"l0": l0, "lr": 1.0, "stamp": STAMP}
+    return {str(seed): {metric: value, **run} for seed, value in enumerate(values)}
+
+
+OLD = [0.2, 0.1, 0.3, 0.2, 0.2]
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "expected"),
+    ("factors", "verdict"),
     [
-        ([0.1, 0.1], [0.2, 0.2], "held: 0.1000 vs. 0.2000 (-50.0%), as claimed in 2 of 2 seeds"),
-        (
-            [0.3, 0.3],
-            [0.2, 0.2],
-            "did not hold: 0.3000 vs. 0.2000 (+50.0%), as claimed in 0 of 2 seeds",
-        ),
-        ([0.1, 0.3], [0.2, 0.2], "mixed: 0.2000 vs. 0.2000 (+0.0%), as claimed in 1 of 2 seeds"),
-        ([0.2, 0.2], [0.2, 0.2], "mixed: 0.2000 vs. 0.2000 (+0.0%), as claimed in 0 of 2 seeds"),
-        ([0.0], [0.0], "mixed: 0.0000 vs. 0.0000, as claimed in 0 of 1 seeds"),
+        ([0.8, 0.9, 0.8, 0.9, 0.8], "better"),
+        ([1.2, 1.1, 1.2, 1.1, 1.2], "worse"),
+        ([1.001, 0.999, 1.002, 1.0, 0.998], "equivalent"),
+        ([0.5, 1.4, 0.7, 1.2, 1.0], "undecided"),
+        ([0.5], "undecided"),  # one seed tells nothing
+        ([0.98, 0.98, 0.98, 0.98, 0.98], "better"),
+        ([0.992, 0.991, 0.992, 0.991, 0.992], "equivalent"),  # though surely less
     ],
 )
-def test_a_verdict(new, old, expected):
-    assert verdict(LOWER, {"new": results(new), "old": results(old)}) == expected
+def test_a_verdict(factors, verdict):
+    """Of the relative differences, which are more alike than the seeds are."""
+    new = [factor * old for factor, old in zip(factors, OLD, strict=False)]
+    found = difference(LOWER, {"new": results(new), "old": results(OLD)})
+    assert found is not None and found.verdict == verdict
+    mean = sum(factors) / len(factors)
+    assert found.center == pytest.approx(mean - 1)
+    if factors[1:]:
+        deviation = (sum((f - mean) ** 2 for f in factors) / 4) ** 0.5
+        assert found.half == pytest.approx(T95[3] * deviation / 5**0.5, abs=1e-12)
+
+
+def test_more_is_better_of_some_metrics_and_fractions_are_subtracted():
+    claim = LOWER._replace(metric="utilization")
+    high, low = results([0.9, 0.9], metric="utilization"), results([0.2, 0.2], metric="utilization")
+    found = difference(claim, {"new": high, "old": low})
+    assert found is not None and found.verdict == "better"
+    assert found.center == pytest.approx(0.7)
+    assert difference(LOWER, {"new": high, "old": low}) is None, "FVU was not measured"
 
 
 def test_what_cannot_be_compared():
-    runs = {"new": results([0.1], l0=60.0), "old": results([0.2])}
-    found = verdict(LOWER, runs)
-    assert found and found.startswith("not comparable: L0 60.0 vs. 32.0, 0.1")
-    fewer = {"new": results([0.1], l0=20.0), "old": results([0.2])}
-    found = verdict(LOWER, fewer)
-    assert found and found.startswith("held: L0 20.0 vs. 32.0"), "as claimed in both"
-    assert verdict(LOWER, {"new": results([0.1])}) is None
+    """A lower error with more active latents; with fewer of them, it is better all the same."""
+    old = results([0.2, 0.2])
+    found = difference(LOWER, {"new": results([0.1, 0.1], l0=60.0), "old": old})
+    assert found is not None and found.verdict == "not comparable: L0 60.0 against 32.0"
+    found = difference(LOWER, {"new": results([0.1, 0.1], l0=20.0), "old": old})
+    assert found is not None and found.verdict == "better"
 
 
 def test_a_report(tmp_path):
-    runs = {"TopK": results([0.2, 0.3]), "AbsTopK": results([0.1, 0.2])}
-    scale = {"steps": 2, "batch_size": 8, "tune_steps": 1}
-    times = {m: {"median": t, "min": t, "max": t} for m, t in {"TopK": 2.0, "AbsTopK": 3.0}.items()}
-    time = {"data": "planted", "methods": times, "stamp": {"cpu": "none", "threads": 1}}
-    text = report({"scale": scale, "runs": {"planted": runs}, "time": time}, tmp_path)
-    assert "| AbsTopK | 3.0 (3.0 to 3.0) | 1.50 |" in text
-    assert "| TopK | 0.2500 ± 0.0707 |" in text
-    assert "held: 0.1500 vs. 0.2500 (-40.0%), as claimed in 2 of 2 seeds" in text
-    assert (tmp_path / "planted.png").read_bytes().startswith(b"\x89PNG")
+    name = "AbsTopK, k=8, x4"
+    runs = {name.removeprefix("Abs"): results([0.2, 0.4]), name: results([0.1, 0.2])}
+    text = report(Scale(), {"planted": runs}, tmp_path)
+    row = "AbsTopK, arXiv:2510.00404 | better | AbsTopK, k=8, x4 | TopK, k=8, x4 | planted | fvu"
+    assert f"| {row} | 0.1500 vs. 0.3000 | -50.0 ± 0.0 % | better |" in text
+    assert "| TopK, k=8, x4 | 1.00 ± 0.00 | 0.3000 ± 0.1414 | 32.0 ± 0.0 | – |" in text
+    assert (tmp_path / "results.md").read_text() == text
+
+
+def test_every_method_is_valid_and_every_claim_can_be_measured():
+    names = set()
+    for data in DATA.values():
+        names |= {*data.methods, *data.upgrades}
+        for method in data.methods.values():
+            config = method.config(384, 3, Scale(), 0.5)
+            assert config.seed == 3 and config.data_seed == 0
+            assert config.d_sae == round(384 * method.expansion)
+        for upgrade in data.upgrades.values():
+            assert upgrade.teacher in data.methods
+            assert replace(upgrade.config(3, Scale()), seed=0) is not None
+            names.add(f"{upgrade.teacher}, tuned")
+    controls = {claim for claim in CLAIMS if claim.method == claim.other}
+    assert len(controls) <= 2 * len(PATHS), "a control is not compared with itself"
+    assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} <= names
+
+
+@pytest.mark.parametrize("by", ["value", "abs"])
+def test_pursuit_finds_the_codes_of_an_orthonormal_dictionary(by):
+    """And is the least-squares fit on the chosen rows of any other."""
+    rows, _ = torch.linalg.qr(torch.randn(12, 12))
+    codes = torch.zeros(5, 12).scatter(1, torch.randperm(12)[:3].expand(5, 3), 1.0)
+    codes = codes * (1 + torch.rand(5, 12)) * (torch.randn(5, 12).sign() if by == "abs" else 1)
+    torch.testing.assert_close(pursuit(codes @ rows, rows, 3, by).float(), codes @ rows)
+    if by == "abs":
+        rows, x = torch.randn(30, 12), torch.randn(5, 12)
+        left = x - pursuit(x, rows, 4, by)
+        orthogonal = (left @ rows.double().T).abs() < 1e-6
+        assert orthogonal.sum(1).tolist() == [4] * 5

@@ -61,6 +61,8 @@ ACTIVATION = [
     (GatedConfig, {"sparsity_warmup": NAN}, "sparsity_warmup must be between 0 and 1, got nan"),
     (VariationalConfig, {"k": 0}, "k must be at least 1, got 0"),
     (VariationalConfig, {"variance": "all"}, "variance must be one of .*, got 'all'"),
+    (VariationalConfig, {"variance": "fixed", "noise": "x"}, "noise must be one of .*, got 'x'"),
+    (VariationalConfig, {"noise": "token"}, 'noise = token has no effect with variance "none"'),
     (VariationalConfig, {"beta": -0.1}, "beta must be at least 0, got -0.1"),
     (VariationalConfig, {"beta": NAN}, "beta must be at least 0, got nan"),
     (

@@ -135,6 +135,33 @@ def test_centered_where_the_gate_opens(data, teacher, tmp_path):
     assert found["rational, fine-tuned"]["fvu"] < found["rational"]["fvu"]
 
 
+@pytest.mark.parametrize("teacher", ["jumprelu", "relu"], indirect=True)
+def test_the_path_of_the_paper(data, teacher, tmp_path):
+    """From the fit to the whole activation, in the center of its gate, with an L1 penalty."""
+    config = small(data, tmp_path / "up", path="paper", steps=20)
+    sae = upgrade(fastsae.load(teacher / "sae"), ActivationShards(data), config)
+    found = rows(config.out)
+    assert sae.activation.cfg.center == "gate" and sae.activation.cfg.l1_coef > 0
+    assert found["rational"]["fvu"] == pytest.approx(found["baseline"]["fvu"], rel=0.05)
+    assert found["rational"]["l0"] == pytest.approx(found["baseline"]["l0"], abs=0.01)
+
+
+@EVERY
+def test_a_scale_and_a_shift_as_a_control(data, teacher, tmp_path):
+    """It starts as the teacher, and is h times a number plus another on what the gate keeps."""
+    config = small(data, tmp_path / "up", degree=(1, 0))
+    sae = upgrade(fastsae.load(teacher / "sae"), ActivationShards(data), config)
+    found = rows(config.out)
+    assert json.loads((config.out / "upgrade.json").read_text())["new_scalars"] == 2
+    assert found["rational"]["fvu"] == pytest.approx(found["baseline"]["fvu"], rel=1e-4)
+    x = ActivationShards(data).sample(100)
+    z = sae.encode(x).to_dense()
+    h = (sae.center(sae.tokens(x)) @ sae.W_enc.T + sae.b_enc)[z != 0].double()
+    columns = torch.stack([h, torch.ones_like(h)], 1)
+    residual = z[z != 0].double() - columns @ torch.linalg.pinv(columns) @ z[z != 0].double()
+    assert residual.abs().max() < 1e-4 * z.abs().max() and sae.activation.change.abs().min() > 0
+
+
 @pytest.mark.parametrize("teacher", ["topk"], indirect=True)
 def test_without_support(data, teacher, tmp_path):
     config = small(data, tmp_path / "up", support="none", l1_coef=0.01)
@@ -270,7 +297,8 @@ def test_other_saes_are_refused(data, tmp_path):
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
-        ({"degree": (3, 0)}, "degree must be two numbers"),
+        ({"degree": (0, 0)}, "degree must be two numbers from 0 to 64, not both 0"),
+        ({"path": "paper", "center": "zero"}, 'center "zero" is for path "copy"'),
         ({"l1_coef": -1.0}, "l1_coef must be at least 0, got -1.0"),
         ({"support": "none", "center": "zero"}, 'center "zero" is for'),
     ],

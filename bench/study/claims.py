@@ -1,87 +1,103 @@
-"""Checks claims of the papers: methods are compared on the same seed, data and batch order."""
+"""The papers' claims as differences between two methods, with what the seeds say about each.
 
-from statistics import mean
+Two methods share seeds, data and batch order. A difference is the mean over seeds of the relative
+difference (of fractions, of the difference itself), with a 95 % t interval:
+
+    equivalent    the interval lies within 1 % on either side of 0
+    better, worse it lies on one side of 0, and not within 1 %
+    undecided     else
+"""
+
+import math
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from bench.record import markdown
+from .plan import EIGHT, MAP, PATHS, ROOM, TEACHERS, TENTH, THIRD, VARIATIONAL, at
 
 Runs = dict[str, dict[str, dict[str, Any]]]
 """Results of one data set, by method and seed."""
 
+SMALLEST = 0.01
+"""The smallest effect of interest."""
 L0_TOLERANCE = 0.02
 """Relative difference up to which two methods' L0 count as equal."""
+T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
+"""97.5 % quantiles of Student's t for 2, 3, ... values; for more than these, the last."""
+HIGHER = {"pcr", "components", "utilization", "ce recovered", "recovery"}
+"""Metrics of which more is better."""
+FRACTIONS = {"dead", "utilization", "ce recovered", "recovery", "pursuit gap"}
+"""Metrics that are compared by their difference."""
 
 
 class Claim(NamedTuple):
-    """A statement that one method's metric is higher, or lower, than another's."""
+    """A paper says that `method` is better, or worse, than `other` in a metric."""
 
     paper: str
-    text: str
+    says: str
     method: str
     other: str
-    metric: str
-    higher: bool
-    """Whether the paper claims that `method` has the higher value."""
+    metric: str = "fvu"
 
 
-RT, VSAE = "RT-TopKSAE (rotation trick, arXiv:2410.06424)", "vSAE, arXiv:2509.22994"
-FEWER = "fewer dead latents than plain TopK; the paper has none against 53 % (dense)"
-BETTER = "better retention of principal components; the paper has 40 % (dense)"
-TUNED = "a rational {0} has a lower error than the {0} fine-tuned for the same steps"
-PLAIN = "TopK, no aux-k"
+class Difference(NamedTuple):
+    """What the seeds say about a claim on one data set."""
 
-CLAIMS = (
-    Claim("AbsTopK, arXiv:2510.00404", "lower error than TopK at equal k",
-          "AbsTopK", "TopK", "fvu", False),
-    Claim(RT, FEWER, "RT dense", PLAIN, "dead", False),
-    Claim("", "the same (support)", "RT support", PLAIN, "dead", False),
-    Claim("", BETTER, "RT dense", PLAIN, "pcr", True),
-    Claim("", "the same (support)", "RT support", PLAIN, "pcr", True),
-    Claim("RSAE, arXiv:2606.14990", TUNED.format("ReLU"),
-          "RSAE of ReLU", "ReLU, tuned", "fvu", False),
-    Claim("", TUNED.format("JumpReLU"), "RSAE of JumpReLU", "JumpReLU, tuned", "fvu", False),
-    Claim("", TUNED.format("TopK"), "RSAE of TopK", "TopK, tuned", "fvu", False),
-    Claim(VSAE, "falls short of TopK", "vSAE", PLAIN, "fvu", True),
-    Claim("", "the same (learned variance)", "vSAE, learned variance", PLAIN, "fvu", True),
-)  # fmt: skip
+    ours: float
+    theirs: float
+    center: float
+    half: float
+    """Half the width of the interval; infinite for one seed."""
+    verdict: str
 
 
-def value(run: dict[str, Any], metric: str) -> float:
-    """A metric of a run; pcr is the mean of the three ranks' retention."""
-    if metric == "pcr":
-        return mean(v for name, v in run.items() if name.startswith("pcr"))
-    return run[metric]
+ABS, RT = "AbsTopK, arXiv:2510.00404", "RT-TopKSAE (rotation trick, arXiv:2410.06424)"
+RSAE, VSAE = "RSAE, arXiv:2606.14990", "vSAE, arXiv:2509.22994"
+CELLS = [at(*cell) for cell in (*MAP, TENTH, THIRD, EIGHT)]
+
+CLAIMS = [
+    *(Claim(ABS, "better", f"AbsTopK, {cell}", f"TopK, {cell}", metric)
+      for metric in ("fvu", "ce recovered", "recovery", "pursuit gap") for cell in CELLS),
+    *(Claim(RT, "better", f"{name}, untied, {label}", f"{other}, untied, {label}", metric)
+      for name in ("RT dense", "RT support") for other in ("TopK", "TopK with aux-k")
+      for metric in ("dead", "utilization", "pcr", "components", "fvu") for label in ROOM),
+    *(Claim(RSAE, "better", f"{path} {teacher}", other, metric)
+      for metric in ("fvu", "ce recovered") for teacher in TEACHERS for path in PATHS
+      for other in (f"{teacher}, tuned", f"scale and shift of {teacher}")),
+    *(Claim(VSAE, "worse", name, "TopK, aux-k" if ", aux-k" in name else "TopK, no aux-k", metric)
+      for metric in ("fvu", "dead") for name in VARIATIONAL if name.startswith("vSAE")),
+    Claim("fastsae", "better", "TopK, log_fvu", "TopK, fvu"),
+]  # fmt: skip
 
 
-def verdict(claim: Claim, runs: Runs) -> str | None:
-    """Whether a claim held on one data set, with the numbers; None if a method is missing.
-
-    A claim holds if it is true of every seed, by any margin. If L0 differs by more than
-    L0_TOLERANCE, two methods are comparable only if the better one has fewer active latents.
-    """
+def difference(claim: Claim, runs: Runs) -> Difference | None:
+    """The difference of two methods on one data set; None if either was not measured."""
     own, other = runs.get(claim.method, {}), runs.get(claim.other, {})
-    seeds = sorted(own.keys() & other.keys())
+    shared = own.keys() & other.keys() if own is not other else set()
+    seeds = [s for s in sorted(shared) if claim.metric in own[s].keys() & other[s].keys()]
     if not seeds:
         return None
-    ours, theirs = ([value(runs[s], claim.metric) for s in seeds] for runs in (own, other))
-    sign = 1 if claim.higher else -1
-    agree = sum(sign * (a - b) > 0 for a, b in zip(ours, theirs, strict=True))
-    disagree = sum(sign * (a - b) < 0 for a, b in zip(ours, theirs, strict=True))
-    change = f" ({mean(ours) / mean(theirs) - 1:+.1%})" if mean(theirs) else ""
-    numbers = f"{mean(ours):.4f} vs. {mean(theirs):.4f}{change}"
-    numbers += f", as claimed in {agree} of {len(seeds)} seeds"
-    l0, their_l0 = (mean(runs[s]["l0"] for s in seeds) for runs in (own, other))
-    result = {agree: "held", disagree: "did not hold"}.get(len(seeds), "mixed")
-    if abs(l0 / their_l0 - 1) > L0_TOLERANCE:
-        numbers = f"L0 {l0:.1f} vs. {their_l0:.1f}, {numbers}"
-        higher_is_better = claim.metric == "pcr"
-        ours_is_better = (result == "held") == (claim.higher == higher_is_better)
-        if result == "mixed" or ours_is_better != (l0 < their_l0):
-            return f"not comparable: {numbers}"
-    return f"{result}: {numbers}"
+    ours, theirs = ([run[seed][claim.metric] for seed in seeds] for run in (own, other))
+    units = [1.0] * len(seeds) if claim.metric in FRACTIONS else theirs
+    changes = [(a - b) / unit for a, b, unit in zip(ours, theirs, units, strict=True)]
+    center, half = mean(changes), interval(changes)
+    verdict = judge(center, half, claim.metric in HIGHER)
+    l0, their_l0 = (mean(run[seed]["l0"] for seed in seeds) for run in (own, other))
+    in_spite = "better" if l0 < their_l0 else "worse"  # of fewer, or more, active latents
+    if abs(l0 / their_l0 - 1) > L0_TOLERANCE and verdict != in_spite:
+        verdict = f"not comparable: L0 {l0:.1f} against {their_l0:.1f}"
+    return Difference(mean(ours), mean(theirs), center, half, verdict)
 
 
-def claims_table(data: dict[str, Runs]) -> str:
-    """A Markdown table of all claims, with a column per data set."""
-    rows = ([c.paper, c.text, *(verdict(c, runs) or "–" for runs in data.values())] for c in CLAIMS)
-    return markdown(["paper", "claim", *data], rows)
+def interval(changes: list[float]) -> float:
+    """Half the width of the 95 % t interval of their mean."""
+    n = len(changes)
+    return T95[min(n - 2, len(T95) - 1)] * stdev(changes) / n**0.5 if n > 1 else math.inf
+
+
+def judge(center: float, half: float, higher: bool) -> str:
+    low, high = center - half, center + half
+    if max(-low, high) <= SMALLEST:
+        return "equivalent"
+    if low <= 0 <= high:
+        return "undecided"
+    return "better" if (center > 0) == higher else "worse"

@@ -1,101 +1,178 @@
-"""Configuration of the study: methods, data sets, seeds and scale; L0 is matched across methods."""
+"""What the study trains: data sets, methods and their regimes, seeds and scale.
+
+A method is what `fastsae train` is told, and its regime is part of its name.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from fastsae.data import ActivationSource, Synthetic, demo_shards
-from fastsae.losses import Objective
-from fastsae.nn import ActivationConfig
+from fastsae.cli.train import read_train
+from fastsae.data import ActivationShards, ActivationSource, Synthetic, demo_shards
 from fastsae.train import TrainConfig
+from fastsae.train.optim import default_lr
 from fastsae.upgrade import UpgradeConfig
 
-D_SAE = 4096
-SEEDS = (0, 1, 2)
+SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
+TUNED = 0.5, 1.0, 2.0
+"""Factors of the default learning rate of which a method takes its best, on TUNING_SEED."""
 
 
 @dataclass(frozen=True)
 class Scale:
     """The size of the study's runs and evaluations."""
 
-    steps: int = 500
+    steps: int = 300
     """Training steps from scratch."""
-    tune_steps: int = 150
+    tune_steps: int = 90
     """Fine-tuning steps of upgrades and their teachers."""
     batch_size: int = 1024
-    windows: int = 64
-    """Windows of text for the downstream evaluation."""
+    tokens: int = 26_000
+    """Held-out tokens of an evaluation."""
+    windows: int = 16
+    """Windows of text in which SmolLM2's cross-entropy is measured."""
 
 
-def run_options(scale: Scale, steps: int, seed: int) -> dict[str, Any]:
-    """Options that training runs and upgrades share; neither saves a checkpoint on the way."""
-    run = {"steps": steps, "batch_size": scale.batch_size, "seed": seed, "log_every": 50}
-    return run | {"checkpoint_every": 10 * steps}
+class Method(NamedTuple):
+    """A way to train an SAE."""
+
+    options: str
+    """Options of `fastsae train`."""
+    expansion: float = 4.0
+    """Latents per dimension of the data."""
+    lr: tuple[float, ...] = (1.0,)
+    """Factors of the default learning rate to choose from."""
+
+    def config(self, d_in: int, seed: int, scale: Scale, factor: float) -> TrainConfig:
+        """The run's configuration, with this factor on the learning rate; checkpoints only its end.
+
+        Batches are the same for all seeds and methods.
+        """
+        d_sae = round(self.expansion * d_in)
+        size = f"--d-sae {d_sae} --steps {scale.steps} --batch-size {scale.batch_size}"
+        rate = f"--lr {factor * default_lr(d_sae, scale.steps)} --seed {seed} --data-seed 0"
+        rare = f"--log-every 50 --checkpoint-every {10 * scale.steps}"
+        return read_train(f"{self.options} {size} {rate} {rare}".split()).config
 
 
-@dataclass(frozen=True)
-class Data:
-    """A source of activations, and the L0 of SAEs trained on it."""
+class Upgrade(NamedTuple):
+    """A rational activation for a method's SAE."""
 
-    k: int
-    open: Callable[[], ActivationSource]
+    teacher: str
+    settings: dict[str, Any]
 
+    def config(self, seed: int, scale: Scale) -> UpgradeConfig:
+        """The upgrade's configuration, with checkpoints only at its end."""
+        steps = scale.tune_steps
+        run: dict[str, Any] = {"steps": steps, "batch_size": scale.batch_size, "seed": seed}
+        return UpgradeConfig(lr=2e-4, checkpoint_every=10 * steps, **run, **self.settings)
+
+
+class Data(NamedTuple):
+    """A source of activations, and what is trained on it."""
+
+    open: Callable[[Path], ActivationSource]
+    methods: dict[str, Method]
+    upgrades: dict[str, Upgrade] = {}
+
+
+# --- methods by the claim that they settle --------------------------------------------------
+
+MAP = (32, 0.5), (32, 1.0), (32, 4.0), (64, 4.0), (128, 4.0), (128, 16.0)
+"""k and expansions at which AbsTopK is compared with TopK."""
+ROOM = {"lr x1": 1.0, "lr x5": 5.0, "lr x10": 10.0, "lr x20": 20.0}
+"""Learning rates at which more and more latents of a TopK SAE without aux-k die."""
+UNTIED = "--k 16 --encoder linear --constraint none"
+ROTATIONS = {
+    "TopK": "--auxk-coef 0",
+    "TopK with aux-k": "",
+    "RT dense": "--auxk-coef 0 --gradient rotation --rotation dense",
+    "RT support": "--auxk-coef 0 --gradient rotation --rotation support",
+}
+VARIATIONAL = {
+    "TopK, aux-k": "",
+    "vSAE, aux-k, beta 0.5": "--activation variational --beta 0.5",
+    "TopK, no aux-k": "--auxk-coef 0",
+    "vSAE, beta 0.03": "--activation variational --beta 0.03 --auxk-coef 0",
+    "vSAE, beta 0.5": "--activation variational --beta 0.5 --auxk-coef 0",
+    "vSAE, beta 1": "--activation variational --beta 1 --auxk-coef 0",
+    "vSAE, learned variance, beta 0.5":
+        "--activation variational --variance learned --noise token --beta 0.5 --auxk-coef 0",
+}  # fmt: skip
+TEACHERS = {
+    "TopK": "--k 32",
+    "JumpReLU": "--activation jumprelu --target-l0 32 --threshold 1 --bandwidth 0.5",
+    "ReLU": "--activation relu --target-l0 32",
+}
+PATHS: dict[str, dict[str, Any]] = {
+    "RSAE of": {},
+    "RSAE, paper's path, of": {"path": "paper"},
+    "scale and shift of": {"degree": (1, 0)},
+}
+
+
+def at(k: int, expansion: float) -> str:
+    return f"k={k}, x{expansion:g}"
+
+
+def tied(options: dict[str, str], **changes: Any) -> dict[str, Method]:
+    """Methods whose encoder starts as the decoder's copy."""
+    return {name: Method(f"--encoder tied {o}", **changes) for name, o in options.items()}
+
+
+def abs_top_k(*cells: tuple[int, float]) -> dict[str, Method]:
+    methods = {}
+    for name in ("TopK", "AbsTopK"):
+        for k, x in cells:
+            options = f"--activation {name.lower()} --k {k} --encoder tied"
+            methods[f"{name}, {at(k, x)}"] = Method(options, x, TUNED)
+    return methods
+
+
+def upgrades(*teachers: str) -> dict[str, Upgrade]:
+    return {f"{path} {t}": Upgrade(t, PATHS[path]) for t in teachers for path in PATHS}
+
+
+RELATIVE = tied({"TopK, fvu": "--error fvu", "TopK, log_fvu": ""}, lr=TUNED)
+ROTATION = {
+    f"{name}, untied, {label}": Method(f"{UNTIED} {options}", 4 / 3, (factor,))
+    for label, factor in ROOM.items()
+    for name, options in ROTATIONS.items()
+}
+
+# --- data -----------------------------------------------------------------------------------
 
 PLANTED: dict[str, Any] = {"n_latents": 1024, "active": 8, "noise": 0.02}
-PLANTED |= {"frequency_exponent": 0.5, "n_tokens": 600_000}
+PLANTED |= {"d_in": 256, "frequency_exponent": 0.5, "n_tokens": 600_000}
+TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
+"""A tenth and a third of SmolLM2's width; as many as are active in planted data."""
+
+
+def planted(signed: float) -> Data:
+    return Data(lambda _: Synthetic(**PLANTED, signed=signed), abs_top_k(EIGHT))
+
+
+def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
+    """SmolLM2's activations, harvested as in docs/study.md."""
+    found = {name: m for some in (abs_top_k(TENTH), *methods) for name, m in some.items()}
+    return Data(lambda folder: ActivationShards(folder / hookpoint), found, **others)
+
 
 DATA = {
-    "MiniLM layer 3": Data(32, lambda: demo_shards(hookpoint="encoder.layer.2")),
-    "MiniLM layer 5": Data(32, lambda: demo_shards(hookpoint="encoder.layer.4")),
-    "planted": Data(8, lambda: Synthetic(d_in=256, **PLANTED)),
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """An activation with its settings, and other changes to the default run."""
-
-    activation: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    auxk: bool = False
-    prefixes: tuple[int, ...] = ()
-
-    def config(self, k: int, seed: int, scale: Scale) -> TrainConfig:
-        """The run's configuration; "K" among the settings stands for the data set's L0."""
-        settings = {name: k if value == "K" else value for name, value in self.settings.items()}
-        cfg = ActivationConfig.named(self.activation)
-        coef = Objective().auxk_coef if self.auxk else 0.0
-        return TrainConfig(
-            d_sae=D_SAE,
-            activation=cfg(**settings),
-            objective=Objective(auxk_coef=coef, prefixes=self.prefixes),
-            data_seed=0,
-            **run_options(scale, scale.steps, seed),
-        )
-
-
-def top_k(activation: str = "topk", auxk: bool = False, **settings: Any) -> Method:
-    return Method(activation, {"k": "K", **settings}, auxk)
-
-
-METHODS = {
-    "TopK": top_k(auxk=True),
-    "TopK, no aux-k": top_k(),
-    "AbsTopK": top_k(by="abs", auxk=True),
-    "RT support": top_k(gradient="rotation", rotation="support"),
-    "RT dense": top_k(gradient="rotation", rotation="dense"),
-    "BatchTopK": top_k("batchtopk", auxk=True),
-    "JumpReLU": Method("jumprelu", {"target_l0": "K", "threshold": 1.0, "bandwidth": 0.5}),
-    "ReLU": Method("relu", {"target_l0": "K"}),
-    "Gated": Method("gated", {"target_l0": "K"}),
-    "Matryoshka": replace(top_k(auxk=True), prefixes=(256, 512, 1024, 2048)),
-    "vSAE": top_k("variational", variance="none"),
-    "vSAE, learned variance": top_k("variational", variance="learned"),
-}
-
-TEACHERS = ("TopK", "JumpReLU", "ReLU")
-"""Methods whose SAEs are upgraded to rational ones, and as a baseline fine-tuned unchanged."""
-
-
-def upgrade_config(seed: int, scale: Scale) -> UpgradeConfig:
-    return UpgradeConfig(lr=2e-4, **run_options(scale, scale.tune_steps, seed))
+    "MiniLM layer 3": Data(
+        lambda _: demo_shards(hookpoint="encoder.layer.2"),
+        abs_top_k(*MAP) | ROTATION | tied(VARIATIONAL) | RELATIVE | tied(TEACHERS),
+        upgrades(*TEACHERS),
+    ),
+    "SmolLM2 layer 15": smollm(
+        "model.layers.15", abs_top_k(THIRD), RELATIVE, tied({"ReLU": TEACHERS["ReLU"]}),
+        upgrades=upgrades("ReLU"),
+    ),
+    "SmolLM2 layer 10": smollm("model.layers.10"),
+    "SmolLM2 layer 20": smollm("model.layers.20"),
+    "SmolLM2 MLP 15": smollm("model.layers.15.mlp"),
+    "planted": planted(0.0),
+    "planted, 30 % signed": planted(0.3),
+    "planted, signed": planted(1.0),
+}  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -21,7 +21,7 @@ WINDOW_ROWS = 8 * BLOCK_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(Shuffled):
-    """Rows x = Σ v_i dictionary[i] + noise, with `active` latents i per row and v_i ≥ ½.
+    """Rows x = Σ v_i dictionary[i] + noise, with `active` latents i per row and |v_i| ≥ ½.
 
     A source like `ActivationShards`, without files: row n depends only on the settings and n.
     """
@@ -44,6 +44,10 @@ class Synthetic(Shuffled):
     frequency_exponent: float = 0.0
     """Latent i is drawn with weight (i + 1)^-frequency_exponent: 0 is uniform, 1 is Zipf's law."""
 
+    signed: float = 0.0
+    """Fraction of the latents, a random set, whose v_i is negative in half of the rows. The others'
+    is always positive. So 0 is a dictionary of directions, 1 one of axes."""
+
     seed: int = 0
     """Seed of the dictionary and the rows."""
 
@@ -57,6 +61,8 @@ class Synthetic(Shuffled):
         for name in ("noise", "frequency_exponent", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.signed <= 1:
+            raise ValueError(f"signed must be between 0 and 1, got {self.signed}")
         if self.active > self.n_latents:
             raise ValueError(
                 f"active must be at most n_latents = {self.n_latents}, got {self.active}"
@@ -67,6 +73,12 @@ class Synthetic(Shuffled):
         """The unit-norm directions that rows are sums of."""
         drawn = self._generator(0).standard_normal((self.n_latents, self.d_in))
         return normalize(torch.from_numpy(drawn), dim=1).float()
+
+    @cached_property
+    def signed_latents(self) -> Bool[Tensor, " n_latents"]:
+        """The latents with values of both signs."""
+        rank = torch.from_numpy(self._generator(3).permutation(self.n_latents))
+        return rank < round(self.signed * self.n_latents)
 
     @property
     def heldout(self) -> "Synthetic | None":
@@ -101,9 +113,10 @@ class Synthetic(Shuffled):
 
     def recovery(self, W_dec: Float[Tensor, "d_sae d_in"]) -> float:
         """Mean over dictionary rows of the largest cosine similarity with a decoder row; 1 if every
-        direction was found."""
-        found = normalize(W_dec.detach().to("cpu", torch.float32), dim=1)
-        return float((self.dictionary @ found.T).max(1).values.mean())
+        direction was found. That of a signed latent may have either sign."""
+        cosine = self.dictionary @ normalize(W_dec.detach().to("cpu", torch.float32), dim=1).T
+        cosine = torch.where(self.signed_latents[:, None], cosine.abs(), cosine)
+        return float(cosine.max(1).values.mean())
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, *key])))
@@ -124,6 +137,9 @@ class Synthetic(Shuffled):
         chosen = np.argpartition(clocks, self.active - 1, axis=1)[:, : self.active]
         values = 0.5 + 0.5 * draw.standard_exponential(chosen.shape, np.float32)
         rows = self.noise * draw.standard_normal((BLOCK_ROWS, self.d_in), np.float32)
+        if self.signed:  # drawn last: magnitudes and noise are those of positive values
+            negative = draw.random(chosen.shape, np.float32) < 0.5
+            values[negative & self.signed_latents.numpy()[chosen]] *= -1
         for place in range(self.active):
             rows += values[:, place, None] * self.dictionary.numpy()[chosen[:, place]]
         return rows.astype(np.float32, copy=False)

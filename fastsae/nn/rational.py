@@ -15,6 +15,9 @@ Coefficients span 12 orders of magnitude, more than one learning rate can serve.
 a change from where they started, in units that each alter r by its own size (our choice):
 
     a = a0 + unit_a change_a      b = b0 + unit_b change_b      c = c0 exp(change_c)
+
+Degree (p, 0) is a polynomial, S = 0, whose c are held. So (1, 0) scales and shifts what the gate
+keeps: two scalars, against which the others can be compared.
 """
 
 import math
@@ -67,7 +70,7 @@ class RationalConfig(ActivationConfig):
 
     degree: tuple[int, int] | None = None
     """Degrees (p, q) of numerator and denominator (default: 3 2 for the gate relu, 9 8 for the
-    others)."""
+    others). 1 0 is a trained scale and shift."""
 
     l1_coef: float = 0.0
     """L1 coefficient, relative to the squared error per token."""
@@ -89,8 +92,8 @@ class RationalConfig(ActivationConfig):
         if self.k is not None:
             check_k(self.k)
         degree = self.degree or (0, 1)
-        if len(degree) != 2 or degree[0] < 0 or degree[1] < 1 or max(degree) > MAX_DEGREE:
-            allowed = f"two numbers from (0, 1) to {(MAX_DEGREE, MAX_DEGREE)}"
+        if len(degree) != 2 or not 0 <= min(degree) <= max(degree) <= MAX_DEGREE or not any(degree):
+            allowed = f"two numbers from 0 to {MAX_DEGREE}, not both 0"
             raise ValueError(f"degree must be {allowed}, got {self.degree}")
         check_penalty(self.l1_coef, self.target_l0, "l1_coef")
         if self.target_l0 is not None and (self.gate == "topk" or self.support == "none"):
@@ -117,7 +120,7 @@ class Rational(Activation, config=RationalConfig):
     scale: Float[Tensor, "2"]
     """c_in and c_out as they started."""
     change: Float[nn.Parameter, " coefficients"]
-    scale_change: Float[nn.Parameter, "2"]
+    scale_change: Float[Tensor, "2"]
     threshold: Float[Tensor, " d_sae"]
     """With the gate jumprelu only."""
 
@@ -137,7 +140,10 @@ class Rational(Activation, config=RationalConfig):
             check_k(self.k, d_sae)
         count = sum(self.degree) + 1
         self.change = nn.Parameter(torch.zeros(count))
-        self.scale_change = nn.Parameter(torch.zeros(2))
+        if self.degree[1]:
+            self.scale_change = nn.Parameter(torch.zeros(2))
+        else:
+            self.register_buffer("scale_change", torch.zeros(2))
         for name, size in {"start": count, "unit": count, "scale": 2}.items():
             self.register_buffer(name, torch.zeros(size))
         size = math.sqrt(d_in)
@@ -151,13 +157,14 @@ class Rational(Activation, config=RationalConfig):
             return None
         return self.threshold if self.cfg.gate == "jumprelu" else 0.0
 
-    def fit(self, jump: float) -> RationalFit:
+    def fit(self, jump: float, whole: bool = False) -> RationalFit:
         """The best fit to the gate's activation where phi is taken of it, at c_in = c_out = 1.
 
         The jump is from 0 at t = 0; there is none, whatever is given, for ReLU and the center 0.
+        With `whole` it is fitted for all t even if the gate says which are active.
         """
         jump = 0.0 if self.cfg.gate == "relu" or self.cfg.center == "zero" else jump
-        if self.cfg.support == "teacher":
+        if self.cfg.support == "teacher" and not whole:
             return linear_fit(self.degree, jump)
         return gate_fit(self.degree, jump)
 
@@ -174,9 +181,10 @@ class Rational(Activation, config=RationalConfig):
         self.scale_change.zero_()
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a [p + 1], b [q], c_in and c_out [] as they are now."""
+        """a [p + 1], b [q] (a single 0 for q = 0), c_in and c_out [] as they are now."""
         p, q = self.degree
         a, b = torch.addcmul(self.start, self.unit, self.change).split([p + 1, q])
+        b = b if q else a.new_zeros(1)
         c_in, c_out = (self.scale * self.scale_change.exp()).unbind()
         return a, b, c_in, c_out
 
@@ -252,10 +260,11 @@ def linear_fit(degree: tuple[int, int], jump: float) -> RationalFit:
     (p, q), power = degree, min(degree[1], 2)
     with torch.device("cpu"):
         t = torch.linspace(0, 1, 1001, dtype=torch.float64)[:, None]
-        columns = t ** torch.arange(min(p, power + 1) + 1) / (1 + t**power)
+        columns = t ** torch.arange(min(p, power + 1) + 1) / (1 + t**power if q else 1)
         a = torch.linalg.lstsq(columns, t + jump).solution
         error = (columns @ a - t - jump).abs().max().item()
-        b = torch.eye(q, dtype=torch.float64)[power - 1]
+        b = torch.zeros(q, dtype=torch.float64)
+        b[power - 1 : power] = 1
     return RationalFit(pad(a[:, 0], (0, p + 1 - len(a))), b, 1.0, 1.0, error)
 
 

@@ -86,17 +86,18 @@ def calibrate(
     """Least squares of rational(h, a, b, c_in, c_out, shift) on samples (arXiv:2606.14990, 1c).
 
     h and the teacher's values target [G] of any floating dtype, with shift [G] or a number.
-    c_in is the given one, or the 99%, 99.9% or 100% quantile of |h - shift|, whichever fits best;
-    beyond it t is clamped to [-1, 1], as in `rational`. For each, c_out is the best factor for the
-    initial coefficients; then a and b are refined. The error never exceeds the initial one. Takes
-    about a kilobyte per sample for (9, 8). ValueError without samples, for non-finite samples, or
-    for c_in or c_out <= 0.
+    c_in is the given one, or the 99%, 99.9% or 100% quantile of |h - shift|, whichever fits best
+    (for a polynomial, the given one); beyond it t is clamped to [-1, 1], as in `rational`. For
+    each, c_out is the best factor for the initial coefficients; then a and b are refined. The error
+    never exceeds the initial one. Takes about a kilobyte per sample for (9, 8). ValueError without
+    samples, for non-finite samples, or for c_in or c_out <= 0.
     """
     degree, u, f = (len(a) - 1, len(b)), h.double() - shift, target.double()
-    if not (min(len(a), len(b), len(u)) and (u + f).isfinite().all() and min(c_in, c_out) > 0):
-        raise ValueError("a, b and samples must be finite and not empty, c_in and c_out positive")
+    if not (min(len(a), len(u)) and (u + f).isfinite().all() and min(c_in, c_out) > 0):
+        raise ValueError("a and samples must be finite and not empty, c_in and c_out positive")
     sizes, start, fits = u.abs().sort().values, torch.cat([a, b]).to(u), []
-    quantiles = {sizes[round(share * (len(u) - 1))].item() for share in (0.99, 0.999, 1)}
+    shares = (0.99, 0.999, 1) if len(b) else ()
+    quantiles = {sizes[round(share * (len(u) - 1))].item() for share in shares}
     for c in [c_in, *sorted(quantiles - {0})]:
         powers = powers_of((u / c).clamp(-1, 1), degree)
         r = evaluate(start, powers, degree)[0]

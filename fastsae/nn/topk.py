@@ -40,8 +40,8 @@ class TopKConfig(ActivationConfig):
     one operation; not in `encode`."""
 
     rotation: Rotation | None = None
-    """Which entries of the gradient of the codes the rotation starts from: those of the active
-    latents (support, the default) or all (dense). Either gives every latent a gradient."""
+    """Which latents the rotation reaches: the active ones (support, the default), or all (dense),
+    from the gradient that their codes would get."""
 
     def __post_init__(self):
         check_k(self.k)

@@ -1,8 +1,9 @@
-"""Two algorithms for the rotation trick's gradients; rotation.py has their formulas and costs.
+"""Algorithms for the rotation trick's gradients; rotation.py has their formulas and costs.
 
-`gram_backward` multiplies the weights with each other and never forms all pre-activations. On a
-GPU, a single kernel (_rotation_kernel.py) does the rest per token. `dense_backward` recomputes h
-and g for a chunk of tokens at a time.
+In mode "dense", `gram_backward` multiplies the weights with each other and never forms all
+pre-activations. On a GPU, a single kernel (_rotation_kernel.py) does the rest per token.
+`dense_backward` recomputes h and g for a chunk of tokens at a time. `support_backward` is that of
+mode "support".
 """
 
 from collections.abc import Sequence
@@ -13,19 +14,20 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from ._launch import rows_at_a_time, use_triton
+from .encode import straight_through
 from .latent_major import latent_major, sum_runs
 from .sparse import decode, gather_dot
 
-# --- inputs of both algorithms --------------------------------------------------------------
+# --- inputs of the algorithms ---------------------------------------------------------------
 
 
 class Layer(NamedTuple):
-    """The inputs from which h and W_dec d_recon follow; W_dec is None in mode "support"."""
+    """The inputs from which h and W_dec d_recon follow."""
 
     x: Tensor
     W_enc: Tensor
     b_enc: Tensor
-    W_dec: Tensor | None
+    W_dec: Tensor
     d_recon: Tensor
 
 
@@ -41,19 +43,23 @@ class Code(NamedTuple):
 
 
 Terms = tuple[Tensor, Tensor, Tensor]
-"""The terms of |h|^2: h W_enc [N, D], W_enc^T b_enc [D] and |b_enc|^2; and in mode "dense" those of
-h . g: d_recon C [N, D], d_recon [N, D_out] and W_dec^T b_enc [D_out]."""
+"""The terms of |h|^2: h W_enc [N, D], W_enc^T b_enc [D] and |b_enc|^2; or those of h . g:
+d_recon C [N, D], d_recon [N, D_out] and W_dec^T b_enc [D_out]."""
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """dx, dW_enc and db_enc; empty where not needed."""
 
 
-def code_of(layer: Layer, W_dec: Tensor, values: Tensor, indices: Tensor, d_values: Tensor) -> Code:
-    """The Code of a batch; d_values of inactive entries are ignored."""
-    active = values != 0
-    g = (gather_dot(layer.d_recon, indices, W_dec) + d_values).where(active, 0)
-    t = g if layer.W_dec is None else d_values.where(active, 0)
+def active_gradient(layer: Layer, values: Tensor, indices: Tensor, d_values: Tensor) -> Tensor:
+    """g of the listed latents [N, K]; d_values of inactive entries are ignored."""
+    g = gather_dot(layer.d_recon, indices, layer.W_dec) + d_values
+    return g.where(values != 0, 0)
+
+
+def code_of(layer: Layer, values: Tensor, indices: Tensor, d_values: Tensor) -> Code:
+    """The Code of a batch."""
+    g, t = active_gradient(layer, values, indices, d_values), d_values.where(values != 0, 0)
     return Code(values, indices, t, *((values * other).sum(1) for other in (values, g, t)))
 
 
@@ -69,13 +75,44 @@ def _coefficients(code: Code, hh: Tensor, hg: Tensor) -> tuple[Tensor, Tensor, T
     return a[:, None], p[:, None], u
 
 
-# --- the two algorithms ---------------------------------------------------------------------
+# --- mode "support" -------------------------------------------------------------------------
 
 
-def gram_is_cheaper(N: int, layer: Layer, needs: Sequence[bool]) -> bool:
-    """Whether the Gram algorithm takes fewer FLOPs (formulas in rotation.py)."""
+def support_backward(
+    layer: Layer, values: Tensor, indices: Tensor, d_values: Tensor, needs: Sequence[bool],
+    gram: bool,
+) -> Gradients:  # fmt: skip
+    """Gradients of the active latents alone, with |h|^2 from W_enc^T W_enc if `gram`."""
+    g = active_gradient(layer, values, indices, d_values)
+    qq, qg = (values * values).sum(1, keepdim=True), (values * g).sum(1, keepdim=True)
+    none = qq == 0
+    hh = torch.maximum(_squared_norms(layer, gram)[:, None], qq).masked_fill(none, 1)
+    a = (qq / hh).sqrt()
+    u = a * (g - (1 - a) * (qg / qq.masked_fill(none, 1)) * values)
+    found = straight_through(u, layer.x, layer.W_enc, indices, needs)
+    dx, dW, db = (layer.x.new_empty(0) if t is None else t for t in found)
+    return dx, dW, db
+
+
+def _squared_norms(layer: Layer, gram: bool) -> Tensor:
+    """|h|^2 of each token [N]."""
+    x, W_enc, b_enc, *_ = layer
+    if gram:
+        shift = W_enc.t() @ b_enc
+        return vecdot(torch.addmm(shift, x, W_enc.t() @ W_enc), x) + x @ shift + b_enc @ b_enc
+    parts = (torch.addmm(b_enc, x, W_enc.t()) for x in x.split(rows_at_a_time(x, len(W_enc))))
+    return torch.cat([vecdot(h, h) for h in parts])
+
+
+# --- the two algorithms of mode "dense" -----------------------------------------------------
+
+
+def gram_is_cheaper(N: int, layer: Layer, mode: str, needs: Sequence[bool]) -> bool:
+    """Whether the products of the weights take fewer FLOPs (formulas in rotation.py)."""
     (F, D), (need_x, need_W, _) = layer.W_enc.shape, needs
-    both = D if layer.W_dec is None else D + layer.W_dec.shape[1]
+    if mode == "support":
+        return (F + N) * D <= N * F
+    both = D + layer.W_dec.shape[1]
     gram = 2 * (F + N) * D * both * (1 + need_W)
     return gram <= 2 * N * F * (both + D * (need_x + need_W))
 
@@ -85,9 +122,7 @@ def gram_backward(layer: Layer, code: Code, needs: Sequence[bool]) -> Gradients:
     x, W_enc, b_enc, W_dec, d_recon = layer
     shift = W_enc.t() @ b_enc
     h_terms = torch.addmm(shift, x, W_enc.t() @ W_enc), shift, b_enc @ b_enc
-    g_terms = None
-    if W_dec is not None:
-        g_terms = d_recon @ (W_dec.t() @ W_enc), d_recon, W_dec.t() @ b_enc
+    g_terms = d_recon @ (W_dec.t() @ W_enc), d_recon, W_dec.t() @ b_enc
     if use_triton(x) and x.numel():
         from ._rotation_kernel import launch_rotation
 
@@ -100,20 +135,14 @@ def gram_backward(layer: Layer, code: Code, needs: Sequence[bool]) -> Gradients:
 
 
 def _rotate(
-    x: Tensor, W_enc: Tensor, h_terms: Terms, g_terms: Terms | None, code: Code, need_x: bool
+    x: Tensor, W_enc: Tensor, h_terms: Terms, g_terms: Terms, code: Code, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients a, p, u; overwrites h W_enc, the first of the terms, with dx if needed."""
-    dx, shift, bb = h_terms
-    hh, hg = vecdot(dx, x) + x @ shift + bb, code.qt
-    if g_terms is not None:
-        g_W, d_recon, shift_g = g_terms
-        hg = hg + vecdot(g_W, x) + d_recon @ shift_g
+    (dx, shift, bb), (g_W, d_recon, shift_g) = h_terms, g_terms
+    hh, hg = vecdot(dx, x) + x @ shift + bb, code.qt + vecdot(g_W, x) + d_recon @ shift_g
     a, p, u = _coefficients(code, hh, hg)
     if need_x:
-        dx.mul_(p)
-        if g_terms is not None:
-            dx.addcmul_(g_terms[0], a)
-        dx.add_(decode(u, code.indices, W_enc))
+        dx.mul_(p).addcmul_(g_W, a).add_(decode(u, code.indices, W_enc))
     return a, p, u
 
 
@@ -132,12 +161,10 @@ def _gram_weights(
         # Sums of one number per token, sequentially: in fp32 they would lose digits.
         db = sum_runs(weights, torch.ones_like(p, dtype=torch.float64), runs)[:, 0].to(x.dtype)
         db = torch.addmv(db, W_enc, (x.t() @ p)[:, 0]) + b_enc * p.sum()
-        if W_dec is not None:
-            db.addmv_(W_dec, (d_recon.t() @ a)[:, 0])
+        db.addmv_(W_dec, (d_recon.t() @ a)[:, 0])
     if need_W:
         dW = sum_runs(weights, x, runs)
-        if W_dec is not None:
-            dW.addmm_(W_dec, d_recon.t() @ (a * x))
+        dW.addmm_(W_dec, d_recon.t() @ (a * x))
         dW.addmm_(W_enc, x.t() @ (p * x)).addr_(b_enc, (x.t() @ p)[:, 0])
     return dW, db
 
@@ -165,11 +192,6 @@ def _dh(layer: Layer, code: Code) -> Tensor:
     """The gradient of h for a chunk of tokens: [n, F]"""
     x, W_enc, b_enc, W_dec, d_recon = layer
     h = torch.addmm(b_enc, x, W_enc.t())
-    if W_dec is None:
-        _, p, u = _coefficients(code, vecdot(h, h), code.qt)
-        h.mul_(p)
-    else:
-        g = d_recon @ W_dec.t()
-        a, p, u = _coefficients(code, vecdot(h, h), vecdot(h, g) + code.qt)
-        h.mul_(p).addcmul_(g, a)
-    return h.scatter_add_(1, code.indices, u)
+    g = d_recon @ W_dec.t()
+    a, p, u = _coefficients(code, vecdot(h, h), vecdot(h, g) + code.qt)
+    return h.mul_(p).addcmul_(g, a).scatter_add_(1, code.indices, u)

@@ -26,27 +26,24 @@ def _load(ptr, d, D):
 def _rotation_kernel(
     x_ptr, h_W_ptr, shift_ptr, bb_ptr, g_W_ptr, d_recon_ptr, shift_g_ptr,
     v_ptr, i_ptr, t_ptr, qq_ptr, qg_ptr, qt_ptr, W_ptr, a_ptr, p_ptr, u_ptr, F, K, D, D_OUT,
-    DENSE: tl.constexpr, NEED_X: tl.constexpr, MOST_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    NEED_X: tl.constexpr, MOST_K: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of one token, as in _coefficients of _rotation_backward.py, then dx."""
     n = tl.program_id(0).to(tl.int64)
     x_ptr, h_W_ptr = x_ptr + n * D, h_W_ptr + n * D
     v_ptr, i_ptr, t_ptr, u_ptr = v_ptr + n * K, i_ptr + n * K, t_ptr + n * K, u_ptr + n * K
-    if DENSE:
-        g_W_ptr, d_recon_ptr = g_W_ptr + n * D, d_recon_ptr + n * D_OUT
+    g_W_ptr, d_recon_ptr = g_W_ptr + n * D, d_recon_ptr + n * D_OUT
 
     hh_parts, hg_parts = tl.zeros((BLOCK_D,), dtype=ACC), tl.zeros((BLOCK_D,), dtype=ACC)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         x = _load(x_ptr, d, D)
         hh_parts += x * (_load(h_W_ptr, d, D) + _load(shift_ptr, d, D))
-        if DENSE:
-            hg_parts += x * _load(g_W_ptr, d, D)
-    if DENSE:
-        for first in range(0, D_OUT, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            hg_parts += _load(d_recon_ptr, d, D_OUT) * _load(shift_g_ptr, d, D_OUT)
+        hg_parts += x * _load(g_W_ptr, d, D)
+    for first in range(0, D_OUT, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        hg_parts += _load(d_recon_ptr, d, D_OUT) * _load(shift_g_ptr, d, D_OUT)
     hh = tl.sum(hh_parts) + tl.load(bb_ptr)
     hg = tl.sum(hg_parts) + tl.load(qt_ptr + n)
 
@@ -70,9 +67,7 @@ def _rotation_kernel(
         tl.debug_barrier()
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
-            dx = p * _load(h_W_ptr, d, D)
-            if DENSE:
-                dx += a * _load(g_W_ptr, d, D)
+            dx = p * _load(h_W_ptr, d, D) + a * _load(g_W_ptr, d, D)
             for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
                 k = start + tl.arange(0, BLOCK_K)
                 f, exists = load_latents(i_ptr, k, K, F)  # pyright: ignore
@@ -95,7 +90,7 @@ def launch_rotation(
     x: Tensor,
     W_enc: Tensor,
     h_terms: tuple[Tensor, Tensor, Tensor],
-    g_terms: tuple[Tensor, Tensor, Tensor] | None,
+    g_terms: tuple[Tensor, Tensor, Tensor],
     code: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +101,7 @@ def launch_rotation(
     values, indices, t, qq, qg, qt = code
     (N, K), (F, D) = indices.shape, W_enc.shape
     h_W, shift, bb = h_terms
-    g_W, d_recon, shift_g = g_terms or (None, None, None)
+    g_W, d_recon, shift_g = g_terms
     a, p, u = x.new_empty(N, 1), x.new_empty(N, 1), x.new_empty(N, K)
     rows, columns = BLOCK
     launch(
@@ -114,8 +109,7 @@ def launch_rotation(
         (N,),
         *(x, h_W, shift, bb, g_W, d_recon, shift_g),
         *(values, indices, t, qq, qg, qt, W_enc, a, p, u),
-        *(F, K, D, 0 if d_recon is None else d_recon.shape[1]),
-        DENSE=g_terms is not None,
+        *(F, K, D, d_recon.shape[1]),
         NEED_X=need_x,
         MOST_K=min(128, power_of_2(K)),
         BLOCK_K=rows,

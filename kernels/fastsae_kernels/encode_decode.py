@@ -36,8 +36,10 @@ def encode_decode_reference(
     q = torch.zeros_like(h).scatter(1, indices, values)
     if gradient != "straight_through":
         active, q = q != 0, q.detach()
-        rotated = torch.einsum("nij,nj->ni", rotation_reference(h, q).detach(), h)
-        q = q + (rotated - rotated.detach()) * (active if gradient == "rotation_support" else 1)
+        reached = active | (gradient == "rotation_dense")
+        source = torch.where(reached, h, h.detach())
+        rotated = torch.einsum("nij,nj->ni", rotation_reference(h, q).detach(), source)
+        q = q + (rotated - rotated.detach()) * reached
         values = (q * active).gather(1, indices)
     return q @ W_dec + b_dec, values, indices
 
@@ -115,8 +117,8 @@ def encode_decode(
     gradient from its value. `gradient` selects the gradient of top-k:
 
     "straight_through"  the identity on active entries, as in encode_topk (arXiv:2406.04093)
-    "rotation_support"  the gradient of active entries, rotated from codes to pre-activations
-    "rotation_dense"    the same with the gradient of all latents (arXiv:2410.06424)
+    "rotation_support"  the gradient of active entries, rotated from codes to their pre-activations
+    "rotation_dense"    the gradient of all latents, to all pre-activations (arXiv:2410.06424)
 
     The first is differentiable twice. Forward costs 2 N F D FLOPs; backward 8 N K D and for the
     rotations that of rotation_gradients. No more than FASTSAE_BUFFER_MB of pre-activations exist

@@ -17,7 +17,7 @@ from fastsae_kernels.float8 import FIRST_CAPABILITY, quantize_rows
 from fastsae_kernels.jumprelu import _jumprelu_backward, jumprelu, jumprelu_l0
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.rational import _rational_backward, rational
-from fastsae_kernels.rotation import Mode, rotation_gradients
+from fastsae_kernels.rotation import rotation_gradients
 from fastsae_kernels.topk import By, topk_indices, write_topk
 
 torch.backends.cuda.matmul.fp32_precision = "tf32"  # the encoder's kernel has no other for fp32
@@ -76,11 +76,11 @@ def _adam(
     adam_(rows._replace(quantized=None), rows, gradients, AdamStep(1, 1e-3), window)
 
 
-def _rotation(s: Inputs, mode: Mode, need_x: bool = True) -> None:
+def _rotation(s: Inputs, need_x: bool = True) -> None:
     """By the algorithm that has a kernel, whichever is cheaper."""
     code = s.values, s.indices, s.x, s.values
     with patch("fastsae_kernels.rotation.gram_is_cheaper", lambda *_: True):
-        rotation_gradients(s.x, s.W, s.b_enc, s.W, *code, mode, (need_x, False, False))
+        rotation_gradients(s.x, s.W, s.b_enc, s.W, *code, "dense", (need_x, False, False))
 
 
 A = 8192, 4096, 131072, 64
@@ -158,9 +158,8 @@ CASES: dict[str, tuple[Iterable[str], Call]] = {
     "jumprelu l0": (TWO, lambda s: jumprelu_l0(s.pre, s.b_enc, 1e-3)),
     "jumprelu'": (FEW, lambda s: _jumprelu_backward(s.pre, s.pre, s.b_enc, 1e-3, False)),
     "jumprelu' l0": (TWO, lambda s: _jumprelu_backward(s.pre[:, 0], s.pre, s.b_enc, 1e-3, True)),
-    "rotation dense": (EVERY, lambda s: _rotation(s, "dense")),
-    "rotation support": (FEW, lambda s: _rotation(s, "support")),
-    "rotation weights": (TWO, lambda s: _rotation(s, "dense", False)),
+    "rotation dense": (EVERY, _rotation),
+    "rotation weights": (TWO, lambda s: _rotation(s, False)),
 }
 """Where each is compiled: at every shape, or where its arguments or its price suggest."""
 

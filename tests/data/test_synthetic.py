@@ -39,6 +39,20 @@ def test_some_latents_fire_more_where_asked():
     assert counts[1][0] > 5 * counts[1][-1]
 
 
+def test_signed_latents_are_negative_in_half_of_their_rows():
+    rows, positive = torch.arange(2500), Synthetic(**SMALL)
+    data = Synthetic(**SMALL, signed=0.25)
+    z, magnitudes = (codes(d, d.rows(rows)) for d in (data, positive))
+    active = magnitudes > 0.4
+    assert torch.allclose(z.abs(), magnitudes.abs(), atol=1e-4), "only signs differ"
+    negative = ((z < -0.4) & active).sum(0) / active.sum(0)
+    assert data.signed_latents.sum() == 6 and (negative[~data.signed_latents] == 0).all()
+    # Each latent is active in about 312 rows: 4 standard deviations of half of them are 0.11.
+    assert (negative[data.signed_latents] - 0.5).abs().max() < 0.12
+    turned = torch.where(data.signed_latents[:, None], -data.dictionary, data.dictionary)
+    assert data.recovery(turned) == pytest.approx(1, abs=1e-6) != positive.recovery(turned)
+
+
 def test_recovery_is_one_for_the_dictionary_itself():
     data = Synthetic(**SMALL)
     shuffled = 3 * data.dictionary[torch.randperm(24)]
@@ -86,6 +100,7 @@ def test_resume_equals_an_uninterrupted_run(done: int):
     [
         ("d_in", 0, "d_in must be at least 1, got 0"),
         ("active", 25, "active must be at most n_latents = 24, got 25"),
+        ("signed", 1.5, "signed must be between 0 and 1, got 1.5"),
         ("noise", -1.0, "noise must be at least 0, got -1.0"),
         ("noise", float("nan"), "noise must be at least 0, got nan"),
     ],

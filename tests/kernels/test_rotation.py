@@ -173,10 +173,10 @@ def test_chunks_of_tokens(device, monkeypatch, tokens, mode):
 def test_gram_is_cheaper_for_many_tokens(mode, d_out):
     F, D = 24576, 384
     x, W_enc, b_enc = (torch.empty(s, device="meta") for s in ((0, D), (F, D), (F,)))
-    W_dec = torch.empty(F, d_out, device="meta") if mode == "dense" else None
+    W_dec = torch.empty(F, d_out, device="meta")
     layer = Layer(x, W_enc, b_enc, W_dec, x)
     for needs in ((True, True, True), (False, True, True), (True, False, False)):
-        cheaper = [gram_is_cheaper(N, layer, needs) for N in (1, D // 2, 2 * D, 4096)]
+        cheaper = [gram_is_cheaper(N, layer, mode, needs) for N in (1, D // 2, 2 * D, 4096)]
         assert cheaper == [False, False, True, True]
 
 

@@ -211,7 +211,7 @@ def test_nonsense_jumps(function, jump):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"h": T / 0}, {"target": T / 0}, {"c_in": 0.0}, {"c_out": -1.0}, {"b": T[:0]}],
+    "changes", [{"h": T / 0}, {"target": T / 0}, {"c_in": 0.0}, {"c_out": -1.0}, {"a": T[:0]}],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
 def test_nonsense_calibration(changes):
