@@ -28,7 +28,7 @@ from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
 from .memory import keep_freed_memory
 from .optim import Adam, schedule
-from .plan import Plan, copies_of
+from .plan import Plan, check_batch, copies_of
 from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
 from .standardization import replace_rows
 from .start_from import check_same_form, copy_weights_
@@ -56,6 +56,7 @@ class Trainer:
     ):
         self.config, self.source, self.start_from = config, source, start_from
         self.columns = Columns.of(config, source)
+        check_batch(config.batch_size, source.n_tokens, source.d_in)
         self.plan = Plan.of(config, self.columns.width_out, source.n_tokens)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
