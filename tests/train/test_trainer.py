@@ -14,7 +14,7 @@ from fastsae.checkpoint import list_checkpoints
 from fastsae.data import ActivationShards, Joined, Synthetic
 from fastsae.files import read_tensors
 from fastsae.train import Trainer
-from fastsae.train.curves import plot_curves
+from fastsae.train.curves import PANELS, plot_curves
 from fastsae.train.log import read_lines
 from fastsae.train.memory import available_memory
 from fastsae.train.plan import Plan
@@ -154,6 +154,20 @@ def test_the_smallest_limit_is_the_memory_that_is_available(limits, expected, tm
     assert available_memory(tmp_path) == expected
     assert available_memory(tmp_path / "none") == sys.maxsize
     assert (available_memory() < sys.maxsize) == sys.platform.startswith("linux")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"step": 1.5}, {"step": True}, {"step": float("nan")}, {"step": 2**64}),
+        *({"fvu": True}, {"fvu": float("nan")}, {"l0": float("inf")}, {"l0": None}),
+    ],
+    ids=str,
+)
+def test_metrics_are_read_up_to_a_damaged_line(damage, tmp_path):
+    path, sound = tmp_path / "metrics.jsonl", {"step": 5, **dict.fromkeys(PANELS, 0.5), "loss": 2}
+    path.write_text("\n".join(map(json.dumps, [sound, sound, sound | damage, sound])))
+    assert read_lines(path) == [sound, sound]
 
 
 def fit(config, resume=False):
