@@ -23,7 +23,7 @@ from fastsae.progress import say
 from fastsae.version import __version__, written_by
 
 FORMAT = "fastsae.checkpoint.1"
-_NAME = re.compile(r"step-(\d{8})(\.new)?")
+_NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
 Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 """The tensors and the metadata."""
@@ -35,48 +35,44 @@ def save_checkpoint(
     """Write folder/step-XXXXXXXX, then remove all but the newest `keep` checkpoints.
 
     A checkpoint is written under a temporary name, synced, then renamed, so every one that is
-    listed is complete. One of the same step is listed until the new one is, as step-XXXXXXXX.new.
+    listed is complete. One of the same step is renamed to step-XXXXXXXX.old first. That one counts
+    if a crash comes between the two renames, so that a step once saved always has a checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    new, temporary = folder / f"{final.name}.new", folder / ".checkpoint.tmp"
+    final, temporary = folder / f"step-{step:08d}", folder / ".checkpoint.tmp"
+    old = folder / f"{final.name}.old"
     shutil.rmtree(temporary, ignore_errors=True)
-    if new.exists():  # its writer was killed
-        _rename(new, final, temporary)
+    if final.exists():  # then .old is left over from a process that was killed
+        shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir()
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     about = {"format": FORMAT, "version": __version__, "step": step, **meta}
     try:
         write_tensors(temporary / "state.safetensors", tensors)
         write_json(temporary / "state.json", sealed(about, tensors))
-        os.replace(temporary, new)
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(folder)
-    _rename(new, final, temporary)
-    for old in list_checkpoints(folder)[:-keep]:
-        _remove(old, temporary)
+    kept = list_checkpoints(folder)[-keep:]
+    for path in [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]:
+        if path not in kept:  # renamed first: a crash must not leave half of one
+            shutil.rmtree(path.rename(temporary))
     return final
 
 
-def _rename(new: Path, final: Path, temporary: Path) -> None:
-    """Give a checkpoint its final name, which one that it replaces may have."""
-    if final.exists():
-        _remove(final, temporary)
-    os.replace(new, final)
-
-
-def _remove(checkpoint: Path, temporary: Path) -> None:
-    """Remove a checkpoint, renamed first: a crash must not leave half of one."""
-    shutil.rmtree(checkpoint.rename(temporary))
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first; of one step, the newer one is last."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    """The complete checkpoints in a folder, one for each step, oldest first."""
+    return [path for _, path in sorted(_by_step(folder).items())]
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoint of each step: step-XXXXXXXX.old only where step-XXXXXXXX is missing."""
+    names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
+    return {int(found[1]): folder / name for name in names if (found := _NAME.fullmatch(name))}
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -101,11 +97,11 @@ def newest_intact(folders: Sequence[Path]) -> list[Checkpoint] | None:
 
     Says which ones it passes over, as they are damaged; ValueError if all are.
     """
-    kept = [{path.name for path in list_checkpoints(folder)} for folder in folders]
+    kept = [_by_step(folder) for folder in folders]
     damage = None
-    for name in sorted(set.intersection(*kept), reverse=True):
+    for step in sorted(set.intersection(*map(set, kept)), reverse=True):
         try:
-            return [load_checkpoint(folder / name) for folder in folders]
+            return [load_checkpoint(paths[step]) for paths in kept]
         except ValueError as error:
             damage = error
             say(f"{error}; trying the checkpoint before it")

@@ -75,7 +75,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
 
 def read_record(kind: Callable[..., T], path: Path) -> T:
     """The value in a JSON file, of a type such as a TypedDict or a dict of them; keys that it does
-    not have are left out. ValueError names the file and what does not fit."""
+    not have are left out. ValueError names the file and the entry that is missing or invalid."""
     return from_json(kind, read_json(path), str(path))
 
 
@@ -86,8 +86,11 @@ def from_json(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object, got {reprlib.repr(value)}")
         hints = dict.fromkeys(value, arguments[1]) if origin else typing.get_type_hints(hint)
+        for key in hints:
+            if key not in value:
+                raise ValueError(f"{where} lacks {reprlib.repr(key)}")
         return {
-            key: from_json(h, value.get(key), f"{where}: {reprlib.repr(key)}")
+            key: from_json(h, value[key], f"{where}: {reprlib.repr(key)}")
             for key, h in hints.items()
         }
     if dataclasses.is_dataclass(hint):

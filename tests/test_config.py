@@ -1,10 +1,11 @@
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import pytest
 
-from fastsae.config import from_dict, to_dict
+from fastsae.config import from_dict, read_record, to_dict
 from fastsae.nn import ActivationConfig, GatedConfig, RationalConfig
 from fastsae.train import TrainConfig
 
@@ -47,6 +48,26 @@ def test_round_trip():
 def test_what_does_not_fit_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_dict(Outer, values)
+
+
+class Row(TypedDict):
+    fvu: float
+    gamma: tuple[float, ...]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"one": {"fvu": 0.5}}, ": 'one' lacks 'gamma'"),
+        ({"one": {"fvu": None, "gamma": []}}, ": 'one': 'fvu' must be a finite number, got None"),
+        ({"one": 5}, ": 'one' must be an object, got 5"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_named(rows, message, tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=f"^{path}{message}$"):
+        read_record(dict[str, Row], path)
 
 
 @pytest.mark.parametrize(

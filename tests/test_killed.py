@@ -15,7 +15,7 @@ import torch
 
 import fastsae
 from fastsae import SAE, TopK, interop
-from fastsae.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from fastsae.checkpoint import list_checkpoints, load_checkpoint, newest_intact, save_checkpoint
 from fastsae.cli.convert import main as convert
 
 pytestmark = [
@@ -171,19 +171,42 @@ def test_a_checkpoint_is_listed_whenever_saving_another_is_killed(step, tmp_path
     assert states == sorted(states) and {*states} == {1.0, 2.0}
 
 
-def test_a_checkpoint_that_lacks_its_final_name_outlives_a_second_kill(tmp_path):
-    halfway = tmp_path / "halfway"
-    for event in itertools.count():
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_checkpoint_outlives_a_second_kill(step, tmp_path):
+    """Whatever the first one left behind, of the same step or of a step before it."""
+    seen = []
+    for first in itertools.count():
+        halfway = tmp_path / f"{first}"
         save(halfway, 1, 1.0)
-        assert killed_at(event, lambda: save(halfway, 1, 2.0))
-        if [path.name for path in list_checkpoints(halfway)] == ["step-00000001.new"]:
-            break
-    states = []
-    for event in itertools.count():
-        run = tmp_path / str(event)
-        shutil.copytree(halfway, run)
-        killed = killed_at(event, lambda run=run: save(run, 1, 3.0))
-        states.append(newest(run))
+        killed, states = killed_at(first, lambda run=halfway: save(run, 1, 2.0)), []
+        before, left = newest(halfway), {path.name for path in halfway.iterdir()}
+        if killed and left in seen:
+            continue
+        seen.append(left)
+        for event in itertools.count():
+            run = tmp_path / f"{first}-{event}"
+            shutil.copytree(halfway, run)
+            again = killed_at(event, lambda run=run: save(run, step, 3.0))
+            states.append(newest(run))
+            if not again:
+                assert [path.name for path in run.iterdir()] == [f"step-{step:08d}"]
+                break
+        assert states == sorted(states) and {*states} == {before, 3.0}
         if not killed:
             break
-    assert states == sorted(states) and {*states} == {2.0, 3.0}
+
+
+def test_a_sweep_has_a_checkpoint_of_every_sae_whenever_saving_them_is_killed(tmp_path):
+    names = set()
+    for event in itertools.count():
+        runs = [tmp_path / str(event) / name for name in "ab"]
+        for run in runs:
+            save(run, 1, 1.0)
+        killed = killed_at(event, lambda runs=runs: [save(run, 1, 2.0) for run in runs])
+        found = newest_intact(runs)
+        assert found is not None and all(meta["step"] == 1 for _, meta in found)
+        names |= {tuple(path.name for run in runs for path in list_checkpoints(run))}
+        if not killed:
+            break
+    one, other = "step-00000001", "step-00000001.old"
+    assert names == {(one, one), (other, one), (one, other)}

@@ -1,5 +1,6 @@
 """How options and files on the command line are read, and what help prints about them."""
 
+import re
 import subprocess
 import sys
 import typing
@@ -16,6 +17,7 @@ from fastsae.cli.parse import Given, filled, read_words, types_in
 from fastsae.cli.sweep import read_sweep
 from fastsae.cli.train import read_train
 from fastsae.data import HarvestConfig
+from fastsae.data.ordinary import MAX_NORM_RATIO
 from fastsae.device import choose_device
 from fastsae.interop import WRITABLE
 from fastsae.nn import JumpReLUConfig, TopKConfig
@@ -65,6 +67,15 @@ def test_help_has_every_option_and_fits(command, columns, monkeypatch, capsys):
         assert all(name in brief for name in RECIPES)
     if command == "train":
         assert all(name in brief for name in CHOICES)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_values_of_defaults(command):
+    """Not the names of constants."""
+    shown = " ".join(command_help(command, ["--help-all"]).split())
+    assert not re.search(r"\(default: [A-Z_]+\b", shown)
+    if command == "train":
+        assert f"(default: {MAX_NORM_RATIO})" in shown.partition("--max-norm-ratio")[2][:400]
 
 
 def test_python_m():

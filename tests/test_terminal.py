@@ -144,14 +144,23 @@ def test_names_are_harmless_and_short(tmp_path, monkeypatch):
 def test_what_other_libraries_say_is_harmless(monkeypatch, caplog, capsys):
     def run(words):
         warnings.warn(f"{ESCAPE}\nindeed", stacklevel=1)
-        logging.getLogger("other.library").warning("%s\n\x1b[1mbold\x1b[0m", ESCAPE)
+        logger = logging.getLogger("other.library")
+        logger.warning("%s\n\x1b[1mbold\x1b[0m", ESCAPE)
+        logged = compile("logger.exception('failed', stack_info=True)", ESCAPE, "exec")
+        try:
+            raise OSError(ESCAPE)
+        except OSError:
+            exec(logged, {"logger": logger})
 
     monkeypatch.setattr("fastsae.cli.run", run)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert command(monkeypatch) == 0
     assert capsys.readouterr().err.splitlines()[-1] == r"UserWarning: \x1b]0;title\x07 indeed"
-    assert caplog.messages == ["\\x1b]0;title\\x07\nbold"]
+    assert caplog.messages == ["\\x1b]0;title\\x07\nbold", "failed"]
+    error, _, stack = logging.Formatter().format(caplog.records[-1]).partition("Stack (most recent")
+    assert r"OSError: \x1b]0;title\x07" in error and r'File "\x1b]0;title\x07", line 1' in stack
+    assert "\x1b" not in error + stack
 
 
 def test_a_failed_allocation_is_one_line(arguments, monkeypatch, capsys):

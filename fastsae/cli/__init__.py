@@ -63,17 +63,25 @@ def run(words: Sequence[str]) -> None:
 
 
 def say_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """Print a warning of another library: it may name files and models, which may be called
-    anything."""
+    """Print a warning of another library, about files and models whose names are untrusted."""
     say(f"{category.__name__}: {' '.join(str(message).split())}")
 
 
 class PrintableRecord(logging.LogRecord):
-    """What another library logs, without colors and control characters."""
+    """What another library logs, without colors and control characters. Formatters add exc_text,
+    the traceback of an exception, and stack_info to the message."""
 
     def getMessage(self) -> str:
-        text = re.sub(r"\x1b\[[\d;]*m", "", super().getMessage())
-        return printable_lines(text.expandtabs())
+        return without_colors(super().getMessage())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("exc_text", "stack_info") and value:
+            value = without_colors(value)
+        super().__setattr__(name, value)
+
+
+def without_colors(text: str) -> str:
+    return printable_lines(re.sub(r"\x1b\[[\d;]*m", "", text).expandtabs())
 
 
 def printable_lines(text: str) -> str:

@@ -126,7 +126,8 @@ def groups(
         elif isinstance(part, ast.ClassDef):
             parts.append(((home, part), text.rstrip(".")))
         else:
-            options.append(Option(name, value(module, kind), with_default(text, field.value)))
+            text = with_default(module, text, field.value)
+            options.append(Option(name, value(module, kind), text))
     yield title, options
     for part, heading in parts:
         yield from groups(part, heading, activation)
@@ -176,8 +177,9 @@ def value(module: str, kind: ast.AST) -> str:
     raise AssertionError(ast.unparse(kind))
 
 
-def with_default(text: str, node: ast.AST | None) -> str:
-    """The text, with the default if there is one and the text does not say it."""
+def with_default(module: str, text: str, node: ast.AST | None) -> str:
+    """The text, with the default if there is one and the text does not say it; names are looked up
+    in the module."""
     match node:
         case _ if "default" in text.lower():
             return text
@@ -187,6 +189,8 @@ def with_default(text: str, node: ast.AST | None) -> str:
             shown = given  # a call is of Path
         case ast.Call(keywords=[ast.keyword(arg="default", value=ast.Constant(value=given)), *_]):
             shown = given
+        case ast.Name(id=name) if found := find(module, name):  # a constant
+            return with_default(found[0], text, found[1])
         case ast.Tuple(elts=several):
             shown = " ".join(map(ast.unparse, several))
         case _:

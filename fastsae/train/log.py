@@ -3,15 +3,25 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from fastsae.config import from_json
 from fastsae.files import write_atomically
 from fastsae.progress import progress_bar, say, shows_bars
 
 from .config import TrainConfig
-from .curves import PANELS
 
 GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilization": "{:.0%}", "gpu_watts": "{:.0f}"}
+
+
+class Line(TypedDict):
+    """What every line of metrics.jsonl has; most have more."""
+
+    step: int
+    fvu: float
+    l0: float
+    dead_fraction: float
+    tokens_per_second: float
 
 
 class Log:
@@ -82,10 +92,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             found = json.loads(line)
+            from_json(Line, found, str(path))
         except (ValueError, RecursionError):
-            break
-        numbers = [found.get(n) for n in ("step", *PANELS)] if isinstance(found, dict) else [None]
-        if not all(isinstance(number, int | float) for number in numbers):
             break
         lines.append(found)
     return lines

@@ -1,7 +1,10 @@
-"""Memory that is used again at every step stays with the process."""
+"""The memory of the process: how much it can get, and that it keeps what every step uses again."""
 
 import ctypes
+import re
 import sys
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -17,3 +20,24 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, 1 << 30)
             mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process can use: those that Linux has left, or the smallest limit of its
+    control groups; no limit on other systems. `root` is where the system's files are."""
+    left = _matches(root / "proc/meminfo", r"^MemAvailable:\s+(\d+) kB")
+    limits: list[str] = []
+    groups = root / "sys/fs/cgroup"
+    for own in _matches(root / "proc/self/cgroup", r"^\d+:.*?:/(.*)"):
+        own = PurePosixPath(own)  # in a container, often a path that only the host has
+        for group in (own, *own.parents):
+            limits += _matches(groups / group / "memory.max", r"^(\d+)$")
+            limits += _matches(groups / "memory" / group / "memory.limit_in_bytes", r"^(\d+)$")
+    return min([1024 * int(kb) for kb in left] + [int(n) for n in limits], default=sys.maxsize)
+
+
+def _matches(path: Path, pattern: str) -> list[str]:
+    """What the group of a pattern matches in a file; nothing if it cannot be read."""
+    with suppress(OSError):
+        return re.findall(pattern, path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return []

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, TypedDict
 
-import numpy as np
-
 from fastsae.device import choose_device
 from fastsae.nn import TopKConfig
 from fastsae_kernels import WIDEST, float8_pays, has_bf16, why_not_float8, why_not_int8
 
 from .config import TrainConfig
+from .memory import available_memory
 from .optim import default_lr
 
 Resolved = Literal["fp32", "tf32", "bf16", "fp8", "int8"]
@@ -18,8 +17,9 @@ Resolved = Literal["fp32", "tf32", "bf16", "fp8", "int8"]
 
 BOTH = "W_enc", "W_dec"
 MAX_PASSES = 1000
-"""Passes over the data in one batch. A batch larger than the data repeats rows, which small tests
-do with the default batch size; drawing one of far more passes takes longer than training on it."""
+"""Passes over the data in one batch. A batch larger than the data repeats rows, so that the default
+size works with little data. With far more passes, drawing a batch takes longer than training on it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,10 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, d_out: int, n_tokens: int) -> "Plan":
-        """Raises ValueError for a setting that the SAE, the data or the machine does not support,
-        MemoryError for a batch that cannot be allocated."""
+        """Raises ValueError for a setting that the SAE or the machine does not support."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
-        if config.batch_size > MAX_PASSES * n_tokens:
-            raise ValueError(
-                f"batch_size must be at most {MAX_PASSES} times the {n_tokens} tokens of the data, "
-                f"got {config.batch_size}"
-            )
-        np.empty((config.batch_size, d_out), np.float32)  # fails now, not once a folder is written
         optimizer = config.optimizer
         steps = config.steps or max(600, n_tokens // config.batch_size)
         step = "autograd" if config.not_fused else "fused"
@@ -70,6 +63,22 @@ class Plan:
             warmup=min(1000, steps // 20) if optimizer.warmup is None else optimizer.warmup,
             dead_after=dead_after,
             dead_every=max(1, dead_after // (100 * config.batch_size)),
+        )
+
+
+def check_batch(batch_size: int, n_tokens: int, width: int) -> None:
+    """ValueError for a batch that takes too many passes over data of this many tokens and this
+    width, or more memory than there is."""
+    if batch_size > MAX_PASSES * n_tokens:
+        raise ValueError(
+            f"batch_size must be at most {MAX_PASSES} times the {n_tokens} tokens of the data, "
+            f"got {batch_size}"
+        )
+    available = available_memory()
+    if 4 * batch_size * width > available:
+        raise ValueError(
+            f"batch_size must be at most {available // (4 * width)}, which fills the available "
+            f"memory with activations of width {width}, got {batch_size}"
         )
 
 

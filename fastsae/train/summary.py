@@ -1,4 +1,4 @@
-"""What a finished run says of itself in summary.json."""
+"""Contents of summary.json."""
 
 from typing import TypedDict
 

@@ -66,6 +66,7 @@ class Sweep:
             interrupts = stack.enter_context(Interrupts())
             configs = {name: trainer.config for name, trainer in self.trainers.items()}
             if not resume:
+                self.trainers[self.first].standardization()  # a failed start leaves no files
                 begin(self.out, configs)
             for config in configs.values():
                 stack.enter_context(claimed_run(config.out))

@@ -28,9 +28,9 @@ from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
 from .memory import keep_freed_memory
 from .optim import Adam, schedule
-from .plan import Plan, copies_of
+from .plan import Plan, check_batch, copies_of
 from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
-from .standardization import replace_rows
+from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
 from .state import TrainState
 from .step import autograd_step, fused_step
@@ -56,6 +56,7 @@ class Trainer:
     ):
         self.config, self.source, self.start_from = config, source, start_from
         self.columns = Columns.of(config, source)
+        check_batch(config.batch_size, source.n_tokens, source.d_in)
         self.plan = Plan.of(config, self.columns.width_out, source.n_tokens)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
@@ -103,18 +104,9 @@ class Trainer:
             check_same(config, self.plan, self.source.fingerprint, self.start_from)
             if checkpoint is None and self.start_from is None:
                 check_start(config.out)
-        self.ordinary = columns.ordinary(config.max_norm_ratio)
-        units = columns.standardization(self.ordinary)
+        units = self.standardization()
         sample = units(self.source.sample(SAMPLE_TOKENS, config.seed).clone())
-        kept = units.ordinary(sample)
-        self.left_out = 1 - float(kept.double().mean())
-        if self.left_out > 0.9:  # each source keeps half of its tokens, but others than the next
-            raise ValueError(
-                f"{self.left_out:.1%} of tokens would be left out: the sources have few in common "
-                f"that are ordinary in each; raise --max-norm-ratio, which is "
-                f"{config.max_norm_ratio}, or set it to none"
-            )
-        x, target = columns.split(sample[kept])
+        x, target = columns.split(sample[units.ordinary(sample)])
         generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)  # for activations with noise
         sae = columns.build(config)
@@ -136,6 +128,22 @@ class Trainer:
             required = config.cuda_graph == "on"
             self.captured = CapturedStep(sae, state.adam, config.objective, required)
         return state
+
+    def standardization(self) -> Standardization:
+        """What training does to the data first, found in a sample. It depends on the data and on
+        settings that the SAEs of a sweep share. ValueError for data that it cannot train on."""
+        ratio = self.config.max_norm_ratio
+        self.ordinary = self.columns.ordinary(ratio)
+        units = self.columns.standardization(self.ordinary)
+        kept = units.ordinary(units(self.source.sample(SAMPLE_TOKENS).clone()))
+        self.left_out = 1 - float(kept.double().mean())
+        if self.left_out > 0.9:  # each source keeps at least half, but the halves may not overlap
+            raise ValueError(
+                f"{self.left_out:.1%} of tokens would be left out: few tokens are within the norm "
+                f"limit in every source; raise --max-norm-ratio, which is {ratio}, or set it to "
+                f"none"
+            )
+        return units
 
     @property
     def captures(self) -> bool:

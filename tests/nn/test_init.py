@@ -119,7 +119,7 @@ def test_no_other_length_of_a_fitted_encoder_reconstructs_better(activation, opt
     assert error(1.0) < min(error(0.99), error(1.01))
 
 
-def test_who_can_be_fitted():
+def test_only_a_top_k_autoencoder_can_have_a_fitted_encoder():
     Init(encoder="fitted").check(SAE(8, 32, TopK(4)))
     with pytest.raises(ValueError, match="got topk and d_out = 8"):
         Init(encoder="fitted").check(SAE(8, 32, TopK(4), 8))

@@ -9,7 +9,7 @@ import torch
 
 import fastsae
 from fastsae.cli.sweep import read_sweep
-from fastsae.data import ActivationShards
+from fastsae.data import ActivationShards, Joined
 from fastsae.nn import BatchTopKConfig, JumpReLUConfig, RationalConfig, TopKConfig
 from fastsae.train import Sweep, Trainer
 from fastsae.train.log import read_lines
@@ -28,6 +28,7 @@ SAES = {
     "batch": {"activation": "batchtopk", "k": 4},
     "jump": {"activation": "jumprelu", "target_l0": 4.0},
 }
+TWO = {"k4": {"k": 4}, "k8": {"k": 8}}
 NORMED = {"k4": {"k": 4, "layer_norm": True}, "k8": {"k": 8, "layer_norm": True}}
 
 
@@ -135,6 +136,18 @@ def test_an_error_names_the_sae(configs, activations, tmp_path):
     settings["abs"] = dataclasses.replace(settings["abs"], optimizer=optimizer)
     with pytest.raises(ValueError, match="abs: the loss is NaN or Inf"):
         Sweep(settings, ActivationShards(activations), tmp_path / "sweep").fit()
+
+
+def test_data_that_no_sae_can_be_trained_on_leaves_the_folder_empty(configs, activations, tmp_path):
+    """Another try, with a setting that keeps the tokens, then finds no sweep there."""
+    x = np.load(activations)
+    np.save(tmp_path / "x.npy", x * np.where(np.arange(len(x)) % 2, 1000, 1)[:, None])
+    np.save(tmp_path / "y.npy", x * np.where(np.arange(len(x)) % 2, 1, 1000)[:, None])
+    source = Joined(*(ActivationShards(tmp_path / f"{name}.npy") for name in "xy"))
+    layers, out = [str(tmp_path / "y.npy")], tmp_path / "sweep"
+    with pytest.raises(ValueError, match="few tokens are within the norm limit in every source"):
+        Sweep(configs(steps=1, saes=TWO, layers=layers), source, out).fit()
+    Sweep(configs(steps=1, saes=TWO, layers=layers, max_norm_ratio=None), source, out).fit()
 
 
 def described(*words):

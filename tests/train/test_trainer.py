@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import torch
 
 import fastsae
 from fastsae.checkpoint import list_checkpoints
-from fastsae.data import ActivationShards, Synthetic
+from fastsae.data import ActivationShards, Joined, Synthetic
 from fastsae.files import read_tensors
 from fastsae.train import Trainer
-from fastsae.train.curves import plot_curves
+from fastsae.train.curves import PANELS, plot_curves
 from fastsae.train.log import read_lines
+from fastsae.train.memory import available_memory
 from fastsae.train.plan import Plan
 from fastsae_kernels.adam import WIDEST
 
@@ -116,9 +118,56 @@ def test_no_graph_of_rows_that_the_kernel_cannot_hold(config, monkeypatch):
     assert not trainer.captures
 
 
-def test_a_batch_that_memory_cannot_hold_is_refused_before_the_run_begins(config):
-    with pytest.raises(MemoryError, match="Unable to allocate 4.00 EiB"):
-        Plan.of(config(batch_size=2**30), 2**30, 2**30)
+@pytest.mark.parametrize("target", [False, True])
+def test_a_batch_that_memory_cannot_hold_is_refused_before_the_run_begins(
+    target, config, tmp_path, monkeypatch
+):
+    """A transcoder's batch has its inputs and its targets."""
+    run = config(batch_size=2**20, target=str(tmp_path) if target else None)
+    data = ActivationShards(run.data)
+    if target:
+        data = Joined(data, Synthetic(d_in=3, n_latents=8, active=2, n_tokens=data.n_tokens))
+    size = 4 * 2**20 * data.d_in
+    monkeypatch.setattr("fastsae.train.plan.available_memory", lambda: size)
+    Trainer(run, data)
+    monkeypatch.setattr("fastsae.train.plan.available_memory", lambda: size - 1)
+    with pytest.raises(ValueError, match=f"at most {2**20 - 1}, .* width {data.d_in}, got {2**20}"):
+        Trainer(run, data)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 3 * 2**20),
+        ({"job/memory.max": 2**20, "job/task/memory.max": "max"}, 2**20),
+        ({"memory.max": 2**21, "job/memory.max": 2**40}, 2**21),
+        ({"memory/memory.limit_in_bytes": 2**20}, 2**20),
+    ],
+)
+def test_the_smallest_limit_is_the_memory_that_is_available(limits, expected, tmp_path):
+    files = {f"sys/fs/cgroup/{name}": limit for name, limit in limits.items()}
+    files["proc/meminfo"] = f"MemTotal: 9999 kB\nMemAvailable:    {3 * 2**10} kB\n"
+    files["proc/self/cgroup"] = "9:name=systemd:/\n0::/job/task\n"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert available_memory(tmp_path) == expected
+    assert available_memory(tmp_path / "none") == sys.maxsize
+    assert (available_memory() < sys.maxsize) == sys.platform.startswith("linux")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"step": 1.5}, {"step": True}, {"step": float("nan")}, {"step": 2**64}),
+        *({"fvu": True}, {"fvu": float("nan")}, {"l0": float("inf")}, {"l0": None}),
+    ],
+    ids=str,
+)
+def test_metrics_are_read_up_to_a_damaged_line(damage, tmp_path):
+    path, sound = tmp_path / "metrics.jsonl", {"step": 5, **dict.fromkeys(PANELS, 0.5), "loss": 2}
+    path.write_text("\n".join(map(json.dumps, [sound, sound, sound | damage, sound])))
+    assert read_lines(path) == [sound, sound]
 
 
 def fit(config, resume=False):
