@@ -5,11 +5,8 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, Union
-
-from fastsae.files import read_json
 
 T = TypeVar("T")
 
@@ -71,12 +68,6 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
         if key not in values and required and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{name} lacks the setting {key!r}")
     return cls(**{key: from_json(hints[key], v, f"{name}.{key}") for key, v in values.items()})
-
-
-def read_record(kind: Callable[..., T], path: Path) -> T:
-    """The value in a JSON file, of a type such as a TypedDict or a dict of them; keys that it does
-    not have are left out. ValueError names the file and the entry that is missing or invalid."""
-    return from_json(kind, read_json(path), str(path))
 
 
 def from_json(hint: Any, value: Any, where: str) -> Any:

@@ -35,7 +35,6 @@ from fastsae import SAE, ActivationShards, Gated, TopK, TrainConfig, interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
 from fastsae.cli.train import run_table
 from fastsae.cli.upgrade import upgrade_table
-from fastsae.config import read_record
 from fastsae.data import ShardWriter
 from fastsae.data.ordinary import Ordinary
 from fastsae.files import write_json
@@ -48,7 +47,7 @@ from fastsae.train.plan import Plan
 from fastsae.train.run_folder import begin, check_same
 from fastsae.train.standardization import Standardization
 from fastsae.train.state import TrainState
-from fastsae.train.summary import Summary
+from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import begin as begin_sweep
 from fastsae.train.sweep import stored_sweep
 
@@ -160,9 +159,9 @@ def write_results(folder: Path) -> None:
     write_json(folder / "upgrade.json", row | about)
 
 
-def read_results(folder: Path) -> None:
+def load_results(folder: Path) -> None:
     run_table(folder)
-    comparison_table(read_record(dict[str, Summary], folder / "comparison.json"))
+    comparison_table(read_results(dict[str, Summary], folder / "comparison.json"))
     upgrade_table(folder)
 
 
@@ -198,7 +197,7 @@ LOADERS = {
     "checkpoint, older": Loader(write_older_checkpoint, restore_checkpoint),
     "run": Loader(write_run, read_run),
     "sweep": Loader(write_sweep, stored_sweep),
-    "results": Loader(write_results, read_results),
+    "results": Loader(write_results, load_results),
     "shards": Loader(write_shards, read_rows),
     "npy": Loader(write_npy, read_rows),
     "safetensors": Loader(write_plain, read_rows),

@@ -5,9 +5,10 @@ from typing import Literal, TypedDict
 
 import pytest
 
-from fastsae.config import from_dict, read_record, to_dict
+from fastsae.config import from_dict, to_dict
 from fastsae.nn import ActivationConfig, GatedConfig, RationalConfig
 from fastsae.train import TrainConfig
+from fastsae.train.summary import read_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def test_a_record_that_does_not_fit_is_named(rows, message, tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=f"^{path}{message}$"):
-        read_record(dict[str, Row], path)
+        read_results(dict[str, Row], path)
 
 
 @pytest.mark.parametrize(

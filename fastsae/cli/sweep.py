@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastsae.config import read_record
 from fastsae.train import Sweep, TrainConfig
 from fastsae.train.comparison import comparison_table
-from fastsae.train.summary import Summary
+from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import stored_sweep
 
 from .parse import (
@@ -81,7 +80,7 @@ def main(words: Sequence[str]) -> str:
     command, configs = read_sweep(words)
     out = command.out
     Sweep(configs, source_of(next(iter(configs.values()))), out).fit(command.resume)
-    table = comparison_table(read_record(dict[str, Summary], out / "comparison.json"))
+    table = comparison_table(read_results(dict[str, Summary], out / "comparison.json"))
     return (
         f"{table}\nwritten to {out / 'comparison.json'}; "
         f"evaluate an SAE with: fastsae eval {out}/..."

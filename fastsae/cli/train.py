@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsae.config import read_record
 from fastsae.data import ActivationShards, Joined, demo_shards
 from fastsae.device import choose_device
 from fastsae.files import read_json
 from fastsae.interop import load
 from fastsae.nn import SAE, ActivationConfig, Init
 from fastsae.train import Optimizer, TrainConfig, Trainer, resumed_config, stored_config
-from fastsae.train.summary import Summary
+from fastsae.train.summary import Summary, read_results
 from fastsae.upgrade import constraint_of
 
 from .parse import (
@@ -143,7 +142,7 @@ def trained_with(folder: Path) -> TrainConfig | None:
 
 def run_table(out: Path) -> str:
     """A finished run in a few lines: its metrics and where its files are."""
-    found = read_record(Summary, out / "summary.json")
+    found = read_results(Summary, out / "summary.json")
     curves = out / "curves.png"
     rows = {
         "FVU": f"{found['fvu']:.4f}  (fraction of variance unexplained, "

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from fastsae.config import read_record
 from fastsae.interop import load
+from fastsae.train.summary import read_results
 from fastsae.upgrade import UpgradeConfig, upgrade
 
 from .parse import filled, read_words
@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> str:
 
 def upgrade_table(out: Path) -> str:
     """The comparison in a folder, a line for each SAE, and where the files are."""
-    found = read_record(Upgraded, out / "upgrade.json")
+    found = read_results(Upgraded, out / "upgrade.json")
     lines = [f"  {'':<22}{'FVU':>8}{'MSE':>12}{'L0':>8}{'dead':>8}"]
     for name, row in found["saes"].items():
         errors = f"{row['fvu']:>8.4f}{row['mse']:>12.4g}"

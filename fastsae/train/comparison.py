@@ -3,12 +3,11 @@
 import importlib.util
 from pathlib import Path
 
-from fastsae.config import read_record
 from fastsae.files import write_json
 from fastsae.progress import printable
 
 from .log import read_lines
-from .summary import Summary
+from .summary import Summary, read_results
 
 COLUMNS = {
     "fvu": ("FVU", "{:.4f}"),
@@ -21,7 +20,7 @@ COLUMNS = {
 
 def compare(out: Path, names: list[str]) -> dict[str, Summary]:
     """Write comparison.json of the runs of these names in a sweep's folder, and comparison.png."""
-    found = {name: read_record(Summary, out / name / "summary.json") for name in names}
+    found = {name: read_results(Summary, out / name / "summary.json") for name in names}
     write_json(out / "comparison.json", found)
     if importlib.util.find_spec("matplotlib") is not None:
         _plot(out, found)

@@ -1,6 +1,13 @@
-"""Contents of summary.json."""
+"""Contents of summary.json, and how the results of a run are read."""
 
-from typing import TypedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+from fastsae.config import from_json
+from fastsae.files import read_json
+
+T = TypeVar("T")
 
 
 class Summary(TypedDict):
@@ -24,3 +31,9 @@ class Summary(TypedDict):
     """fused or autograd."""
     sae_lens: str
     """The folder of the SAE for SAELens, or why there is none."""
+
+
+def read_results(kind: Callable[..., T], path: Path) -> T:
+    """The value in a JSON file, of a type such as a TypedDict or a dict of them; keys that it does
+    not have are left out. ValueError names the file and the entry that is missing or invalid."""
+    return from_json(kind, read_json(path), str(path))
