@@ -211,8 +211,8 @@ def dense_adam_inputs(p: Problem) -> tuple:
 
 def adam_op(variant: str, **options: Any) -> Op:
     make = partial(adam_inputs, options=Optimizer(**options))
-    dense = lambda adam, *_: adam.step()  # noqa: E731
-    return Op(adam_step, make, adam_cost, dense, False, True, "adam_", variant, dense_adam_inputs)
+    kind = False, True, "adam_", variant, dense_adam_inputs
+    return Op(adam_step, make, adam_cost, lambda adam, *_: adam.step(), *kind)
 
 
 # --- activations and the rotation trick -----------------------------------------------------

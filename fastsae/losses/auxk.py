@@ -27,7 +27,7 @@ class AuxKGradients(NamedTuple):
 
     loss: Float[Tensor, ""]
     weight: Float[Tensor, ""]
-    """Smaller while there are fewer than k_aux dead latents."""
+    """auxk_coef, less while there are fewer than k_aux dead latents, times `proportion`."""
     W_enc: Float[Tensor, "n_dead d_in"]
     b_enc: Float[Tensor, " n_dead"]
     W_dec: Float[Tensor, "n_dead d_out"]
