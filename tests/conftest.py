@@ -81,7 +81,7 @@ def fast_interpreter() -> Iterator[None]:
 def undrawn() -> Iterator[None]:
     """Runs leave no plot of their curves: drawing it takes several times as long as a small run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastsae.train.trainer.plot_curves", lambda *arguments: False)
+        patch.setattr("fastsae.train.results.plot_curves", lambda *arguments: False)
         yield
 
 

@@ -6,14 +6,11 @@ import time
 
 import torch
 
-import fastsae.interop as interop
 from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationShards, ActivationSource, Batch, Batches
+from fastsae.data import ActivationSource, Batch, Batches
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.device import tf32_products
-from fastsae.evals import reconstruction
-from fastsae.files import write_json
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
@@ -21,22 +18,19 @@ from fastsae_kernels import WIDEST, balance
 
 from .columns import Columns
 from .config import TrainConfig
-from .curves import plot_curves
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
-from .log import Log, read_lines
+from .log import Log
 from .memory import keep_freed_memory
 from .optim import Adam, schedule
 from .plan import Plan, check_batch, copies_of
+from .results import write_results
 from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
 from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
 from .state import TrainState
 from .step import autograd_step, fused_step
-from .summary import Summary
-
-EVALUATION_TOKENS = 65536
 
 
 class Trainer:
@@ -262,51 +256,9 @@ class Trainer:
         return f"activations: |mean| / |std| = {gamma}{left_out if self.left_out else ''}"
 
     def finish(self, state: TrainState) -> SAE:
-        """Save the SAE with the activations' scale folded in, its numbers and its curves."""
-        config = self.config
+        """Leave the run's results, and return the SAE for activations as they are."""
         self.captured = None  # frees the graph's memory
         state.adam.flush()
         sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
-        sae.save(config.out / "sae")
-        exported = self.export(sae)
-        data = self.source.heldout or self.source
-        result = reconstruction(
-            sae,
-            data,
-            max_tokens=EVALUATION_TOKENS,
-            device=self.device,
-            max_norm_ratio=config.max_norm_ratio,
-        )
-        lines = read_lines(config.out / "metrics.jsonl")
-        plot_curves(lines, config.out / "curves.png", self.describe(sae))
-        summary: Summary = {
-            "fvu": result.fvu,
-            "fvu_all": result.fvu_all,
-            "l0": result.l0,
-            "dead_fraction": result.dead_fraction,
-            "evaluated_on": "held-out data" if self.source.heldout else "training data",
-            "evaluated_tokens": result.tokens,
-            "left_out_of_evaluation": result.left_out,
-            "tokens": state.tokens,
-            "left_out_tokens": int(state.left_out),
-            "gamma": tuple(part.gamma for part in self.ordinary),
-            "tokens_per_second": state.tokens / state.seconds,
-            "seconds": state.seconds,
-            "step_path": self.plan.step,
-            "sae_lens": exported,
-        }
-        write_json(config.out / "summary.json", summary)
+        write_results(self, state, sae)
         return sae.cpu()
-
-    def export(self, sae: SAE) -> str:
-        """Also save the SAE for SAELens in sae_lens/: the folder, or why it is not supported."""
-        folder, first = self.config.out / "sae_lens", self.columns.sources[0]
-        about = {}
-        if isinstance(first, ActivationShards):
-            about = {"model_name": first.model, "hook_name": first.hookpoint}
-        try:
-            about = {name: value for name, value in about.items() if value is not None}
-            interop.save(sae, folder, "sae_lens", **about)
-        except ValueError as error:
-            return f"none: {error}"
-        return str(folder)

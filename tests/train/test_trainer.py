@@ -193,7 +193,7 @@ def test_a_run_leaves_what_it_promises(config, activation, step):
 
 
 def test_a_run_leaves_a_plot(config, monkeypatch):
-    monkeypatch.setattr("fastsae.train.trainer.plot_curves", plot_curves)
+    monkeypatch.setattr("fastsae.train.results.plot_curves", plot_curves)
     run = config()
     fit(run)
     assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")

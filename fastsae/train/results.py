@@ -1,0 +1,67 @@
+"""What a finished run leaves in its folder: the SAE, its numbers and its curves."""
+
+from typing import TYPE_CHECKING
+
+import fastsae.interop as interop
+from fastsae.data import ActivationShards
+from fastsae.evals import reconstruction
+from fastsae.files import write_json
+from fastsae.nn import SAE
+
+from .curves import plot_curves
+from .log import read_lines
+from .state import TrainState
+from .summary import Summary
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+EVALUATION_TOKENS = 65536
+
+
+def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
+    """Save the SAE of a run, for activations as they are, and evaluate it; this leaves it on the
+    trainer's device."""
+    config, source = trainer.config, trainer.source
+    sae.save(config.out / "sae")
+    exported = export(trainer, sae)
+    result = reconstruction(
+        sae,
+        source.heldout or source,
+        max_tokens=EVALUATION_TOKENS,
+        device=trainer.device,
+        max_norm_ratio=config.max_norm_ratio,
+    )
+    lines = read_lines(config.out / "metrics.jsonl")
+    plot_curves(lines, config.out / "curves.png", trainer.describe(sae))
+    summary: Summary = {
+        "fvu": result.fvu,
+        "fvu_all": result.fvu_all,
+        "l0": result.l0,
+        "dead_fraction": result.dead_fraction,
+        "evaluated_on": "held-out data" if source.heldout else "training data",
+        "evaluated_tokens": result.tokens,
+        "left_out_of_evaluation": result.left_out,
+        "tokens": state.tokens,
+        "left_out_tokens": int(state.left_out),
+        "gamma": tuple(part.gamma for part in trainer.ordinary),
+        "tokens_per_second": state.tokens / state.seconds,
+        "seconds": state.seconds,
+        "step_path": trainer.plan.step,
+        "sae_lens": exported,
+    }
+    write_json(config.out / "summary.json", summary)
+
+
+def export(trainer: "Trainer", sae: SAE) -> str:
+    """Also save the SAE for SAELens in sae_lens/: the folder, or why it is not supported."""
+    folder, first = trainer.config.out / "sae_lens", trainer.columns.sources[0]
+    about: dict[str, str | None] = {}
+    if isinstance(first, ActivationShards):
+        about = {"model_name": first.model, "hook_name": first.hookpoint}
+    try:
+        named = {name: value for name, value in about.items() if value is not None}
+        interop.save(sae, folder, "sae_lens", **named)
+    except ValueError as error:
+        return f"none: {error}"
+    return str(folder)
