@@ -1,5 +1,6 @@
 """Checkpoints: one directory each, written atomically; only the newest are kept."""
 
+import logging
 import os
 import re
 import shutil
@@ -104,7 +105,7 @@ def newest_intact(folders: Sequence[Path]) -> list[Checkpoint] | None:
             return [load_checkpoint(paths[step]) for paths in kept]
         except ValueError as error:
             damage = error
-            say(f"{error}; trying the checkpoint before it")
+            say(f"{error}; trying the checkpoint before it", logging.WARNING)
     if damage is not None:
         raise ValueError(f"no checkpoint is intact: {damage}")
     return None

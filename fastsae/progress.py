@@ -1,5 +1,10 @@
-"""What a run shows on stderr: lines, and progress bars on terminals and in notebooks."""
+"""What a run shows on stderr: lines, and progress bars on terminals and in notebooks.
 
+Lines go through the logger `fastsae`, which prints them as they are unless its user configures it
+otherwise. It does not propagate: a handler of the root logger would print them a second time.
+"""
+
+import logging
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,7 +21,12 @@ def printable(text: str, most: int = 2000) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
-def say(text: str) -> None:
+def say(text: str, level: int = logging.INFO) -> None:
+    """Log a line, as the logger `fastsae`."""
+    LOGGER.log(level, printable(text))
+
+
+def print_line(text: str) -> None:
     """Print a line on stderr, above the progress bars. It is lost if stderr is closed or full, or
     its reader has left: that must not stop a run."""
     from tqdm import tqdm  # here, so that kernels and steps can be used without it
@@ -24,6 +34,19 @@ def say(text: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):  # a ValueError if it is closed
             tqdm.write(printable(text), file=sys.stderr)
+
+
+class Stderr(logging.Handler):
+    """Prints lines on what is sys.stderr at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_line(self.format(record))
+
+
+LOGGER = logging.getLogger("fastsae")
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False
+LOGGER.addHandler(Stderr())
 
 
 def shows_bars() -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, TextIO
 
-from fastsae.progress import printable, say
+from fastsae.progress import print_line, printable
 from fastsae.version import __version__
 
 from .help import COMMANDS, command_help, overview
@@ -38,7 +38,7 @@ def main() -> None:
             raise
         code, message = 2, out_of_memory(str(error))
     if message:
-        say(f"fastsae: {' '.join(message.split())}")
+        print_line(f"fastsae: {' '.join(message.split())}")
     try:
         sys.stderr.flush()
     except OSError:
@@ -64,7 +64,7 @@ def run(words: Sequence[str]) -> None:
 
 def say_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Print a warning of another library, about files and models whose names are untrusted."""
-    say(f"{category.__name__}: {' '.join(str(message).split())}")
+    print_line(f"{category.__name__}: {' '.join(str(message).split())}")
 
 
 class PrintableRecord(logging.LogRecord):

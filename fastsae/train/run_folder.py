@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,10 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
     threads = torch.get_num_threads()
     if plan.device == "cpu" and (began := found.get("threads", threads)) != threads:
         began = shown(began)
-        say(f"this run began with {began} threads and now has {threads}: last bits may differ")
+        say(
+            f"this run began with {began} threads and now has {threads}: last bits may differ",
+            logging.WARNING,
+        )
 
 
 def check_start(out: Path) -> None:
