@@ -77,12 +77,14 @@ def from_json(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object, got {reprlib.repr(value)}")
         hints = dict.fromkeys(value, arguments[1]) if origin else typing.get_type_hints(hint)
+        optional = getattr(hint, "__optional_keys__", ())
         for key in hints:
-            if key not in value:
+            if key not in value and key not in optional:
                 raise ValueError(f"{where} lacks {reprlib.repr(key)}")
         return {
             key: from_json(h, value[key], f"{where}: {reprlib.repr(key)}")
             for key, h in hints.items()
+            if key in value
         }
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)

@@ -5,6 +5,7 @@ its bash blocks as fastsae commands. An sh block is a command of the README, a t
 formula. Example scripts are shown whole, and have tests of their own.
 """
 
+import logging
 import re
 import runpy
 import shlex
@@ -39,8 +40,12 @@ def small_and_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would only wait for each other
+    logger = logging.getLogger("fastsae")
     yield
     torch.set_num_threads(threads)
+    for handler in [h for h in logger.handlers if type(h) is logging.FileHandler]:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

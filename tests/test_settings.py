@@ -126,6 +126,7 @@ def free(**settings: Any) -> Optimizer:
 
 
 RUNS: list[tuple[dict[str, Any], str]] = [
+    ({"patience": 3}, "patience = 3 needs eval_every"),
     ({"skip": True}, "skip has no effect without a target"),
     ({"target": Y, "layers": (X,)}, "either a target .* or layers .*, got both"),
     ({"by_norm": True}, 'by_norm has no effect with constraint "unit"'),

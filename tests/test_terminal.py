@@ -14,7 +14,9 @@ import torch
 
 from fastsae.checkpoint import newest_intact, save_checkpoint
 from fastsae.cli import main, out_of_memory
+from fastsae.data import Synthetic
 from fastsae.progress import printable
+from fastsae.train import Trainer
 from fastsae.train.comparison import comparison_table
 from fastsae.train.interrupt import Interrupts
 from fastsae.train.log import Log
@@ -64,6 +66,27 @@ def test_a_run_outlives_its_stderr(stream, arguments, tmp_path, monkeypatch, cap
     assert (tmp_path / "run" / "summary.json").exists() and "FVU" in capsys.readouterr().out
 
 
+def test_lines_of_a_run_go_where_python_logging_sends_them(tmp_path, capsys):
+    source = Synthetic(d_in=8, n_latents=16, active=2, n_tokens=500)
+    lines, logger = StringIO(), logging.getLogger("fastsae")
+    before, own = logger.handlers, logging.StreamHandler(lines)
+    own.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+
+    def run(name: str, progress: bool = True) -> str:
+        settings = {"d_sae": 16, "k": 2, "batch_size": 50, "steps": 2, "out": str(tmp_path / name)}
+        Trainer(train_config(**settings), source, progress=progress).fit()
+        return capsys.readouterr().err
+
+    assert len(run("default").splitlines()) == 3
+    try:
+        logger.handlers = [own]
+        assert run("own") == "" and len(lines.getvalue().splitlines()) == 3
+        assert lines.getvalue().startswith("fastsae INFO: topk (k = 2), 16 latents of width 8")
+    finally:
+        logger.handlers = before
+    assert run("silent", progress=False) == ""
+
+
 def test_a_damaged_checkpoint_is_passed_over_without_a_stderr(tmp_path, monkeypatch):
     for step in (1, 2):
         path = save_checkpoint(tmp_path, step, {"w": torch.zeros(2)}, {}, keep=2)
@@ -85,7 +108,7 @@ def test_a_result_that_cannot_be_printed(stream, code, arguments, tmp_path, monk
 
 
 def test_a_full_disk_names_the_metrics(tmp_path):
-    with Log(train_config(out=str(tmp_path)), 10, 0, alone=False) as log:
+    with Log(train_config(out=str(tmp_path)), 10, 0, shown=False) as log:
         log.path.unlink()
         log.path.symlink_to("/dev/full")
         with pytest.raises(OSError, match=r"metrics.jsonl cannot be written: No space left"):

@@ -152,6 +152,7 @@ def run_table(out: Path) -> str:
         f"{found['evaluated_tokens']:,} tokens)",
         "tokens": f"{found['tokens']:,}, {found['tokens_per_second']:,.0f} per second",
         "time": f"{found['seconds']:.0f} s  ({found['step_path']} step)",
+        **({"ended": f"early: {found['ended_early']}"} if "ended_early" in found else {}),
         "SAE": f"{out / 'sae'}  (fastsae.load({str(out / 'sae')!r}))",
         "SAELens": found["sae_lens"],
         "metrics": f"{out / 'summary.json'}, {out / 'metrics.jsonl'}",

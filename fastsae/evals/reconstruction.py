@@ -146,6 +146,8 @@ def pc_retention(
 ) -> dict[str, float]:
     """Mean retention of the r leading principal components, for each r in ranks, without those in
     which the data does not vary."""
+    if not ranks:
+        return {}  # eigenvectors take time
     variance, components = torch.linalg.eigh(cov)
     variance, components = variance.flip(0), components.flip(1)
     lost = torch.einsum("di,di->i", components, residual_cov @ components).clamp_min(0)

@@ -1,3 +1,4 @@
+from .callbacks import Callback, EarlyStopping, StopTraining
 from .config import TrainConfig
 from .interrupt import Interrupted
 from .optim import Optimizer
@@ -8,8 +9,11 @@ from .trainer import Trainer
 
 __all__ = [
     "RECIPES",
+    "Callback",
+    "EarlyStopping",
     "Interrupted",
     "Optimizer",
+    "StopTraining",
     "Sweep",
     "TrainConfig",
     "Trainer",

@@ -112,6 +112,14 @@ class TrainConfig:
     log_every: int = 10
     """Steps between log lines (metrics.jsonl)."""
 
+    eval_every: int | None = None
+    """Steps between evaluations on up to 16,384 held-out tokens, logged as heldout_fvu, heldout_l0
+    and heldout_dead_fraction (default: none during training)."""
+
+    patience: int | None = None
+    """Stop early once this many evaluations in a row have not lowered the held-out FVU; needs
+    eval_every."""
+
     tensorboard: bool = False
     """Also log to TensorBoard, in OUT/tensorboard."""
 
@@ -120,7 +128,7 @@ class TrainConfig:
 
     def __post_init__(self):
         at_least_one = ("d_sae", "steps", "batch_size", "checkpoint_every", "keep_checkpoints")
-        for name in (*at_least_one, "log_every", "dead_after"):
+        for name in (*at_least_one, "log_every", "dead_after", "eval_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

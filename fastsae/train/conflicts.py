@@ -13,6 +13,10 @@ CONFLICTS: Rules = [
         "give either a target (transcoder) or layers (crosscoder), got both",
         lambda c: c.target is not None and c.layers,
     ),
+    (
+        "patience = {c.patience} needs eval_every",
+        lambda c: c.patience is not None and c.eval_every is None,
+    ),
     ("skip has no effect without a target", lambda c: c.skip and c.target is None),
     (
         "by_norm has no effect with layers: crosscoders always use it",

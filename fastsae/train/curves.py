@@ -22,7 +22,12 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> bool:
     figure.suptitle(title)
     steps = [line["step"] for line in lines]
     for axes, (name, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        axes.plot(steps, [line[name] for line in lines], linewidth=1.2)
+        axes.plot(steps, [line[name] for line in lines], linewidth=1.2, label="training")
+        evaluated = [line for line in lines if f"heldout_{name}" in line]
+        if evaluated:
+            x, y = ([line[key] for line in evaluated] for key in ("step", f"heldout_{name}"))
+            axes.plot(x, y, "o-", markersize=3, linewidth=1.2, label="held-out")
+            axes.legend(fontsize=8)
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

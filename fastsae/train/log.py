@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from fastsae.config import from_json
 from fastsae.files import write_atomically
@@ -11,7 +11,13 @@ from fastsae.progress import progress_bar, say, shows_bars
 
 from .config import TrainConfig
 
-GPU_FORMATS = {"gpu_memory_gb": "{:.1f}", "gpu_utilization": "{:.0%}", "gpu_watts": "{:.0f}"}
+SOMETIMES = {
+    "heldout_fvu": ("held-out FVU", "{:.4f}"),
+    "gpu_memory_gb": ("memory_gb", "{:.1f}"),
+    "gpu_utilization": ("utilization", "{:.0%}"),
+    "gpu_watts": ("watts", "{:.0f}"),
+}
+"""What some lines have, and how it is shown."""
 
 
 class Line(TypedDict):
@@ -22,20 +28,24 @@ class Line(TypedDict):
     l0: float
     dead_fraction: float
     tokens_per_second: float
+    heldout_fvu: NotRequired[float]
+    heldout_l0: NotRequired[float]
+    heldout_dead_fraction: NotRequired[float]
 
 
 class Log:
     """Open it with `with`; each line goes to every place that is switched on."""
 
-    def __init__(self, config: TrainConfig, steps: int, first_step: int, alone: bool = True):
-        """Shows no bar of its own unless it is the only run."""
+    def __init__(self, config: TrainConfig, steps: int, first_step: int, shown: bool):
+        """If it is shown, it has a bar on terminals, and prints lines elsewhere."""
         self.path = config.out / "metrics.jsonl"
         keep_lines(self.path, first_step)
         self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
         self._wandb = _wandb(config) if config.wandb else None
-        self._alone, self._live = alone, alone and shows_bars()
+        self._shown, self._live = shown, shows_bars()
         self.last: dict[str, Any] = {}
-        self._bar = progress_bar("train", "step", steps, first_step, shown=alone)
+        self._on_bar: dict[str, str] = {}
+        self._bar = progress_bar("train", "step", steps, first_step, shown=shown)
 
     def advance(self) -> None:
         self._bar.update()
@@ -48,7 +58,7 @@ class Log:
         except OSError as error:
             raise OSError(f"{self.path} cannot be written: {error.strerror}") from None
         self.last = line
-        if self._alone:
+        if self._shown:
             self._show(line)
         numbers = {name: value for name, value in line.items() if name not in ("step", "tokens")}
         if self._tensorboard is not None:
@@ -64,11 +74,12 @@ class Log:
             "dead": f"{line['dead_fraction']:.1%}",
             "tok/s": f"{line['tokens_per_second']:,.0f}",
         }
-        for name, form in GPU_FORMATS.items():
+        for name, (title, form) in SOMETIMES.items():
             if name in line:
-                shown[name.removeprefix("gpu_")] = form.format(line[name])
+                shown[title] = form.format(line[name])
         if self._live:
-            self._bar.set_postfix(shown)
+            self._on_bar |= shown  # what not every line has stays until there is another
+            self._bar.set_postfix(self._on_bar)
         else:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             left = line["seconds"] / line["step"] * (self._bar.total - line["step"])

@@ -1,5 +1,6 @@
 """Adam's state for an SAE, what is done to weights and gradients around it, and the schedule."""
 
+import copy
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -215,6 +216,17 @@ class Adam:
             self.parameters[name].copy_(average).div_(1 - (self.settings.ema or 0) ** self.at.step)
         if self.average:
             self.constrain()
+
+    def flush_copy(self, sae: SAE) -> None:
+        """What `flush` would do to the SAE being trained, done to a copy of it alone."""
+        other = copy.copy(self)
+        other.parameters = {name: p.detach() for name, p in sae.named_parameters()}
+        other.shadow, other.quantized = {}, None
+        if self.window is not None:
+            moments = self.first, self.second
+            other.first, other.second = ({n: m.clone() for n, m in g.items()} for g in moments)
+            other.window = Window(*(tensor.clone() for tensor in self.window))
+        other.flush()
 
     def restored(self, step: int) -> None:
         """Go on after a step whose parameters and state_dict have been copied in."""

@@ -50,6 +50,8 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
         "step_path": trainer.plan.step,
         "sae_lens": exported,
     }
+    if state.stopped is not None:
+        summary["ended_early"], _ = state.stopped
     write_json(config.out / "summary.json", summary)
 
 

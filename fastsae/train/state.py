@@ -38,6 +38,8 @@ class TrainState:
     """[6]: of loss, FVU, aux-k, penalty and L0 since the last logged line, and their number."""
     logged: tuple[int, float] = (0, 0.0)
     """Tokens and seconds at the last logged line."""
+    stopped: tuple[str, int] | None = None
+    """Why a callback ended the run, and how many steps were planned then."""
 
     @classmethod
     def fresh(cls, sae: SAE, adam: Adam, units: Standardization) -> "TrainState":
@@ -103,6 +105,7 @@ class TrainState:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "logged": self.logged,
+            "stopped": self.stopped,
             "scales": self.units.scales,
             "cursor": self.cursor._asdict(),
         }
@@ -131,5 +134,6 @@ class TrainState:
             self.units.limits = tuple(tensors["limits"].tolist())
             self.cursor = Cursor(**meta["cursor"])
             self.logged = tuple(meta["logged"])
+            self.stopped = meta.get("stopped") and tuple(meta["stopped"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the checkpoint is damaged: {error!r}") from None

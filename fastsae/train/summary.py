@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import NotRequired, TypedDict, TypeVar
 
 from fastsae.config import from_json
 from fastsae.files import read_json
@@ -31,6 +31,8 @@ class Summary(TypedDict):
     """fused or autograd."""
     sae_lens: str
     """The folder of the SAE for SAELens, or why there is none."""
+    ended_early: NotRequired[str]
+    """Why a callback ended the run, if one did."""
 
 
 def read_results(kind: Callable[..., T], path: Path) -> T:

@@ -15,7 +15,7 @@ from fastsae.config import to_dict
 from fastsae.data import ActivationSource
 from fastsae.files import read_json, shown, write_json
 from fastsae.nn import SAE
-from fastsae.progress import printable, progress_bar, say, shows_bars
+from fastsae.progress import printable, progress_bar, shows_bars
 from fastsae.version import __version__, written_by
 
 from .comparison import compare
@@ -31,7 +31,7 @@ from .trainer import Trainer
 FORMAT = "fastsae.sweep.1"
 SHARED = (
     *("data", "target", "layers", "layer_norm", "max_norm_ratio", "steps", "batch_size", "device"),
-    *("checkpoint_every", "keep_checkpoints", "log_every"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "eval_every"),
 )
 
 
@@ -41,9 +41,16 @@ class Sweep:
     `out` then holds a run's folder for each, comparison.json and, with matplotlib, comparison.png.
     """
 
-    def __init__(self, configs: dict[str, TrainConfig], source: ActivationSource, out: Path):
+    def __init__(
+        self,
+        configs: dict[str, TrainConfig],
+        source: ActivationSource,
+        out: Path,
+        progress: bool = True,
+    ):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
-        order of the first one's seed. ValueError unless there are some, and they share SHARED."""
+        order of the first one's seed. ValueError unless there are some, and they share SHARED and
+        have no patience. Without `progress`, nothing but warnings is shown on stderr."""
         if not configs:
             raise ValueError("a sweep needs at least one SAE")
         first, *others = configs.values()
@@ -52,10 +59,14 @@ class Sweep:
                 one, two = getattr(first, name), getattr(other, name)
                 if one != two:
                     raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
+        if any(config.patience is not None for config in configs.values()):
+            raise ValueError("patience must be none in a sweep: its SAEs train on the same tokens")
         seed = first.seed if first.data_seed is None else first.data_seed
-        self.out, self.first = out, next(iter(configs))
+        self.out, self.first, self.progress = out, next(iter(configs)), progress
         self.trainers = {
-            name: Trainer(dataclasses.replace(c, out=out / name, data_seed=seed), source)
+            name: Trainer(
+                dataclasses.replace(c, out=out / name, data_seed=seed), source, progress=progress
+            )
             for name, c in configs.items()
         }
 
@@ -74,9 +85,9 @@ class Sweep:
             logs = {}
             for name, trainer in self.trainers.items():
                 step = states[name].step
-                log = Log(trainer.config, trainer.plan.steps, step, alone=False)
+                log = Log(trainer.config, trainer.plan.steps, step, shown=False)
                 logs[name] = stack.enter_context(log)
-                say(f"{name}: {trainer.describe(states[name].sae)}")
+                trainer.say(f"{name}: {trainer.describe(states[name].sae)}")
             self.loop(states, logs, interrupts)
             saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
         compare(self.out, list(saes))
@@ -102,7 +113,7 @@ class Sweep:
         trainer, state = self.trainers[self.first], states[self.first]
         steps, every = trainer.plan.steps, trainer.config.log_every
         shared = stacks(self.trainers, states)
-        bar = progress_bar("sweep", "step", steps, state.step)
+        bar = progress_bar("sweep", "step", steps, state.step, shown=self.progress)
         with trainer.batches(state) as batches, bar:
             while state.step < steps:
                 batch, codes, start = trainer.load(batches, state), {}, time.perf_counter()
@@ -122,7 +133,7 @@ class Sweep:
                     text = f"best FVU {lines[best]:.4f} ({printable(best, 60)})"
                     bar.set_postfix_str(text)
                     if not shows_bars():
-                        say(f"step {state.step}/{steps}  {text}")
+                        trainer.say(f"step {state.step}/{steps}  {text}")
                 if interrupts.signum and state.step < steps:
                     for name, one in self.trainers.items():
                         one.save(states[name])

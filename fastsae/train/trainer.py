@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +17,7 @@ from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
 from fastsae_kernels import WIDEST, balance
 
+from .callbacks import Callback, Callbacks, callbacks_of
 from .columns import Columns
 from .config import TrainConfig
 from .gpu import GpuMeter
@@ -46,9 +48,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, source: ActivationSource, start_from: SAE | None = None
+        self,
+        config: TrainConfig,
+        source: ActivationSource,
+        start_from: SAE | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
     ):
+        """Without `progress`, nothing but warnings is shown on stderr."""
         self.config, self.source, self.start_from = config, source, start_from
+        self.callbacks = Callbacks([*callbacks_of(config, source), *callbacks])
+        self.progress = progress
         self.columns = Columns.of(config, source)
         check_batch(config.batch_size, source.n_tokens, source.d_in)
         self.plan = Plan.of(config, self.columns.width_out, source.n_tokens)
@@ -73,16 +83,16 @@ class Trainer:
         with claimed_run(config.out), Interrupts() as interrupts:
             state = self.start(resume, latest(config.out) if resume else None)
             with (
-                Log(config, self.plan.steps, state.step) as log,
+                Log(config, self.plan.steps, state.step, self.progress) as log,
                 self.batches(state) as batches,
             ):
                 resumed = f"; resumed at step {state.step}" if state.step else ""
-                say(self.describe(state.sae) + resumed)
-                say(self.describe_data())
-                while state.step < self.plan.steps:
+                self.say(self.describe(state.sae) + resumed)
+                self.say(self.describe_data())
+                while not self.ended(state):
                     start = time.perf_counter()
                     self.advance(state, self.load(batches, state), log, start)
-                    if interrupts.signum and state.step < self.plan.steps:
+                    if interrupts.signum and not self.ended(state):
                         self.save(state)
                         raise Interrupted(
                             interrupts.signum,
@@ -116,6 +126,8 @@ class Trainer:
                 self.save(state)  # a resumed run then needs only the folder
         if checkpoint is not None:
             state.restore(*checkpoint)
+            if state.stopped and state.stopped[1] != self.plan.steps:
+                state.stopped = None  # another number of steps was asked for since
         if resume:
             set_length(config, self.plan, state.step)
         if self.captures:
@@ -186,13 +198,19 @@ class Trainer:
             self.check_finite(state, batch)
         state.seconds += time.perf_counter() - start
 
-        done = state.step == self.plan.steps
-        if done or state.step % config.log_every == 0:
+        self.callbacks.on_step(self, state)
+        logged = config.log_every, config.eval_every or config.log_every
+        if self.ended(state) or not all(state.step % every for every in logged):
             self.check_finite(state, batch)
-            log.write({**state.metrics(self.plan.dead_after), **self.meter.read()})
+            line = {**state.metrics(self.plan.dead_after), **self.meter.read()}
+            self.callbacks.on_log(self, state, line)
+            log.write(line)
         log.advance()
-        if done or state.step % config.checkpoint_every == 0:
+        if self.ended(state) or state.step % config.checkpoint_every == 0:
             self.save(state)
+
+    def ended(self, state: TrainState) -> bool:
+        return state.stopped is not None or state.step >= self.plan.steps
 
     def step(self, state: TrainState, batch: Batch, codes: Codes | None) -> TrainingLoss:
         """One update of the weights."""
@@ -231,6 +249,18 @@ class Trainer:
         save_checkpoint(
             folder, state.step, state.tensors(), state.meta(), self.config.keep_checkpoints
         )
+        if state.step:
+            self.callbacks.on_checkpoint(self, state)
+
+    def snapshot(self, state: TrainState) -> SAE:
+        """A copy of the SAE as it would be saved now, on the CPU, for activations as they are."""
+        sae = copy.deepcopy(state.sae)
+        state.adam.flush_copy(sae)
+        return self.columns.fold_(sae.cpu().eval(), state.units)
+
+    def say(self, text: str) -> None:
+        if self.progress:
+            say(text)
 
     def describe(self, sae: SAE) -> str:
         """A one-line description of the run."""
@@ -261,4 +291,5 @@ class Trainer:
         state.adam.flush()
         sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
         write_results(self, state, sae)
-        return sae.cpu()
+        self.callbacks.on_end(self, sae.cpu())
+        return sae

@@ -1,0 +1,144 @@
+"""What a run does besides training: evaluation, early stopping, and what its user adds."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastsae.data import ActivationSource
+from fastsae.evals import reconstruction
+from fastsae.nn import SAE
+
+from .config import TrainConfig
+from .log import read_lines
+from .state import TrainState
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+HELDOUT_TOKENS = 16384
+"""Tokens of an evaluation during training."""
+
+
+class StopTraining(Exception):
+    """Raised by `on_step` or `on_log` of a callback, ends the run as if this step was its last. The
+    message, which says why, is stored in summary.json."""
+
+
+class Callback:
+    """Base class of callbacks, which a `Trainer` calls during the run. Here, they do nothing.
+
+    `trainer` has the run's `config`, `plan` and `source`, and `trainer.snapshot(state)` is the SAE
+    as it would be saved now. `state` is the run itself: a callback that changes it, or torch's
+    random state, changes the run. Exceptions of callbacks propagate.
+    """
+
+    def on_step(self, trainer: "Trainer", state: TrainState) -> None:
+        """Called after every step; `state.step` counts from 1."""
+
+    def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
+        """Called before a line of metrics is written; numbers added to it are logged too."""
+
+    def on_checkpoint(self, trainer: "Trainer", state: TrainState) -> None:
+        """Called after a checkpoint was saved."""
+
+    def on_end(self, trainer: "Trainer", sae: SAE) -> None:
+        """Called at the end of the run, with its results in `trainer.config.out`."""
+
+
+class HeldoutEvaluation(Callback):
+    """Adds the numbers of the SAE on held-out data to a line of metrics, every so many steps."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
+        if state.step % self.every:
+            return
+        assert trainer.source.heldout is not None, "checked by callbacks_of"
+        found = reconstruction(
+            trainer.snapshot(state),
+            trainer.source.heldout,
+            max_tokens=HELDOUT_TOKENS,
+            device=trainer.device,
+            pc_ranks=(),
+            max_norm_ratio=trainer.config.max_norm_ratio,
+        )
+        for name in ("fvu", "l0", "dead_fraction"):
+            line[f"heldout_{name}"] = getattr(found, name)
+
+
+class EarlyStopping(Callback):
+    """Ends the run once `patience` evaluations in a row did not lower the held-out FVU.
+
+    To count as lower, the FVU must be below the lowest one by more than `min_delta`. Evaluations
+    are those of `eval_every`, from the start of the run, also if it was resumed.
+    """
+
+    def __init__(self, patience: int, min_delta: float = 0.0):
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        if not 0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta}")
+        self.patience, self.min_delta = patience, min_delta
+
+    def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
+        if trainer.config.eval_every is None:
+            raise ValueError("early stopping needs eval_every, got None")
+        if "heldout_fvu" not in line:
+            return
+        lines = [*read_lines(trainer.config.out / "metrics.jsonl"), line]
+        lowest, since = math.inf, 0
+        for fvu in (found["heldout_fvu"] for found in lines if "heldout_fvu" in found):
+            since += 1
+            if fvu < lowest - self.min_delta:
+                lowest, since = fvu, 0
+        if since >= self.patience:
+            raise StopTraining(
+                f"the held-out FVU was not below {lowest:.4f} in the last {since} evaluations"
+            )
+
+
+class Callbacks(Callback):
+    """Several callbacks as one."""
+
+    def __init__(self, several: Sequence[Callback]):
+        self.several = tuple(several)
+
+    def on_step(self, trainer: "Trainer", state: TrainState) -> None:
+        self._call(trainer, state, lambda one: one.on_step(trainer, state))
+
+    def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
+        self._call(trainer, state, lambda one: one.on_log(trainer, state, line))
+
+    def on_checkpoint(self, trainer: "Trainer", state: TrainState) -> None:
+        for one in self.several:
+            one.on_checkpoint(trainer, state)
+
+    def on_end(self, trainer: "Trainer", sae: SAE) -> None:
+        for one in self.several:
+            one.on_end(trainer, sae)
+
+    def _call(
+        self, trainer: "Trainer", state: TrainState, hook: Callable[[Callback], None]
+    ) -> None:
+        """Call a hook of each; the run ends if one of them asks for that."""
+        for one in self.several:
+            try:
+                hook(one)
+            except StopTraining as stop:
+                state.stopped = str(stop), trainer.plan.steps
+                trainer.say(f"ended early at step {state.step} of {trainer.plan.steps}: {stop}")
+
+
+def callbacks_of(config: TrainConfig, source: ActivationSource) -> list[Callback]:
+    """The callbacks that a config asks for; ValueError without held-out data to evaluate on."""
+    found: list[Callback] = []
+    if config.eval_every is not None:
+        if source.heldout is None:
+            raise ValueError(
+                f"eval_every = {config.eval_every} needs held-out data, and there is none"
+            )
+        found.append(HeldoutEvaluation(config.eval_every))
+    if config.patience is not None:
+        found.append(EarlyStopping(config.patience))
+    return found
