@@ -75,6 +75,7 @@ def command_help(name: str, words: Sequence[str]) -> str:
     for title, options in groups(options_class(name), "Options", activation):
         whole = not brief or (named is not None and activation in title)
         shown = [o for o in options if o.name not in seen and (whole or o.name in MAIN)]
+        shown.sort(key=lambda option: option.name not in arguments)
         seen |= {option.name for option in shown}
         lines += ["", f"{title}:"] if shown else []
         for option, value, text in shown:
@@ -145,15 +146,15 @@ def settings_of(activation: str) -> tuple[str, ast.ClassDef]:
 
 
 def fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.AnnAssign, str]]:
-    """The fields of a class and its bases that are documented, with the module they are in."""
-    for field, text in zip(node.body, node.body[1:], strict=False):
-        match field, text:
-            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(about))):
-                yield module, field, " ".join(about.split())
+    """The documented fields of a class, after those of its bases, with the module they are in."""
     for base in node.bases:
         home, found = find(module, ast.unparse(base)) or (module, None)
         if isinstance(found, ast.ClassDef):
             yield from fields(home, found)
+    for field, text in zip(node.body, node.body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(about))):
+                yield module, field, " ".join(about.split())
 
 
 def value(module: str, kind: ast.AST) -> str:
