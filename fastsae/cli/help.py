@@ -33,6 +33,10 @@ MAIN = {
         "saes",
         "seeds",
         "data",
+        "model",
+        "hookpoint",
+        "text",
+        "dataset",
         "out",
         "d_sae",
         "k",
@@ -121,7 +125,8 @@ def groups(
     options, parts = [], []
     for module, field, text in fields(*owner):
         name, kind = ast.unparse(field.target), field.annotation
-        home, part = (isinstance(kind, ast.Name) and find(module, kind.id)) or (module, None)
+        named = kind.left if isinstance(kind, ast.BinOp) else kind  # of `Part | None`
+        home, part = (isinstance(named, ast.Name) and find(module, named.id)) or (module, None)
         if ast.unparse(kind) == "ActivationConfig":
             parts.append((settings_of(activation), f"Activation {activation}"))
         elif isinstance(part, ast.ClassDef):

@@ -64,7 +64,7 @@ def open_producer(
     model's; and the documents that it reads."""
     tokenizer = load_tokenizer(config.model, config.files)
     documents = _documents(config, files, tokenizer, model)
-    about = [{**request(config, files, name), "dtype": str(dtype)} for name in config.hookpoints]
+    about = request(config, files, "any") | {"hookpoint": None, "dtype": str(dtype)}
     producer = ModelProducer(
         model,
         tokenizer,
@@ -82,9 +82,7 @@ def open_producer(
     return producer, documents
 
 
-def _documents(
-    config: ProducerConfig, files: list[Path], tokenizer: Any, model: "PreTrainedModel"
-) -> Documents:
+def _documents(config: ProducerConfig, files: list[Path], tokenizer: Any, model: Any) -> Documents:
     def rows():
         if config.dataset is None:
             return file_rows(files, config.column)

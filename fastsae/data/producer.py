@@ -1,6 +1,7 @@
 """Produces activations: runs a model over text and takes the outputs, or inputs, of its modules."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastsae.data.hookpoints import hidden_at, hookpoints_at
 from fastsae.data.model import PrependBos, TextWindows
-from fastsae.data.shards import Contexts
+from fastsae.data.source import Contexts
 from fastsae.data.text import Document
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Producer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of what determines the rows; a run resumes only with the same."""
+        """A short hash of what determines the rows, apart from the hookpoints; a run resumes only
+        with the same."""
         ...
 
     def groups(self, start: Place = (), part: Part = "train") -> Iterator[Group]:
@@ -94,8 +96,8 @@ class ModelProducer:
         heldout_fraction: of the documents.
         dtype: of the rows; None for the one that the model gives.
         batch_tokens: per forward pass, including padding.
-        fingerprint: a hash of model and documents; by default of the model's and the tokenizer's
-            names alone, which do not tell other documents apart.
+        fingerprint: a short hash of model and documents; by default of the settings here and the
+            names of model and tokenizer, which do not tell other documents apart.
 
     Raises ValueError for unknown hookpoints and those without a row for each token.
     """
@@ -125,7 +127,9 @@ class ModelProducer:
         )
         self._max_document_tokens, self._heldout_fraction = max_document_tokens, heldout_fraction
         self._batch_tokens, self._dtype = batch_tokens, dtype
-        about = model.name_or_path, tokenizer.name_or_path, context_length, drop_first, names
+        self._lock = threading.Lock()
+        about = (model.name_or_path, tokenizer.name_or_path, context_length, prepend_bos)
+        about += (drop_first, max_document_tokens, heldout_fraction, str(dtype))
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
 
     def groups(
@@ -187,7 +191,8 @@ class ModelProducer:
             fit = self._batch_tokens // len(group[longest_first[0]].ids)
             members, longest_first = longest_first[:fit], longest_first[fit:]
             batch = self._windows.batch([group[i].ids for i in members])
-            found = hidden_at(self.model, self._hookpoints, batch)
+            with self._lock:  # hooks see what other threads run
+                found = hidden_at(self.model, self._hookpoints, batch)
             found = [hidden.to("cpu", self._dtype or hidden.dtype) for hidden in found]
             for place, i in enumerate(members):
                 rows[i] = [hidden[place][batch.keep[place]] for hidden in found]

@@ -9,12 +9,13 @@ import torch
 import fastsae.interop as interop
 from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationShards, ActivationSource, Batch, Batches
+from fastsae.data import ActivationSource, Batch, Batches, Joined, Stream, stored
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.device import tf32_products
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
 from fastsae.losses import TrainingLoss
+from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
 from fastsae_kernels import WIDEST, balance
@@ -26,7 +27,6 @@ from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
 from .log import Log, read_lines
-from .memory import keep_freed_memory
 from .optim import Adam, schedule
 from .plan import Plan, check_batch, copies_of
 from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
@@ -76,9 +76,10 @@ class Trainer:
         """
         config = self.config
         keep_freed_memory()
-        with claimed_run(config.out), Interrupts() as interrupts:
+        with claimed_run(config.out):
             state = self.start(resume, latest(config.out) if resume else None)
             with (
+                Interrupts() as interrupts,
                 Log(config, self.plan.steps, state.step) as log,
                 self.batches(state) as batches,
             ):
@@ -87,7 +88,9 @@ class Trainer:
                 say(self.describe_data())
                 while state.step < self.plan.steps:
                     start = time.perf_counter()
-                    self.advance(state, self.load(batches, state), log, start)
+                    batch = self.take(batches, state, interrupts)
+                    if batch is not None:
+                        self.advance(state, self.standardized(batch, state), log, start)
                     if interrupts.signum and state.step < self.plan.steps:
                         self.save(state)
                         raise Interrupted(
@@ -161,19 +164,22 @@ class Trainer:
         settings, seed = self.config.optimizer, self.config.seed
         return Adam(sae, settings, **copies, columns=columns, seed=seed)
 
-    def batches(self, state: TrainState) -> Batches:
-        """The stream of batches from where the run stands."""
+    def batches(self, state: TrainState, source: ActivationSource | None = None) -> Batches:
+        """The batches from where the run stands; those of a sweep's source, if it is given."""
         config = self.config
         seed = config.seed if config.data_seed is None else config.data_seed
-        pin = self.device.type == "cuda"
-        return self.source.batches(config.batch_size, seed, state.cursor, pin_memory=pin)
+        pin, source = self.device.type == "cuda", source or self.source
+        return source.batches(config.batch_size, seed, state.cursor, pin_memory=pin)
 
-    def load(self, batches: Batches, state: TrainState) -> Batch:
-        """The next batch as training sees it, on the device."""
+    def take(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch | None:
+        """The next batch; None if a signal comes before it."""
         try:
-            batch = next(batches)
+            return batches.take(lambda: interrupts.signum)
         except ValueError as error:
             raise ValueError(f"step {state.step + 1}: {error}") from error
+
+    def standardized(self, batch: Batch, state: TrainState) -> Batch:
+        """A batch as training sees it, on the device."""
         x = state.units(batch.x.to(self.device, non_blocking=True))
         kept = state.units.ordinary(x)
         return batch._replace(x=replace_rows(x, kept), kept=kept)
@@ -195,7 +201,8 @@ class Trainer:
         done = state.step == self.plan.steps
         if done or state.step % config.log_every == 0:
             self.check_finite(state, batch)
-            log.write({**state.metrics(self.plan.dead_after), **self.meter.read()})
+            numbers = self.source.readings() if isinstance(self.source, Stream) else {}
+            log.write({**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers})
         log.advance()
         if done or state.step % config.checkpoint_every == 0:
             self.save(state)
@@ -269,7 +276,7 @@ class Trainer:
         sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
         sae.save(config.out / "sae")
         exported = self.export(sae)
-        data = self.source.heldout or self.source
+        data = self.source.heldout or stored(self.source)
         result = reconstruction(
             sae,
             data,
@@ -300,10 +307,10 @@ class Trainer:
 
     def export(self, sae: SAE) -> str:
         """Also save the SAE for SAELens in sae_lens/: the folder, or why it is not supported."""
-        folder, first = self.config.out / "sae_lens", self.columns.sources[0]
-        about = {}
-        if isinstance(first, ActivationShards):
-            about = {"model_name": first.model, "hook_name": first.hookpoint}
+        folder = self.config.out / "sae_lens"
+        first = self.source.sources[0] if isinstance(self.source, Joined) else self.source
+        names = {"model_name": "model", "hook_name": "hookpoint"}
+        about = {name: getattr(first, attribute, None) for name, attribute in names.items()}
         try:
             about = {name: value for name, value in about.items() if value is not None}
             interop.save(sae, folder, "sae_lens", **about)

@@ -16,7 +16,7 @@ from fastsae.files import read_tensors
 from fastsae.train import Trainer
 from fastsae.train.curves import PANELS, plot_curves
 from fastsae.train.log import read_lines
-from fastsae.train.memory import available_memory
+from fastsae.memory import available_memory
 from fastsae.train.plan import Plan
 from fastsae_kernels.adam import WIDEST
 
