@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
     """In training: which rows are as drawn; others replace those of extreme norm."""
 
 
+@runtime_checkable
 class BatchLoader(Protocol):
     """Builds the batch at a cursor. They are asked for in order, from some cursor on."""
 

@@ -4,7 +4,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ class Group(NamedTuple):
     """Whether the rows are set aside for evaluation."""
 
 
+@runtime_checkable
 class Producer(Protocol):
     """Makes the rows of a `Stream`, at one or more hookpoints of a model.
 
