@@ -129,7 +129,9 @@ class TrainState:
             self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
             self.units.scales = tuple(meta["scales"])
             self.units.limits = tuple(tensors["limits"].tolist())
-            self.cursor = Cursor(**meta["cursor"])
+            self.cursor = Cursor(
+                **meta["cursor"] | {"place": tuple(meta["cursor"].get("place", ()))}
+            )
             self.logged = tuple(meta["logged"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the checkpoint is damaged: {error!r}") from None
