@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastsae.train.memory import keep_freed_memory
+from fastsae.memory import keep_freed_memory
 from fastsae_kernels.product import LIBRARIES, CpuProduct, cpu_product, processor, product
 
 from .clock import interleaved, resident_bytes, summary

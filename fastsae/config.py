@@ -91,7 +91,9 @@ def from_json(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (hint,) = [a for a in arguments if a is not type(None)]
+        kinds = [a for a in arguments if a is not type(None)]
+        lists = [a for a in kinds if typing.get_origin(a) is tuple]
+        hint, *_ = lists if lists and isinstance(value, list) else kinds
         return from_json(hint, value, where)
     if origin is typing.Literal:
         right = value in arguments

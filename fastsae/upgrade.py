@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.config import check_choices, to_dict
-from fastsae.data import ActivationSource
+from fastsae.data import ActivationSource, stored
 from fastsae.data.ordinary import MAX_NORM_RATIO
 from fastsae.device import choose_device
 from fastsae.evals import reconstruction
@@ -183,7 +183,7 @@ def initial(
     if teacher.d_out is not None or teacher.layers > 1:
         raise ValueError("only an autoencoder of one layer can be upgraded")
     check_fits(teacher, source)
-    columns = Columns((source,), False, teacher.layer_norm)
+    columns = Columns(source, (source.d_in,), False, teacher.layer_norm)
     units = columns.standardization(columns.ordinary(MAX_NORM_RATIO))
     scaled = columns.unfold_(copy.deepcopy(teacher), units)
     x = units(source.sample(CALIBRATION_TOKENS, config.seed).clone())
@@ -298,7 +298,7 @@ def comparison(
     saes: dict[str, SAE], source: ActivationSource, config: UpgradeConfig
 ) -> dict[str, Any]:
     """Each SAE's numbers on held-out data, where there is some."""
-    data, device = source.heldout or source, choose_device(config.device)
+    data, device = source.heldout or stored(source), choose_device(config.device)
     rows = {}
     for name, sae in saes.items():
         found = reconstruction(sae, data, max_tokens=EVALUATION_TOKENS, device=device)

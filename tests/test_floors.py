@@ -14,6 +14,7 @@ FLOORS = [
         "fastsae.codes",
         "fastsae.device",
         "fastsae.files",
+        "fastsae.memory",
         "fastsae.progress",
     },
     {"fastsae.nn"},

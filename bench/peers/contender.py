@@ -12,9 +12,9 @@ from bench.clock import resident_bytes
 from bench.contender import LOW, Contender
 from fastsae.data import ActivationShards
 from fastsae.losses import Objective
+from fastsae.memory import keep_freed_memory
 from fastsae.nn import Init
 from fastsae.train import Optimizer
-from fastsae.train.memory import keep_freed_memory
 
 from .task import Code, Task, TimeUp, open_stream, standardization_of
 

@@ -37,9 +37,12 @@ class StreamSource:
         return self.stream.sample[:n]
 
     @contextmanager
-    def batches(self, *order: Any, **loading: Any) -> Iterator[Iterator[Batch]]:
-        no_position = Cursor(), np.empty(0, np.int64)  # needed only to resume
-        yield (Batch(x.clone(), *no_position) for x in self.stream)  # standardized in place
+    def batches(self, *order: Any, **loading: Any) -> Iterator["StreamSource"]:
+        yield self
+
+    def take(self, interrupted: Any) -> Batch:
+        x = next(self.stream).clone()  # standardized in place
+        return Batch(x, Cursor(), np.empty(0, np.int64))  # the rest is needed only to resume
 
 
 def config_of(task: Task, **options: Any) -> TrainConfig:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsae.config import to_dict
-from fastsae.data import ActivationShards, Joined
+from fastsae.data import ActivationShards, Joined, StoredActivations, stored
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import write_json
 from fastsae.interop import load
 
 from .parse import filled, read_words
-from .train import source_of, trained_with
+from .train import opened, trained_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +37,19 @@ def main(words: Sequence[str]) -> str:
     return f"{about}\n{evaluation_table(result)}\nwritten to {run / 'eval.json'}"
 
 
-def eval_data(run: Path, data: Path | None) -> ActivationShards | Joined:
+def eval_data(run: Path, data: Path | None) -> StoredActivations:
     """The data asked for, or what the run was trained on; the held-out part of either."""
     if data is not None:
         source = ActivationShards(data)
     elif config := trained_with(run):
-        source = source_of(replace(config, device="auto"))  # the run's may not be here
+        # The run's device may not be here.
+        _, source = opened({"": replace(config, device="auto")})
     else:
         raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
-    return source.heldout or source
+    return source.heldout or stored(source)
 
 
-def trained_on(run: Path, data: ActivationShards | Joined) -> bool:
+def trained_on(run: Path, data: StoredActivations) -> bool:
     """Whether the run was trained on just these rows."""
     config = trained_with(run)
     first = data.sources[0] if isinstance(data, Joined) else data

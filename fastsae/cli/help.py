@@ -33,6 +33,10 @@ MAIN = {
         "saes",
         "seeds",
         "data",
+        "model",
+        "hookpoint",
+        "text",
+        "dataset",
         "out",
         "d_sae",
         "k",
@@ -75,6 +79,7 @@ def command_help(name: str, words: Sequence[str]) -> str:
     for title, options in groups(options_class(name), "Options", activation):
         whole = not brief or (named is not None and activation in title)
         shown = [o for o in options if o.name not in seen and (whole or o.name in MAIN)]
+        shown.sort(key=lambda option: option.name not in arguments)
         seen |= {option.name for option in shown}
         lines += ["", f"{title}:"] if shown else []
         for option, value, text in shown:
@@ -120,7 +125,8 @@ def groups(
     options, parts = [], []
     for module, field, text in fields(*owner):
         name, kind = ast.unparse(field.target), field.annotation
-        home, part = (isinstance(kind, ast.Name) and find(module, kind.id)) or (module, None)
+        named = kind.left if isinstance(kind, ast.BinOp) else kind  # of `Part | None`
+        home, part = (isinstance(named, ast.Name) and find(module, named.id)) or (module, None)
         if ast.unparse(kind) == "ActivationConfig":
             parts.append((settings_of(activation), f"Activation {activation}"))
         elif isinstance(part, ast.ClassDef):
@@ -145,15 +151,15 @@ def settings_of(activation: str) -> tuple[str, ast.ClassDef]:
 
 
 def fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.AnnAssign, str]]:
-    """The fields of a class and its bases that are documented, with the module they are in."""
-    for field, text in zip(node.body, node.body[1:], strict=False):
-        match field, text:
-            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(about))):
-                yield module, field, " ".join(about.split())
+    """The documented fields of a class, after those of its bases, with the module they are in."""
     for base in node.bases:
         home, found = find(module, ast.unparse(base)) or (module, None)
         if isinstance(found, ast.ClassDef):
             yield from fields(home, found)
+    for field, text in zip(node.body, node.body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(about))):
+                yield module, field, " ".join(about.split())
 
 
 def value(module: str, kind: ast.AST) -> str:

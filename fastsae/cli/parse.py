@@ -99,7 +99,7 @@ def settings_in(table: dict[str, Any], title: str = "") -> Iterator[tuple[str, l
 def filled(cls: type[T], given: Given, positional: Sequence[str] = (), **parts: Settings) -> T:
     """A command's options, and the configs that are parts of it, with what is given."""
     values, hints = read_values(cls, given, positional, **parts), typing.get_type_hints(cls)
-    configs = {name: hints[name](**updated(part, values)) for name, part in parts.items()}
+    configs = {n: hints[n](**updated(hints[n], part, values)) for n, part in parts.items()}
     return cls(**configs, **{n: v for n, v in values.items() if n in hints and n not in configs})
 
 
@@ -125,19 +125,41 @@ def types_in(cls: type, settings: Settings) -> Settings:
     """The types of a config's settings, and of those of its parts, by name."""
     hints, found = typing.get_type_hints(cls), {}
     for name, value in settings.items():
-        part = dataclasses.is_dataclass(value)
-        found |= types_in(type(value), vars(value)) if part else {name: hints[name]}
+        part = part_of(hints[name], value)
+        own = vars(value) if part and value is not None else fields_of(part)
+        found |= types_in(part, own) if part else {name: hints[name]}
     return found
 
 
-def updated(settings: Settings, values: Settings) -> Settings:
-    """A config's settings with these values for them and for those of its parts."""
-    return {
-        name: type(value)(**updated(vars(value), values))
-        if dataclasses.is_dataclass(value)
-        else values.get(name, value)
-        for name, value in settings.items()
-    }
+def part_of(hint: Any, value: Any) -> Any:
+    """The class of a setting that is a config itself, also if it may be left out; else None."""
+    if dataclasses.is_dataclass(value):
+        return type(value)
+    kinds = [kind for kind in kinds_of(hint) if dataclasses.is_dataclass(kind)]
+    return kinds[0] if kinds else None
+
+
+def fields_of(part: Any) -> Settings:
+    return {field.name: field.default for field in dataclasses.fields(part)} if part else {}
+
+
+def updated(cls: type, settings: Settings, values: Settings) -> Settings:
+    """A config's settings with these values for them and for those of its parts. A part that was
+    left out comes into being by a value for one of its settings."""
+    hints, result = typing.get_type_hints(cls), {}
+    for name, value in settings.items():
+        part = part_of(hints[name], value)
+        if part is None:
+            result[name] = values.get(name, value)
+        elif value is not None:
+            result[name] = part(**updated(part, vars(value), values))
+        else:
+            own = {n: values[n] for n in fields_of(part) if n in values}
+            for needed, default in fields_of(part).items():
+                if own and default is dataclasses.MISSING and needed not in own:
+                    raise ValueError(f"{option(next(iter(own)))} needs {option(needed)}, too")
+            result[name] = part(**own) if own else None
+    return result
 
 
 def typed(given: Given, hints: dict[str, Any], positional: Sequence[str] = ()) -> dict[str, Any]:

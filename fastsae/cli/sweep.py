@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastsae.train import Sweep, TrainConfig
-from fastsae.train.comparison import comparison_table
-from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import stored_sweep
 
 from .parse import (
@@ -21,7 +19,7 @@ from .parse import (
     types_in,
     updated,
 )
-from .train import source_of
+from .train import opened, sweep_table
 
 NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed")
 
@@ -78,13 +76,8 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
 
 def main(words: Sequence[str]) -> str:
     command, configs = read_sweep(words)
-    out = command.out
-    Sweep(configs, source_of(next(iter(configs.values()))), out).fit(command.resume)
-    table = comparison_table(read_results(dict[str, Summary], out / "comparison.json"))
-    return (
-        f"{table}\nwritten to {out / 'comparison.json'}; "
-        f"evaluate an SAE with: fastsae eval {out}/..."
-    )
+    configs, source = opened(configs)
+    return sweep_table(Sweep(configs, source, command.out), command.resume)
 
 
 def swept(command: SweepCommand, start: Settings, values: Settings) -> dict[str, TrainConfig]:
@@ -128,6 +121,6 @@ def described(text: str, start: Settings, values: Settings) -> TrainConfig:
     before = start | {"activation": plain}
     try:
         own = special | typed([*given.items()], types_in(TrainConfig, before))
-        return TrainConfig(**updated(before, values | own))
+        return TrainConfig(**updated(TrainConfig, before, values | own))
     except ValueError as error:
         raise ValueError(f"{text}: {error}") from error

@@ -6,13 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsae.data import ActivationShards, Joined, demo_shards
+from fastsae.data import ActivationShards, Joined, Stream, demo_shards
 from fastsae.device import choose_device
 from fastsae.files import read_json
 from fastsae.interop import load
 from fastsae.nn import SAE, ActivationConfig, Init
-from fastsae.train import Optimizer, TrainConfig, Trainer, resumed_config, stored_config
+from fastsae.train import (
+    Optimizer,
+    Sweep,
+    TrainConfig,
+    Trainer,
+    resumed_config,
+    stored_config,
+)
+from fastsae.train.comparison import comparison_table
 from fastsae.train.summary import Summary, read_results
+from fastsae.train.sweep import stored_sweep
 from fastsae.upgrade import constraint_of
 
 from .parse import (
@@ -31,8 +40,11 @@ from .parse import (
 class Train:
     """Train a sparse autoencoder.
 
-    Without --data, it trains on demo activations, harvested once and cached: a complete run in a
-    few minutes on two CPU cores. With --activation NAME, --help-all lists the options of that
+    With --data, it trains on stored activations, with --model on those of a model as it runs over
+    --text or --dataset: one SAE for each --hookpoint. Without either, it trains on demo
+    activations, harvested once and cached: a complete run in a few minutes on two CPU cores.
+
+    With --activation NAME, --help-all lists the options of that
     activation.
     """
 
@@ -117,15 +129,73 @@ def settings_of(sae: SAE, optimizer: Optimizer) -> Settings:
 
 
 def main(words: Sequence[str]) -> str:
-    sae = start_from(read_words(words))
+    given = read_words(words)
+    out = resumed_sweep(given)
+    if out is not None:
+        configs, source = opened(stored_sweep(out))
+        return sweep_table(Sweep(configs, source, out), resume=True)
+    sae = start_from(given)
     command = read_train(words, sae)
-    config = command.config
-    Trainer(config, source_of(config), sae).fit(command.resume)
+    configs, source = opened({"": command.config})
+    if len(configs) > 1:
+        if sae is not None:
+            raise ValueError(f"--start-from needs one hookpoint, got {len(configs)}")
+        return sweep_table(Sweep(configs, source, command.config.out), command.resume)
+    (config,) = configs.values()
+    Trainer(config, source, sae).fit(command.resume)
     return run_table(config.out)
 
 
+def resumed_sweep(given: Given) -> Path | None:
+    """The folder to resume, if it is that of a run at several hookpoints."""
+    values = dict(given)
+    out = Path(*values.get("out", [])[:1])
+    if "resume" not in values or not (out / "sweep.json").exists():
+        return None
+    if values.keys() - {"", "resume", "out"}:
+        raise ValueError(f"--resume takes the settings of {out}: give nothing but --out")
+    return out
+
+
+def sweep_table(sweep: Sweep, resume: bool) -> str:
+    """Train several SAEs; the comparison of them."""
+    out = sweep.out
+    sweep.fit(resume)
+    table = comparison_table(read_results(dict[str, Summary], out / "comparison.json"))
+    return (
+        f"{table}\nwritten to {out / 'comparison.json'}; "
+        f"evaluate an SAE with: fastsae eval {out}/..."
+    )
+
+
+def opened(
+    configs: dict[str, TrainConfig],
+) -> tuple[dict[str, TrainConfig], ActivationShards | Joined | Stream]:
+    """What SAEs of one sweep are trained on. Of a stream with several hookpoints, each SAE becomes
+    one for each hookpoint."""
+    first = next(iter(configs.values()))
+    if first.stream is None:
+        return configs, source_of(first)
+    asked = [c.stream.hookpoints for c in configs.values() if c.stream is not None]
+    union = tuple(dict.fromkeys(name for names in asked for name in names))
+    further = [str(path) for path in (first.target, *first.layers) if path is not None]
+    whole = dataclasses.replace(first.stream, hookpoint=union).resolved()
+    stream, source = whole.open(choose_device(first.device), further)
+    if further and len(stream.hookpoints) > 1:
+        raise ValueError(f"a target or layers need one hookpoint, got {len(stream.hookpoints)}")
+    found: dict[str, TrainConfig] = {}
+    for (name, config), own in zip(configs.items(), asked, strict=True):
+        sites = own if own != union else stream.hookpoints  # a resumed SAE has one of them
+        for site in sites:
+            label = "-".join([site] * (len(sites) > 1) + [name] * bool(name))
+            found[label] = dataclasses.replace(
+                config, stream=dataclasses.replace(stream, hookpoint=site)
+            )
+    return found, source
+
+
 def source_of(config: TrainConfig) -> ActivationShards | Joined:
-    """What a run reads: its data, side by side with its targets or further layers."""
+    """The data that a run reads, side by side with its targets or further layers."""
     device = choose_device(config.device)  # before minutes are spent on the demo's data
     first = demo_shards(device=device) if config.data is None else ActivationShards(config.data)
     target = () if config.target is None else (config.target,)

@@ -55,6 +55,8 @@ def main(words: Sequence[str]) -> str:
         trained = trained_with(teacher)
         if trained is None:
             raise ValueError(f"{teacher} is not a run's folder: say which --data to fine-tune on")
+        if trained.stream is not None:
+            raise ValueError(f"{teacher} was trained on a stream: say which --data to fine-tune on")
         config = dataclasses.replace(config, data=trained.data)
     upgrade(sae, source_of(config.run()), config, config.resume)
     return upgrade_table(config.out)

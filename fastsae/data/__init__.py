@@ -5,9 +5,12 @@ from fastsae.data.harvest import harvest, harvest_each
 from fastsae.data.harvest_config import HarvestConfig
 from fastsae.data.joined import Joined
 from fastsae.data.prefetch import Batch, Batches
+from fastsae.data.producer import Group, ModelProducer, Place, Producer
 from fastsae.data.shards import ActivationShards, Contexts
 from fastsae.data.shuffle import Cursor
-from fastsae.data.source import ActivationSource
+from fastsae.data.source import ActivationSource, StoredActivations
+from fastsae.data.stream import Stream, stored
+from fastsae.data.stream_config import StreamConfig
 from fastsae.data.synthetic import Synthetic
 from fastsae.data.writer import ShardWriter
 
@@ -18,11 +21,19 @@ __all__ = [
     "Batches",
     "Contexts",
     "Cursor",
+    "Group",
     "HarvestConfig",
     "Joined",
+    "ModelProducer",
+    "Place",
+    "Producer",
     "ShardWriter",
+    "StoredActivations",
+    "Stream",
+    "StreamConfig",
     "Synthetic",
     "demo_shards",
     "harvest",
     "harvest_each",
+    "stored",
 ]

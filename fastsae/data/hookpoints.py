@@ -29,6 +29,9 @@ class Hookpoint(NamedTuple):
 
     layout: Layout = "tokens"
 
+    width: int = 0
+    """Of a token's row."""
+
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path such as `encoder.layer.3`; a ValueError lists close matches."""
@@ -44,8 +47,8 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 def hookpoints_at(model: nn.Module, paths: Sequence[str]) -> list[Hookpoint]:
     """The outputs of the modules at dotted paths, or with the suffix `:in` their inputs.
 
-    A forward pass over a few tokens finds their layouts. ValueError if a path is not in the model,
-    with close matches, or if the module does not give a row for every token.
+    A forward pass over a few tokens finds their layouts and widths. ValueError if a path is not in
+    the model, with close matches, or if the module does not give a row for every token.
     """
     found = [Hookpoint(module_at(model, p.removesuffix(INPUT)), p.endswith(INPUT)) for p in paths]
     ids = torch.zeros(PROBE, dtype=torch.int64)
@@ -58,8 +61,12 @@ def hookpoints_at(model: nn.Module, paths: Sequence[str]) -> list[Hookpoint]:
             f"of {type(model).__name__} only the encoder runs on text alone, "
             f"not {' and '.join(paths)}: {error}"
         ) from error
-    layouts = [_layout(path, x) for path, x in zip(paths, tensors, strict=True)]
-    return [hook._replace(layout=layout) for hook, layout in zip(found, layouts, strict=True)]
+    complete = []
+    for path, hook, x in zip(paths, found, tensors, strict=True):
+        layout = _layout(path, x)
+        width = _rows(x, layout, PROBE[0]).shape[-1]
+        complete.append(hook._replace(layout=layout, width=width))
+    return complete
 
 
 def _layout(path: str, tensor: Tensor) -> Layout:

@@ -9,9 +9,9 @@ from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
 from fastsae.data.prefetch import Load, Window
-from fastsae.data.shards import WINDOW_BYTES, ActivationShards, Contexts
+from fastsae.data.shards import WINDOW_BYTES
 from fastsae.data.shuffle import Shuffle
-from fastsae.data.source import ActivationSource, Shuffled
+from fastsae.data.source import Contexts, Shuffled, StoredActivations, TextActivations
 
 COMPARED = 1024  # rows whose tokens are compared between sources
 READ_ROWS = 4096  # rows read from a source at a time
@@ -26,7 +26,7 @@ class Joined(Shuffled):
     sources know their tokens.
     """
 
-    def __init__(self, *sources: ActivationSource):
+    def __init__(self, *sources: StoredActivations):
         if not sources:
             raise ValueError("Joined needs at least one source, got none")
         counts = [source.n_tokens for source in sources]
@@ -36,11 +36,13 @@ class Joined(Shuffled):
         self.widths = tuple(source.d_in for source in sources)
         """Width of each source's rows, in order."""
         self.d_in = sum(self.widths)
+        self.hookpoint = None
+        """Rows are from several ones."""
         self.n_tokens = counts[0]
         self._with_contexts = [
             (place, source)
             for place, source in enumerate(sources, 1)
-            if isinstance(source, ActivationShards | Joined) and source.has_contexts
+            if isinstance(source, TextActivations) and source.has_contexts
         ]
         self._check_tokens()
         fingerprints = ",".join(source.fingerprint for source in sources)
@@ -107,7 +109,7 @@ class Joined(Shuffled):
         return order, load
 
 
-def _heldout(sources: tuple[ActivationSource, ...]) -> Joined | None:
+def _heldout(sources: tuple[StoredActivations, ...]) -> Joined | None:
     parts = [part for source in sources if (part := source.heldout) is not None]
     if len(parts) < len(sources):
         return None

@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ Window = Callable[[Int64[np.ndarray, " N"]], Float32[np.ndarray, "N d_in"]]
 Load = Callable[[Int64[np.ndarray, " window"]], Window]
 
 AHEAD = 2  # batches that wait for the consumer
+POLL_SECONDS = 0.2
 
 
 class Batch(NamedTuple):
@@ -31,9 +32,25 @@ class Batch(NamedTuple):
     """In training: which rows are as drawn; others replace those of extreme norm."""
 
 
+@runtime_checkable
+class BatchLoader(Protocol):
+    """Builds the batch at a cursor. They are asked for in order, from some cursor on."""
+
+    batch_size: int
+    pin_memory: bool
+
+    def check(self, cursor: Cursor) -> None:
+        """ValueError if the cursor does not fit."""
+        ...
+
+    def batch(self, cursor: Cursor, stopped: Callable[[], bool]) -> Batch:
+        """It may take long, but raises an exception soon after `stopped` is true."""
+        ...
+
+
 @dataclass
 class Loader:
-    """Builds the batch at a cursor, keeping the current window loaded."""
+    """Builds batches of rows that can be read at random, keeping the current window loaded."""
 
     order: Shuffle
     load: Load
@@ -48,7 +65,10 @@ class Loader:
     window: tuple[int, int] | None = field(default=None, init=False)
     pick: Window = field(init=False)
 
-    def batch(self, cursor: Cursor) -> Batch:
+    def check(self, cursor: Cursor) -> None:
+        self.order.take(cursor, 1)
+
+    def batch(self, cursor: Cursor, stopped: Callable[[], bool]) -> Batch:
         pieces, cursor = self.order.take(cursor, self.batch_size)
         parts: list[np.ndarray] = []
         for piece in pieces:
@@ -69,13 +89,13 @@ class Batches:
     is raised by `next`; a row with NaN or Inf is a ValueError that names the row.
     """
 
-    def __init__(self, loader: Loader, cursor: Cursor | None = None):
+    def __init__(self, loader: BatchLoader, cursor: Cursor | None = None):
         if loader.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {loader.batch_size}")
         if loader.pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory=True needs a CUDA device, and there is none")
         start = cursor or Cursor()
-        loader.order.take(start, 1)  # raises here if the cursor does not fit
+        loader.check(start)
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)
         self._error: Exception | None = None
         stop = threading.Event()
@@ -90,9 +110,21 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
+        batch = self.take(lambda: False)
+        assert batch is not None
+        return batch
+
+    def take(self, interrupted: Callable[[], object]) -> Batch | None:
+        """The next batch; None if `interrupted` becomes true while it is waited for."""
         if not self._finalizer.alive:
             raise self._error or ValueError("these batches are closed")
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=POLL_SECONDS)
+                break
+            except queue.Empty:
+                if interrupted():
+                    return None
         if isinstance(item, Exception):
             self._error = item
             self.close()
@@ -111,14 +143,14 @@ class Batches:
 
 
 def _run(
-    loader: Loader,
+    loader: BatchLoader,
     cursor: Cursor,
     ready: "queue.Queue[Batch | Exception]",
     stop: threading.Event,
 ) -> None:
     while not stop.is_set():
         try:
-            batch = loader.batch(cursor)
+            batch = loader.batch(cursor, stop.is_set)
         except Exception as error:  # the consumer raises it
             ready.put(error)
             return

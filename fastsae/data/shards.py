@@ -17,19 +17,11 @@ from fastsae.data.mapped import FLOATS, Mapped, map_npy, map_safetensors, to_flo
 from fastsae.data.moments import Moments, Summary
 from fastsae.data.prefetch import Load, Window, checked
 from fastsae.data.shuffle import Shuffle
-from fastsae.data.source import Shuffled
+from fastsae.data.source import Contexts, Shuffled
 from fastsae.files import shown
 
 WINDOW_BYTES = 128_000_000  # data resident at a time
 LABELS = ("token_ids", "positions", "documents")
-
-
-class Contexts(NamedTuple):
-    """Where rows come from: token, position in the window of text, and document."""
-
-    token_ids: Int[Tensor, " N"]
-    positions: Int[Tensor, " N"]
-    documents: Int[Tensor, " N"]
 
 
 class _File(NamedTuple):

@@ -16,7 +16,12 @@ class Cursor(NamedTuple):
     """A position in the stream of rows: `position` rows of `epoch` have been drawn."""
 
     epoch: int = 0
+    """Of a `Stream`, the turn."""
     position: int = 0
+    place: tuple[int, ...] = ()
+    """Of a `Stream`: where the oldest block with rows in its buffer begins."""
+    produced: int = 0
+    """Of a `Stream`: rows that were produced before that block."""
 
 
 class Piece(NamedTuple):
@@ -44,10 +49,10 @@ class Shuffle:
 
     def take(self, cursor: Cursor, n: int) -> tuple[list[Piece], Cursor]:
         """The next `n` rows after `cursor`, across epochs if needed, and the new cursor."""
-        epoch, position = cursor
+        epoch, position, *_ = cursor
         if epoch < 0 or not 0 <= position < self.n_rows:
             raise ValueError(
-                f"cursor {tuple(cursor)} does not fit: epoch must be at least 0 and "
+                f"cursor {(epoch, position)} does not fit: epoch must be at least 0 and "
                 f"position from 0 to {self.n_rows - 1}"
             )
         pieces: list[Piece] = []
@@ -69,7 +74,7 @@ class Shuffle:
             blocks = blocks[number * per_window :][:per_window]
             rows = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).ravel()
             rows = rows[rows < self.n_rows]  # the last block may be short
-            picks = _permutation(len(rows), self.seed, epoch, number + 1)
+            picks = permutation(len(rows), self.seed, epoch, number + 1)
             self._window = Piece((epoch, number), np.sort((rows + offset) % self.n_rows), picks)
         return self._window
 
@@ -78,7 +83,7 @@ class Shuffle:
         one stays last, so that windows start at fixed positions; the offset changes its rows."""
         if self._epoch is None or self._epoch[0] != epoch:
             full, rest = divmod(self.n_rows, self.block_rows)
-            blocks = _permutation(full, self.seed, epoch, 0)
+            blocks = permutation(full, self.seed, epoch, 0)
             offset = int(_bits(1, self.seed, epoch, 0)[0] % np.uint64(self.n_rows))
             self._epoch = (epoch, offset, np.append(blocks, full) if rest else blocks)
         return self._epoch[1], self._epoch[2]
@@ -88,5 +93,6 @@ def _bits(n: int, *key: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
 
 
-def _permutation(n: int, *key: int) -> Int64[np.ndarray, " n"]:
+def permutation(n: int, *key: int) -> Int64[np.ndarray, " n"]:
+    """A random order of n things that follows from the key alone."""
     return np.argsort(_bits(n, *key), kind="stable")

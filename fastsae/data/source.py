@@ -1,7 +1,7 @@
 """What the trainer requires of its data, on disk or generated on the fly."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from fastsae.data.shuffle import Cursor, Shuffle
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """Activations to train on: `ActivationShards`, `Synthetic`, or anything with these members."""
+    """Activations to train on: `ActivationShards`, `Stream`, or anything with these members."""
 
     @property
     def d_in(self) -> int:
@@ -22,8 +22,8 @@ class ActivationSource(Protocol):
         ...
 
     @property
-    def n_tokens(self) -> int:
-        """Rows in one epoch."""
+    def n_tokens(self) -> int | None:
+        """Rows in one epoch; None if it is unknown."""
         ...
 
     @property
@@ -32,12 +32,8 @@ class ActivationSource(Protocol):
         ...
 
     @property
-    def heldout(self) -> "ActivationSource | None":
+    def heldout(self) -> "StoredActivations | None":
         """Rows set aside for evaluation."""
-        ...
-
-    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """The rows at `indices`, in that order; ValueError if one is out of range."""
         ...
 
     def where(self, row: int) -> str:
@@ -53,6 +49,57 @@ class ActivationSource(Protocol):
     ) -> Batches:
         """Endless shuffled batches, loaded ahead by a thread. With the cursor of an earlier batch
         they continue exactly after it. A row with NaN or Inf is a ValueError that names it."""
+        ...
+
+
+@runtime_checkable
+class StoredActivations(ActivationSource, Protocol):
+    """Activations that can be read in any order."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows in one epoch."""
+        ...
+
+    def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
+        """The rows at `indices`, in that order; ValueError if one is out of range."""
+        ...
+
+
+class Contexts(NamedTuple):
+    """Where rows come from: token, position in the window of text, and document."""
+
+    token_ids: Int[Tensor, " N"]
+    positions: Int[Tensor, " N"]
+    documents: Int[Tensor, " N"]
+
+
+@runtime_checkable
+class TextActivations(StoredActivations, Protocol):
+    """Activations that may know their model and their text."""
+
+    @property
+    def model(self) -> str | None:
+        """Hugging Face hub id or directory of the model."""
+        ...
+
+    @property
+    def hookpoint(self) -> str | None:
+        """Where in the model they are from."""
+        ...
+
+    @property
+    def harvest(self) -> dict[str, Any]:
+        """The settings that they were produced with."""
+        ...
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether it is known where rows come from."""
+        ...
+
+    def contexts(self, indices: Int[Tensor, " N"]) -> Contexts:
+        """Tokens, positions and documents of the rows at `indices`; ValueError if unknown."""
         ...
 
 
@@ -74,7 +121,7 @@ class Shuffled(ABC):
         """See `ActivationSource`."""
 
     def rows(self, indices: Int[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
-        """See `ActivationSource`."""
+        """See `StoredActivations`."""
         return torch.from_numpy(self.gather(self.in_range(indices)))
 
     def in_range(self, indices: Int[Tensor, " N"]) -> Int64[np.ndarray, " N"]:

@@ -11,6 +11,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,12 +50,13 @@ class Documents:
     Rows without a value are skipped and counted.
     """
 
-    def __init__(self, rows: Iterator[Row], read: Callable[[Any], Document]):
+    def __init__(self, rows: Callable[[], Iterator[Row]], read: Callable[[Any], Document]):
         self.skipped = 0
         self._rows, self._read = rows, read
 
-    def __iter__(self) -> Iterator[tuple[int, Document]]:
-        for number, (where, value) in enumerate(self._rows):
+    def __call__(self, start: int = 0) -> Iterator[tuple[int, Document]]:
+        """The documents from a row on."""
+        for number, (where, value) in enumerate(islice(self._rows(), start, None), start):
             if value is None:
                 self.skipped += 1
                 continue

@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss, normalize
 from fastsae.data.hookpoints import Hookpoint, hookpoints_at, runner, splice
 from fastsae.data.model import ModelFiles, TokenBatch, load_model, load_tokenizer
 from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
-from fastsae.data.shards import ActivationShards
+from fastsae.data.source import TextActivations
 from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
 
@@ -98,7 +98,7 @@ Downstream = EncoderEffect | CausalEffect
 @torch.no_grad()
 def downstream(
     sae: SAE,
-    data: ActivationShards,
+    data: TextActivations,
     *,
     max_windows: int | None = 128,
     batch_size: int = 8,
@@ -128,7 +128,7 @@ def downstream(
     if the data does not fit the SAE.
     """
     check_fits(sae, data)
-    if data.model is None or data.hookpoint is None:
+    if data.model is None or data.hookpoint is None or not data.has_contexts:
         return None
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise ValueError(

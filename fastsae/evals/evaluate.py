@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastsae.data.joined import Joined
 from fastsae.data.ordinary import MAX_NORM_RATIO, check_max_norm_ratio
-from fastsae.data.shards import ActivationShards
+from fastsae.data.source import StoredActivations, TextActivations
 from fastsae.device import check_device, choose_device
 from fastsae.nn.sae import SAE
 
@@ -121,7 +121,7 @@ class Evaluation:
 
 
 def evaluate(
-    sae: SAE, data: ActivationShards | Joined, config: EvalConfig, progress: bool = True
+    sae: SAE, data: StoredActivations, config: EvalConfig, progress: bool = True
 ) -> Evaluation:
     """Evaluate an SAE on `data`, within the limits of `config`. `sae` is moved to `config.device`.
 
@@ -131,7 +131,7 @@ def evaluate(
     """
     sae = sae.to(choose_device(config.device))
     effect = None
-    if config.windows and isinstance(data, ActivationShards):
+    if config.windows and isinstance(data, TextActivations):
         effect = downstream(
             sae,
             data,

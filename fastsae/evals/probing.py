@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastsae.codes import Codes
-from fastsae.data.joined import Joined
 from fastsae.data.model import ModelFiles, load_tokenizer
 from fastsae.data.prefetch import checked
-from fastsae.data.shards import ActivationShards
-from fastsae.data.source import ActivationSource
+from fastsae.data.source import StoredActivations, TextActivations
 from fastsae.nn.sae import SAE
 
 from .reconstruction import evaluation_mode
@@ -68,7 +66,7 @@ class Probing:
 @torch.no_grad()
 def sparse_probing(
     sae: SAE,
-    data: ActivationSource,
+    data: StoredActivations,
     *,
     labels: Labels | None = None,
     ks: Sequence[int] = (1, 5),
@@ -126,7 +124,9 @@ def _spread(n: int, wanted: int) -> Int64[Tensor, " N"]:
     return (starts[:, None] + torch.arange(run)).flatten().unique()
 
 
-def text_labels(data: ActivationSource, rows: Int64[Tensor, " N"]) -> dict[str, Bool[Tensor, " N"]]:
+def text_labels(
+    data: StoredActivations, rows: Int64[Tensor, " N"]
+) -> dict[str, Bool[Tensor, " N"]]:
     """Labels of tokens of source code, derived from the tokens themselves.
 
     Of the token: `keyword` (of Python), `number`, `punctuation`; `attribute`, a word after a dot;
@@ -155,8 +155,8 @@ def text_labels(data: ActivationSource, rows: Int64[Tensor, " N"]) -> dict[str, 
 class _Text:
     """The text of rows, and of their neighbors in the same window."""
 
-    def __init__(self, data: ActivationSource, rows: Int64[Tensor, " N"]):
-        if not isinstance(data, ActivationShards | Joined) or data.model is None:
+    def __init__(self, data: StoredActivations, rows: Int64[Tensor, " N"]):
+        if not isinstance(data, TextActivations) or data.model is None:
             raise ValueError("the text of the data is unknown: pass labels")
         self.data, self.rows = data, rows
         self.tokenizer = load_tokenizer(data.model, ModelFiles.of(data.harvest))
@@ -189,7 +189,7 @@ class _Split(NamedTuple):
 
 
 def _splits(
-    data: ActivationSource, rows: Int64[Tensor, " N"], labels: Labels | None, seed: int
+    data: StoredActivations, rows: Int64[Tensor, " N"], labels: Labels | None, seed: int
 ) -> dict[str, _Split]:
     for name, label in (labels or {}).items():
         if label.shape != (data.n_tokens,):

@@ -13,7 +13,7 @@ from fastsae.codes import Codes
 from fastsae.data.joined import Joined
 from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
 from fastsae.data.prefetch import checked
-from fastsae.data.source import ActivationSource
+from fastsae.data.source import ActivationSource, StoredActivations
 from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
 
@@ -68,7 +68,7 @@ class Reconstruction:
 @torch.no_grad()
 def reconstruction(
     sae: SAE,
-    data: ActivationSource,
+    data: StoredActivations,
     *,
     max_tokens: int | None = None,
     batch_size: int = 4096,
@@ -265,7 +265,7 @@ class _Covariance:
 
 
 def _in_order(
-    data: ActivationSource, tokens: int, batch_size: int
+    data: StoredActivations, tokens: int, batch_size: int
 ) -> Iterator[Float32[Tensor, "N d_in"]]:
     for start in range(0, tokens, batch_size):
         rows = torch.arange(start, min(start + batch_size, tokens))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 
 from fastsae.data.model import TextWindows, TokenBatch
-from fastsae.data.shards import ActivationShards
+from fastsae.data.source import TextActivations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ SCAN = 1 << 18  # rows whose contexts are held at a time
 
 
 def stored_batches(
-    data: ActivationShards,
+    data: TextActivations,
     tokenizer: "PreTrainedTokenizerBase",
     max_windows: int | None,
     batch_size: int,
@@ -52,7 +52,7 @@ def stored_batches(
         yield text.batch([window(*bounds[i : i + 2]) for i in chosen])
 
 
-def _starts(data: ActivationShards) -> Int64[np.ndarray, " windows"]:
+def _starts(data: TextActivations) -> Int64[np.ndarray, " windows"]:
     """The rows at which windows start: where the document changes or the position decreases."""
     starts = [np.zeros(1, np.int64)]
     for first in range(1, data.n_tokens, SCAN):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from fastsae.data import ActivationSource, Joined
+from fastsae.data import ActivationSource, Joined, Stream
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.nn import SAE
 
@@ -23,37 +23,37 @@ from .standardization import Standardization
 class Columns:
     """The sources of a run, side by side, and what they are to its SAE."""
 
-    sources: tuple[ActivationSource, ...]
+    source: ActivationSource
+    widths: tuple[int, ...]
     transcoder: bool
     layer_norm: bool
 
     @classmethod
     def of(cls, config: TrainConfig, source: ActivationSource) -> "Columns":
         """ValueError unless the source has the parts that the config speaks of."""
-        sources = source.sources if isinstance(source, Joined) else (source,)
+        widths = source.widths if isinstance(source, Joined | Stream) else (source.d_in,)
         wanted = 2 if config.target is not None else 1 + len(config.layers)
-        if len(sources) != wanted:
+        if len(widths) != wanted:
             raise ValueError(
-                f"the config is for activations of {wanted} modules, the data has {len(sources)}"
+                f"the config is for activations of {wanted} modules, the data has {len(widths)}"
             )
-        widths = [part.d_in for part in sources]
         if config.layers and len(set(widths)) > 1:
-            raise ValueError(f"a crosscoder's layers must have one width, got {widths}")
-        return cls(sources, config.target is not None, config.layer_norm)
+            raise ValueError(f"a crosscoder's layers must have one width, got {[*widths]}")
+        return cls(source, widths, config.target is not None, config.layer_norm)
 
     @property
     def width_in(self) -> int:
         """Of the SAE's input."""
-        return self.sources[0].d_in if self.transcoder else sum(s.d_in for s in self.sources)
+        return self.widths[0] if self.transcoder else sum(self.widths)
 
     @property
     def width_out(self) -> int:
         """Of the SAE's output."""
-        return self.sources[1].d_in if self.transcoder else self.width_in
+        return self.widths[1] if self.transcoder else self.width_in
 
     def build(self, config: TrainConfig) -> SAE:
         """The SAE to be trained."""
-        return config.build(self.sources[0].d_in, self.width_out if self.transcoder else None)
+        return config.build(self.widths[0], self.width_out if self.transcoder else None)
 
     def split(self, x: Float[Tensor, "*N D"]) -> tuple[Tensor, Tensor | None]:
         """Rows of data as the SAE's input and, for a transcoder, its target."""
@@ -63,7 +63,7 @@ class Columns:
 
     def ordinary(self, max_norm_ratio: float | None) -> list[Ordinary]:
         """The ordinary tokens of each source; ValueError if the tokens of a sample are equal."""
-        samples = [source.sample(SAMPLE_TOKENS) for source in self.sources]
+        samples = self.source.sample(SAMPLE_TOKENS).split(self.widths, dim=1)
         for number, sample in enumerate(samples):
             if not (sample != sample[0]).any():
                 name = "targets" if self.transcoder and number else "activations"
@@ -95,7 +95,7 @@ class Columns:
         return self._fold_scales_(self._fold_mean_(sae, -units.mean), 1 / units.factors)
 
     def _fold_scales_(self, sae: SAE, factors: Float[Tensor, " D"]) -> SAE:
-        if self.transcoder or len(self.sources) == 1 or self.layer_norm:
+        if self.transcoder or len(self.widths) == 1 or self.layer_norm:
             return sae.fold_scale_(float(factors[0]), float(factors[-1]))
         return sae.fold_columns_(factors)
 

@@ -8,6 +8,7 @@ import torch
 
 from fastsae.config import from_dict
 from fastsae.data.ordinary import MAX_NORM_RATIO, check_max_norm_ratio
+from fastsae.data.stream_config import StreamConfig
 from fastsae.device import check_device
 from fastsae.losses import Objective
 from fastsae.nn import SAE, ActivationConfig, Init, TopKConfig
@@ -27,14 +28,15 @@ class TrainConfig:
     Default: harvest demo activations (MiniLM over the Python standard library)."""
 
     target: Path | None = None
-    """Target activations for the same tokens (trains a transcoder)."""
+    """Target activations for the same tokens, with --model their hookpoint (trains a
+    transcoder)."""
 
     skip: bool = False
     """Add a linear skip connection to the transcoder."""
 
     layers: tuple[Path, ...] = ()
-    """Activations of the same tokens at further layers, encoded jointly with `data` (trains a
-    crosscoder)."""
+    """Activations of the same tokens at further layers, with --model their hookpoints, encoded
+    jointly with the first ones (trains a crosscoder)."""
 
     out: Path = Path("runs/sae")
     """Run directory for results; it must not hold another run."""
@@ -68,8 +70,11 @@ class TrainConfig:
     init: Init = field(default_factory=Init)
     """Initialization."""
 
+    stream: StreamConfig | None = None
+    """Activations straight from a model, instead of data."""
+
     steps: int | None = None
-    """Training steps (default: one pass over the data, at least 600)."""
+    """Training steps (default: one pass over the data, at least 600; required with --model)."""
 
     batch_size: int = 4096
     """Tokens per step."""
@@ -143,6 +148,13 @@ class TrainConfig:
         with torch.device("meta"):
             self.build(2, None if self.target is None else 1)
         check(STEP_CONFLICTS, self)
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Whose rows a stream has side by side for this run; none for data that are stored."""
+        if self.stream is None:
+            return ()
+        return (*self.stream.hookpoints, *map(str, filter(None, (self.target, *self.layers))))
 
     @property
     def needs_autograd(self) -> str | None:

@@ -10,6 +10,14 @@ Rules = list[tuple[str, Callable[[Any], Any]]]
 
 CONFLICTS: Rules = [
     (
+        "give either data or a model, got both: {c.data} and {c.stream.model}",
+        lambda c: c.data is not None and c.stream is not None,
+    ),
+    (
+        "steps must be given with a model: how long its text is is not known",
+        lambda c: c.stream is not None and c.steps is None,
+    ),
+    (
         "give either a target (transcoder) or layers (crosscoder), got both",
         lambda c: c.target is not None and c.layers,
     ),
@@ -42,6 +50,14 @@ CONFLICTS: Rules = [
 ]
 
 STEP_CONFLICTS: Rules = [
+    (
+        "give either data or a model, got both: {c.data} and {c.stream.model}",
+        lambda c: c.data is not None and c.stream is not None,
+    ),
+    (
+        "steps must be given with a model: how long its text is is not known",
+        lambda c: c.stream is not None and c.steps is None,
+    ),
     (
         '{c.needs_autograd} needs the autograd step, got step "fused"',
         lambda c: c.step == "fused" and c.needs_autograd,

@@ -5,11 +5,11 @@ from importlib.util import find_spec
 from typing import Literal, TypedDict
 
 from fastsae.device import choose_device
+from fastsae.memory import available_memory
 from fastsae.nn import TopKConfig
 from fastsae_kernels import WIDEST, float8_pays, has_bf16, why_not_float8, why_not_int8
 
 from .config import TrainConfig
-from .memory import available_memory
 from .optim import default_lr
 
 Resolved = Literal["fp32", "tf32", "bf16", "fp8", "int8"]
@@ -37,13 +37,15 @@ class Plan:
     """Steps between updates of the set of dead latents: a hundredth of dead_after."""
 
     @classmethod
-    def of(cls, config: TrainConfig, d_out: int, n_tokens: int) -> "Plan":
+    def of(cls, config: TrainConfig, d_out: int, n_tokens: int | None) -> "Plan":
         """Raises ValueError for a setting that the SAE or the machine does not support."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
         optimizer = config.optimizer
-        steps = config.steps or max(600, n_tokens // config.batch_size)
+        if config.steps is None and n_tokens is None:
+            raise ValueError("steps must be given: how long the stream is is not known")
+        steps = config.steps or max(600, (n_tokens or 0) // config.batch_size)
         step = "autograd" if config.not_fused else "fused"
         device = choose_device(config.device)
         if config.cuda_graph == "on" and device == "cpu":
@@ -66,10 +68,10 @@ class Plan:
         )
 
 
-def check_batch(batch_size: int, n_tokens: int, width: int) -> None:
+def check_batch(batch_size: int, n_tokens: int | None, width: int) -> None:
     """ValueError for a batch that takes too many passes over data of this many tokens and this
     width, or more memory than there is."""
-    if batch_size > MAX_PASSES * n_tokens:
+    if n_tokens is not None and batch_size > MAX_PASSES * n_tokens:
         raise ValueError(
             f"batch_size must be at most {MAX_PASSES} times the {n_tokens} tokens of the data, "
             f"got {batch_size}"

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import fastsae.interop as interop
-from fastsae.data import ActivationShards
+from fastsae.data import Joined, stored
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
 from fastsae.nn import SAE
@@ -27,7 +27,7 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
     exported = export(trainer, sae)
     result = reconstruction(
         sae,
-        source.heldout or source,
+        source.heldout or stored(source),
         max_tokens=EVALUATION_TOKENS,
         device=trainer.device,
         max_norm_ratio=config.max_norm_ratio,
@@ -57,13 +57,13 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
 
 def export(trainer: "Trainer", sae: SAE) -> str:
     """Also save the SAE for SAELens in sae_lens/: the folder, or why it is not supported."""
-    folder, first = trainer.config.out / "sae_lens", trainer.columns.sources[0]
-    about: dict[str, str | None] = {}
-    if isinstance(first, ActivationShards):
-        about = {"model_name": first.model, "hook_name": first.hookpoint}
+    folder, source = trainer.config.out / "sae_lens", trainer.source
+    first = source.sources[0] if isinstance(source, Joined) else source
+    names = {"model_name": "model", "hook_name": "hookpoint"}
+    about = {name: getattr(first, attribute, None) for name, attribute in names.items()}
     try:
-        named = {name: value for name, value in about.items() if value is not None}
-        interop.save(sae, folder, "sae_lens", **named)
+        about = {name: value for name, value in about.items() if value is not None}
+        interop.save(sae, folder, "sae_lens", **about)
     except ValueError as error:
         return f"none: {error}"
     return str(folder)

@@ -56,7 +56,7 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
     path = config.out / "config.json"
     found, wanted = _read(config.out), _document(config, fingerprint)
     if found.get("fingerprint") != fingerprint:
-        raise ValueError(f"{path} was written for other data than {config.data or 'the demo'}")
+        raise ValueError(f"{path} was written for other data than {named_data(config)}")
     if start_from is not None and found.get("start_from") != _digest(start_from):
         raise ValueError(f"{path} was written for a run that began from another SAE")
     # A setting that the run's version did not have yet has its default.
@@ -153,9 +153,16 @@ def _settings(tree: dict[str, Any]) -> dict[str, Any]:
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """The same with the paths of its data written out."""
+    if config.stream is not None:
+        return dataclasses.replace(config, stream=config.stream.resolved())
     data, target = (path and path.resolve() for path in (config.data, config.target))
     layers = tuple(path.resolve() for path in config.layers)
     return dataclasses.replace(config, data=data, target=target, layers=layers)
+
+
+def named_data(config: TrainConfig) -> str:
+    """What a run is trained on, for messages."""
+    return config.stream.model if config.stream else str(config.data or "the demo")
 
 
 def latest(out: Path) -> Checkpoint | None:

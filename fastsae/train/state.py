@@ -132,7 +132,9 @@ class TrainState:
             self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
             self.units.scales = tuple(meta["scales"])
             self.units.limits = tuple(tensors["limits"].tolist())
-            self.cursor = Cursor(**meta["cursor"])
+            self.cursor = Cursor(
+                **meta["cursor"] | {"place": tuple(meta["cursor"].get("place", ()))}
+            )
             self.logged = tuple(meta["logged"])
             self.stopped = meta.get("stopped") and tuple(meta["stopped"])
         except (KeyError, TypeError, RuntimeError) as error:

@@ -1,7 +1,8 @@
 """Several SAEs trained together on one pass over the same activations.
 
 Each is a run like any other, with a folder of its own under the sweep's, and takes the same batches
-in the same order: they are read, shuffled and moved to the device once for all. TopK SAEs of one
+in the same order: they are read and shuffled once for all. SAEs for several hookpoints of a stream
+take the same tokens. TopK SAEs of one
 shape share the encoder GEMM, unless they keep bfloat16 copies.
 """
 
@@ -9,11 +10,14 @@ import dataclasses
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from fastsae.checkpoint import newest_intact
+from fastsae.codes import Codes
 from fastsae.config import to_dict
-from fastsae.data import ActivationSource
+from fastsae.data import ActivationSource, Batch, Stream
 from fastsae.files import read_json, shown, write_json
+from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE
 from fastsae.progress import printable, progress_bar, shows_bars
 from fastsae.version import __version__, written_by
@@ -22,16 +26,15 @@ from .comparison import compare
 from .config import TrainConfig, read_config
 from .interrupt import Interrupted, Interrupts
 from .log import Log
-from .memory import keep_freed_memory
 from .run_folder import claimed_run, resolved
-from .stacked import stacks
+from .stacked import Stack, stacks
 from .state import TrainState
 from .trainer import Trainer
 
 FORMAT = "fastsae.sweep.1"
 SHARED = (
-    *("data", "target", "layers", "layer_norm", "max_norm_ratio", "steps", "batch_size", "device"),
-    *("checkpoint_every", "keep_checkpoints", "log_every", "eval_every"),
+    *("data", "stream", "target", "layers", "layer_norm", "max_norm_ratio", "steps"),
+    *("batch_size", "device", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every"),
 )
 
 
@@ -56,32 +59,33 @@ class Sweep:
         first, *others = configs.values()
         for name in SHARED:
             for other in others:
-                one, two = getattr(first, name), getattr(other, name)
+                one, two = shared(first, name), shared(other, name)
                 if one != two:
                     raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
         if any(config.patience is not None for config in configs.values()):
             raise ValueError("patience must be none in a sweep: its SAEs train on the same tokens")
         seed = first.seed if first.data_seed is None else first.data_seed
-        self.out, self.first, self.progress = out, next(iter(configs)), progress
-        self.trainers = {
-            name: Trainer(
-                dataclasses.replace(c, out=out / name, data_seed=seed), source, progress=progress
-            )
-            for name, c in configs.items()
-        }
+        self.source, self.out, self.first = source, out, next(iter(configs))
+        self.progress = progress
+        self.trainers: dict[str, Trainer] = {}
+        for name, config in configs.items():
+            own = source.select(*config.hookpoints) if isinstance(source, Stream) else source
+            config = dataclasses.replace(config, out=out / name, data_seed=seed)
+            self.trainers[name] = Trainer(config, own, progress=progress)
 
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
         keep_freed_memory()
         with claimed_run(self.out), ExitStack() as stack:
-            interrupts = stack.enter_context(Interrupts())
             configs = {name: trainer.config for name, trainer in self.trainers.items()}
             if not resume:
-                self.trainers[self.first].standardization()  # a failed start leaves no files
+                for first, *_ in self.sites:
+                    self.trainers[first].standardization()  # a failed start leaves no files
                 begin(self.out, configs)
             for config in configs.values():
                 stack.enter_context(claimed_run(config.out))
             states = self.start(resume)
+            interrupts = stack.enter_context(Interrupts())
             logs = {}
             for name, trainer in self.trainers.items():
                 step = states[name].step
@@ -112,22 +116,16 @@ class Sweep:
         """Take every batch to every SAE."""
         trainer, state = self.trainers[self.first], states[self.first]
         steps, every = trainer.plan.steps, trainer.config.log_every
-        shared = stacks(self.trainers, states)
+        shared = [stacks({n: self.trainers[n] for n in names}, states) for names in self.sites]
         bar = progress_bar("sweep", "step", steps, state.step, shown=self.progress)
-        with trainer.batches(state) as batches, bar:
+        with trainer.batches(state, self.source) as batches, bar:
             while state.step < steps:
-                batch, codes, start = trainer.load(batches, state), {}, time.perf_counter()
-                for stack in shared:
-                    codes |= stack.encode(batch.x)
-                share = (time.perf_counter() - start) / max(len(codes), 1)
-                for name, one in self.trainers.items():
-                    start = time.perf_counter() - (share if name in codes else 0.0)
-                    try:
-                        one.advance(states[name], batch, logs[name], start, codes.pop(name, None))
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from error
-                bar.update()
-                if state.step % every == 0 or state.step == steps:
+                batch = trainer.take(batches, state, interrupts)
+                if batch is not None:
+                    for names, stacked in zip(self.sites, shared, strict=True):
+                        self.advance(names, stacked, batch, states, logs)
+                    bar.update()
+                if batch is not None and (state.step % every == 0 or state.step == steps):
                     lines = {name: log.last["fvu"] for name, log in logs.items()}
                     best = min(lines, key=lambda name: lines[name])
                     text = f"best FVU {lines[best]:.4f} ({printable(best, 60)})"
@@ -142,6 +140,45 @@ class Sweep:
                         f"stopped at step {state.step} of {steps}, saved; "
                         f"continue with --resume --out {self.out}",
                     )
+
+    @property
+    def sites(self) -> list[list[str]]:
+        """The names of the SAEs that are trained on the same columns of the data."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name, trainer in self.trainers.items():
+            found.setdefault(trainer.config.hookpoints, []).append(name)
+        return [*found.values()]
+
+    def advance(
+        self,
+        names: list[str],
+        shared: list[Stack],
+        batch: Batch,
+        states: dict[str, TrainState],
+        logs: dict[str, Log],
+    ) -> None:
+        """Take a batch to the SAEs of a site."""
+        first, codes = self.trainers[names[0]], dict[str, Codes]()
+        if isinstance(self.source, Stream):
+            x = self.source.part(batch.x, first.config.hookpoints)
+            batch = batch._replace(x=x)
+        batch, start = first.standardized(batch, states[names[0]]), time.perf_counter()
+        for stack in shared:
+            codes |= stack.encode(batch.x)
+        share = (time.perf_counter() - start) / max(len(codes), 1)
+        for name in names:
+            start = time.perf_counter() - (share if name in codes else 0.0)
+            one, log = self.trainers[name], logs[name]
+            try:
+                one.advance(states[name], batch, log, start, codes.pop(name, None))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+
+def shared(config: TrainConfig, name: str) -> Any:
+    """A setting that the SAEs of a sweep share; of a stream, all but the hookpoint."""
+    value = getattr(config, name)
+    return dataclasses.replace(value, hookpoint="any") if name == "stream" and value else value
 
 
 def begin(out: Path, configs: dict[str, TrainConfig]) -> None:

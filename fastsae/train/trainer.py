@@ -9,10 +9,11 @@ import torch
 
 from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationSource, Batch, Batches
+from fastsae.data import ActivationSource, Batch, Batches, Stream
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.device import tf32_products
 from fastsae.losses import TrainingLoss
+from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
 from fastsae_kernels import WIDEST, balance
@@ -24,7 +25,6 @@ from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
 from .log import Log
-from .memory import keep_freed_memory
 from .optim import Adam, schedule
 from .plan import Plan, check_batch, copies_of
 from .results import write_results
@@ -80,9 +80,10 @@ class Trainer:
         """
         config = self.config
         keep_freed_memory()
-        with claimed_run(config.out), Interrupts() as interrupts:
+        with claimed_run(config.out):
             state = self.start(resume, latest(config.out) if resume else None)
             with (
+                Interrupts() as interrupts,
                 Log(config, self.plan.steps, state.step, self.progress) as log,
                 self.batches(state) as batches,
             ):
@@ -91,7 +92,9 @@ class Trainer:
                 self.say(self.describe_data())
                 while not self.ended(state):
                     start = time.perf_counter()
-                    self.advance(state, self.load(batches, state), log, start)
+                    batch = self.take(batches, state, interrupts)
+                    if batch is not None:
+                        self.advance(state, self.standardized(batch, state), log, start)
                     if interrupts.signum and not self.ended(state):
                         self.save(state)
                         raise Interrupted(
@@ -167,19 +170,22 @@ class Trainer:
         settings, seed = self.config.optimizer, self.config.seed
         return Adam(sae, settings, **copies, columns=columns, seed=seed)
 
-    def batches(self, state: TrainState) -> Batches:
-        """The stream of batches from where the run stands."""
+    def batches(self, state: TrainState, source: ActivationSource | None = None) -> Batches:
+        """The batches from where the run stands; those of a sweep's source, if it is given."""
         config = self.config
         seed = config.seed if config.data_seed is None else config.data_seed
-        pin = self.device.type == "cuda"
-        return self.source.batches(config.batch_size, seed, state.cursor, pin_memory=pin)
+        pin, source = self.device.type == "cuda", source or self.source
+        return source.batches(config.batch_size, seed, state.cursor, pin_memory=pin)
 
-    def load(self, batches: Batches, state: TrainState) -> Batch:
-        """The next batch as training sees it, on the device."""
+    def take(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch | None:
+        """The next batch; None if a signal comes before it."""
         try:
-            batch = next(batches)
+            return batches.take(lambda: interrupts.signum)
         except ValueError as error:
             raise ValueError(f"step {state.step + 1}: {error}") from error
+
+    def standardized(self, batch: Batch, state: TrainState) -> Batch:
+        """A batch as training sees it, on the device."""
         x = state.units(batch.x.to(self.device, non_blocking=True))
         kept = state.units.ordinary(x)
         return batch._replace(x=replace_rows(x, kept), kept=kept)
@@ -202,7 +208,8 @@ class Trainer:
         logged = config.log_every, config.eval_every or config.log_every
         if self.ended(state) or not all(state.step % every for every in logged):
             self.check_finite(state, batch)
-            line = {**state.metrics(self.plan.dead_after), **self.meter.read()}
+            numbers = self.source.readings() if isinstance(self.source, Stream) else {}
+            line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
             log.write(line)
         log.advance()
@@ -245,10 +252,8 @@ class Trainer:
     def save(self, state: TrainState) -> None:
         if not all(weight.isfinite().all() for weight in state.sae.parameters()):
             raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
-        folder = self.config.out / "checkpoints"
-        save_checkpoint(
-            folder, state.step, state.tensors(), state.meta(), self.config.keep_checkpoints
-        )
+        folder, keep = self.config.out / "checkpoints", self.config.keep_checkpoints
+        save_checkpoint(folder, state.step, state.tensors(), state.meta(), keep)
         if state.step:
             self.callbacks.on_checkpoint(self, state)
 

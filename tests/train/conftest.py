@@ -42,14 +42,14 @@ class StoppingShards(ActivationShards):
 
     def batches(self, *arguments, **settings):
         stream = super().batches(*arguments, **settings)
-        shards, following = self, type(stream).__next__
+        shards, following = self, type(stream).take
 
         class Breaking(type(stream)):
-            def __next__(self):
+            def take(self, interrupted):
                 if not shards.left:
                     raise Stop
                 shards.left -= 1
-                return following(self)
+                return following(self, interrupted)
 
         stream.__class__ = Breaking
         return stream

@@ -13,10 +13,10 @@ import fastsae
 from fastsae.checkpoint import list_checkpoints
 from fastsae.data import ActivationShards, Joined, Synthetic
 from fastsae.files import read_tensors
+from fastsae.memory import available_memory
 from fastsae.train import Trainer
 from fastsae.train.curves import PANELS, plot_curves
 from fastsae.train.log import read_lines
-from fastsae.train.memory import available_memory
 from fastsae.train.plan import Plan
 from fastsae_kernels.adam import WIDEST
 

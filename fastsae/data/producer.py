@@ -1,0 +1,222 @@
+"""Produces activations: runs a model over text and takes the outputs, or inputs, of its modules."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastsae.data.hookpoints import hidden_at, hookpoints_at
+from fastsae.data.model import PrependBos, TextWindows
+from fastsae.data.source import Contexts
+from fastsae.data.text import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GROUP_BATCHES = 4  # batches whose windows are sorted by length together
+HELDOUT_WINDOWS = 256  # longer documents are held out in runs of this many windows
+
+Place = tuple[int, ...]
+"""Where a producer goes on; () is its beginning."""
+
+Part = Literal["train", "heldout", "both"]
+
+
+class Group(NamedTuple):
+    """Rows that were produced together."""
+
+    rows: tuple[Float[Tensor, "N _"], ...]
+    """For each hookpoint, in the order of `Producer.widths`."""
+
+    contexts: Contexts | None
+    """Where the rows come from, if it is known."""
+
+    next: Place
+    """Where the producer goes on after them."""
+
+    heldout: bool = False
+    """Whether the rows are set aside for evaluation."""
+
+
+@runtime_checkable
+class Producer(Protocol):
+    """Makes the rows of a `Stream`, at one or more hookpoints of a model.
+
+    To feed a stream from another library, write a class with these three members.
+    """
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of the rows at each hookpoint, by its name."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of what determines the rows, apart from the hookpoints; a run resumes only
+        with the same."""
+        ...
+
+    def groups(self, start: Place = (), part: Part = "train") -> Iterator[Group]:
+        """The groups of a part from a place on, up to the end of the data: the same groups for the
+        same place, or a run cannot be resumed exactly."""
+        ...
+
+
+class NotFinite(ValueError):
+    """A model gave NaN or Inf."""
+
+
+class _Window(NamedTuple):
+    ids: list[int]
+    document: int
+    number: int
+    """Among those of its document."""
+
+
+class ModelProducer:
+    """Runs a Hugging Face model over documents, each cut into windows of tokens.
+
+    Padding and special tokens are no rows. Documents, or parts of long ones, are held out by a hash
+    of their content, so that duplicates are held out together.
+
+    Args:
+        model: a transformers model; it stays on its device.
+        tokenizer: its tokenizer.
+        documents: texts, or lists of token ids, that can be read more than once; or a function that
+            returns an iterator over pairs of a number and a document, from a number on.
+        hookpoints: paths of modules, with `:in` for a module's input.
+        context_length: tokens per window, special tokens included.
+        prepend_bos: whether windows begin with the BOS token; auto is what the tokenizer does.
+        drop_first: whether the first position of each window is no row.
+        max_document_tokens: use only the first ones of each document.
+        heldout_fraction: of the documents.
+        dtype: of the rows; None for the one that the model gives.
+        batch_tokens: per forward pass, including padding.
+        fingerprint: a short hash of model and documents; by default of the settings here and the
+            names of model and tokenizer, which do not tell other documents apart.
+
+    Raises ValueError for unknown hookpoints and those without a row for each token.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        documents: "Iterable[Document] | Callable[[int], Iterator[tuple[int, Document]]]",
+        hookpoints: Iterable[str],
+        *,
+        context_length: int = 128,
+        prepend_bos: PrependBos = "auto",
+        drop_first: bool = False,
+        max_document_tokens: int | None = None,
+        heldout_fraction: float = 0.05,
+        dtype: torch.dtype | None = None,
+        batch_tokens: int = 8192,
+        fingerprint: str | None = None,
+    ):
+        names = [*hookpoints]
+        self.model, self._hookpoints = model, hookpoints_at(model, names)
+        self.widths = {n: hook.width for n, hook in zip(names, self._hookpoints, strict=True)}
+        self._documents = documents if callable(documents) else _numbered(documents)
+        self._windows = TextWindows(
+            tokenizer, context_length, model, prepend_bos=prepend_bos, drop_first=drop_first
+        )
+        self._max_document_tokens, self._heldout_fraction = max_document_tokens, heldout_fraction
+        self._batch_tokens, self._dtype = batch_tokens, dtype
+        self._lock = threading.Lock()
+        about = (model.name_or_path, tokenizer.name_or_path, context_length, prepend_bos)
+        about += (drop_first, max_document_tokens, heldout_fraction, str(dtype))
+        self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
+
+    def groups(
+        self, start: Place = (), part: Part = "train", max_tokens: int | None = None
+    ) -> Iterator[Group]:
+        """See `Producer`. It ends early once there are `max_tokens` rows for training. After the
+        last group of finite rows, NotFinite names the document that has others."""
+        for windows, place, heldout in self._groups(start, part, max_tokens):
+            found = self._run(windows)
+            finite = [all(bool(x.isfinite().all()) for x in rows) for rows in found]
+            bad = finite.index(False) if False in finite else len(windows)
+            if bad:
+                rows = tuple(torch.cat(parts) for parts in zip(*found[:bad], strict=True))
+                yield Group(rows, self._contexts(windows[:bad]), place, heldout)
+            if bad < len(windows):
+                names = zip(self.widths, found[bad], strict=True)
+                name = next(name for name, x in names if not x.isfinite().all())
+                raise NotFinite(f"{name} holds NaN or Inf in document {windows[bad].document}")
+
+    def _groups(
+        self, start: Place, part: Part, max_tokens: int | None
+    ) -> Iterator[tuple[list[_Window], Place, bool]]:
+        """Groups of windows of consecutive documents, the place after each, and whether they are
+        held out."""
+        groups: dict[bool, list[_Window]] = {False: [], True: []}
+        sizes, taken = {False: 0, True: 0}, 0
+        for window, heldout in self._cut(start):
+            if part not in ("both", "heldout" if heldout else "train"):
+                continue
+            groups[heldout].append(window)
+            sizes[heldout] += len(window.ids)
+            taken += 0 if heldout else len(self._windows.rows(window.ids))
+            if max_tokens is not None and taken >= max_tokens:
+                break
+            if sizes[heldout] >= GROUP_BATCHES * self._batch_tokens:
+                yield groups[heldout], (window.document, window.number + 1), heldout
+                groups[heldout], sizes[heldout] = [], 0
+        for heldout, group in groups.items():
+            if group:
+                yield group, (group[-1].document, group[-1].number + 1), heldout
+
+    def _cut(self, start: Place) -> Iterator[tuple[_Window, bool]]:
+        """The windows of all documents, and whether they are held out."""
+        first, skip = start or (0, 0)
+        for document, content in self._documents(first):
+            digest = _digest(str(content).encode("utf-8", "replace"))
+            for number, ids in enumerate(self._windows.cut(content, self._max_document_tokens)):
+                if (document, number) < (first, skip):
+                    continue
+                run = number // HELDOUT_WINDOWS
+                heldout = _draw(digest, run) < self._heldout_fraction and (document, run) != (0, 0)
+                yield _Window(ids, document, number), heldout
+
+    def _run(self, group: list[_Window]) -> list[list[Float[Tensor, "_ _"]]]:
+        """Each window's rows at each hookpoint. Sorting windows by length saves padding."""
+        rows: dict[int, list[Tensor]] = {}
+        longest_first = sorted(range(len(group)), key=lambda i: -len(group[i].ids))
+        while longest_first:
+            fit = self._batch_tokens // len(group[longest_first[0]].ids)
+            members, longest_first = longest_first[:fit], longest_first[fit:]
+            batch = self._windows.batch([group[i].ids for i in members])
+            with self._lock:  # hooks see what other threads run
+                found = hidden_at(self.model, self._hookpoints, batch)
+            found = [hidden.to("cpu", self._dtype or hidden.dtype) for hidden in found]
+            for place, i in enumerate(members):
+                rows[i] = [hidden[place][batch.keep[place]] for hidden in found]
+        return [rows[i] for i in range(len(group))]
+
+    def _contexts(self, group: list[_Window]) -> Contexts:
+        labels = [
+            (window.ids[place], place, window.document)
+            for window in group
+            for place in self._windows.rows(window.ids)
+        ]
+        return Contexts(*torch.tensor(labels, dtype=torch.int64).view(-1, 3).unbind(1))
+
+
+def _numbered(documents: Iterable[Document]) -> Callable[[int], Iterator[tuple[int, Document]]]:
+    return lambda start: islice(enumerate(documents), start, None)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _draw(digest: bytes, part: int) -> float:
+    """A number in [0, 1) that depends only on the text."""
+    drawn = _digest(digest + part.to_bytes(8, "little"))
+    return int.from_bytes(drawn[:6], "little") / 2**48
