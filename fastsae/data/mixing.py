@@ -45,8 +45,10 @@ class Tally:
 
     produced: int = 0
     """Rows, those of earlier runs included."""
+    began: float = field(default_factory=time.perf_counter)
     model_seconds: float = 0.0
     copy_seconds: float = 0.0
+    token_bytes: int = 0
     documents: float = 0.0
     """The effective number of documents in the last batch: exp of the entropy of their shares in
     its rows."""

@@ -110,7 +110,9 @@ class _Production:
             if not rows.isfinite().all():
                 bad = int((~rows.isfinite().all(1)).nonzero()[0])
                 raise ValueError(f"{name} holds NaN or Inf: {named(int(numbers[bad]))}")
-        return Chunk(tuple(rows.to("cpu") for rows in group.rows), numbers)
+        chunk = Chunk(tuple(rows.to("cpu") for rows in group.rows), numbers)
+        self.tally.token_bytes = sum(x.shape[1] * x.itemsize for x in chunk.rows)
+        return chunk
 
 
 class Stream:
@@ -193,6 +195,21 @@ class Stream:
             for column, hookpoint in zip(self.columns, self.hookpoints, strict=True)
         ]
         return arrays[0] if len(arrays) == 1 else Joined(*arrays)
+
+    def describe(self) -> str:
+        """The buffer, in one line, once there are rows."""
+        size = self.buffer_tokens * self.tally.token_bytes / 1e6
+        return f"buffer of {self.buffer_tokens:,} tokens ({size:,.0f} MB), which mixes documents"
+
+    def report(self, drawn: int) -> str:
+        """What became of the tokens of a run that has drawn so many, and of its time."""
+        tally, seconds = self.tally, time.perf_counter() - self.tally.began
+        shares = tally.model_seconds / seconds, tally.copy_seconds / seconds
+        return (
+            f"stream: {tally.produced:,} tokens produced, {drawn:,} drawn for training, "
+            f"{tally.produced - drawn:,} left in the buffer; of {seconds:,.0f} s, "
+            f"{shares[0]:.0%} in the model, {shares[1]:.0%} in the buffer"
+        )
 
     def readings(self) -> dict[str, float]:
         """Numbers for the log: how well batches are mixed, and the time spent so far in the model

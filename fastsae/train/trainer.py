@@ -102,6 +102,8 @@ class Trainer:
                             f"stopped at step {state.step} of {self.plan.steps}, saved; "
                             f"continue with --resume --out {config.out}",
                         )
+            if isinstance(self.source, Stream):
+                say(self.source.report(state.tokens))
             return self.finish(state)
 
     def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
@@ -288,7 +290,8 @@ class Trainer:
         gamma = ", ".join(f"{part.gamma:.3g}" for part in self.ordinary)
         ratio = self.config.max_norm_ratio
         left_out = f"; {self.left_out:.2%} of tokens left out, over {ratio} times the median norm"
-        return f"activations: |mean| / |std| = {gamma}{left_out if self.left_out else ''}"
+        text = f"activations: |mean| / |std| = {gamma}{left_out if self.left_out else ''}"
+        return f"{text}; {self.source.describe()}" if isinstance(self.source, Stream) else text
 
     def finish(self, state: TrainState) -> SAE:
         """Leave the run's results, and return the SAE for activations as they are."""
