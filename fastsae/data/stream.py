@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -91,7 +92,8 @@ class _Production:
         if empty:
             raise ValueError("the stream has no tokens")
         if not self._again:
-            say("the stream has come to its end and begins again: its tokens are seen repeatedly")
+            text = "the stream has come to its end and begins again: its tokens are seen repeatedly"
+            say(text, logging.WARNING)
             self._again = True
         self._groups, self._at = self.producer.groups(()), ()
 

@@ -94,7 +94,7 @@ class Sweep:
                 trainer.say(f"{name}: {trainer.describe(states[name].sae)}")
             self.loop(states, logs, interrupts)
             if isinstance(self.source, Stream):
-                say(self.source.report(states[self.first].tokens))
+                self.trainers[self.first].say(self.source.report(states[self.first].tokens))
             saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
         compare(self.out, list(saes))
         return saes

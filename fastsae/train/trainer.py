@@ -103,7 +103,7 @@ class Trainer:
                             f"continue with --resume --out {config.out}",
                         )
             if isinstance(self.source, Stream):
-                say(self.source.report(state.tokens))
+                self.say(self.source.report(state.tokens))
             return self.finish(state)
 
     def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
