@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastsae.data.disk import check_space, nearly_full
 from fastsae.data.harvest_config import HarvestConfig
 from fastsae.data.hook_names import is_path, module_paths
 from fastsae.data.index import INDEX, read_index
+from fastsae.data.model import own_dtype
 from fastsae.data.open_producer import loaded, open_producer, read_files, request
 from fastsae.data.producer import NotFinite
 from fastsae.data.shards import ActivationShards
@@ -52,6 +54,8 @@ def harvest_each(config: HarvestConfig, progress: bool = True) -> dict[str, Acti
             else:
                 missing[name] = requests[name]
         if missing:
+            if config.dtype == "auto":
+                config = replace(config, dtype=own_dtype(config.model, config.files))
             _harvest(config, files, missing, model or loaded(config, config.device), progress)
         return {name: _existing(config.folders[name], requests[name]) for name in requests}
 
@@ -67,16 +71,20 @@ def _harvest(
         (config.folders[name] / "heldout" / INDEX).unlink(missing_ok=True)
     settings = replace(config, hookpoint=tuple(requests))
     producer, documents = open_producer(settings, files, model, getattr(torch, config.dtype))
+    check_space(config, producer.widths, progress)
     writers: dict[tuple[bool, str], ShardWriter] = {}
     stopped = None
     with progress_bar("harvest", "token", config.max_tokens, shown=progress) as bar:
         try:
             for rows, contexts, _, heldout in producer.groups((), "both", config.max_tokens):
                 assert contexts is not None
+                if stopped := nearly_full(config, writers.values(), rows):
+                    break
                 for x, (name, request) in zip(rows, requests.items(), strict=True):
                     if (heldout, name) not in writers:
                         folder = config.folders[name] / ("heldout" if heldout else "")
-                        writers[heldout, name] = _writer(folder, x.shape[1], request)
+                        stored = request | {"dtype": config.dtype}
+                        writers[heldout, name] = _writer(folder, x.shape[1], stored)
                     writers[heldout, name].append(x, *contexts)
                 bar.update(0 if heldout else len(contexts.positions))
         except NotFinite as error:
@@ -112,8 +120,10 @@ def _cure(config: HarvestConfig) -> str:
 
 
 def _request(config: HarvestConfig, files: list[Path], hookpoint: str) -> dict[str, Any]:
-    """The settings that determine the stored rows: a harvest with the same ones is reused."""
-    own = {"max_tokens": config.max_tokens, "dtype": config.dtype}
+    """The settings that determine the stored rows: a harvest with the same ones is reused, and one
+    in any dtype unless a dtype is given."""
+    own = {"max_tokens": config.max_tokens}
+    own |= {} if config.dtype == "auto" else {"dtype": config.dtype}
     return request(config, files, hookpoint) | own
 
 

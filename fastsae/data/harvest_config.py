@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fastsae.config import check_choices
-from fastsae.data.index import Dtype
 from fastsae.data.producer_config import ProducerConfig
 from fastsae.device import check_device
+
+SavedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +22,9 @@ class HarvestConfig(ProducerConfig):
     max_tokens: int | None = None
     """Stop once this many training tokens have been collected."""
 
-    dtype: Dtype = "float32"
-    """Precision of the saved activations."""
+    dtype: SavedDtype = "auto"
+    """Precision of the saved activations; auto is that of the model's own weights, as its config
+    says (float32 if that is another one)."""
 
     device: str = "auto"
     """Device for the model: auto (a GPU if available), cpu, cuda, or cuda:N."""
@@ -29,7 +32,7 @@ class HarvestConfig(ProducerConfig):
     def __post_init__(self):
         super().__post_init__()
         check_device(self.device)
-        check_choices(self, dtype=Dtype)
+        check_choices(self, dtype=SavedDtype)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 

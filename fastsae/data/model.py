@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fastsae.data.index import DTYPES
 from fastsae.device import choose_device
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ def _with_head(transformers: Any, name: str, options: dict[str, Any]) -> Any:
         name, output_loading_info=True, **options
     )
     return model if named or not info["missing_keys"] else None
+
+
+def own_dtype(name: str, files: ModelFiles | None = None) -> str:
+    """The dtype of a model's own weights, as its config says; float32 if it names no or another
+    one. ValueError if there is no config."""
+    with _transformers() as transformers, _loading(name):
+        config = transformers.AutoConfig.from_pretrained(name, **asdict(files or ModelFiles()))
+    found = str(config.dtype).removeprefix("torch.")
+    return found if found in DTYPES else "float32"
 
 
 def load_tokenizer(name: str, files: ModelFiles | None = None) -> "PreTrainedTokenizerBase":

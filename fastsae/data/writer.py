@@ -12,6 +12,8 @@ from fastsae.data.moments import Moments
 from fastsae.files import write_tensors
 
 SHARD_BYTES = 128_000_000
+LABEL_BYTES = 12
+"""Of a row's token, position and document."""
 
 
 class ShardWriter:
@@ -40,8 +42,8 @@ class ShardWriter:
         self.n_tokens = 0
         self._about: dict[str, Any] = {"model": model, "hookpoint": hookpoint, "harvest": harvest}
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
-        row_bytes = d_in * self._torch_dtype.itemsize + 12
-        self._shard_tokens = max(1, shard_bytes // row_bytes)
+        self._row_bytes = d_in * self._torch_dtype.itemsize + LABEL_BYTES
+        self._shard_tokens = max(1, shard_bytes // self._row_bytes)
         self._moments = Moments(d_in)
         self._shards: list[Shard] = []
         self._pending: list[dict[str, Tensor]] = []
@@ -82,6 +84,11 @@ class ShardWriter:
             start += room
             if self.n_tokens % self._shard_tokens == 0:
                 self._flush()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Size of the rows that are not written yet."""
+        return self.n_tokens % self._shard_tokens * self._row_bytes
 
     def finish(self, *, skipped_rows: int = 0, stopped: str | None = None) -> None:
         """Write the last shard and the index; ValueError if no row was appended.

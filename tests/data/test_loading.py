@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import GPT2LMHeadModel, GPT2Model
 
 from fastsae.data import ActivationShards, HarvestConfig, harvest, harvest_each
+from fastsae.data.disk import RESERVE
 from fastsae.data.model import ModelFiles, load_model, load_tokenizer
 
 OWN_CODE = """
@@ -117,6 +119,68 @@ def test_rows_before_an_overflow_are_kept(
         documents = shards.contexts(torch.arange(shards.n_tokens)).documents
         assert documents.unique().tolist() == [0]
     with pytest.raises(ValueError, match="holds a harvest that ended early: transformer.h.0"):
+        harvest(config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float32"), (None, "float32")],
+)
+def test_activations_are_stored_in_the_precision_of_the_weights(
+    own: str | None, found: str, gpt2: Path, tmp_path: Path
+):
+    """The model itself runs in float32, which shows in the last bits."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("was it the best " * 9)
+    config = settings(changed(gpt2, tmp_path / "model", dtype=own), tmp_path)
+    shards = harvest(config, progress=False)
+    exact = harvest(replace(config, dtype="float32", out=tmp_path / "exact"), progress=False)
+    rows = torch.arange(shards.n_tokens)
+    assert torch.equal(shards.rows(rows), exact.rows(rows).to(getattr(torch, found)).float())
+    assert shards.dtype == shards.harvest["dtype"] == found
+    same = harvest(replace(config, dtype=found), progress=False)
+    any_dtype = harvest(replace(config, out=tmp_path / "exact"), progress=False)
+    assert (same.dtype, any_dtype.dtype) == (found, "float32"), "as they are stored"
+
+
+def usage(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """A disk with so many bytes left."""
+    real = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: real._replace(free=free))
+
+
+def test_a_harvest_that_does_not_fit_is_refused_before_the_model_runs(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("was it the best " * 9)
+    config = settings(gpt2, tmp_path, max_tokens=10**6)
+    size = 10**6 * 2 * (24 * 4 + 12)  # two hookpoints of width 24, with three labels
+    usage(monkeypatch, RESERVE + size - 1)
+    message = "1,000,000 tokens in float32 take about 216 MB .* has 283 MB free: lower --max-tokens"
+    with pytest.raises(ValueError, match=message):
+        harvest(config, progress=False)
+    assert not [*tmp_path.rglob("shard-*"), *tmp_path.rglob("index.json")]
+    (config.folders["transformer.h.1"] / "shard-00000.safetensors").write_bytes(b"?")
+    (config.folders["transformer.h.1"] / ".unfinished").touch()
+    harvest(config)  # a byte that a killed harvest left is overwritten
+    assert "1,000,000 tokens in float32: about 216 MB on disk" in capsys.readouterr().err
+
+
+def test_a_harvest_ends_before_the_disk_is_full(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        (tmp_path / "text" / f"{number}.txt").write_text("was it the best " * 9)
+    config = settings(gpt2, tmp_path, batch_tokens=16)
+    usage(monkeypatch, RESERVE + 40_000)  # they wait in memory: nothing is written before the end
+    with pytest.raises(ValueError, match="out is nearly full. The .* rows before are saved in"):
+        harvest(config, progress=False)
+    kept = [ActivationShards(folder) for folder in config.folders.values()]
+    assert 40_000 - 80 * 216 < kept[0].n_tokens * 216 <= 40_000
+    assert kept[0].n_tokens == kept[1].n_tokens
+    with pytest.raises(ValueError, match="ended early: the disk of .* is nearly full"):
         harvest(config, progress=False)
 
 
