@@ -1,5 +1,6 @@
 """Activations: harvested from a model, stored in shards, drawn in shuffled batches."""
 
+from fastsae.data.arrays import ActivationArray
 from fastsae.data.demo import demo_shards
 from fastsae.data.harvest import harvest, harvest_each
 from fastsae.data.harvest_config import HarvestConfig
@@ -15,6 +16,7 @@ from fastsae.data.synthetic import Synthetic
 from fastsae.data.writer import ShardWriter
 
 __all__ = [
+    "ActivationArray",
     "ActivationShards",
     "ActivationSource",
     "Batch",
