@@ -13,6 +13,7 @@ from fastsae.data.source import ActivationSource, StoredActivations
 from fastsae.data.stream import Stream, stored
 from fastsae.data.stream_config import StreamConfig
 from fastsae.data.synthetic import Synthetic
+from fastsae.data.vllm import VllmHiddenStates
 from fastsae.data.writer import ShardWriter
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Stream",
     "StreamConfig",
     "Synthetic",
+    "VllmHiddenStates",
     "demo_shards",
     "harvest",
     "harvest_each",
