@@ -1,9 +1,11 @@
 """Activations: harvested from a model, stored in shards, drawn in shuffled batches."""
 
+from fastsae.data.anything import as_source
 from fastsae.data.arrays import ActivationArray
 from fastsae.data.demo import demo_shards
 from fastsae.data.harvest import harvest, harvest_each
 from fastsae.data.harvest_config import HarvestConfig
+from fastsae.data.iterables import IterableProducer
 from fastsae.data.joined import Joined
 from fastsae.data.prefetch import Batch, Batches
 from fastsae.data.producer import Group, ModelProducer, Place, Producer
@@ -26,6 +28,7 @@ __all__ = [
     "Cursor",
     "Group",
     "HarvestConfig",
+    "IterableProducer",
     "Joined",
     "ModelProducer",
     "Place",
@@ -36,6 +39,7 @@ __all__ = [
     "StreamConfig",
     "Synthetic",
     "VllmHiddenStates",
+    "as_source",
     "demo_shards",
     "harvest",
     "harvest_each",

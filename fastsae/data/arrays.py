@@ -114,15 +114,18 @@ class ActivationArray(Shuffled):
         return Shuffle(self.n_tokens, seed, self.n_tokens, block_rows=1), load
 
 
+def is_float(x: Tensor | np.ndarray) -> bool:
+    return x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind == "f"
+
+
 def check_rows(x: Tensor | np.ndarray) -> None:
     """ValueError unless x is a matrix of floats."""
-    floats = x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind == "f"
-    if x.ndim == 2 and floats and x.shape[0] and x.shape[1]:
+    if x.ndim == 2 and is_float(x) and x.shape[0] and x.shape[1]:
         return
     hint = "; flatten the dimensions before the last, x.reshape(-1, x.shape[-1])"
     raise ValueError(
         f"activations must be a float array of shape [tokens, d_in], got {x.dtype} of shape "
-        f"{tuple(x.shape)}{hint if floats and x.ndim > 2 else ''}"
+        f"{tuple(x.shape)}{hint if is_float(x) and x.ndim > 2 else ''}"
     )
 
 
