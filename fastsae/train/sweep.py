@@ -15,7 +15,7 @@ from typing import Any
 from fastsae.checkpoint import newest_intact
 from fastsae.codes import Codes
 from fastsae.config import to_dict
-from fastsae.data import ActivationSource, Batch, Stream
+from fastsae.data import Batch, Stream, as_source
 from fastsae.files import read_json, shown, write_json
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE
@@ -44,7 +44,7 @@ class Sweep:
     `out` then holds a run's folder for each, comparison.json and, with matplotlib, comparison.png.
     """
 
-    def __init__(self, configs: dict[str, TrainConfig], source: ActivationSource, out: Path):
+    def __init__(self, configs: dict[str, TrainConfig], source: object, out: Path):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
         order of the first one's seed. ValueError unless there are some, and they share SHARED."""
         if not configs:
@@ -56,10 +56,13 @@ class Sweep:
                 if one != two:
                     raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
         seed = first.seed if first.data_seed is None else first.data_seed
-        self.source, self.out, self.first = source, out, next(iter(configs))
+        self.source = source = as_source(source)
+        self.out, self.first = out, next(iter(configs))
         self.trainers: dict[str, Trainer] = {}
         for name, config in configs.items():
-            own = source.select(*config.hookpoints) if isinstance(source, Stream) else source
+            own = source
+            if isinstance(source, Stream) and config.stream is not None:
+                own = source.select(*config.hookpoints)
             config = dataclasses.replace(config, out=out / name, data_seed=seed)
             self.trainers[name] = Trainer(config, own)
 
@@ -151,7 +154,7 @@ class Sweep:
     ) -> None:
         """Take a batch to the SAEs of a site."""
         first, codes = self.trainers[names[0]], dict[str, Codes]()
-        if isinstance(self.source, Stream):
+        if isinstance(self.source, Stream) and first.config.stream is not None:
             x = self.source.part(batch.x, first.config.hookpoints)
             batch = batch._replace(x=x)
         batch, start = first.standardized(batch, states[names[0]]), time.perf_counter()

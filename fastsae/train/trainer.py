@@ -9,7 +9,7 @@ import torch
 import fastsae.interop as interop
 from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationSource, Batch, Batches, Joined, Stream, stored
+from fastsae.data import ActivationSource, Batch, Batches, Joined, Stream, as_source, stored
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.device import tf32_products
 from fastsae.evals import reconstruction
@@ -40,21 +40,21 @@ EVALUATION_TOKENS = 65536
 
 
 class Trainer:
-    """Trains an SAE on a source of activations and leaves the results in config.out.
+    """Trains an SAE on activations and leaves the results in config.out.
 
     The folder then holds config.json, metrics.jsonl, checkpoints/, sae/ (for `fastsae.load`),
     sae_lens/ if SAELens supports them, summary.json and, with matplotlib, curves.png. The same
     config, data and backend give the same bits, whether or not the run was interrupted and resumed.
-    For a transcoder, source is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
+    The source is whatever `as_source` takes: a tensor, a path, a DataLoader, a generator function.
+    For a transcoder, it is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
     `start_from`, an SAE of config's shape and activation for activations as they are, training
     continues from its weights. A run can be resumed with another number of steps; what is planned
     from it, such as the learning rate's decay, is then as in a run of that length.
     """
 
-    def __init__(
-        self, config: TrainConfig, source: ActivationSource, start_from: SAE | None = None
-    ):
-        self.config, self.source, self.start_from = config, source, start_from
+    def __init__(self, config: TrainConfig, source: object, start_from: SAE | None = None):
+        self.config, self.start_from = config, start_from
+        self.source = source = as_source(source)
         self.columns = Columns.of(config, source)
         check_batch(config.batch_size, source.n_tokens, source.d_in)
         self.plan = Plan.of(config, self.columns.width_out, source.n_tokens)
