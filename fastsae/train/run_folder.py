@@ -158,7 +158,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def named_data(config: TrainConfig) -> str:
     """What a run is trained on, for messages."""
-    return config.stream.model if config.stream else str(config.data or "the demo")
+    return config.stream.model if config.stream else str(config.data or "these activations")
 
 
 def latest(out: Path) -> Checkpoint | None:
