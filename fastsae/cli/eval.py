@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsae.config import to_dict
-from fastsae.data import ActivationShards, Joined, StoredActivations, stored
+from fastsae.data import Joined, StoredActivations, open_path, stored
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import write_json
 from fastsae.interop import load
@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> str:
 def eval_data(run: Path, data: Path | None) -> StoredActivations:
     """The data asked for, or what the run was trained on; the held-out part of either."""
     if data is not None:
-        source = ActivationShards(data)
+        source = open_path(data)
     elif config := trained_with(run):
         # The run's device may not be here.
         _, source = opened({"": replace(config, device="auto")})
@@ -53,6 +53,7 @@ def trained_on(run: Path, data: StoredActivations) -> bool:
     """Whether the run was trained on just these rows."""
     config = trained_with(run)
     first = data.sources[0] if isinstance(data, Joined) else data
-    if config is None or config.data is None or not isinstance(first, ActivationShards):
+    path = getattr(first, "path", None)
+    if config is None or config.data is None or path is None:
         return False
-    return first.path.resolve() == config.data.resolve()
+    return path.resolve() == config.data.resolve()

@@ -1,6 +1,6 @@
 """Activations: harvested from a model, stored in shards, drawn in shuffled batches."""
 
-from fastsae.data.anything import as_source
+from fastsae.data.anything import as_source, open_path
 from fastsae.data.arrays import ActivationArray
 from fastsae.data.demo import demo_shards
 from fastsae.data.harvest import harvest, harvest_each
@@ -43,5 +43,6 @@ __all__ = [
     "demo_shards",
     "harvest",
     "harvest_each",
+    "open_path",
     "stored",
 ]

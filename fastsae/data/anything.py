@@ -67,7 +67,7 @@ def open_path(path: Path) -> StoredActivations:
         return ActivationShards(path)
     x = read_pt_tensor(path)
     try:
-        return ActivationArray(x)
+        return ActivationArray(x, path=path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

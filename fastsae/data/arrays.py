@@ -31,6 +31,7 @@ class ActivationArray(Shuffled):
         heldout: rows set aside for evaluation: other activations, or a fraction of x. The latter
             are its last rows, at most 65,536.
         model, hookpoint, harvest: as in `TextActivations`.
+        path: the file that x is from, for messages; known of a memory-mapped array.
 
     Raises ValueError for anything but two dimensions of floats, and contexts of another length.
     """
@@ -44,11 +45,14 @@ class ActivationArray(Shuffled):
         model: str | None = None,
         hookpoint: str | None = None,
         harvest: dict[str, Any] | None = None,
+        path: Path | None = None,
     ):
         check_rows(x)
         if contexts is not None and (found := {len(part) for part in contexts}) != {len(x)}:
             raise ValueError(f"contexts must have {len(x)} entries, like x, got {sorted(found)}")
         self.model, self.hookpoint, self.harvest = model, hookpoint, harvest or {}
+        self._mapped = Path(x.filename) if isinstance(x, np.memmap) and x.filename else None
+        self.path = path or self._mapped
         self._first = 0
         """The number of the first row in messages."""
         if isinstance(heldout, float | int):
@@ -58,21 +62,20 @@ class ActivationArray(Shuffled):
             last, heldout = (x[n:], _part(contexts, slice(n, None))), None
             x, contexts = x[:n], _part(contexts, slice(n))
             if len(last[0]):
-                about = {"model": model, "hookpoint": hookpoint, "harvest": harvest}
+                about = {"model": model, "hookpoint": hookpoint, "harvest": harvest, "path": path}
                 heldout = ActivationArray(*last, **about)
                 heldout._first = n
         self.heldout = heldout
         self._x, self._contexts = x.detach() if isinstance(x, Tensor) else x, contexts
         self.n_tokens, self.d_in = map(int, x.shape)
-        self._file = Path(x.filename) if isinstance(x, np.memmap) and x.filename else None
         self.fingerprint = self._fingerprint()
         """A short hash of all values; for a memory-mapped array, of its shape and its file's name
         and size."""
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(f"{tuple(self._x.shape)} {self._x.dtype}".encode(), digest_size=8)
-        if self._file is not None:
-            digest.update(f"{self._file.name} {self._file.stat().st_size}".encode())
+        if self._mapped is not None:
+            digest.update(f"{self._mapped.name} {self._mapped.stat().st_size}".encode())
             return digest.hexdigest()
         for start in range(0, self.n_tokens, HASHED_ROWS):
             rows = self._x[start : start + HASHED_ROWS]
@@ -94,8 +97,12 @@ class ActivationArray(Shuffled):
         return Contexts(*(labels[rows] for labels in self._contexts))
 
     def where(self, row: int) -> str:
-        """The row's number, and its file if it is mapped."""
-        return f"row {self._first + row}" + (f" of {self._file.name}" if self._file else "")
+        """The row's number, and its file if that is known."""
+        return f"{self.path.name + ' ' if self.path else ''}row {self._first + row}"
+
+    def __str__(self) -> str:
+        about = [self.hookpoint, self.model and f"of {self.model}"]
+        return " ".join(filter(None, about)) or f"{self.n_tokens} rows in memory"
 
     def gather(self, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
         if isinstance(self._x, Tensor):
@@ -104,7 +111,7 @@ class ActivationArray(Shuffled):
 
     def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
         """All rows are permuted at once; those of a file in windows, as in `ActivationShards`."""
-        if self._file is not None:
+        if self._mapped is not None:
             order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // (self._x[:1].nbytes))
             return order, lambda rows: self.gather(rows).__getitem__
 

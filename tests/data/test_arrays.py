@@ -62,7 +62,7 @@ def test_a_memory_mapped_array_resumes_and_is_known_by_its_file(tmp_path):
         whole = [*islice(batches, 5)]
     with again.batches(128, seed=3, cursor=whole[2].cursor) as batches:
         assert all(torch.equal(a.x, b.x) for a, b in zip(whole[3:], batches, strict=False))
-    assert first.where(4) == "row 4 of acts.npy"
+    assert first.where(4) == "acts.npy row 4"
 
 
 def test_a_row_with_nan_is_named():
