@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastsae.data.arrays import ActivationArray
-from fastsae.data.iterables import IterableProducer
+from fastsae.data.iterables import IterableProducer, rows_of
 from fastsae.data.producer import Producer
 from fastsae.data.shards import ActivationShards
 from fastsae.data.source import ActivationSource, StoredActivations
@@ -18,6 +18,7 @@ from fastsae.data.vllm import VllmHiddenStates, is_vllm
 from fastsae.files import read_pt_tensor
 
 HELDOUT_FRACTION = 0.05
+SLICE_ROWS = 128  # of a Hugging Face dataset
 BUFFER_BYTES = 1 << 31
 """The memory of a stream's buffer, at most. It does not depend on what is available: the order of
 the rows depends on it."""
@@ -53,6 +54,8 @@ def as_source(given: object) -> ActivationSource:
         return streamed(VllmHiddenStates(path)) if is_vllm(path) else open_path(path)
     if isinstance(given, Producer):
         return streamed(given)
+    if _is_table(given):
+        return streamed(IterableProducer(_Slices(given)))
     if isinstance(given, Dataset) and not isinstance(given, Iterable):
         return streamed(IterableProducer(_Items(given)))
     if isinstance(given, Iterable | Callable) and not isinstance(given, nn.Module | type):
@@ -76,6 +79,25 @@ def streamed(producer: Producer) -> Stream:
     """A stream with a buffer of the default size, or 2 GiB if that is less."""
     row_bytes = 4 * sum(producer.widths.values())
     return Stream(producer, max(2, min(BUFFER_TOKENS, BUFFER_BYTES // row_bytes)))
+
+
+def _is_table(given: Any) -> bool:
+    """Whether it is a Hugging Face dataset, or a column of one, with a vector in each row."""
+    known = type(given).__module__.split(".")[0] == "datasets" and hasattr(given, "__len__")
+    return known and len(given) > 0 and len(rows_of(given[0], 0)) == 1
+
+
+class _Slices:
+    """The rows of a table, many at a time: it is slow to read them one by one."""
+
+    def __init__(self, table: Any):
+        self.table, self.starts = table, range(0, len(table), SLICE_ROWS)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator:
+        return (self.table[start : start + SLICE_ROWS] for start in self.starts)
 
 
 class _Items:
