@@ -9,6 +9,7 @@ from fastsae.data import Joined, StoredActivations, open_path, stored
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import write_json
 from fastsae.interop import load
+from fastsae.train.run_folder import stored_fingerprint
 
 from .parse import filled, read_words
 from .train import opened, trained_with
@@ -44,6 +45,10 @@ def eval_data(run: Path, data: Path | None) -> StoredActivations:
     elif config := trained_with(run):
         # The run's device may not be here.
         _, source = opened({"": replace(config, device="auto")})
+        if config.data is None and stored_fingerprint(run) != source.fingerprint:
+            raise ValueError(
+                f"the data that {run} was trained on are not here: say which --data to evaluate on"
+            )
     else:
         raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
     return source.heldout or stored(source)

@@ -108,6 +108,11 @@ def stored_config(out: Path) -> TrainConfig:
     return dataclasses.replace(stored, out=out)
 
 
+def stored_fingerprint(out: Path) -> str:
+    """The fingerprint of the data of the run in a folder."""
+    return str(_read(out).get("fingerprint"))
+
+
 def _read(out: Path) -> dict[str, Any]:
     path = out / "config.json"
     if not path.exists():
