@@ -8,6 +8,7 @@ COMMANDS = {
     "step": ("bench.step", "time a training step on the CPU against dense PyTorch and a floor"),
     "kernels": ("bench.kernels", "time any op against the roof, PyTorch and torch.compile"),
     "peers": ("bench.peers.race", "compare step time and error with other SAE trainers"),
+    "mixing": ("bench.mixing", "compare sizes of the buffer that mixes a stream's documents"),
     "study": ("bench.study.run", "compare the error of every method on real and synthetic data"),
     "gpu": ("bench.gpu.guard", "run the full GPU benchmark in under eight minutes"),
 }

@@ -35,7 +35,7 @@ from fastsae import SAE, ActivationShards, Gated, TopK, TrainConfig, interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
 from fastsae.cli.train import run_table
 from fastsae.cli.upgrade import upgrade_table
-from fastsae.data import ShardWriter
+from fastsae.data import ShardWriter, VllmHiddenStates, as_source
 from fastsae.data.ordinary import Ordinary
 from fastsae.files import write_json
 from fastsae.nn import TopKConfig
@@ -189,6 +189,25 @@ def read_rows(folder: Path) -> None:
         shards.contexts(rows)
 
 
+def write_pt(folder: Path) -> None:
+    torch.save(torch.ones(N, D_IN), folder / "a.pt")
+
+
+def read_pt(folder: Path) -> None:
+    as_source(folder / "a.pt")
+
+
+def write_vllm(folder: Path) -> None:
+    for name in ("a", "b"):
+        states = {"hidden_states": torch.ones(N, 2, D_IN), "token_ids": torch.arange(N)}
+        save_file(states, folder / f"{name}.safetensors")
+
+
+def read_vllm(folder: Path) -> None:
+    for group in VllmHiddenStates(folder, 1).groups():
+        assert group.contexts is not None
+
+
 LOADERS = {
     "fastsae": Loader(save_native, fastsae.load),
     "fastsae, older": Loader(save_older_native, fastsae.load),
@@ -201,6 +220,8 @@ LOADERS = {
     "shards": Loader(write_shards, read_rows),
     "npy": Loader(write_npy, read_rows),
     "safetensors": Loader(write_plain, read_rows),
+    "pt": Loader(write_pt, read_pt),
+    "vllm": Loader(write_vllm, read_vllm),
 }
 
 NUMBERS = (0, 1, -1, 7, 2**31, 2**32 + 1, 2**53, 2**62, 2**63, 2**64, 10**30, 0.5, -1.5, 1e308)

@@ -15,7 +15,7 @@ from bench import record
 from bench.contender import LOW
 from bench.peers import race, training
 from bench.peers.contender import CONTENDERS, KNOWN, quality
-from bench.peers.report import colors_of, plain, tables
+from bench.peers.report import colors_of, plain, tables, training_rows
 from bench.peers.task import Task, TimeUp, open_stream
 from fastsae.data import ShardWriter, Synthetic
 
@@ -230,3 +230,19 @@ def test_a_peer_trains(name, data):
     with pytest.raises(TimeUp):
         train(timed, stream, **contender.options)
     assert stream.step_ms()
+
+
+def test_an_accelerated_run_stands_for_its_library():
+    """With the library's own time, which was measured in turns."""
+    run = {"rate": None, "seed": 0, "held-out FVU": 0.1, "never active": 0.0, "L0": 4.0}
+    timed = {
+        name: {"ms": {"median": ms}} for name, ms in {"A": 500.0, "A, accelerated": 100.0}.items()
+    }
+    runs = {"10": {"A, accelerated": [run | {"seconds": 9.0}], "B": [run | {"seconds": 3.0}]}}
+    (rows,) = training_rows({"contenders": timed, "runs": runs}).values()
+    assert [row["held-out FVU"] for row in rows.values()] == [0.1] * 3
+    assert {name: row["seconds"] for name, row in rows.items()} == {
+        "A": 5.0,
+        "A, accelerated": 1.0,
+        "B": 3.0,
+    }

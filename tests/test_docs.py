@@ -25,9 +25,10 @@ DOCS, README = ROOT / "docs", (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r'--8<-- "docs/examples/(\w+)\.py"\n')
-PEERS = {"sparsify", "sae_lens", "dictionary_learning", "gguf"}
+PEERS = {"sparsify", "sae_lens", "dictionary_learning", "gguf", "transformer_lens"}
 EXAMPLES = {
     "train_on_your_activations": "--batches 4 --steps 20",
+    "transformer_lens_stream": "--batches 40 --steps 20",
     "accelerate_sparsify": "--tokens 128 --d-in 32 --latents 256 --k 8 --rounds 1",
     "rational_upgrade": "--steps 60 --tuning-steps 30",
     "what_a_latent_means": "--max-tokens 3000 --steps 30 --latents 2",
@@ -98,6 +99,13 @@ def test_train_on_your_activations(capsys, monkeypatch):
     found = re.fullmatch(r"FVU (\S+), L0 8.0 on 1024 tokens; see (\S+)\n", printed)
     assert found and 0 < float(found[1]) < 1
     assert (Path(found[2]) / "sae" / "sae.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_transformer_lens_stream(capsys, monkeypatch):
+    printed = printed_by("transformer_lens_stream", capsys, monkeypatch)
+    found = re.fullmatch(r"FVU (\S+), L0 8.0 on 1024 tokens; see \S+\n", printed)
+    assert found and 0 < float(found[1]) < 1
 
 
 def test_accelerate_sparsify(capsys, monkeypatch):

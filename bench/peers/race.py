@@ -2,9 +2,10 @@
 
 Each contender trains with its library's own loop, on the same batches in the same order, in its own
 process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
-take turns. Then each one trains for the same numbers of tokens, at the best of six learning rates
-(five and its own), with several seeds, which gives its held-out FVU. Other settings are each
-library's own.
+take turns, also at the size of the training runs. In these, each one trains for the same numbers of
+tokens, at the best of six learning rates (five and its own), with several seeds, which gives its
+held-out FVU. Other settings are each library's own. An accelerated contender trains the same SAE as
+its library, up to rounding: its runs stand for the library's where it has none.
 
 Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
 results of other shapes and data, and, if matplotlib is installed, to plots. Every training run is
@@ -85,7 +86,12 @@ def bench(arguments: argparse.Namespace) -> None:
         label = f", {arguments.data.name}" * bool(arguments.data)
         name = f"{TRAINING}{label}, {shards.fingerprint}"
         task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device}
-        known = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
+        stored = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
+        known = {part: stored.get(part, {}) for part in ("contenders", "runs")}
+        if rounds:
+            timed = race(name, {**task, "seconds": TURN}, ready, rounds)
+            known["contenders"] |= timed
+            keep(name, task, known)
         rates = arguments.rates or ([0.0] if arguments.variants else GRID)
         # An accelerated contender would train the same SAE again: it must be asked for.
         asked = arguments.contenders or [n for n in ready if "accelerate" not in KNOWN[n].options]
@@ -95,9 +101,9 @@ def bench(arguments: argparse.Namespace) -> None:
             lengths,
             tuple(rate or None for rate in rates),
             arguments.seeds,
-            known.get("runs", {}),
+            known["runs"],
             {"commit": record.source_commit(), "versions": about["versions"]},
-            lambda runs: keep(name, task, {"runs": runs}),
+            lambda runs: keep(name, task, known | {"runs": runs}),
         )
     results = json.loads(path.read_text())
     print(tables(results))

@@ -13,6 +13,9 @@ from .training import FVU, NEVER, averaged, best
 TRAINING = "training"
 """The first word of results that are training runs."""
 
+FAST = ", accelerated"
+"""Ends the name of a contender with fastsae's layers in its library's trainer."""
+
 Rows = dict[str, dict[str, Any]]
 """Results of each contender that finished."""
 
@@ -40,15 +43,24 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def finished(found: dict[str, Any]) -> Rows:
-    return {name: one for name, one in found["contenders"].items() if "error" not in one}
+    timed = found.get("contenders", {})
+    return {name: one for name, one in timed.items() if "error" not in one}
 
 
 def training_rows(found: dict[str, Any]) -> dict[str, Rows]:
-    """Results of the contenders at their best learning rates, by number of steps."""
-    return {
-        steps: {name: averaged(runs) for name, runs in contenders.items() if best(runs)}
-        for steps, contenders in found["runs"].items()
-    }
+    """Results of the contenders at their best learning rates, by number of steps; the seconds are
+    those of steps that were timed in turns, where there are such."""
+    timed = {n: row["ms"]["median"] / 1e3 for n, row in finished(found).items()}
+    results: dict[str, Rows] = {}
+    for steps, contenders in found["runs"].items():
+        rows = {name: averaged(runs) for name, runs in contenders.items() if best(runs)}
+        stand_in = {name: rows[other] for name in timed if (other := f"{name}{FAST}") in rows}
+        rows = stand_in | rows
+        results[steps] = {
+            name: row | ({"seconds": int(steps) * timed[name]} if name in timed else {})
+            for name, row in rows.items()
+        }
+    return results
 
 
 def step_table(rows: Rows) -> str:
@@ -167,12 +179,12 @@ def colors_of(names: Iterable[str]) -> dict[str, str]:
 
 def plain(name: str) -> str:
     """The trainer's name without its variant: trainers share a color, variants have markers."""
-    return name.removesuffix(", accelerated").removesuffix(", Adam")
+    return name.removesuffix(FAST).removesuffix(", Adam")
 
 
 def style(name: str, colors: dict[str, str]) -> dict[str, Any]:
     """How a contender is drawn; its marker shows the variant."""
-    hollow, adam = name.endswith(", accelerated"), ", Adam" in name
+    hollow, adam = name.endswith(FAST), ", Adam" in name
     return {
         "marker": "s" if adam else "o",
         "linestyle": "",

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsae.config import to_dict
-from fastsae.data import ActivationShards, Joined, StoredActivations, stored
+from fastsae.data import Joined, StoredActivations, open_path, stored
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import write_json
 from fastsae.interop import load
+from fastsae.train.run_folder import stored_fingerprint
 
 from .parse import filled, read_words
 from .train import opened, trained_with
@@ -40,10 +41,14 @@ def main(words: Sequence[str]) -> str:
 def eval_data(run: Path, data: Path | None) -> StoredActivations:
     """The data asked for, or what the run was trained on; the held-out part of either."""
     if data is not None:
-        source = ActivationShards(data)
+        source = open_path(data)
     elif config := trained_with(run):
         # The run's device may not be here.
         _, source = opened({"": replace(config, device="auto")})
+        if config.data is None and stored_fingerprint(run) != source.fingerprint:
+            raise ValueError(
+                f"the data that {run} was trained on are not here: say which --data to evaluate on"
+            )
     else:
         raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
     return source.heldout or stored(source)
@@ -53,6 +58,7 @@ def trained_on(run: Path, data: StoredActivations) -> bool:
     """Whether the run was trained on just these rows."""
     config = trained_with(run)
     first = data.sources[0] if isinstance(data, Joined) else data
-    if config is None or config.data is None or not isinstance(first, ActivationShards):
+    path = getattr(first, "path", None)
+    if config is None or config.data is None or path is None:
         return False
-    return first.path.resolve() == config.data.resolve()
+    return path.resolve() == config.data.resolve()

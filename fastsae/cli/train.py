@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsae.data import ActivationShards, Joined, Stream, demo_shards
+from fastsae.data import Joined, StoredActivations, Stream, demo_shards, open_path
 from fastsae.device import choose_device
 from fastsae.files import read_json
 from fastsae.interop import load
@@ -170,7 +170,7 @@ def sweep_table(sweep: Sweep, resume: bool) -> str:
 
 def opened(
     configs: dict[str, TrainConfig],
-) -> tuple[dict[str, TrainConfig], ActivationShards | Joined | Stream]:
+) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
     """What SAEs of one sweep are trained on. Of a stream with several hookpoints, each SAE becomes
     one for each hookpoint."""
     first = next(iter(configs.values()))
@@ -194,12 +194,12 @@ def opened(
     return found, source
 
 
-def source_of(config: TrainConfig) -> ActivationShards | Joined:
+def source_of(config: TrainConfig) -> StoredActivations:
     """The data that a run reads, side by side with its targets or further layers."""
     device = choose_device(config.device)  # before minutes are spent on the demo's data
-    first = demo_shards(device=device) if config.data is None else ActivationShards(config.data)
+    first = demo_shards(device=device) if config.data is None else open_path(config.data)
     target = () if config.target is None else (config.target,)
-    further = [ActivationShards(path) for path in (*target, *config.layers)]
+    further = [open_path(path) for path in (*target, *config.layers)]
     return Joined(first, *further) if further else first
 
 

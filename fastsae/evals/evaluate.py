@@ -151,7 +151,7 @@ def evaluate(
         progress=progress,
     )
     parts = data.sources if isinstance(data, Joined) else (data,)
-    where = " + ".join(str(getattr(part, "path", part)) for part in parts)
+    where = " + ".join(str(getattr(part, "path", None) or part) for part in parts)
     return Evaluation(data=where, reconstruction=found, downstream=effect)
 
 

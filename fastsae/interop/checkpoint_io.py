@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.files import read_json, read_tensors, shown
+from fastsae.files import read_json, read_npz, read_pt, read_tensors, shown
 from fastsae.nn import SAE, Activation
-
-from .archives import read_npz, read_pt
 
 DTYPES = {
     "float64": torch.float64,

@@ -24,8 +24,8 @@ class TrainConfig:
     """Settings of a run; the defaults train on the demo activations in a few minutes."""
 
     data: Path | None = None
-    """Activations to train on: a directory from `fastsae harvest`, or .npy or .safetensors files.
-    Default: harvest demo activations (MiniLM over the Python standard library)."""
+    """Activations to train on: a directory from `fastsae harvest`, .npy or .safetensors files,
+    or a .pt file. Default: harvest demo activations (MiniLM over the Python standard library)."""
 
     target: Path | None = None
     """Target activations for the same tokens, with --model their hookpoint (trains a

@@ -112,6 +112,11 @@ def stored_config(out: Path) -> TrainConfig:
     return dataclasses.replace(stored, out=out)
 
 
+def stored_fingerprint(out: Path) -> str:
+    """The fingerprint of the data of the run in a folder."""
+    return str(_read(out).get("fingerprint"))
+
+
 def _read(out: Path) -> dict[str, Any]:
     path = out / "config.json"
     if not path.exists():
@@ -162,7 +167,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def named_data(config: TrainConfig) -> str:
     """What a run is trained on, for messages."""
-    return config.stream.model if config.stream else str(config.data or "the demo")
+    return config.stream.model if config.stream else str(config.data or "these activations")
 
 
 def latest(out: Path) -> Checkpoint | None:

@@ -15,7 +15,7 @@ from typing import Any
 from fastsae.checkpoint import newest_intact
 from fastsae.codes import Codes
 from fastsae.config import to_dict
-from fastsae.data import ActivationSource, Batch, Stream
+from fastsae.data import Batch, Stream, as_source
 from fastsae.files import read_json, shown, write_json
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE
@@ -47,7 +47,7 @@ class Sweep:
     def __init__(
         self,
         configs: dict[str, TrainConfig],
-        source: ActivationSource,
+        source: object,
         out: Path,
         progress: bool = True,
     ):
@@ -65,11 +65,13 @@ class Sweep:
         if any(config.patience is not None for config in configs.values()):
             raise ValueError("patience must be none in a sweep: its SAEs train on the same tokens")
         seed = first.seed if first.data_seed is None else first.data_seed
-        self.source, self.out, self.first = source, out, next(iter(configs))
-        self.progress = progress
+        self.source = source = as_source(source)
+        self.out, self.first, self.progress = out, next(iter(configs)), progress
         self.trainers: dict[str, Trainer] = {}
         for name, config in configs.items():
-            own = source.select(*config.hookpoints) if isinstance(source, Stream) else source
+            own = source
+            if isinstance(source, Stream) and config.stream is not None:
+                own = source.select(*config.hookpoints)
             config = dataclasses.replace(config, out=out / name, data_seed=seed)
             self.trainers[name] = Trainer(config, own, progress=progress)
 
@@ -161,7 +163,7 @@ class Sweep:
     ) -> None:
         """Take a batch to the SAEs of a site."""
         first, codes = self.trainers[names[0]], dict[str, Codes]()
-        if isinstance(self.source, Stream):
+        if isinstance(self.source, Stream) and first.config.stream is not None:
             x = self.source.part(batch.x, first.config.hookpoints)
             batch = batch._replace(x=x)
         batch, start = first.standardized(batch, states[names[0]]), time.perf_counter()

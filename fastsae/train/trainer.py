@@ -9,7 +9,7 @@ import torch
 
 from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationSource, Batch, Batches, Stream
+from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.device import tf32_products
 from fastsae.losses import TrainingLoss
@@ -36,12 +36,13 @@ from .step import autograd_step, fused_step
 
 
 class Trainer:
-    """Trains an SAE on a source of activations and leaves the results in config.out.
+    """Trains an SAE on activations and leaves the results in config.out.
 
     The folder then holds config.json, metrics.jsonl, checkpoints/, sae/ (for `fastsae.load`),
     sae_lens/ if SAELens supports them, summary.json and, with matplotlib, curves.png. The same
     config, data and backend give the same bits, whether or not the run was interrupted and resumed.
-    For a transcoder, source is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
+    The source is whatever `as_source` takes: a tensor, a path, a DataLoader, a generator function.
+    For a transcoder, it is `Joined(inputs, targets)`, for a crosscoder `Joined(*layers)`. With
     `start_from`, an SAE of config's shape and activation for activations as they are, training
     continues from its weights. A run can be resumed with another number of steps; what is planned
     from it, such as the learning rate's decay, is then as in a run of that length.
@@ -50,13 +51,14 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        source: ActivationSource,
+        source: object,
         start_from: SAE | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ):
         """Without `progress`, nothing but warnings is shown on stderr."""
-        self.config, self.source, self.start_from = config, source, start_from
+        self.config, self.start_from = config, start_from
+        self.source = source = as_source(source)
         self.callbacks = Callbacks([*callbacks_of(config, source), *callbacks])
         self.progress = progress
         self.columns = Columns.of(config, source)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.files import array_header, open_file
-
+from .headers import array_header
 from .pickles import parse_pickle
+from .read import open_file
 
 MAX_EXPANSION = 20
 MAX_DIRECTORY = 1 << 20
@@ -78,6 +78,15 @@ def read_pt(path: Path) -> dict[str, Any]:
 
     ValueError for anything else, such as other objects.
     """
+    return _saved(path, dict)
+
+
+def read_pt_tensor(path: Path) -> Tensor:
+    """The tensor that torch.save wrote to a file of its own; ValueError for anything else."""
+    return _saved(path, Tensor)
+
+
+def _saved(path: Path, kind: type) -> Any:
     with open_archive(path) as (archive, entries):
         pickle = next((name for name in entries if name.endswith("/data.pkl")), None)
         if pickle is None:
@@ -93,7 +102,7 @@ def read_pt(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{count} {dtype} in a storage of {len(found)} bytes")
             return torch.frombuffer(found, dtype=dtype) if found else torch.empty(0, dtype=dtype)
 
-        return parse_pickle(contents(archive, entries[pickle]), storage)
+        return parse_pickle(contents(archive, entries[pickle]), storage, kind)
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""Reads the pickle of a state dict, as torch.save writes it, by interpreting the few instructions
-that one needs.
+"""Reads the pickle of a state dict or a tensor, as torch.save writes it, by interpreting the few
+instructions that one needs.
 
 Only the functions in CALLS are called, dictionary keys are strings, and a tensor is a view of its
 storage: a pickle can neither run code, nor hash or compare what it nests, nor claim more memory
@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastsae.files import is_shape, shown
+from .headers import is_shape
+from .read import shown
 
 MAX_PICKLE = 1 << 16
 """Bytes of a pickle; a tensor takes about 200."""
@@ -38,8 +39,9 @@ Storage = Callable[[str, torch.dtype, int], Tensor]
 """The entries of a storage as a vector, from its key, dtype and their number."""
 
 
-def parse_pickle(pickle: bytes | bytearray, storage: Storage) -> dict[str, Any]:
-    """The dictionary in a pickle, with tensors and plain values; ValueError for other contents."""
+def parse_pickle(pickle: bytes | bytearray, storage: Storage, expected: type) -> Any:
+    """What a pickle holds: a dictionary with tensors and plain values, or a tensor. ValueError for
+    another type, or other contents."""
     if len(pickle) > MAX_PICKLE:
         raise ValueError(f"its pickle has {len(pickle)} bytes, allowed are {MAX_PICKLE}")
     stack: list[Any] = []
@@ -100,7 +102,7 @@ def parse_pickle(pickle: bytes | bytearray, storage: Storage) -> dict[str, Any]:
             case _:
                 raise ValueError(f"it holds {opcode.name}")
     (found,) = stack
-    return _of(dict, found)
+    return _of(expected, found)
 
 
 class _Global(str):
