@@ -9,6 +9,7 @@ from fastsae.files import write_json
 from fastsae.nn import SAE
 
 from .curves import plot_curves
+from .describe import describe
 from .log import read_lines
 from .state import TrainState
 from .summary import Summary
@@ -33,7 +34,7 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
         max_norm_ratio=config.max_norm_ratio,
     )
     lines = read_lines(config.out / "metrics.jsonl")
-    plot_curves(lines, config.out / "curves.png", trainer.describe(sae))
+    plot_curves(lines, config.out / "curves.png", describe(trainer, sae))
     summary: Summary = {
         "fvu": result.fvu,
         "fvu_all": result.fvu_all,

@@ -24,6 +24,7 @@ from fastsae.version import __version__, written_by
 
 from .comparison import compare
 from .config import TrainConfig, read_config
+from .describe import describe
 from .interrupt import Interrupted, Interrupts
 from .log import Log
 from .run_folder import claimed_run, resolved
@@ -93,7 +94,7 @@ class Sweep:
                 step = states[name].step
                 log = Log(trainer.config, trainer.plan.steps, step, shown=False)
                 logs[name] = stack.enter_context(log)
-                trainer.say(f"{name}: {trainer.describe(states[name].sae)}")
+                trainer.say(f"{name}: {describe(trainer, states[name].sae)}")
             self.loop(states, logs, interrupts)
             if isinstance(self.source, Stream):
                 self.trainers[self.first].say(self.source.report(states[self.first].tokens))

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import copy
-import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -21,6 +20,7 @@ from fastsae_kernels import WIDEST, balance
 from .callbacks import Callback, Callbacks, callbacks_of
 from .columns import Columns
 from .config import TrainConfig
+from .describe import describe, describe_data
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
@@ -90,8 +90,8 @@ class Trainer:
                 self.batches(state) as batches,
             ):
                 resumed = f"; resumed at step {state.step}" if state.step else ""
-                self.say(self.describe(state.sae) + resumed)
-                self.say(self.describe_data())
+                self.say(describe(self, state.sae) + resumed)
+                self.say(describe_data(self))
                 while not self.ended(state):
                     start = time.perf_counter()
                     batch = self.take(batches, state, interrupts)
@@ -270,30 +270,6 @@ class Trainer:
     def say(self, text: str) -> None:
         if self.progress:
             say(text)
-
-    def describe(self, sae: SAE) -> str:
-        """A one-line description of the run."""
-        config, plan = self.config, self.plan
-        own = ", ".join(
-            f"{field.name} = {value}"
-            for field in dataclasses.fields(config.activation)
-            if (value := getattr(config.activation, field.name)) not in (field.default, None)
-            or (field.name == "k" and value)
-        )
-        return (
-            f"{config.activation.name} ({own or 'defaults'}), {config.d_sae} latents of width "
-            f"{sae.d_in}, {plan.steps} steps of {config.batch_size} tokens on {plan.device}, "
-            f"{plan.step} step{' as a CUDA graph' * self.captures}, "
-            f"{plan.encoder_precision} encoder"
-        )
-
-    def describe_data(self) -> str:
-        """What the activations are like, in one line."""
-        gamma = ", ".join(f"{part.gamma:.3g}" for part in self.ordinary)
-        ratio = self.config.max_norm_ratio
-        left_out = f"; {self.left_out:.2%} of tokens left out, over {ratio} times the median norm"
-        text = f"activations: |mean| / |std| = {gamma}{left_out if self.left_out else ''}"
-        return f"{text}; {self.source.describe()}" if isinstance(self.source, Stream) else text
 
     def finish(self, state: TrainState) -> SAE:
         """Leave the run's results, and return the SAE for activations as they are."""

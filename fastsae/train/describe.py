@@ -1,0 +1,38 @@
+"""What a run says of itself when it starts, in two lines."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from fastsae.data import Stream
+from fastsae.nn import SAE
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def describe(trainer: "Trainer", sae: SAE) -> str:
+    """The run, in one line."""
+    config, plan = trainer.config, trainer.plan
+    own = ", ".join(
+        f"{field.name} = {value}"
+        for field in fields(config.activation)
+        if (value := getattr(config.activation, field.name)) not in (field.default, None)
+        or (field.name == "k" and value)
+    )
+    return (
+        f"{config.activation.name} ({own or 'defaults'}), {config.d_sae} latents of width "
+        f"{sae.d_in}, {plan.steps} steps of {config.batch_size} tokens on {plan.device}, "
+        f"{plan.step} step{' as a CUDA graph' * trainer.captures}, "
+        f"{plan.encoder_precision} encoder"
+    )
+
+
+def describe_data(trainer: "Trainer") -> str:
+    """What the activations are like, in one line."""
+    gamma = ", ".join(f"{part.gamma:.3g}" for part in trainer.ordinary)
+    text = f"activations: |mean| / |std| = {gamma}"
+    if trainer.left_out:
+        ratio = trainer.config.max_norm_ratio
+        text += f"; {trainer.left_out:.2%} of tokens left out, over {ratio} times the median norm"
+    source = trainer.source
+    return f"{text}; {source.describe()}" if isinstance(source, Stream) else text
