@@ -22,6 +22,7 @@ from fastsae.data import HarvestConfig, Joined, ModelProducer, Stream, StreamCon
 from fastsae.data.mixing import DOCUMENT
 from fastsae.data.model import load_model, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 WORDS = ("the", "best", "of", "times", "was", "it", "def", "return", "x", "+", "1", "while")
 HOOKS = "transformer.h.1", "transformer.h.2.mlp:in"
 
@@ -51,10 +52,10 @@ def settings(gpt2: Path, text: Path, **changes: Any) -> dict[str, Any]:
 
 
 def words(out: Path, gpt2: Path, text: Path, *more: str, hookpoints: Any = HOOKS[:1]) -> list[str]:
-    """A run of 40 steps in a few seconds, which sees the text more than once."""
+    """A run of 24 steps in a second or two."""
     source = ["--model", str(gpt2), "--hookpoint", *hookpoints, "--text", str(text)]
     source += ["--context-length", "32", "--batch-tokens", "128", "--buffer-tokens", "1500"]
-    run = "--steps 40 --batch-size 200 --d-sae 96 --k 4 --log-every 5 --checkpoint-every 7"
+    run = "--steps 24 --batch-size 200 --d-sae 96 --k 4 --log-every 5 --checkpoint-every 7"
     return [*source, *run.split(), "--heldout-fraction", "0.2", "--out", str(out), *more]
 
 
