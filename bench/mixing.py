@@ -44,7 +44,7 @@ class Stored:
         return self.shards.fingerprint
 
     def groups(self, start: Place = (), part: Part = "train") -> Iterator[Group]:
-        for first in range(*(start or (0,)), self.shards.n_tokens, GROUP):
+        for first in range(start[0] if start else 0, self.shards.n_tokens, GROUP):
             rows = torch.arange(first, min(first + GROUP, self.shards.n_tokens))
             x = self.shards.rows(rows).half()
             yield Group((x,), self.shards.contexts(rows), (first + GROUP,))

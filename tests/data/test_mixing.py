@@ -1,7 +1,7 @@
 """Rows that a producer makes in order come out mixed, each once, and again after a cursor."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -128,14 +128,17 @@ def test_a_stream_without_rows_is_refused():
 
 def test_wrong_rows_are_named():
     class Wrong(Numbers):
+        def __init__(self, spoil: Callable[[torch.Tensor], torch.Tensor]):
+            super().__init__(100)
+            self.spoil = spoil
+
         def groups(self, start: Place = (), part: str = "train") -> Iterator[Group]:
             for group in super().groups(start, part):
                 one, two = group.rows
                 yield group._replace(rows=(one, self.spoil(two)))
 
-    wide, infinite = Wrong(100), Wrong(100)
-    wide.spoil = lambda x: torch.cat([x, x], 1)
-    infinite.spoil = lambda x: torch.where(x == 13, torch.inf, x)
+    wide = Wrong(lambda x: torch.cat([x, x], 1))
+    infinite = Wrong(lambda x: torch.where(x == 13, torch.inf, x))
     with pytest.raises(ValueError, match=r"two: rows must be of shape \(17, 2\), got \(17, 4\)"):
         Stream(wide, 50).sample(5)
     with pytest.raises(ValueError, match="two holds NaN or Inf: document 1, position 3"):
