@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.record import markdown
 
-from .training import FVU, NEVER, averaged, best
+from .training import FEW, FVU, NEVER, averaged, best
 
 TRAINING = "training"
 """The first word of results that are training runs."""
@@ -76,12 +76,14 @@ def step_table(rows: Rows) -> str:
 
 def training_table(rows: Rows) -> str:
     """Old results lack some columns, which show as NaN."""
-    titles = ["", "best learning rate", "held-out FVU", "over seeds", "never active", "seconds"]
+    titles = ["", "best learning rate", "held-out FVU", "over seeds", "never active"]
+    titles += [f"FVU with at most {FEW:.0%} never active", "seconds"]
     cells = []
     for name, row in rows.items():
         spread = f"{row['lowest']:.4f} to {row['highest']:.4f} ({row['seeds']})"
         numbers = f"{row[FVU]:.4f}", spread, f"{row.get(NEVER, math.nan):.2%}"
-        cells.append([name, row.get("lr", math.nan), *numbers, f"{row['seconds']:.0f}"])
+        last = f"{row['alive']:.4f}", f"{row['seconds']:.0f}"
+        cells.append([name, row.get("lr", math.nan), *numbers, *last])
     return markdown(titles, cells)
 
 
