@@ -64,6 +64,8 @@ class Log:
             "dead": f"{line['dead_fraction']:.1%}",
             "tok/s": f"{line['tokens_per_second']:,.0f}",
         }
+        if "downstream" in line:
+            shown["downstream"] = f"{line['downstream']:.4f}"
         for name, form in GPU_FORMATS.items():
             if name in line:
                 shown[name.removeprefix("gpu_")] = form.format(line[name])
