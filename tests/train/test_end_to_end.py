@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_gradients_are_those_of_a_dense_float64_computation(gpt2: Path, kind: st
     found = torch.autograd.grad(loss, [*sae.parameters()])
     replaced = 0
 
-    def dense(module: Any, inputs: Any, x: Tensor, keep: Tensor) -> Tensor:
+    def dense(keep: Tensor, module: Any, inputs: Any, x: Tensor) -> Tensor:
         nonlocal replaced
         distance = (x - ordinary.mean).norm(dim=-1)
         keep = keep & (distance <= ordinary.limit)
@@ -96,8 +97,7 @@ def test_gradients_are_those_of_a_dense_float64_computation(gpt2: Path, kind: st
     for ids, mask, keep in zip(*batch, strict=True):
         ids, keep = ids[mask.bool()][None], keep[mask.bool()][None]
         clean = log_softmax(model(input_ids=ids).logits, -1)[:, :-1][keep[:, 1:]]
-        place = lambda *arguments, keep=keep: dense(*arguments, keep)  # noqa: E731
-        handle = model.get_submodule(HOOK).register_forward_hook(place)
+        handle = model.get_submodule(HOOK).register_forward_hook(partial(dense, keep))
         changed = log_softmax(model(input_ids=ids).logits, -1)[:, :-1][keep[:, 1:]]
         handle.remove()
         tokens += len(clean)
@@ -179,14 +179,13 @@ def test_a_coefficient_of_0_only_measures(gpt2: Path, text: Path, tmp_path: Path
 
 def test_it_lowers_the_divergence_on_held_out_text(gpt2: Path, text: Path, tmp_path: Path):
     found = list[float]()
-    for name, kind in (("with", "kl"), ("without", "none")):
-        out = tmp_path / name
-        coef = ["--downstream-coef", "100"] if kind == "kl" else []  # the KL is about 0.01
-        train(words(out, gpt2, text, "--steps", "60", "--downstream", kind, *coef))
+    size = "--d-sae 64 --k 6 --lr 0.001 --steps 40 --batch-size 100"
+    for kind, coef in (("kl", ["--downstream-coef", "30"]), ("none", [])):  # the KL is about 0.01
+        out = tmp_path / kind
+        train(words(out, gpt2, text, *size.split(), "--downstream", kind, *coef))
         evaluate([str(out), "--batch-windows", "16"])
         found.append(json.loads((out / "eval.json").read_text())["downstream"]["kl"])
-    print(found)
-    assert found[0] < 0.7 * found[1]
+    assert found[0] < 0.8 * found[1]
 
 
 def test_each_hookpoint_has_a_term_of_its_own(gpt2: Path, text: Path, tmp_path: Path):
