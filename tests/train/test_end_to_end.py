@@ -28,6 +28,7 @@ from .conftest import Stop
 pytestmark = pytest.mark.usefixtures("undrawn")
 HOOKS = HOOK, _ = "transformer.h.0", "transformer.h.1"
 WEIGHTS = "sae/sae.safetensors"
+TERM = "--downstream", "kl", "--downstream-windows", "3"
 
 
 def producer_of(gpt2: Path, hookpoint: str = HOOK) -> ModelProducer:
@@ -42,21 +43,28 @@ def end_to_end(producer: ModelProducer, kind: Any = "kl") -> EndToEnd:
     return found
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """Forty documents of different lengths."""
-    folder, draw = tmp_path / "text", random.Random(0)
-    folder.mkdir()
-    for n in range(40):
-        words = draw.choices(TEXTS[0].split(), k=20 + 3 * n)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty documents of different lengths."""
+    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    for n in range(20):
+        words = draw.choices(TEXTS[0].split(), k=20 + 6 * n)
         (folder / f"{n:02d}.txt").write_text(" ".join(words))
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(gpt2: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the term."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(words(out, gpt2, text, *TERM))
+    return out
+
+
 def words(out: Path, gpt2: Path, text: Path, *more: str) -> list[str]:
     source = ["--model", str(gpt2), "--hookpoint", HOOK, "--text", str(text)]
-    source += ["--context-length", "32", "--batch-tokens", "128", "--buffer-tokens", "1500"]
-    run = "--steps 20 --batch-size 200 --d-sae 32 --k 2 --log-every 5 --checkpoint-every 7"
+    source += ["--context-length", "32", "--batch-tokens", "128", "--buffer-tokens", "800"]
+    run = "--steps 10 --batch-size 100 --d-sae 32 --k 2 --log-every 5 --checkpoint-every 4"
     return [*source, *run.split(), "--heldout-fraction", "0.3", "--out", str(out), *more]
 
 
@@ -148,38 +156,39 @@ def test_windows_follow_from_the_seed_and_the_step(gpt2: Path):
     assert first.keep[:, 1:].any(1).all()  # each window has a token to predict
 
 
-def test_a_stopped_run_resumes_bit_for_bit(gpt2: Path, text: Path, tmp_path: Path, monkeypatch):
-    more = "--downstream", "kl", "--downstream-windows", "3"
-    train(words(tmp_path / "whole", gpt2, text, *more))
+def test_a_stopped_run_resumes_bit_for_bit(
+    gpt2: Path, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     out, take = tmp_path / "stopped", Trainer.take
 
     def stopping(self, batches, state, interrupts):
-        if state.step == 12:
+        if state.step == 7:
             raise Stop
         return take(self, batches, state, interrupts)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Trainer, "take", stopping)
-        train(words(out, gpt2, text, *more))
+        train(words(out, gpt2, text, *TERM))
     train(["--resume", "--out", str(out)])
-    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-    numbers = [[line["downstream"] for line in lines(o)] for o in (out, tmp_path / "whole")]
-    assert numbers[0] == numbers[1] and len(numbers[0]) == 4 and min(numbers[0]) > 0
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    one, other = ([line["downstream"] for line in lines(run)] for run in (out, whole))
+    assert one == other and len(one) == 2 and min(one) > 0
 
 
-def test_a_coefficient_of_0_only_measures(gpt2: Path, text: Path, tmp_path: Path):
+def test_a_coefficient_of_0_only_measures(gpt2: Path, text: Path, tmp_path: Path, capsys):
     measured, plain = tmp_path / "measured", tmp_path / "plain"
     train(words(measured, gpt2, text, "--downstream", "ce", "--downstream-coef", "0"))
+    value = lines(measured)[-1]["downstream"]
+    assert value > 0 and f"downstream {value:.4f}" in capsys.readouterr().err
     train(words(plain, gpt2, text, "--step", "autograd"))
     assert (measured / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
     for one, other in zip(lines(measured), lines(plain), strict=True):
-        assert one["loss"] == other["loss"] and one["downstream"] > 0
-        assert "downstream" not in other
+        assert one["loss"] == other["loss"] and "downstream" not in other
 
 
 def test_it_lowers_the_divergence_on_held_out_text(gpt2: Path, text: Path, tmp_path: Path):
     found = list[float]()
-    size = "--d-sae 64 --k 6 --lr 0.001 --steps 40 --batch-size 100"
+    size = "--d-sae 64 --k 6 --lr 0.001 --steps 40"
     for kind, coef in (("kl", ["--downstream-coef", "30"]), ("none", [])):  # the KL is about 0.01
         out = tmp_path / kind
         train(words(out, gpt2, text, *size.split(), "--downstream", kind, *coef))
@@ -188,19 +197,12 @@ def test_it_lowers_the_divergence_on_held_out_text(gpt2: Path, text: Path, tmp_p
     assert found[0] < 0.8 * found[1]
 
 
-def test_each_hookpoint_has_a_term_of_its_own(gpt2: Path, text: Path, tmp_path: Path):
-    more = "--downstream", "kl", "--steps", "6"
-    train(words(tmp_path / "both", gpt2, text, "--hookpoint", *HOOKS, *more))
-    for hookpoint in HOOKS:
-        train(words(tmp_path / hookpoint, gpt2, text, "--hookpoint", hookpoint, *more))
-        alone, one = tmp_path / hookpoint / WEIGHTS, tmp_path / "both" / hookpoint / WEIGHTS
-        assert one.read_bytes() == alone.read_bytes()
-
-
-def test_the_log_line_shows_it(gpt2: Path, text: Path, tmp_path: Path, capsys):
-    train(words(tmp_path / "run", gpt2, text, "--downstream", "kl", "--steps", "5"))
-    value = lines(tmp_path / "run")[-1]["downstream"]
-    assert f"downstream {value:.4f}" in capsys.readouterr().err
+def test_each_hookpoint_has_a_term_of_its_own(gpt2: Path, text: Path, whole: Path, tmp_path: Path):
+    out = tmp_path / "both"
+    train(words(out, gpt2, text, "--hookpoint", *HOOKS, *TERM))
+    assert (out / HOOK / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    one, other = (lines(out / hookpoint)[-1]["downstream"] for hookpoint in HOOKS)
+    assert one != other
 
 
 class Rows:
