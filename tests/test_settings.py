@@ -112,6 +112,7 @@ SETTINGS = [
     (Init, {"b_dec": "0"}, "b_dec must be one of .*, got '0'"),
     (Init, {"encoder": "linear", "row_norm": 0.1}, 'encoder "linear" draws rows of its own'),
     (Init, {"encoder": "linear", "rows": "active_subspace"}, "draws rows of its own"),
+    (TrainConfig, {"downstream": "mse"}, r"downstream must be one of \(.*\), got 'mse'"),
 ]
 
 
@@ -159,6 +160,13 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
     ({"d_sae": 0}, "d_sae must be at least 1, got 0"),
     ({"dead_after": 0}, "dead_after must be at least 1, got 0"),
+    ({"downstream": "kl", "downstream_coef": -1.0}, "downstream_coef must be at least 0, got -1.0"),
+    ({"downstream": "kl", "downstream_windows": 0}, "downstream_windows must be at least 1, got 0"),
+    ({"downstream": "kl", "data": X}, 'downstream "kl" needs a model to run, got data: x.npy'),
+    ({"downstream": "kl", "target": Y}, 'downstream "kl" needs an autoencoder, got a target'),
+    ({"downstream": "ce", "layers": (Y,)}, 'downstream "ce" needs an autoencoder, got layers'),
+    ({"downstream_coef": 2.0}, 'downstream_coef = 2.0 has no effect with downstream "none"'),
+    ({"downstream_windows": 4}, 'downstream_windows = 4 has no effect with downstream "none"'),
 ]
 
 UNFUSED: list[tuple[dict[str, Any], str]] = [
@@ -174,6 +182,7 @@ UNFUSED: list[tuple[dict[str, Any], str]] = [
     ({"objective": Objective(multi_k=True)}, "prefixes or multi_k"),
     ({"optimizer": free()}, 'constraint "none"'),
     ({"optimizer": Optimizer(constraint="aligned")}, 'constraint "aligned"'),
+    ({"downstream": "kl"}, "downstream"),
     ({"optimizer": Optimizer(clip=1.0)}, "clip"),
 ]
 FUSED_ONLY: dict[str, Any] = {

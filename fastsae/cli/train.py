@@ -175,6 +175,8 @@ def opened(
     one for each hookpoint."""
     first = next(iter(configs.values()))
     if first.stream is None:
+        if any(config.downstream != "none" for config in configs.values()):
+            raise ValueError("--downstream needs --model, which it runs")
         return configs, source_of(first)
     asked = [c.stream.hookpoints for c in configs.values() if c.stream is not None]
     union = tuple(dict.fromkeys(name for names in asked for name in names))

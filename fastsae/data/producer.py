@@ -2,7 +2,8 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.data.hookpoints import hidden_at, hookpoints_at
-from fastsae.data.model import PrependBos, TextWindows
+from fastsae.data.model import PrependBos, TextWindows, TokenBatch
 from fastsae.data.source import Contexts
 from fastsae.data.text import Document
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 GROUP_BATCHES = 4  # batches whose windows are sorted by length together
 HELDOUT_WINDOWS = 256  # longer documents are held out in runs of this many windows
+FIRST_WINDOWS = 4096
 
 Place = tuple[int, ...]
 """Where a producer goes on; () is its beginning."""
@@ -120,15 +122,17 @@ class ModelProducer:
         fingerprint: str | None = None,
     ):
         names = [*hookpoints]
-        self.model, self._hookpoints = model, hookpoints_at(model, names)
-        self.widths = {n: hook.width for n, hook in zip(names, self._hookpoints, strict=True)}
+        self.model = model
+        self.hookpoints = dict(zip(names, hookpoints_at(model, names), strict=True))
+        self.widths = {name: hook.width for name, hook in self.hookpoints.items()}
         self._documents = documents if callable(documents) else _numbered(documents)
         self._windows = TextWindows(
             tokenizer, context_length, model, prepend_bos=prepend_bos, drop_first=drop_first
         )
         self._max_document_tokens, self._heldout_fraction = max_document_tokens, heldout_fraction
         self._batch_tokens, self._dtype = batch_tokens, dtype
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        """Held while the model runs: its hooks see what other threads run."""
         about = (model.name_or_path, tokenizer.name_or_path, context_length, prepend_bos)
         about += (drop_first, max_document_tokens, heldout_fraction, str(dtype))
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
@@ -149,6 +153,17 @@ class ModelProducer:
                 names = zip(self.widths, found[bad], strict=True)
                 name = next(name for name, x in names if not x.isfinite().all())
                 raise NotFinite(f"{name} holds NaN or Inf in document {windows[bad].document}")
+
+    @cached_property
+    def first_windows(self) -> list[list[int]]:
+        """The token ids of the first 4096 windows for training in which a token has a predecessor
+        to be predicted from. This tokenizes their text, but does not run the model."""
+        train = (window.ids for window, heldout in self._cut(()) if not heldout)
+        return [*islice((ids for ids in train if any(self._windows.rows(ids))), FIRST_WINDOWS)]
+
+    def batch(self, windows: Sequence[list[int]]) -> TokenBatch:
+        """Windows of token ids as the model reads them."""
+        return self._windows.batch([*windows])
 
     def _groups(
         self, start: Place, part: Part, max_tokens: int | None
@@ -192,8 +207,8 @@ class ModelProducer:
             fit = self._batch_tokens // len(group[longest_first[0]].ids)
             members, longest_first = longest_first[:fit], longest_first[fit:]
             batch = self._windows.batch([group[i].ids for i in members])
-            with self._lock:  # hooks see what other threads run
-                found = hidden_at(self.model, self._hookpoints, batch)
+            with self.lock:
+                found = hidden_at(self.model, [*self.hookpoints.values()], batch)
             found = [hidden.to("cpu", self._dtype or hidden.dtype) for hidden in found]
             for place, i in enumerate(members):
                 rows[i] = [hidden[place][batch.keep[place]] for hidden in found]

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss, normalize
 
@@ -145,7 +145,7 @@ def downstream(
     compare = partial(_compare, model, hookpoint, shown, _replacements(sae, ordinary))
     with evaluation_mode(sae):
         if model.can_generate() and runner(model, [hookpoint]) is model:
-            return _causal_effect(compare(_log_probabilities, _losses), batches)
+            return _causal_effect(compare(log_probabilities, _losses), batches)
         return _encoder_effect(compare(_embeddings, _cosine), batches)
 
 
@@ -185,16 +185,17 @@ def _compare(
         clean = read(run(**inputs), batch)
         sums["clean"] += measure(clean, clean, batch)
         for name, replace in replacements.items():
-            replace_text = partial(_replace_text, batch.keep, replace)
-            with splice(hookpoint, replace_text, len(batch.keep)):
+            replaced = partial(replace_text, batch.keep, replace)
+            with splice(hookpoint, replaced, len(batch.keep)):
                 changed = read(run(**inputs), batch)
             sums[name] += measure(clean, changed, batch)
     return sums
 
 
-def _replace_text(
+def replace_text(
     keep: Bool[Tensor, "B T"], replace: Replace, hidden: Float[Tensor, "B T d_in"]
 ) -> Float[Tensor, "B T d_in"]:
+    """Hidden states whose rows at `keep` are replaced by what `replace` makes of them."""
     hidden = hidden.clone()
     hidden[keep] = replace(hidden[keep]).to(hidden)
     return hidden
@@ -226,17 +227,22 @@ def _encoder_effect(cosines: dict[str, Tensor], batches: list[TokenBatch]) -> En
     )
 
 
-def _log_probabilities(output: Any, batch: TokenBatch) -> Float[Tensor, "M V"]:
+def log_probabilities(output: Any, batch: TokenBatch) -> Float[Tensor, "M V"]:
     """Of the vocabulary V, for each of the M text tokens that have a predecessor."""
-    return log_softmax(output.logits[:, :-1][batch.keep[:, 1:]].float(), dim=-1)
+    logits = output.logits[:, :-1][batch.keep[:, 1:]]
+    return log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def predicted(batch: TokenBatch) -> Int[Tensor, " M"]:
+    """The text tokens that have a predecessor."""
+    return batch.input_ids[:, 1:][batch.keep[:, 1:]]
 
 
 def _losses(
     clean: Float[Tensor, "M V"], changed: Float[Tensor, "M V"], batch: TokenBatch
 ) -> Float64[Tensor, "2"]:
     """Cross-entropy and KL(clean || changed), summed over tokens."""
-    target = batch.input_ids[:, 1:][batch.keep[:, 1:]]
-    loss = nll_loss(changed, target, reduction="none").double().sum()
+    loss = nll_loss(changed, predicted(batch), reduction="none").double().sum()
     kl = kl_div(changed, clean, reduction="none", log_target=True).sum(-1).double().sum()
     return torch.stack([loss, kl])
 

@@ -31,6 +31,9 @@ class TrainingLoss(NamedTuple):
     codes: Codes
     fired: Bool[Tensor, " d_sae"] | None = None
     """codes.fired(), of a training step."""
+    downstream: Float[Tensor, ""] | None = None
+    """The change of the model's predictions, without its coefficient, of a step that trains on it.
+    """
 
 
 def training_loss(

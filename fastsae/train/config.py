@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastsae.config import from_dict
+from fastsae.config import check_choices, from_dict
 from fastsae.data.ordinary import MAX_NORM_RATIO, check_max_norm_ratio
 from fastsae.data.stream_config import StreamConfig
 from fastsae.device import check_device
@@ -17,6 +17,7 @@ from .conflicts import CONFLICTS, NEEDS_AUTOGRAD, NOT_CAPTURED, STEP_CONFLICTS, 
 from .optim import Optimizer
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8", "int8"]
+Downstream = Literal["none", "kl", "ce"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,18 @@ class TrainConfig:
 
     objective: Objective = field(default_factory=Objective)
     """Loss."""
+
+    downstream: Downstream = "none"
+    """With --model: also train on the model's next-token predictions with the reconstruction in
+    place of the activations: on their KL divergence from the original predictions (kl), or on their
+    cross-entropy (ce), averaged over tokens, in nats. The model must be a causal language model."""
+
+    downstream_coef: float = 1.0
+    """Coefficient of the downstream term; 0 only measures it. At 1, a nat per token counts as much
+    as a factor of e in FVU, if the error is log_fvu."""
+
+    downstream_windows: int = 8
+    """Contexts that a step runs through the model for the downstream term."""
 
     optimizer: Optimizer = field(default_factory=Optimizer)
     """Optimizer."""
@@ -133,13 +146,17 @@ class TrainConfig:
 
     def __post_init__(self):
         at_least_one = ("d_sae", "steps", "batch_size", "checkpoint_every", "keep_checkpoints")
-        for name in (*at_least_one, "log_every", "dead_after", "eval_every", "patience"):
+        at_least_one += ("log_every", "dead_after", "eval_every", "patience", "downstream_windows")
+        for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**63:
                 raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {getattr(self, name)}")
+        check_choices(self, downstream=Downstream)
+        if not self.downstream_coef >= 0:
+            raise ValueError(f"downstream_coef must be at least 0, got {self.downstream_coef}")
         check_device(self.device)
         check_max_norm_ratio(self.max_norm_ratio)
         if self.batch_size < 2:

@@ -47,6 +47,26 @@ CONFLICTS: Rules = [
         'row_norm = {c.init.row_norm} needs constraint "none", got "{c.optimizer.constraint}"',
         lambda c: c.init.row_norm != 1 and c.optimizer.constraint != "none",
     ),
+    (
+        'downstream "{c.downstream}" needs a model to run, got data: {c.data}',
+        lambda c: c.downstream != "none" and c.data is not None,
+    ),
+    (
+        'downstream "{c.downstream}" needs an autoencoder, got a target (transcoder)',
+        lambda c: c.downstream != "none" and c.target is not None,
+    ),
+    (
+        'downstream "{c.downstream}" needs an autoencoder, got layers (crosscoder)',
+        lambda c: c.downstream != "none" and c.layers,
+    ),
+    (
+        'downstream_coef = {c.downstream_coef} has no effect with downstream "none"',
+        lambda c: c.downstream == "none" and c.downstream_coef != 1,
+    ),
+    (
+        'downstream_windows = {c.downstream_windows} has no effect with downstream "none"',
+        lambda c: c.downstream == "none" and c.downstream_windows != 8,
+    ),
 ]
 
 STEP_CONFLICTS: Rules = [
@@ -88,6 +108,7 @@ NEEDS_AUTOGRAD: Rules = [
     ('activation "{c.activation.name}"', lambda c: not c.activation.build().supports_fused_step),
     ("prefixes or multi_k", lambda c: not c.objective.plain),
     ('constraint "{c.optimizer.constraint}"', lambda c: c.optimizer.constraint != "unit"),
+    ("downstream", lambda c: c.downstream != "none"),
     ("clip", lambda c: c.optimizer.clip is not None),
 ]
 

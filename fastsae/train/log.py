@@ -13,6 +13,8 @@ from .config import TrainConfig
 
 SOMETIMES = {
     "heldout_fvu": ("held-out FVU", "{:.4f}"),
+    "downstream": ("downstream", "{:.4f}"),
+    "documents_per_batch": ("documents", "{:.0f}"),
     "gpu_memory_gb": ("memory_gb", "{:.1f}"),
     "gpu_utilization": ("utilization", "{:.0%}"),
     "gpu_watts": ("watts", "{:.0f}"),

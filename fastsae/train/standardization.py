@@ -38,12 +38,21 @@ class Standardization:
 
     def __call__(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """Standardize activations in place."""
-        if x.device.type == "cpu":
-            return x.sub_(self.mean).mul_(self.factors)
-        if self._on_gpu is None:  # copied once: a copy for every batch would wait for the GPU
-            self._on_gpu = self.mean.to(x.device), self.factors.to(x.device)
-        mean, factors = self._on_gpu
+        mean, factors = self._on(x.device)
         return x.sub_(mean).mul_(factors)
+
+    def undo(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """The activations that became x."""
+        mean, factors = self._on(x.device)
+        return x / factors + mean
+
+    def _on(self, device: torch.device) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+        """Mean and factors."""
+        if device.type == "cpu":
+            return self.mean, self.factors
+        if self._on_gpu is None:  # copied once: a copy for every batch would wait for the GPU
+            self._on_gpu = self.mean.to(device), self.factors.to(device)
+        return self._on_gpu
 
     def ordinary(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
         """Which standardized tokens are within the limit of every source."""

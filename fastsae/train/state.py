@@ -35,16 +35,19 @@ class TrainState:
     """Time spent on steps and on waiting for their data, over all runs."""
     cursor: Cursor = field(default_factory=Cursor)
     sums: Tensor = field(default_factory=lambda: torch.zeros(6))
-    """[6]: of loss, FVU, aux-k, penalty and L0 since the last logged line, and their number."""
+    """[6], or [7] with a downstream term: of loss, FVU, aux-k, penalty, L0 and that term since the
+    last logged line, and their number."""
     logged: tuple[int, float] = (0, 0.0)
     """Tokens and seconds at the last logged line."""
     stopped: tuple[str, int] | None = None
     """Why a callback ended the run, and how many steps were planned then."""
 
     @classmethod
-    def fresh(cls, sae: SAE, adam: Adam, units: Standardization) -> "TrainState":
+    def fresh(
+        cls, sae: SAE, adam: Adam, units: Standardization, downstream: bool = False
+    ) -> "TrainState":
         counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        sums = torch.zeros(6, device=counters.device)
+        sums = torch.zeros(6 + downstream, device=counters.device)
         return cls(sae, adam, counters, counters[:0], units, counters.new_zeros(()), sums=sums)
 
     def find_dead(self, dead_after: int) -> None:
@@ -61,11 +64,12 @@ class TrainState:
         self.tokens_since_fired += len(batch.x)
         assert result.fired is not None, "training steps report which latents fired"
         self.tokens_since_fired.masked_fill_(result.fired, 0)
-        self.sums += torch.stack([*result[:5], torch.ones_like(result.loss)])
+        downstream = [] if result.downstream is None else [result.downstream]
+        self.sums += torch.stack([*result[:5], *downstream, torch.ones_like(result.loss)])
 
     def metrics(self, dead_after: int) -> dict[str, float | int]:
         """The averages since the last call, as one line for the log."""
-        loss, fvu, auxk, penalty, l0, count = self.sums.tolist()
+        loss, fvu, auxk, penalty, l0, *downstream, count = self.sums.tolist()
         self.sums.zero_()
         tokens, seconds = self.tokens - self.logged[0], self.seconds - self.logged[1]
         self.logged = self.tokens, self.seconds
@@ -77,6 +81,7 @@ class TrainState:
             "auxk": auxk / count,
             "penalty": penalty / count,
             "l0": l0 / count,
+            **({"downstream": downstream[0] / count} if downstream else {}),
             "dead_fraction": (self.tokens_since_fired >= dead_after).float().mean().item(),
             "lr": self.adam.at.lr,
             "tokens_per_second": tokens / seconds,

@@ -30,9 +30,16 @@ def autograd_step(
     objective: Objective,
     target: Float[Tensor, "N d_out"] | None = None,
     progress: float = 1.0,
+    downstream: tuple[float, Float[Tensor, ""]] | None = None,
 ) -> TrainingLoss:
-    """Differentiate `training_loss`, then constrain and update."""
+    """Differentiate `training_loss`, then constrain and update.
+
+    `downstream` is a coefficient and a further term of the loss (see end_to_end.py).
+    """
     result = training_loss(sae, x, dead, objective, target, progress)
+    if downstream is not None:
+        coef, term = downstream
+        result = result._replace(loss=result.loss + coef * term, downstream=term.detach())
     names, parameters = zip(*sae.named_parameters(), strict=True)
     gradients = torch.autograd.grad(
         result.loss, parameters, allow_unused=True, materialize_grads=True

@@ -21,6 +21,7 @@ from .callbacks import Callback, Callbacks, callbacks_of
 from .columns import Columns
 from .config import TrainConfig
 from .describe import describe, describe_data
+from .end_to_end import EndToEnd
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
@@ -62,6 +63,7 @@ class Trainer:
         self.callbacks = Callbacks([*callbacks_of(config, source), *callbacks])
         self.progress = progress
         self.columns = Columns.of(config, source)
+        self.end_to_end = EndToEnd.of(config, source)
         check_batch(config.batch_size, source.n_tokens, source.d_in)
         self.plan = Plan.of(config, self.columns.width_out, source.n_tokens)
         self.device = torch.device(self.plan.device)
@@ -126,7 +128,8 @@ class Trainer:
         else:
             copy_weights_(sae, columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units))
         sae.to(self.device)
-        state = TrainState.fresh(sae, self.optimizer(sae, x), units)
+        downstream = self.end_to_end is not None
+        state = TrainState.fresh(sae, self.optimizer(sae, x), units, downstream)
         if not resume:  # last, so that a failed start leaves no files
             begin(config, self.plan, self.source.fingerprint, self.start_from)
             if self.start_from is not None:
@@ -239,7 +242,8 @@ class Trainer:
                 return fused_step(state.sae, state.adam, x, state.dead, objective, codes)
             progress = (state.step + 1) / plan.steps
             dead = state.dead, objective
-            return autograd_step(state.sae, state.adam, x, *dead, target, progress)
+            downstream = self.end_to_end and self.end_to_end.term(state, self.ordinary[0])
+            return autograd_step(state.sae, state.adam, x, *dead, target, progress, downstream)
 
     def check_finite(self, state: TrainState, batch: Batch) -> None:
         """ValueError if the loss was NaN or Inf since the last line; on a CPU, at this step."""

@@ -8,6 +8,7 @@ from fastsae.config import from_dict, to_dict
 from fastsae.data import ActivationShards, Synthetic
 from fastsae.nn.activations import CHOICES
 from fastsae.train import TrainConfig
+from tests.evals.conftest import gpt2 as gpt2
 
 
 @pytest.fixture(scope="session")
