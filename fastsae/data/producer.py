@@ -131,6 +131,8 @@ class ModelProducer:
         )
         self._max_document_tokens, self._heldout_fraction = max_document_tokens, heldout_fraction
         self._batch_tokens, self._dtype = batch_tokens, dtype
+        self.group_tokens = GROUP_BATCHES * batch_tokens
+        """Tokens in the windows of a group, which are sorted by length."""
         self.lock = threading.Lock()
         """Held while the model runs: its hooks see what other threads run."""
         about = (model.name_or_path, tokenizer.name_or_path, context_length, prepend_bos)
@@ -180,7 +182,7 @@ class ModelProducer:
             taken += 0 if heldout else len(self._windows.rows(window.ids))
             if max_tokens is not None and taken >= max_tokens:
                 break
-            if sizes[heldout] >= GROUP_BATCHES * self._batch_tokens:
+            if sizes[heldout] >= self.group_tokens:
                 yield groups[heldout], (window.document, window.number + 1), heldout
                 groups[heldout], sizes[heldout] = [], 0
         for heldout, group in groups.items():

@@ -45,6 +45,8 @@ class StreamConfig(ProducerConfig):
         producer, _ = open_producer(replace(config, hookpoint=names), files, model)
         row_bytes = sum(producer.widths.values()) * model.dtype.itemsize
         tokens, about = config.fitting(row_bytes), request(config, files, "any")
+        # A buffer takes whole groups.
+        producer.group_tokens = min(producer.group_tokens, max(self.batch_tokens, tokens // 8))
         stream = Stream(producer, tokens, model=config.model, harvest=about)
         return replace(config, buffer_tokens=tokens), stream
 

@@ -64,8 +64,8 @@ def test_rows_are_those_of_a_harvest(gpt2: Path, text: Path, tmp_path: Path):
     kept = settings(gpt2, text)
     folders = harvest_each(HarvestConfig(out=tmp_path / "acts", **kept), progress=False)
     whole = Joined(*folders.values())
-    config, stream = StreamConfig(buffer_tokens=400, **kept).open("cpu")
-    assert stream.d_in == whole.d_in and config.buffer_tokens == 400
+    config, stream = StreamConfig(buffer_tokens=4096, **kept).open("cpu")
+    assert stream.d_in == whole.d_in and config.buffer_tokens == 4096
     assert whole.heldout is not None and stream.heldout is not None
     for one, other in ((whole.heldout, stream.heldout),):
         rows = torch.arange(one.n_tokens)
