@@ -35,6 +35,17 @@ def choose_device(device: str) -> str:
 
 
 @contextmanager
+def same_gpu() -> Iterator[None]:
+    """Afterwards, torch's current GPU is the one from before."""
+    before = torch.cuda.current_device() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.cuda.set_device(before)
+
+
+@contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
     """Let a GPU round the inputs of float32 products to tf32, or not, for a while."""
     matmul = torch.backends.cuda.matmul

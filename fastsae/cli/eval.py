@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsae.config import to_dict
-from fastsae.data import Joined, StoredActivations, open_path, stored
+from fastsae.data import ActivationArray, Joined, StoredActivations, open_path, stored
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import write_json
 from fastsae.interop import load
@@ -43,8 +43,9 @@ def eval_data(run: Path, data: Path | None) -> StoredActivations:
     if data is not None:
         source = open_path(data)
     elif config := trained_with(run):
-        # The run's device may not be here.
-        _, source = opened({"": replace(config, device="auto")})
+        stream = config.stream and replace(config.stream, model_device=None)
+        here = replace(config, device="auto", stream=stream)  # the run's devices may not be here
+        _, source = opened({"": here}, fill=False)
         if config.data is None and stored_fingerprint(run) != source.fingerprint:
             raise ValueError(
                 f"the data that {run} was trained on are not here: say which --data to evaluate on"
@@ -57,6 +58,8 @@ def eval_data(run: Path, data: Path | None) -> StoredActivations:
 def trained_on(run: Path, data: StoredActivations) -> bool:
     """Whether the run was trained on just these rows."""
     config = trained_with(run)
+    if config is not None and config.stream is not None:
+        return isinstance(data, ActivationArray) and not data.has_contexts  # not what is held out
     first = data.sources[0] if isinstance(data, Joined) else data
     path = getattr(first, "path", None)
     if config is None or config.data is None or path is None:

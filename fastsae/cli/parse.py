@@ -163,8 +163,9 @@ def updated(cls: type, settings: Settings, values: Settings) -> Settings:
 
 
 def typed(given: Given, hints: dict[str, Any], positional: Sequence[str] = ()) -> dict[str, Any]:
-    """The values that words stand for; ValueError for an unknown name, or words too many."""
-    values, loose = {}, []
+    """The values that words stand for; ValueError for an unknown name, or words too many. A list
+    may be given in several parts."""
+    values, loose, lists = {}, [], dict[str, list[str]]()
     for name, words in given:
         if not name:
             loose += words
@@ -174,6 +175,8 @@ def typed(given: Given, hints: dict[str, Any], positional: Sequence[str] = ()) -
             name, words = name[3:], ["false", *words]
         if name not in hints:
             raise ValueError(unknown(name, hints))
+        if not stored and any(... in typing.get_args(kind) for kind in kinds_of(hints[name])):
+            words = lists[name] = lists.get(name, []) + words
         count = arity(hints[name], words)
         if stored and (len(words) != count or hints[name] is bool and not count):
             wanted = "one value" if count == 1 else f"{count} values"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastsae.data import StreamConfig
 from fastsae.train import Sweep, TrainConfig
 from fastsae.train.sweep import stored_sweep
 
@@ -21,7 +22,8 @@ from .parse import (
 )
 from .train import opened, sweep_table
 
-NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed")
+STREAM = tuple(field.name for field in dataclasses.fields(StreamConfig))
+NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed", *STREAM)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,16 +80,15 @@ def read_train(words: Sequence[str], sae: SAE | None = None) -> Train:
         start["activation"] = with_penalty(sae.activation.cfg, named)
         if unused := [name for name in ("activation", "threshold", *vars(Init())) if name in named]:
             raise ValueError(f"{option(unused[0])} has no effect with --start-from: leave it out")
-    command = filled(Train, given, config=start)
-    if not command.resume:
-        return command
-    out = command.config.out
+    if "resume" not in named or named["resume"] == ["false"]:
+        return filled(Train, given, config=start)
+    out = converted("--out", Path, named["out"][:1]) if "out" in named else TrainConfig().out
     for name in ("recipe", "start_from"):
-        if getattr(command, name) is not None:
+        if name in named:
             raise ValueError(f"--resume takes the settings of {out}: no {option(name)}")
     start = vars(stored_config(out))
     if "activation" in named:
-        start = with_activation(start, command.activation)
+        start = with_activation(start, converted("--activation", str, named["activation"][:1]))
     command = filled(Train, given, config=start)
     resumed_config(command.config)
     return command
@@ -169,10 +168,10 @@ def sweep_table(sweep: Sweep, resume: bool) -> str:
 
 
 def opened(
-    configs: dict[str, TrainConfig],
+    configs: dict[str, TrainConfig], *, fill: bool = True
 ) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
     """What SAEs of one sweep are trained on. Of a stream with several hookpoints, each SAE becomes
-    one for each hookpoint."""
+    one for each hookpoint. Unless its buffer is to be filled, it may be larger than memory."""
     first = next(iter(configs.values()))
     if first.stream is None:
         if any(config.downstream != "none" for config in configs.values()):
@@ -181,8 +180,10 @@ def opened(
     asked = [c.stream.hookpoints for c in configs.values() if c.stream is not None]
     union = tuple(dict.fromkeys(name for names in asked for name in names))
     further = [str(path) for path in (first.target, *first.layers) if path is not None]
+    if repeated := {name for name in (*union, *further) if (*union, *further).count(name) > 1}:
+        raise ValueError(f"hookpoint, target and layers must differ, got {min(repeated)} twice")
     whole = dataclasses.replace(first.stream, hookpoint=union).resolved()
-    stream, source = whole.open(choose_device(first.device), further)
+    stream, source = whole.open(choose_device(first.device), further, fill=fill)
     if further and len(stream.hookpoints) > 1:
         raise ValueError(f"a target or layers need one hookpoint, got {len(stream.hookpoints)}")
     found: dict[str, TrainConfig] = {}

@@ -69,13 +69,14 @@ class ActivationArray(Shuffled):
         self._x, self._contexts = x.detach() if isinstance(x, Tensor) else x, contexts
         self.n_tokens, self.d_in = map(int, x.shape)
         self.fingerprint = self._fingerprint()
-        """A short hash of all values; for a memory-mapped array, of its shape and its file's name
-        and size."""
+        """A short hash of all values; for a memory-mapped array, of its shape, its first and last
+        row, and its file's name and size."""
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(f"{tuple(self._x.shape)} {self._x.dtype}".encode(), digest_size=8)
         if self._mapped is not None:
             digest.update(f"{self._mapped.name} {self._mapped.stat().st_size}".encode())
+            digest.update(np.ascontiguousarray(self._x[[0, -1]]).data)  # it may be a slice
             return digest.hexdigest()
         for start in range(0, self.n_tokens, HASHED_ROWS):
             rows = self._x[start : start + HASHED_ROWS]

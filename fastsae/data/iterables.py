@@ -60,7 +60,7 @@ class IterableProducer:
         most = 0 if at_random or not heldout_tokens else _number_of(batches) // 20
         iterator, seen, size = self._open(), list[Tensor](), 0
         for batch in iterator:
-            seen.append(rows_of(batch, len(seen)))
+            seen.append(rows_of(batch, len(seen)).clone())  # a generator may reuse its memory
             size += len(seen[-1])
             if size >= heldout_tokens or len(seen) >= most:
                 break
@@ -86,7 +86,7 @@ class IterableProducer:
         first = max(first, len(self._heldout))
         joined, size = list[Tensor](), 0
         for number, batch in enumerate(self._from(first), first):
-            joined.append(self._checked(rows_of(batch, number), number))
+            joined.append(self._checked(rows_of(batch, number), number).clone())
             size += len(joined[-1])
             if size >= GROUP_ROWS:
                 yield Group((torch.cat(joined),), None, (number + 1,))

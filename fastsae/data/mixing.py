@@ -49,9 +49,6 @@ class Tally:
     model_seconds: float = 0.0
     copy_seconds: float = 0.0
     token_bytes: int = 0
-    documents: float = 0.0
-    """The effective number of documents in the last batch: exp of the entropy of their shares in
-    its rows."""
 
 
 @dataclass
@@ -96,7 +93,6 @@ class Mixer:
             missing -= len(places)
         x = self.timed(self.side_by_side, parts)
         numbers = torch.cat([part.numbers for part in parts]).numpy()
-        self.tally.documents = effective_number(numbers // DOCUMENT)
         return Batch(x, Cursor(self.turn, position, *self.begins[0]), numbers)
 
     def resume(self, cursor: Cursor, stopped: Callable[[], bool]) -> None:

@@ -64,7 +64,7 @@ def open_producer(
     model's; and the documents that it reads."""
     tokenizer = load_tokenizer(config.model, config.files)
     documents = _documents(config, files, tokenizer, model)
-    about = request(config, files, "any") | {"hookpoint": None, "dtype": str(dtype)}
+    about = request(config, files, "any") | {"dtype": str(dtype), "passes": config.batch_tokens}
     producer = ModelProducer(
         model,
         tokenizer,

@@ -2,14 +2,15 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsae.data.hookpoints import hidden_at, hookpoints_at
 from fastsae.data.model import PrependBos, TextWindows, TokenBatch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 GROUP_BATCHES = 4  # batches whose windows are sorted by length together
 HELDOUT_WINDOWS = 256  # longer documents are held out in runs of this many windows
+SEARCHED_WINDOWS = 100_000  # the most in which held-out ones are searched for
 FIRST_WINDOWS = 4096
 
 Place = tuple[int, ...]
@@ -67,6 +69,10 @@ class Producer(Protocol):
         """The groups of a part from a place on, up to the end of the data: the same groups for the
         same place, or a run cannot be resumed exactly."""
         ...
+
+
+_LOCKS: MutableMapping[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+"""One for each model: its hooks see what other threads run."""
 
 
 class NotFinite(ValueError):
@@ -133,10 +139,10 @@ class ModelProducer:
         self._batch_tokens, self._dtype = batch_tokens, dtype
         self.group_tokens = GROUP_BATCHES * batch_tokens
         """Tokens in the windows of a group, which are sorted by length."""
-        self.lock = threading.Lock()
+        self.lock = _LOCKS.setdefault(model, threading.Lock())
         """Held while the model runs: its hooks see what other threads run."""
         about = (model.name_or_path, tokenizer.name_or_path, context_length, prepend_bos)
-        about += (drop_first, max_document_tokens, heldout_fraction, str(dtype))
+        about += (drop_first, max_document_tokens, heldout_fraction, str(dtype), batch_tokens)
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
 
     def groups(
@@ -174,7 +180,10 @@ class ModelProducer:
         held out."""
         groups: dict[bool, list[_Window]] = {False: [], True: []}
         sizes, taken = {False: 0, True: 0}, 0
-        for window, heldout in self._cut(start):
+        windows = self._cut(start)
+        if part == "heldout":
+            windows = islice(windows, SEARCHED_WINDOWS if self._heldout_fraction else 0)
+        for window, heldout in windows:
             if part not in ("both", "heldout" if heldout else "train"):
                 continue
             groups[heldout].append(window)
@@ -226,6 +235,10 @@ class ModelProducer:
 
 
 def _numbered(documents: Iterable[Document]) -> Callable[[int], Iterator[tuple[int, Document]]]:
+    if isinstance(documents, Iterator):
+        raise ValueError(
+            "documents must be readable more than once, such as a list: got an iterator"
+        )
     return lambda start: islice(enumerate(documents), start, None)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from fastsae.data.arrays import ActivationArray
 from fastsae.data.joined import Joined
-from fastsae.data.mixing import BLOCKS_HELD, DOCUMENT, Chunk, Mixer, Tally
+from fastsae.data.mixing import BLOCKS_HELD, DOCUMENT, SHARES, Chunk, Mixer, Tally, effective_number
 from fastsae.data.prefetch import Batches
 from fastsae.data.producer import Group, Place, Producer
 from fastsae.data.shuffle import Cursor
@@ -42,6 +42,8 @@ class _Production:
         self._groups: Iterator[Group] | None = None
         self._at: Place = ()
         self._made = 0
+        self._empty = True
+        """Whether no rows have come since the beginning of the data."""
         self._again = False
 
     def block(
@@ -53,6 +55,7 @@ class _Production:
             return first
         if self._groups is None or self._at != start:
             self._groups, self._at = self.producer.groups(start), start
+            self._empty = not start
         chunks, size = list[Chunk](), 0
         while size < self.block_tokens:
             if stopped():
@@ -61,12 +64,13 @@ class _Production:
             group = next(self._groups, None)
             self.tally.model_seconds += time.perf_counter() - before
             if group is None:
-                self._begin_again(empty=not chunks and self._at == ())
+                self._begin_again()
                 if chunks:
                     break
                 continue
             self._at = group.next
             if len(group.rows[0]):
+                self._empty = False
                 chunks.append(self._chunk(group))
                 size += len(chunks[-1].numbers)
         return chunks, self._at
@@ -88,14 +92,14 @@ class _Production:
             self._heldout = whole, Contexts(*labels) if labels else None
         return self._heldout
 
-    def _begin_again(self, empty: bool) -> None:
-        if empty:
+    def _begin_again(self) -> None:
+        if self._empty:
             raise ValueError("the stream has no tokens")
         if not self._again:
             text = "the stream has come to its end and begins again: its tokens are seen repeatedly"
             say(text, logging.WARNING)
             self._again = True
-        self._groups, self._at = self.producer.groups(()), ()
+        self._groups, self._at, self._empty = self.producer.groups(()), (), True
 
     def _chunk(self, group: Group) -> Chunk:
         """A group's rows with their numbers; ValueError if they do not fit."""
@@ -156,6 +160,8 @@ class Stream:
     def _select(self, hookpoints: tuple[str, ...]) -> None:
         names = [*self.producer.widths]
         self.hookpoints = hookpoints
+        self._heldout: tuple[ActivationArray | Joined | None, ...] = ()
+        """What is held out, once it is known."""
         self.columns = [names.index(name) for name in hookpoints]
         self.widths = tuple(self.producer.widths[name] for name in hookpoints)
         self.d_in = sum(self.widths)
@@ -183,6 +189,11 @@ class Stream:
     def heldout(self) -> "ActivationArray | Joined | None":
         """Up to 65,536 rows that were held out, from the first documents. They are produced when
         they are first asked for. None if nothing is held out."""
+        if not self._heldout:
+            self._heldout = (self._held_out(),)
+        return self._heldout[0]
+
+    def _held_out(self) -> "ActivationArray | Joined | None":
         rows, contexts = self._production.heldout()
         if not len(rows[0]):
             return None
@@ -201,7 +212,7 @@ class Stream:
     def describe(self) -> str:
         """The buffer, in one line, once there are rows."""
         size = self.buffer_tokens * self.tally.token_bytes / 1e6
-        return f"buffer of {self.buffer_tokens:,} tokens ({size:,.0f} MB), which mixes documents"
+        return f"buffer of {self.buffer_tokens:,} tokens ({size:,.3g} MB), which mixes documents"
 
     def report(self, drawn: int) -> str:
         """What became of the tokens of a run that has drawn so many, and of its time."""
@@ -209,15 +220,15 @@ class Stream:
         shares = tally.model_seconds / seconds, tally.copy_seconds / seconds
         return (
             f"stream: {tally.produced:,} tokens produced, {drawn:,} drawn for training, "
-            f"{tally.produced - drawn:,} left in the buffer; of {seconds:,.0f} s, "
-            f"{shares[0]:.0%} in the model, {shares[1]:.0%} in the buffer"
+            f"{tally.produced - drawn:,} left in the buffer or in batches loaded ahead; "
+            f"of {seconds:,.0f} s, {shares[0]:.0%} in the model, {shares[1]:.0%} in the buffer"
         )
 
-    def readings(self) -> dict[str, float]:
-        """Numbers for the log: how well batches are mixed, and the time spent so far in the model
-        and in the buffer."""
+    def readings(self, rows: Int64[np.ndarray, " N"]) -> dict[str, float]:
+        """Numbers for the log: the effective number of documents in a batch of these rows, and the
+        time spent so far in the model and in the buffer."""
         return {
-            "documents_per_batch": self.tally.documents,
+            "documents_per_batch": effective_number(rows // DOCUMENT),
             "model_seconds": self.tally.model_seconds,
             "copy_seconds": self.tally.copy_seconds,
         }
@@ -247,7 +258,7 @@ class Stream:
         self, batch_size: int, seed: int = 0, cursor: Cursor | None = None, pin_memory: bool = False
     ) -> Batches:
         """See `ActivationSource`."""
-        if cursor is not None and cursor.place != ():
+        if cursor is not None and cursor.epoch >= len(SHARES):
             self._production.first = None  # it was for a sample alone
         mixer = Mixer(
             self._production.block, self.columns, seed, self.tally, batch_size, pin_memory

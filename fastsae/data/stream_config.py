@@ -9,7 +9,7 @@ from fastsae.data.hook_names import is_path, module_paths
 from fastsae.data.open_producer import loaded, open_producer, read_files, request
 from fastsae.data.producer_config import ProducerConfig
 from fastsae.data.stream import BUFFER_CONTEXTS, BUFFER_TOKENS, Stream
-from fastsae.device import check_device
+from fastsae.device import check_device, same_gpu
 from fastsae.memory import available_memory
 
 if TYPE_CHECKING:
@@ -34,17 +34,22 @@ class StreamConfig(ProducerConfig):
         if self.buffer_tokens is not None and self.buffer_tokens < 2:
             raise ValueError(f"buffer_tokens must be at least 2, got {self.buffer_tokens}")
 
-    def open(self, device: str, further: Sequence[str] = ()) -> "tuple[StreamConfig, Stream]":
+    def open(
+        self, device: str, further: Sequence[str] = (), *, fill: bool = True
+    ) -> "tuple[StreamConfig, Stream]":
         """The stream of all hookpoints, and of further ones; and the settings with what was left
         open: paths of modules for other names, and the size of the buffer. ValueError for text or
-        hookpoints that do not exist, and a buffer larger than the available memory."""
+        hookpoints that do not exist, and a buffer larger than the available memory, if it is to be
+        filled."""
         files = read_files(self)
-        model = loaded(self, self.model_device or device)
+        with same_gpu():  # that of training
+            model = loaded(self, self.model_device or device)
         config = self.with_paths(model)
         names = tuple(dict.fromkeys([*config.hookpoints, *further]))
         producer, _ = open_producer(replace(config, hookpoint=names), files, model)
         row_bytes = sum(producer.widths.values()) * model.dtype.itemsize
-        tokens, about = config.fitting(row_bytes), request(config, files, "any")
+        tokens = None if fill else self.buffer_tokens
+        tokens, about = tokens or config.fitting(row_bytes), request(config, files, "any")
         # A buffer takes whole groups.
         producer.group_tokens = min(producer.group_tokens, max(self.batch_tokens, tokens // 8))
         stream = Stream(producer, tokens, model=config.model, harvest=about)

@@ -14,7 +14,7 @@ CONFLICTS: Rules = [
         lambda c: c.data is not None and c.stream is not None,
     ),
     (
-        "steps must be given with a model: how long its text is is not known",
+        "steps must be given with a model: the length of its text is unknown",
         lambda c: c.stream is not None and c.steps is None,
     ),
     (
@@ -70,14 +70,6 @@ CONFLICTS: Rules = [
 ]
 
 STEP_CONFLICTS: Rules = [
-    (
-        "give either data or a model, got both: {c.data} and {c.stream.model}",
-        lambda c: c.data is not None and c.stream is not None,
-    ),
-    (
-        "steps must be given with a model: how long its text is is not known",
-        lambda c: c.stream is not None and c.steps is None,
-    ),
     (
         '{c.needs_autograd} needs the autograd step, got step "fused"',
         lambda c: c.step == "fused" and c.needs_autograd,

@@ -44,7 +44,7 @@ class Plan:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
         optimizer = config.optimizer
         if config.steps is None and n_tokens is None:
-            raise ValueError("steps must be given: how long the stream is is not known")
+            raise ValueError("steps must be given: the length of the stream is unknown")
         steps = config.steps or max(600, (n_tokens or 0) // config.batch_size)
         step = "autograd" if config.not_fused else "fused"
         device = choose_device(config.device)

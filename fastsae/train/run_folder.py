@@ -56,7 +56,7 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
     path = config.out / "config.json"
     found, wanted = _read(config.out), _document(config, fingerprint)
     if found.get("fingerprint") != fingerprint:
-        raise ValueError(f"{path} was written for other data than {named_data(config)}")
+        raise ValueError(f"{path} was written for other data: {named_data(config)} differ")
     if start_from is not None and found.get("start_from") != _digest(start_from):
         raise ValueError(f"{path} was written for a run that began from another SAE")
     # A setting that the run's version did not have yet has its default.
@@ -167,7 +167,9 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def named_data(config: TrainConfig) -> str:
     """What a run is trained on, for messages."""
-    return config.stream.model if config.stream else str(config.data or "these activations")
+    if config.stream is not None:
+        return f"the text or settings of {config.stream.model}"
+    return f"those in {config.data}" if config.data else "these activations"
 
 
 def latest(out: Path) -> Checkpoint | None:

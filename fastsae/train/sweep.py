@@ -64,7 +64,7 @@ class Sweep:
                 if one != two:
                     raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
         if any(config.patience is not None for config in configs.values()):
-            raise ValueError("patience must be none in a sweep: its SAEs train on the same tokens")
+            raise ValueError("patience must be none where several SAEs train on the same tokens")
         seed = first.seed if first.data_seed is None else first.data_seed
         self.source = source = as_source(source)
         self.out, self.first, self.progress = out, next(iter(configs)), progress

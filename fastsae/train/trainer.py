@@ -215,7 +215,8 @@ class Trainer:
         logged = config.log_every, config.eval_every or config.log_every
         if self.ended(state) or not all(state.step % every for every in logged):
             self.check_finite(state, batch)
-            numbers = self.source.readings() if isinstance(self.source, Stream) else {}
+            source = self.source
+            numbers = source.readings(batch.rows) if isinstance(source, Stream) else {}
             line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
             log.write(line)

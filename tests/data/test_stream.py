@@ -224,3 +224,36 @@ def test_an_interrupt_does_not_wait_for_the_buffer(gpt2: Path, text: Path, tmp_p
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved; continue with --resume" in said
+
+
+def test_repeated_hookpoints_are_all_taken_and_settings_of_one_sae_refused(
+    gpt2: Path, text: Path, tmp_path: Path
+):
+    given = words(tmp_path / "run", gpt2, text, "--hookpoint", "transformer.h.2", "--steps", "3")
+    assert "transformer.h.2" in train(given)
+    with pytest.raises(ValueError, match="context_length cannot be set per SAE"):
+        sweep(["topk:k=4", "topk:k=8,context_length=16", *words(tmp_path / "x", gpt2, text)])
+    same = ["--target", HOOKS[0]]
+    with pytest.raises(ValueError, match=r"must differ, got transformer.h.1 twice"):
+        train(words(tmp_path / "y", gpt2, text, *same))
+
+
+def test_text_without_a_row_is_refused(gpt2: Path, text: Path, tmp_path: Path):
+    """All positions are first ones, and left out."""
+    more = ["--drop-first", "--context-length", "1"]
+    with pytest.raises(ValueError, match="the stream has no tokens"):
+        train(words(tmp_path / "run", gpt2, text, *more))
+    producer = load_model(str(gpt2)), load_tokenizer(str(gpt2))
+    with pytest.raises(ValueError, match="readable more than once"):
+        ModelProducer(*producer, iter(["a text"]), ["transformer.h.1"])
+
+
+def test_a_run_resumes_only_on_the_same_text(gpt2: Path, text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    train(words(out, gpt2, text))
+    assert train(["--resume", "--out", str(out)]).startswith("  FVU")
+    with pytest.raises(ValueError, match="context_length = 16 differs"):
+        train(["--resume", "--out", str(out), "--context-length", "16"])
+    (text / "00.txt").write_text("another text")
+    with pytest.raises(ValueError, match="written for other data: the text or settings of"):
+        train(["--resume", "--out", str(out)])

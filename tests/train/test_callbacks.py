@@ -102,7 +102,7 @@ def test_the_saes_of_a_sweep_are_evaluated_too(config, data, tmp_path, monkeypat
         (*_, last) = read_lines(tmp_path / "7" / name / "metrics.jsonl")
         assert last["heldout_fvu"] == reconstruction(sae, source.heldout or source).fvu
     patient = {"k2": config(eval_every=7, patience=1)}
-    with pytest.raises(ValueError, match="patience must be none in a sweep"):
+    with pytest.raises(ValueError, match="patience must be none where several SAEs"):
         Sweep(patient, source, tmp_path / "patient")
 
 

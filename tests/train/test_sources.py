@@ -58,7 +58,7 @@ def test_a_function_resumes_after_it_fails(x, tmp_path):
     with pytest.raises(Stop):
         Trainer(broken, stream(failing)).fit()
     assert {path.name for path in (broken.out / "checkpoints").iterdir()} != set()
-    with pytest.raises(ValueError, match="other data than these activations"):
+    with pytest.raises(ValueError, match="other data: these activations differ"):
         Trainer(broken, stream(lambda: (-x).split(100))).fit(resume=True)
     found = Trainer(broken, stream(sound)).fit(resume=True)
     assert torch.equal(found.W_enc, expected.W_enc)
