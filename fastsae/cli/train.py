@@ -44,8 +44,7 @@ class Train:
     --text or --dataset: one SAE for each --hookpoint. Without either, it trains on demo
     activations, harvested once and cached: a complete run in a few minutes on two CPU cores.
 
-    With --activation NAME, --help-all lists the options of that
-    activation.
+    With --activation NAME, --help-all lists the options of that activation.
     """
 
     activation: str = "topk"

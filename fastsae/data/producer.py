@@ -26,7 +26,7 @@ SEARCHED_WINDOWS = 100_000  # the most in which held-out ones are searched for
 FIRST_WINDOWS = 4096
 
 Place = tuple[int, ...]
-"""Where a producer goes on; () is its beginning."""
+"""Where a producer continues; () is its beginning."""
 
 Part = Literal["train", "heldout", "both"]
 
@@ -41,7 +41,7 @@ class Group(NamedTuple):
     """Where the rows come from, if it is known."""
 
     next: Place
-    """Where the producer goes on after them."""
+    """Where the producer continues after them."""
 
     heldout: bool = False
     """Whether the rows are set aside for evaluation."""

@@ -46,7 +46,7 @@ class Callback:
 
 
 class HeldoutEvaluation(Callback):
-    """Adds the numbers of the SAE on held-out data to a line of metrics, every so many steps."""
+    """Adds the SAE's numbers on held-out data to every line of metrics at a multiple of `every`."""
 
     def __init__(self, every: int):
         self.every = every

@@ -144,7 +144,7 @@ def test_activations_are_stored_in_the_precision_of_the_weights(
 
 
 def usage(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    """A disk with so many bytes left."""
+    """A disk with this many free bytes."""
     real = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: real._replace(free=free))
 
