@@ -1,0 +1,100 @@
+"""How an SAE's latents and a batch's tokens are spread over processes.
+
+`Shards` is one process, which has all of both: what it does with others is nothing, and its methods
+return what they are given. `fastsae.distributed` has the one for a mesh of processes. The step, the
+losses and the activations are written against these methods, so there is one code path.
+
+A mesh has two axes. Along `latent`, processes hold different latents (rows of both weights) and see
+the same tokens; along `data`, they hold the same latents and encode different tokens.
+Shapes: N tokens of the batch, M of them of this process's place on the data axis, K entries.
+"""
+
+from typing import TypeVar
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from fastsae.codes import Codes
+from fastsae_kernels import By, squared_error
+
+Anything = TypeVar("Anything")
+
+
+class Shards:
+    """One process, and what a mesh of them has to offer."""
+
+    rank: int = 0
+    """This process's number; number 0 speaks, logs and writes for all."""
+    size: int = 1
+    """Number of processes: data * latent."""
+    latent: int = 1
+    """Processes among which the latents are divided."""
+    data: int = 1
+    """Processes among which the tokens are divided."""
+    latent_rank: int = 0
+    """Place on the latent axis; ranks are numbered along it first."""
+    data_rank: int = 0
+    """Place on the data axis."""
+
+    def rows(self, d_sae: int) -> slice:
+        """The latents of this process: an equal share of d_sae, which must be divisible."""
+        return slice(0, d_sae)
+
+    # --- tokens ------------------------------------------------------------------------------
+
+    def gather_tokens(self, own: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "N ..."]:
+        """Of all tokens, from each process's N / size of them, in the order of ranks."""
+        return own
+
+    def own_tokens(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
+        """Of the tokens of this place on the data axis, from all tokens."""
+        return x
+
+    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
+        """Of all tokens and this process's latents, from each place on the data axis."""
+        return own
+
+    # --- latents -----------------------------------------------------------------------------
+
+    def keep_best(self, codes: Codes, k: int, by: By) -> Codes:
+        """Of every process's k best entries of each token, largest first, those of this process
+        that are among the k best of all; others become 0. Ties go to the lowest latent."""
+        return codes
+
+    def total(self, part: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Sum of the parts of all places on the latent axis, in their order. Its gradient is that
+        of each part."""
+        return part
+
+    def spread(self, whole: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """What all places on the latent axis have, for use by each. Its gradient is the sum of
+        theirs."""
+        return whole
+
+    def squared_error(
+        self,
+        codes: Codes,
+        W_dec: Float[Tensor, "d_sae d_out"],
+        b_dec: Float[Tensor, " d_out"],
+        target: Float[Tensor, "M d_out"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N d_out"], Float[Tensor, "M K"]]:
+        """`fastsae_kernels.squared_error` of the reconstruction by all latents: squared errors and
+        errors of all tokens, and dot products of this process's entries."""
+        return squared_error(codes.values, codes.latents(), W_dec, b_dec, target)
+
+    def below(self, d_sae: int) -> int:
+        """How many of this process's latents are among the first d_sae."""
+        return d_sae
+
+    # --- agreement ---------------------------------------------------------------------------
+
+    def all_of(self, value: Anything) -> list[Anything]:
+        """Every process's value, by rank: small Python objects. Waits for all."""
+        return [value]
+
+    def __deepcopy__(self, memo: object) -> "Shards":
+        return self
+
+
+ONE_PROCESS = Shards()
+"""The default everywhere."""
