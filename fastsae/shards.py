@@ -9,6 +9,7 @@ the same tokens; along `data`, they hold the same latents and encode different t
 Shapes: N tokens of the batch, M of them of this process's place on the data axis, K entries.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from jaxtyping import Float, Shaped
@@ -18,6 +19,10 @@ from fastsae.codes import Codes
 from fastsae_kernels import By, squared_error
 
 Anything = TypeVar("Anything")
+
+
+class ElsewhereError(ValueError):
+    """Another process of the mesh has failed."""
 
 
 class Shards:
@@ -95,11 +100,27 @@ class Shards:
         """How many of this process's `own` latents are among the first d_sae of all."""
         return d_sae
 
+    def gather_latents(self, own: Shaped[Tensor, "share ..."]) -> Shaped[Tensor, "d_sae ..."]:
+        """What belongs to all latents, from what belongs to those of each process."""
+        return own
+
     # --- agreement ---------------------------------------------------------------------------
 
     def all_of(self, value: Anything) -> list[Anything]:
         """Every process's value, by rank: small Python objects. Waits for all."""
         return [value]
+
+    def agree(self, error: Exception | None = None, signum: int | None = None) -> int | None:
+        """The signal that any process has received. An error of any process is raised on all: its
+        own where it has one, else an `ElsewhereError`."""
+        if error is not None:
+            raise error
+        return signum
+
+    def on_first(self, do: Callable[[], Anything]) -> Anything | None:
+        """Do on process 0 what only one may do, such as writing a file, and have its result there;
+        its error is raised on all."""
+        return do()
 
     def __deepcopy__(self, memo: object) -> "Shards":
         return self

@@ -1,5 +1,6 @@
 """A mesh of processes: how they are arranged, and what they do for each other in a step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastsae.codes import Codes
-from fastsae.shards import Shards
+from fastsae.shards import ElsewhereError, Shards
 from fastsae_kernels import By, decode, gather_dot, squared_error
 
 from .collectives import Group, Spread, Total, gather, sum_shares
@@ -101,6 +102,9 @@ class Mesh(Shards):
         values = codes.values[:, :width].where(kept, 0.0)
         return Codes(values, codes.latents()[:, :width], codes.d_sae)
 
+    def gather_latents(self, own: Shaped[Tensor, "share ..."]) -> Shaped[Tensor, "d_sae ..."]:
+        return gather(own, self.along_latent).flatten(0, 1)
+
     def counts(self, own: int) -> tuple[int, ...]:
         return tuple(gather(torch.tensor(own, device=self.device), self.along_latent).tolist())
 
@@ -140,6 +144,25 @@ class Mesh(Shards):
         found: list = [None] * self.size
         dist.all_gather_object(found, value, group=self.control)
         return found
+
+    def agree(self, error: Exception | None = None, signum: int | None = None) -> int | None:
+        own = torch.tensor([error is not None, signum or 0], dtype=torch.int32)
+        failed, signals = gather(own, self.control).T.tolist()
+        if any(failed):
+            texts = self.all_of(str(error) if error else None)
+            rank, text = next((r, text) for r, text in enumerate(texts) if text is not None)
+            raise error or ElsewhereError(f"process {rank} has failed: {text}")
+        return max(signals) or None
+
+    def on_first(self, do: Callable[[], Anything]) -> Anything | None:
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = do()
+            except Exception as raised:
+                error = raised
+        self.agree(error)
+        return result
 
 
 def _group_of(every: list[list[int]]) -> Group:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastsae.nn import SAE
+from fastsae.nn import SAE, Activation
 from fastsae.shards import Shards
 
 PER_LATENT = "W_enc", "b_enc", "W_dec"
@@ -11,12 +11,12 @@ SUPPORTED = "topk", "batchtopk", "jumprelu", "relu", "gated"
 """Activations whose codes, penalties and state add up over processes."""
 
 
-def why_not_sharded(sae: SAE) -> str | None:
-    """What of an SAE cannot be divided by latents, if anything."""
-    cfg = sae.activation.cfg
-    if cfg.name not in SUPPORTED:
-        return f'activation "{cfg.name}"'
-    return 'gradient "rotation"' if sae.activation.decodes else None
+def why_not_divided(activation: Activation) -> str | None:
+    """Why an SAE with this activation cannot be divided by latents; None if it can."""
+    name = activation.cfg.name
+    if name not in SUPPORTED:
+        return f'activation "{name}"'
+    return 'gradient "rotation"' if activation.decodes else None
 
 
 def parallelize(sae: SAE, shards: Shards) -> SAE:
@@ -29,13 +29,13 @@ def parallelize(sae: SAE, shards: Shards) -> SAE:
     """
     if shards.size == 1:
         return sae
-    if shards.latent > 1 and (reason := why_not_sharded(sae)):
+    if shards.latent > 1 and (reason := why_not_divided(sae.activation)):
         raise ValueError(f"{reason} cannot be divided by latents: use a mesh with latent=1")
     rows = shards.rows(sae.d_sae)
     if sae.W_enc.is_meta:
         sae.activation = sae.activation.cfg.build()
         sae.activation.build(sae.d_in, sae.d_sae)
-    for name in per_latent(sae):
+    for name in per_latent(sae, sae.d_sae):
         module, _, own = name.rpartition(".")
         _keep_rows(sae.get_submodule(module), own, rows)
     for name, parameter in list(sae.named_parameters()):
@@ -45,13 +45,12 @@ def parallelize(sae: SAE, shards: Shards) -> SAE:
     return sae
 
 
-def per_latent(sae: SAE) -> list[str]:
-    """Names of the parameters and buffers that have one row per latent, of a whole SAE."""
-    others = [
-        name for name, tensor in sae.activation.state_dict().items()
-        if tensor.shape[:1] == (sae.d_sae,)
-    ]  # fmt: skip
-    return [*PER_LATENT, *(f"activation.{name}" for name in others)]
+def per_latent(sae: SAE, rows: int | None = None) -> list[str]:
+    """Names of the parameters and buffers that have one row for each latent of this process."""
+    rows = len(sae.W_enc) if rows is None else rows
+    others = sae.activation.state_dict().items()
+    sized = [f"activation.{name}" for name, value in others if value.shape[:1] == (rows,)]
+    return [*PER_LATENT, *sized]
 
 
 def _keep_rows(module: nn.Module, name: str, rows: slice) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastsae.config import to_dict
 from fastsae.files import claimed, read_json, shown, write_json
 from fastsae.nn import SAE
 from fastsae.progress import say
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae.version import __version__, written_by
 
 from .config import TrainConfig, read_config
@@ -26,11 +27,15 @@ FROM_STEPS = ("steps", "lr", "warmup", "dead_after", "dead_every")
 
 
 @contextmanager
-def claimed_run(out: Path) -> Iterator[None]:
-    """Hold the folder, made if need be, for one process; ValueError if another one has it."""
-    with claimed(out) as mine:
-        if not mine:
-            raise ValueError(f"another process is training in {out}")
+def claimed_run(out: Path, shards: Shards = ONE_PROCESS) -> Iterator[None]:
+    """Hold the folder, made if need be, for one run; ValueError if another one has it."""
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            if not stack.enter_context(claimed(out)):
+                raise ValueError(f"another process is training in {out}")
+
+        shards.on_first(claim)
         yield
 
 

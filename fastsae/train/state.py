@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data import Batch, Cursor
+from fastsae.distributed.parallelize import per_latent
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE
 
@@ -24,11 +25,14 @@ class TrainState:
     tokens_since_fired: Tensor
     """int64 [d_sae]: tokens seen since each latent was last active."""
     dead: Tensor
-    """int64 [n_dead]: the latents that count as dead, rising."""
+    """int64 [n_dead]: the latents that count as dead, rising; where processes share the latents,
+    numbers among this one's."""
     units: Standardization
     """What is done to activations before training."""
     left_out: Tensor
     """int64 []: tokens left out so far because of their norm."""
+    n_dead: int = 0
+    """The number of dead latents of all processes."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -46,13 +50,14 @@ class TrainState:
     def fresh(
         cls, sae: SAE, adam: Adam, units: Standardization, downstream: bool = False
     ) -> "TrainState":
-        counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+        counters = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=sae.W_enc.device)
         sums = torch.zeros(6 + downstream, device=counters.device)
         return cls(sae, adam, counters, counters[:0], units, counters.new_zeros(()), sums=sums)
 
     def find_dead(self, dead_after: int) -> None:
         """Update the set of dead latents; this waits for a GPU."""
         self.dead = (self.tokens_since_fired >= dead_after).nonzero()[:, 0]
+        self.n_dead = sum(self.sae.shards.counts(len(self.dead)))
 
     def advance(self, result: TrainingLoss, batch: Batch) -> None:
         """Count a step that has been made."""
@@ -73,6 +78,7 @@ class TrainState:
         self.sums.zero_()
         tokens, seconds = self.tokens - self.logged[0], self.seconds - self.logged[1]
         self.logged = self.tokens, self.seconds
+        dead = self.sae.shards.counts(int((self.tokens_since_fired >= dead_after).sum()))
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -82,7 +88,7 @@ class TrainState:
             "penalty": penalty / count,
             "l0": l0 / count,
             **({"downstream": downstream[0] / count} if downstream else {}),
-            "dead_fraction": (self.tokens_since_fired >= dead_after).float().mean().item(),
+            "dead_fraction": sum(dead) / self.sae.d_sae,
             "lr": self.adam.at.lr,
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
@@ -103,6 +109,16 @@ class TrainState:
             "left_out": self.left_out,
             "rng": torch.get_rng_state(),
         }
+
+    def per_latent(self) -> list[str]:
+        """Which of the tensors have one row for each latent of this process."""
+        weights = per_latent(self.sae)
+        moments = [
+            f"adam.{kind}.{name}" for kind in ("first", "second", "average") for name in weights
+        ]
+        counters = ["adam.updated", "tokens_since_fired", "dead"]
+        found = self.tensors()
+        return [n for n in (*(f"sae.{n}" for n in weights), *moments, *counters) if n in found]
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint keeps in JSON."""
@@ -133,6 +149,7 @@ class TrainState:
         try:
             torch.set_rng_state(tensors["rng"])
             self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
+            self.n_dead = sum(self.sae.shards.counts(len(self.dead)))
             self.adam.restored(meta["step"])
             self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
             self.units.scales = tuple(meta["scales"])
