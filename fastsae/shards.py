@@ -9,7 +9,6 @@ the same tokens; along `data`, they hold the same latents and encode different t
 Shapes: N tokens of the batch, M of them of this process's place on the data axis, K entries.
 """
 
-from collections.abc import Callable
 from typing import TypeVar
 
 from jaxtyping import Float, Shaped
@@ -19,10 +18,6 @@ from fastsae.codes import Codes
 from fastsae_kernels import By, squared_error
 
 Anything = TypeVar("Anything")
-
-
-class ElsewhereError(ValueError):
-    """Another process of the mesh has failed."""
 
 
 class Shards:
@@ -110,17 +105,9 @@ class Shards:
         """Every process's value, by rank: small Python objects. Waits for all."""
         return [value]
 
-    def agree(self, error: Exception | None = None, signum: int | None = None) -> int | None:
-        """The signal that any process has received. An error of any process is raised on all: its
-        own where it has one, else an `ElsewhereError`."""
-        if error is not None:
-            raise error
-        return signum
-
-    def on_first(self, do: Callable[[], Anything]) -> Anything | None:
-        """Do on process 0 what only one may do, such as writing a file, and have its result there;
-        its error is raised on all."""
-        return do()
+    def largest(self, own: int) -> int:
+        """The largest number that any process has: what every step can afford to ask."""
+        return own
 
     def __deepcopy__(self, memo: object) -> "Shards":
         return self

@@ -1,6 +1,6 @@
 """Damages the files that fastsae reads, at random: each one must load or be refused by one error.
 
-    python tests/fuzz.py --seconds 600 [--seed 1000] [--only openai]
+    python -m tests.fuzz --seconds 600 [--seed 1000] [--only openai]
 
 A loader may raise ValueError, FileNotFoundError or PermissionError. It may take MAX_SECONDS, and
 memory in proportion to the size of its files. Every seed is a run of its own; those in KEPT, which
@@ -39,6 +39,7 @@ from fastsae.data import ShardWriter, VllmHiddenStates, as_source
 from fastsae.data.ordinary import Ordinary
 from fastsae.files import write_json
 from fastsae.nn import TopKConfig
+from fastsae.shards import Shards
 from fastsae.train.comparison import comparison_table
 from fastsae.train.curves import PANELS
 from fastsae.train.log import read_lines
@@ -50,6 +51,8 @@ from fastsae.train.state import TrainState
 from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import begin as begin_sweep
 from fastsae.train.sweep import stored_sweep
+
+from .processes import run_all
 
 KEPT = (0, 7005)
 MAX_SECONDS = 2.0
@@ -116,6 +119,18 @@ def state() -> TrainState:
 def write_checkpoint(folder: Path) -> None:
     whole = state()
     save_checkpoint(folder, 5, whole.tensors(), whole.meta(), 1)
+
+
+def write_checkpoint_of_two(folder: Path) -> None:
+    """By two processes."""
+    tensors, meta = state().tensors(), state().meta()
+    names = [name for name, tensor in tensors.items() if tensor.shape[:1] == (D_SAE,)]
+
+    def save_part(shards: Shards) -> None:
+        own = {name: tensors[name][shards.rows(D_SAE)] for name in names}
+        save_checkpoint(folder, 5, tensors | own, meta, 1, names, shards)
+
+    run_all(1, 2, save_part)
 
 
 def write_older_checkpoint(folder: Path) -> None:
@@ -213,6 +228,7 @@ LOADERS = {
     "fastsae, older": Loader(save_older_native, fastsae.load),
     **{form: Loader(functools.partial(sound, form), read_foreign) for form in FORMS},
     "checkpoint": Loader(write_checkpoint, restore_checkpoint),
+    "checkpoint of two": Loader(write_checkpoint_of_two, restore_checkpoint),
     "checkpoint, older": Loader(write_older_checkpoint, restore_checkpoint),
     "run": Loader(write_run, read_run),
     "sweep": Loader(write_sweep, stored_sweep),

@@ -17,6 +17,10 @@ import fastsae
 from fastsae import SAE, TopK, interop
 from fastsae.checkpoint import list_checkpoints, load_checkpoint, newest_intact, save_checkpoint
 from fastsae.cli.convert import main as convert
+from fastsae.sharded import save_sharded
+from fastsae.shards import Shards
+
+from .processes import run_all
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process"),
@@ -67,14 +71,27 @@ def found(folder: Path, saes: dict[str, SAE]) -> str:
     return weights[0]
 
 
+def save_by_two(sae: SAE, folder: Path) -> None:
+    """As `SAE.save`, by two processes."""
+    names = ["W_enc", "b_enc", "W_dec"]
+
+    def save_part(shards: Shards) -> None:
+        rows, tensors = shards.rows(sae.d_sae), sae.state_dict()
+        tensors |= {name: tensors[name][rows] for name in names}
+        save_sharded(tensors, sae.config(), folder, names, shards)
+
+    run_all(1, 2, save_part)
+
+
+@pytest.mark.parametrize("save_new", [SAE.save, save_by_two])
 @pytest.mark.parametrize("older", [False, True])
-def test_an_sae_is_replaced_as_a_whole(older, tmp_path):
+def test_an_sae_is_replaced_as_a_whole(older, save_new, tmp_path):
     saes, states = {"old": SAE(6, 10, TopK(3)), "new": SAE(6, 10, TopK(5))}, []
     for event in itertools.count():
         saes["old"].save(tmp_path)
         if older:
             without_checksum(tmp_path)
-        killed = killed_at(event, lambda: saes["new"].save(tmp_path))
+        killed = killed_at(event, lambda: save_new(saes["new"], tmp_path))
         states.append(found(tmp_path, saes))
         if not killed:
             break
@@ -146,23 +163,30 @@ def test_several_conversions_to_one_directory_do_not_mix(tmp_path):
 
 
 def save(run: Path, step: int, value: float) -> None:
-    save_checkpoint(run, step, {"x": torch.tensor(value)}, {"value": value}, keep=1)
+    save_checkpoint(run, step, {"x": torch.full((2,), value)}, {"value": value}, keep=1)
+
+
+def save_halves(run: Path, step: int, value: float) -> None:
+    """By two processes."""
+    half, meta = {"x": torch.tensor([value])}, {"value": value}
+    run_all(1, 2, lambda shards: save_checkpoint(run, step, half, meta, 1, ["x"], shards))
 
 
 def newest(run: Path) -> float:
     tensors, meta = load_checkpoint(list_checkpoints(run)[-1])
-    assert float(tensors["x"]) == meta["value"]
+    assert tensors["x"].tolist() == [meta["value"]] * 2
     return meta["value"]
 
 
+@pytest.mark.parametrize("save_new", [save, save_halves])
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_checkpoint_is_listed_whenever_saving_another_is_killed(step, tmp_path):
+def test_a_checkpoint_is_listed_whenever_saving_another_is_killed(step, save_new, tmp_path):
     """Also if it is of the same step, and but one is kept."""
     states = []
     for event in itertools.count():
         run = tmp_path / str(event)
         save(run, 1, 1.0)
-        killed = killed_at(event, lambda run=run: save(run, step, 2.0))
+        killed = killed_at(event, lambda run=run: save_new(run, step, 2.0))
         states.append(newest(run))
         save(run, step, 3.0)
         assert newest(run) == 3.0 and len([*run.iterdir()]) == 1, "nothing is left of the killed"

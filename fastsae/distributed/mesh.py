@@ -1,6 +1,5 @@
 """A mesh of processes: how they are arranged, and what they do for each other in a step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastsae.codes import Codes
-from fastsae.shards import ElsewhereError, Shards
+from fastsae.shards import Shards
 from fastsae_kernels import By, decode, gather_dot, squared_error
 
 from .collectives import Group, Spread, Total, gather, sum_shares
@@ -62,7 +61,9 @@ class Mesh(Shards):
         ranks = torch.arange(self.size).view(axes.data, axes.latent)
         self.along_latent = _group_of(ranks.tolist())
         self.along_data = _group_of(ranks.T.tolist())
-        self.control = dist.new_group(backend="gloo")
+        control = dist.new_group(backend="gloo")
+        assert isinstance(control, dist.ProcessGroup), "it has all processes"
+        self.control = control
         """For small Python objects, in the memory of the CPU."""
 
     def rows(self, d_sae: int) -> slice:
@@ -145,24 +146,8 @@ class Mesh(Shards):
         dist.all_gather_object(found, value, group=self.control)
         return found
 
-    def agree(self, error: Exception | None = None, signum: int | None = None) -> int | None:
-        own = torch.tensor([error is not None, signum or 0], dtype=torch.int32)
-        failed, signals = gather(own, self.control).T.tolist()
-        if any(failed):
-            texts = self.all_of(str(error) if error else None)
-            rank, text = next((r, text) for r, text in enumerate(texts) if text is not None)
-            raise error or ElsewhereError(f"process {rank} has failed: {text}")
-        return max(signals) or None
-
-    def on_first(self, do: Callable[[], Anything]) -> Anything | None:
-        result, error = None, None
-        if self.rank == 0:
-            try:
-                result = do()
-            except Exception as raised:
-                error = raised
-        self.agree(error)
-        return result
+    def largest(self, own: int) -> int:
+        return int(gather(torch.tensor(own), self.control).max())
 
 
 def _group_of(every: list[list[int]]) -> Group:

@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,13 +82,18 @@ def is_shape(values: Sequence[Any]) -> bool:
     return sizes and math.prod(v or 1 for v in values) < 2**48
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped; a ValueError names the file if it is missing or
-    damaged."""
+def read_tensors(
+    path: Path, rows: slice = slice(None), of: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped, with only some rows of those that `of` names; a
+    ValueError names the file if it is missing or damaged."""
     read_header(path)  # the library would read 100 MB of header, and skips duplicate names
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: file.get_slice(name)[rows] if name in of else file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118
+            }
     except (SafetensorError, OSError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a complete safetensors file: {shown(str(error))}"

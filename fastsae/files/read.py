@@ -4,14 +4,15 @@ import json
 import math
 import reprlib
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 32
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a regular file to read; ValueError if there is none, PermissionError if it is not
     readable."""
     try:

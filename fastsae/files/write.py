@@ -4,7 +4,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,19 @@ def write_files(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> None
     writes = {folder / name: writers[Path(name).suffix](c) for name, c in contents.items()}
     settings = next(iter(writes))
     if CHECKSUM in contents[settings.name]:
-        _finish(*writes)
+        finish(*writes)
         _replace(writes)
     else:
         _replace(dict(reversed(writes.items())), remove=settings)
 
 
-def _finish(settings: Path, tensors: Path) -> None:
+def write_settings(path: Path, settings: Mapping[str, Any], tensors: Path) -> None:
+    """Write an SAE's settings as `write_files` does, and rename its tensors, which are complete
+    under their temporary name; without them if it fails."""
+    _replace({path: _json_writer(settings)}, staged=[tensors])
+
+
+def finish(settings: Path, tensors: Path) -> None:
     """Rename the tensors of an SAE whose writer was killed after it had renamed the settings: they
     exist only under the temporary name, which is about to be reused."""
     pending = temporary_of(tensors)
@@ -63,8 +69,11 @@ def _finish(settings: Path, tensors: Path) -> None:
             sync_directory(tensors.parent)
 
 
-def _replace(writes: Mapping[Path, Write], remove: Path | None = None) -> None:
-    """Write files of one folder under temporary names, remove a file, then rename them in order."""
+def _replace(
+    writes: Mapping[Path, Write], remove: Path | None = None, staged: Sequence[Path] = ()
+) -> None:
+    """Write files of one folder under temporary names, remove a file, then rename them in order,
+    last those that are staged: already complete under their temporary names."""
     first, *later = writes
     path = first
     try:
@@ -76,13 +85,13 @@ def _replace(writes: Mapping[Path, Write], remove: Path | None = None) -> None:
         path = first
         os.replace(temporary_of(path), path)
     except BaseException as error:
-        for staged in writes:
-            temporary_of(staged).unlink(missing_ok=True)
+        for unfinished in (*writes, *staged):
+            temporary_of(unfinished).unlink(missing_ok=True)
         if isinstance(error, OSError | SafetensorError):
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"{path} cannot be written: {reason}") from None
         raise
-    for path in later:
+    for path in (*later, *staged):
         os.replace(temporary_of(path), path)
     sync_directory(path.parent)
 

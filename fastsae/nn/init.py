@@ -140,9 +140,9 @@ def init_from_data(
 
     Decoder rows are random directions, encoder rows the same, of the lengths that `init` says, and
     b_dec is the geometric median of x; b_enc is 0, or such that as many latents are active as
-    `init` says. Where processes share the latents, each one draws its own, and all need the same
-    sample and generator. ValueError if that cannot be. A transcoder takes its decoder and b_dec from a
-    sample of its target, and its encoder rows on their own from x.
+    `init` says. ValueError if that cannot be. A transcoder takes its decoder and b_dec from a
+    sample of its target, and its encoder rows on their own from x. Where processes share the
+    latents, each draws its own; all need the same sample and generator.
     """
     init = init or Init()
     init.check(sae)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fastsae.checkpoint import Checkpoint, newest_intact
 from fastsae.config import to_dict
 from fastsae.files import claimed, read_json, shown, write_json
+from fastsae.meeting import on_first
 from fastsae.nn import SAE
 from fastsae.progress import say
 from fastsae.shards import ONE_PROCESS, Shards
@@ -35,7 +35,7 @@ def claimed_run(out: Path, shards: Shards = ONE_PROCESS) -> Iterator[None]:
             if not stack.enter_context(claimed(out)):
                 raise ValueError(f"another process is training in {out}")
 
-        shards.on_first(claim)
+        on_first(shards, claim)
         yield
 
 
@@ -175,12 +175,6 @@ def named_data(config: TrainConfig) -> str:
     if config.stream is not None:
         return f"the text or settings of {config.stream.model}"
     return f"those in {config.data}" if config.data else "these activations"
-
-
-def latest(out: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of the run, if there is one; ValueError if all are damaged."""
-    found = newest_intact([out / "checkpoints"])
-    return found[0] if found else None
 
 
 def _digest(sae: SAE) -> str:

@@ -1,6 +1,7 @@
 """Everything a run needs to go on as if it had never stopped."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,12 +9,19 @@ import torch
 from torch import Tensor
 
 from fastsae.data import Batch, Cursor
-from fastsae.distributed.parallelize import per_latent
 from fastsae.losses import TrainingLoss
 from fastsae.nn import SAE
 
 from .optim import Adam
 from .standardization import Standardization
+
+
+def names_per_latent(weights: Collection[str]) -> list[str]:
+    """Names of the tensors of a state that have one row per latent, if they exist, from those of
+    the SAE."""
+    kinds = "sae", "adam.first", "adam.second", "adam.average"
+    counters = "adam.updated", "tokens_since_fired", "dead"
+    return [*(f"{kind}.{name}" for kind in kinds for name in weights), *counters]
 
 
 @dataclass
@@ -109,16 +117,6 @@ class TrainState:
             "left_out": self.left_out,
             "rng": torch.get_rng_state(),
         }
-
-    def per_latent(self) -> list[str]:
-        """Which of the tensors have one row for each latent of this process."""
-        weights = per_latent(self.sae)
-        moments = [
-            f"adam.{kind}.{name}" for kind in ("first", "second", "average") for name in weights
-        ]
-        counters = ["adam.updated", "tokens_since_fired", "dead"]
-        found = self.tensors()
-        return [n for n in (*(f"sae.{n}" for n in weights), *moments, *counters) if n in found]
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint keeps in JSON."""

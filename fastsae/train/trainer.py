@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastsae.checkpoint import Checkpoint, save_checkpoint
+from fastsae.checkpoint import Checkpoint, newest_intact, save_checkpoint
 from fastsae.codes import Codes
 from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
@@ -14,6 +14,7 @@ from fastsae.data.source import Shuffled
 from fastsae.device import tf32_products
 from fastsae.distributed.parallelize import parallelize, per_latent
 from fastsae.losses import TrainingLoss
+from fastsae.meeting import everywhere, on_first
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
@@ -33,11 +34,14 @@ from .log import Log, Unlogged
 from .optim import Adam, schedule
 from .plan import Plan, check_batch, copies_of
 from .results import write_results
-from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
+from .run_folder import begin, check_same, check_start, claimed_run, set_length
 from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
-from .state import TrainState
+from .state import TrainState, names_per_latent
 from .step import autograd_step, fused_step
+
+FAILED = 1 << 16
+"""Above every signal's number."""
 
 
 class Trainer:
@@ -112,6 +116,14 @@ class Trainer:
                 self.say(self.source.report(state.tokens))
             return self.finish(state)
 
+    def latest(self) -> Checkpoint | None:
+        """The newest intact checkpoint of the run, with the rows of this process."""
+        with torch.device("meta"):
+            sae = self.columns.build(self.config)
+        names = names_per_latent(per_latent(sae))
+        found = newest_intact([self.config.out / "checkpoints"], names, self.shards)
+        return found[0] if found else None
+
     def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
         """The initial state, from a sample of the data, or a checkpoint's."""
         config, columns = self.config, self.columns
@@ -136,7 +148,7 @@ class Trainer:
         state = TrainState.fresh(sae, self.optimizer(sae, x), units, downstream)
         if not resume:  # last, so that a failed start leaves no files
             about = config, self.plan, self.source.fingerprint, self.start_from
-            self.shards.on_first(lambda: begin(*about))
+            on_first(self.shards, lambda: begin(*about))
             if self.start_from is not None:
                 self.save(state)  # a resumed run then needs only the folder
         if checkpoint is not None:
@@ -144,7 +156,7 @@ class Trainer:
             if state.stopped and state.stopped[1] != self.plan.steps:
                 state.stopped = None  # another number of steps was asked for since
         if resume:
-            self.shards.on_first(lambda: set_length(config, self.plan, state.step))
+            on_first(self.shards, lambda: set_length(config, self.plan, state.step))
         if self.captures:
             required = config.cuda_graph == "on"
             self.captured = CapturedStep(sae, state.adam, config.objective, required)
@@ -190,7 +202,8 @@ class Trainer:
         pin, source = self.device.type == "cuda", source or self.source
         arguments = config.batch_size, seed, state.cursor, pin
         if isinstance(source, Shuffled) and self.shards.size > 1:
-            return source.batches(*arguments, part=(self.shards.rank, self.shards.size))
+            part = self.shards.rank, self.shards.size
+            return Shuffled.batches(source, *arguments, part=part)
         return source.batches(*arguments)
 
     def take(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch | None:
@@ -208,11 +221,18 @@ class Trainer:
             batch = self.take(batches, state, interrupts)
         except ValueError as raised:
             error = raised
-        signum = self.shards.agree(error, interrupts.signum)
-        if signum:
+        news = self.shards.largest(FAILED if error else interrupts.signum or 0)
+
+        def check() -> None:
+            if error is not None:
+                raise error
+
+        if news == FAILED:
+            everywhere(self.shards, check)
+        if news:
             self.save(state)
             raise Interrupted(
-                signum,
+                news,
                 f"stopped at step {state.step} of {self.plan.steps}, saved; "
                 f"continue with --resume --out {self.config.out}",
             )
@@ -291,13 +311,13 @@ class Trainer:
             )
 
     def save(self, state: TrainState) -> None:
-        error = None
-        if not all(weight.isfinite().all() for weight in state.sae.parameters()):
-            error = ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
-        self.shards.agree(error)
+        finite = all(weight.isfinite().all() for weight in state.sae.parameters())
+        if self.shards.largest(not finite):
+            raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
         folder, keep = self.config.out / "checkpoints", self.config.keep_checkpoints
-        contents = state.tensors(), state.meta(), keep, state.per_latent()
-        save_checkpoint(folder, state.step, *contents, self.shards)
+        tensors = state.tensors()
+        names = [n for n in names_per_latent(per_latent(state.sae)) if n in tensors]
+        save_checkpoint(folder, state.step, tensors, state.meta(), keep, names, self.shards)
         if state.step:
             self.callbacks.on_checkpoint(self, state)
 
