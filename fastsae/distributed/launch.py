@@ -90,6 +90,9 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
     device = device_of(device, own)
     on_gpus = device.startswith("cuda") and own.local_size <= torch.cuda.device_count()
     store, rank, size = next(iter(dist.rendezvous("env://")))
+    if own.local_size == own.size:  # torchrun's store for one machine outlives a restart
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart {restarts}", store)
     group = {"store": store, "rank": rank, "world_size": size, "timeout": TIMEOUT}
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", **group)
     try:

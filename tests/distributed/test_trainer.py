@@ -25,8 +25,8 @@ def config(data: Path, out: Path, **settings: Any) -> TrainConfig:
 
 
 def fit(shards: Shards, config: TrainConfig, resume: bool = False) -> None:
-    source = fastsae.ActivationShards(config.data)
-    source.heldout = fastsae.ActivationShards(config.data)
+    source = fastsae.ActivationShards(str(config.data))
+    source.heldout = fastsae.ActivationShards(str(config.data))
     Trainer(config, source, progress=False, shards=shards).fit(resume)
 
 
