@@ -61,9 +61,9 @@ class Train:
     rows have norm 1; the optimizer starts from zero."""
 
     resume: bool = False
-    """Resume the run in --out from its last checkpoint, with its settings (`--resume auto`: if there
-    is one). With --steps N, it trains to step N: Adam's state is kept, and the learning rate's
-    schedule is that of N steps, so that a rate that had decayed rises again."""
+    """Resume the run in --out from its last checkpoint, with its settings (auto: start it if there
+    is none). With --steps N, it trains to step N: Adam's state is kept, and the learning rate's
+    schedule is that of N steps, so that a decayed rate rises again."""
 
     mesh: str | None = None
     """Under torchrun, how many processes divide the tokens of a batch, and the latents:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from fastsae.device import choose_device
 from fastsae.shards import ONE_PROCESS, Shards
@@ -89,10 +91,10 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
         return
     device = device_of(device, own)
     on_gpus = device.startswith("cuda") and own.local_size <= torch.cuda.device_count()
-    store, rank, size = next(iter(dist.rendezvous("env://")))
+    store, rank, size = next(iter(rendezvous("env://")))
     if own.local_size == own.size:  # torchrun's store for one machine outlives a restart
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"restart {restarts}", store)
+        store = PrefixStore(f"restart {restarts}", store)
     group = {"store": store, "rank": rank, "world_size": size, "timeout": TIMEOUT}
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", **group)
     try:
@@ -112,7 +114,7 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
     dist.destroy_process_group()
 
 
-def lost(store: dist.Store, rank: int, size: int) -> str:
+def lost(store: Store, rank: int, size: int) -> str:
     """What to say of a lost connection."""
     texts = {other: said(store, other, 0.0) for other in range(size)}
     failed = next((other for other, text in texts.items() if text is not None), None)
@@ -120,7 +122,7 @@ def lost(store: dist.Store, rank: int, size: int) -> str:
     return f"process {rank}: {reason}; the last checkpoint is intact: continue with --resume"
 
 
-def said(store: dist.Store, rank: int, seconds: float = 2.0) -> str | None:
+def said(store: Store, rank: int, seconds: float = 2.0) -> str | None:
     """With which error a process has failed, once it has; None if it has not by then."""
     end = time.monotonic() + seconds
     try:
