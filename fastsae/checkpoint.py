@@ -145,7 +145,7 @@ def load_checkpoint(
     """
     meta = on_first(shards, lambda: _metadata(path))
     if meta["format"] == SHARDED:
-        return read_shards(path, meta["parts"], shards), meta
+        return read_shards(path, meta.get("parts"), shards), meta
     file = path / REPLICATED
 
     def read() -> tuple[dict[str, Entry], dict[str, Tensor]]:

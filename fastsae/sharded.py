@@ -86,11 +86,11 @@ def save_sharded(
             for table in tables[1 : shards.latent]:
                 joined = joined_crc32(contents[name].crc32, table[name], tensor.nbytes)
                 contents[name] = contents[name]._replace(crc32=joined)
-        on_first(shards, lambda: write_settings(settings, sealed(config, contents), path))
     except BaseException:
         if shards.rank == 0:
             temporary.unlink(missing_ok=True)
         raise
+    on_first(shards, lambda: write_settings(settings, sealed(config, contents), path))
 
 
 def write_shards(
@@ -103,7 +103,7 @@ def write_shards(
     """
     own, others = _split(tensors, sharded)
     rows, d_sae = _rows(own, shards)
-    names = [REPLICATED, *(shard_name(n, shards.latent) for n in range(shards.latent))]
+    names = file_names(shards.latent)
 
     def write() -> tuple[Table, dict[str, dict[str, Any]]]:
         parts = {REPLICATED: others, names[1 + shards.latent_rank]: own}
@@ -129,12 +129,13 @@ def write_shards(
     }
 
 
-def shard_name(place: int, places: int) -> str:
-    """The file of a place on the latent axis."""
-    return f"shard-{place:05d}-of-{places:05d}.safetensors"
+def file_names(latent: int) -> list[str]:
+    """The file of replicated tensors, and that of each of so many places on the latent axis."""
+    shards = (f"shard-{place:05d}-of-{latent:05d}.safetensors" for place in range(latent))
+    return [REPLICATED, *shards]
 
 
-def read_shards(folder: Path, about: Mapping[str, Any], shards: Shards) -> dict[str, Tensor]:
+def read_shards(folder: Path, about: Any, shards: Shards) -> dict[str, Tensor]:
     """What `write_shards` wrote, whatever the mesh, of sharded tensors this process's rows.
 
     ValueError if a file is missing or damaged, naming it, or d_sae is not divisible.
@@ -179,13 +180,10 @@ class _Stored(NamedTuple):
     d_sae: int
 
     @classmethod
-    def of(cls, folder: Path, about: Mapping[str, Any]) -> "_Stored":
+    def of(cls, folder: Path, about: Any) -> "_Stored":
         try:
             shapes, stored, files, end = dict(about["sharded"]), dict(about["files"]), [], 0
-            for name in [
-                REPLICATED,
-                *(shard_name(n, len(stored) - 1) for n in range(len(stored) - 1)),
-            ]:
+            for name in file_names(len(stored) - 1):
                 size, (start, stop) = stored[name]["bytes"], stored[name].get("rows", (0, 0))
                 if not is_shape([size, start, stop]) or start != end or stop < start:
                     raise ValueError(f"{name} has {shown(stored[name])}")

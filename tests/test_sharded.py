@@ -26,7 +26,7 @@ D_SAE = 12
 SHARDED = "sae.W_enc", "adam.second", "fired", "dead", "low"
 META = {"tokens": 7, "scales": [0.1, 2.0], "cursor": {"place": [1, 2]}}
 MESHES: list[tuple[int, int]] = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (3, 1), (2, 6)]
-FILES = [sharded.REPLICATED, *(sharded.shard_name(n, 4) for n in range(4))]
+FILES = sharded.file_names(4)
 
 
 @pytest.fixture(autouse=True)
