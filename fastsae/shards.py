@@ -56,12 +56,17 @@ class Shards:
 
     # --- latents -----------------------------------------------------------------------------
 
-    def keep_best(self, codes: Codes, k: int, by: By) -> Codes:
-        """Of every process's k best entries of each token, largest first, those of this process
-        that are among the k best of all; others become 0. Ties go to the lowest latent."""
+    def keep_best(self, codes: Codes, k: int, by: By, widest: int | None = None) -> Codes:
+        """Of this process's best entries of each token, largest first, those that are among the k
+        best of all processes; others become 0. Ties go to the lowest latent. `widest` is the
+        largest K of any process, if they differ."""
         return codes
 
-    def total(self, part: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def counts(self, own: int) -> tuple[int, ...]:
+        """The number that each place on the latent axis has of something; waits for a GPU."""
+        return (own,)
+
+    def total(self, part: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Sum of the parts of all places on the latent axis, in their order. Its gradient is that
         of each part."""
         return part
@@ -70,6 +75,10 @@ class Shards:
         """What all places on the latent axis have, for use by each. Its gradient is the sum of
         theirs."""
         return whole
+
+    def l0(self, codes: Codes) -> Float[Tensor, ""]:
+        """Mean number of active latents per token, of all processes' codes of the same tokens."""
+        return self.total(codes.active.sum()) / max(len(codes.values), 1)
 
     def squared_error(
         self,
@@ -82,15 +91,23 @@ class Shards:
         errors of all tokens, and dot products of this process's entries."""
         return squared_error(codes.values, codes.latents(), W_dec, b_dec, target)
 
-    def below(self, d_sae: int) -> int:
-        """How many of this process's latents are among the first d_sae."""
+    def below(self, d_sae: int, own: int) -> int:
+        """How many of this process's `own` latents are among the first d_sae of all."""
         return d_sae
+
+    def gather_latents(self, own: Shaped[Tensor, "share ..."]) -> Shaped[Tensor, "d_sae ..."]:
+        """What belongs to all latents, from what belongs to those of each process."""
+        return own
 
     # --- agreement ---------------------------------------------------------------------------
 
     def all_of(self, value: Anything) -> list[Anything]:
         """Every process's value, by rank: small Python objects. Waits for all."""
         return [value]
+
+    def largest(self, own: int) -> int:
+        """The largest number that any process has: what every step can afford to ask."""
+        return own
 
     def __deepcopy__(self, memo: object) -> "Shards":
         return self

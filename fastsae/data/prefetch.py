@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     x: Float32[Tensor, "N d_in"]
     cursor: Cursor
     rows: Int64[np.ndarray, " N"]
-    """Row numbers in the data."""
+    """Row numbers in the data, also of those that other processes read."""
     kept: Bool[Tensor, " N"] | None = None
     """In training: which rows are as drawn; others replace those of extreme norm."""
 
@@ -62,19 +62,32 @@ class Loader:
 
     batch_size: int
     pin_memory: bool = False
+    part: tuple[int, int] = (0, 1)
+    """Which of how many equal parts of a batch are read."""
     window: tuple[int, int] | None = field(default=None, init=False)
     pick: Window = field(init=False)
+
+    def __post_init__(self):
+        number, parts = self.part
+        if self.batch_size % parts or not 0 <= number < parts:
+            raise ValueError(f"batch_size = {self.batch_size} has no part {number} of {parts}")
 
     def check(self, cursor: Cursor) -> None:
         self.order.take(cursor, 1)
 
     def batch(self, cursor: Cursor, stopped: Callable[[], bool]) -> Batch:
         pieces, cursor = self.order.take(cursor, self.batch_size)
+        size = self.batch_size // self.part[1]
+        first, done = self.part[0] * size, 0
         parts: list[np.ndarray] = []
         for piece in pieces:
+            picks = piece.picks[max(first - done, 0) : max(first + size - done, 0)]
+            done += len(piece.picks)
+            if not len(picks):
+                continue
             if self.window != piece.window:
                 self.window, self.pick = piece.window, self.load(piece.rows)
-            parts.append(checked(self.pick(piece.picks), piece.rows[piece.picks], self.where))
+            parts.append(checked(self.pick(picks), piece.rows[picks], self.where))
         x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
         rows = np.concatenate([piece.rows[piece.picks] for piece in pieces])
         return Batch(x.pin_memory() if self.pin_memory else x, cursor, rows)

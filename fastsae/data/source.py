@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from fastsae.data.prefetch import Batches, Load, Loader, checked
+from fastsae.data.prefetch import Batches, Load, Loader, Window, checked
 from fastsae.data.shuffle import Cursor, Shuffle
 
 
@@ -140,8 +140,20 @@ class Shuffled(ABC):
         return torch.from_numpy(checked(self.gather(rows), rows, self.where))
 
     def batches(
-        self, batch_size: int, seed: int = 0, cursor: Cursor | None = None, pin_memory: bool = False
+        self,
+        batch_size: int,
+        seed: int = 0,
+        cursor: Cursor | None = None,
+        pin_memory: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> Batches:
-        """See `ActivationSource`."""
+        """See `ActivationSource`. With `part` = (r, n), only the values of part r of each batch, in
+        n equal parts, are read; ValueError if it has no such parts."""
         order, load = self.shuffled(seed)
-        return Batches(Loader(order, load, self.where, batch_size, pin_memory), cursor)
+        if part[1] > 1:  # a window would be read by every process
+            load = self.by_rows
+        return Batches(Loader(order, load, self.where, batch_size, pin_memory, part), cursor)
+
+    def by_rows(self, rows: Int64[np.ndarray, " window"]) -> Window:
+        """A window of which nothing is loaded but what is picked."""
+        return lambda picks: self.gather(rows[picks])

@@ -102,7 +102,7 @@ def reconstruction(
             f"got {tokens}, {batch_size} and {ranks}"
         )
     sae = sae.to(device or sae.b_dec.device)
-    totals = _Totals(width, sae.d_sae, sae.b_dec.device)
+    totals = _Totals(width, len(sae.W_dec), sae.b_dec.device)
     sources = data.sources if isinstance(data, Joined) else (data,)
     ordinary = [Ordinary.of(s.sample(SAMPLE_TOKENS), max_norm_ratio) for s in sources]
     widths = [source.d_in for source in sources]
@@ -120,6 +120,7 @@ def reconstruction(
                 seen, target = (rows, rows) if sae.d_out is None else rows.split(ends, 1)
                 codes = sae.encode(seen)
                 add(target.double(), sae.decode(codes, seen).double(), codes)
+    totals.fired = sae.shards.gather_latents(totals.fired)
     return totals.summary(ranks)
 
 

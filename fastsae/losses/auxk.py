@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from fastsae.codes import Codes
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae_kernels import buffer_bytes, topk_indices
 
 from .objective import Objective
@@ -42,37 +44,40 @@ def auxk_gradients(
     objective: Objective,
     signed: bool,
     proportion: Float[Tensor, ""],
+    shards: Shards = ONE_PROCESS,
 ) -> AuxKGradients:
     """Differentiate the aux loss on the dead rows of W_enc, b_enc and W_dec, in chunks of tokens.
 
     Matmuls are in the slices' dtype, sums in that of the residual. `proportion` is that of
-    `Objective.proportion`.
+    `Objective.proportion`. The dead rows are this process's; the loss is that of all, and every
+    place on the data axis computes it for all tokens.
     """
     if torch.is_inference_mode_enabled():  # its tensors can have no gradient, copies of them can
         with torch.inference_mode(False):
             c, r, p, *copies = (t.clone() for t in (centered, residual, proportion, *slices))
-            return auxk_gradients(c, r, (copies[0], copies[1], copies[2]), objective, signed, p)
+            slices = copies[0], copies[1], copies[2]
+            return auxk_gradients(c, r, slices, objective, signed, p, shards)
     W_enc, b_enc, W_dec = leaves = [t.detach().requires_grad_() for t in slices]
-    n_dead, k_aux = len(W_enc), objective.k_aux or default_k_aux(residual.shape[1])
+    n_dead, k_aux = shards.counts(len(W_enc)), objective.k_aux or default_k_aux(residual.shape[1])
     sums = [torch.zeros_like(leaf, dtype=residual.dtype) for leaf in leaves]
     loss, d_b_dec = residual.new_zeros(()), residual.new_zeros(centered.shape[1])
     scale = residual.new_full((), 1 / max(len(residual), 1))
     if objective.auxk_error == "relative":
         scale = fraction(torch.ones_like(scale), total_variance(residual))
-    weight = objective.auxk_coef * min(n_dead / k_aux, 1.0) * proportion
+    weight = objective.auxk_coef * min(sum(n_dead) / k_aux, 1.0) * proportion
     budget = AUX_BYTES if residual.device.type == "cpu" else buffer_bytes(residual.device)
-    chunk = max(1, budget // (n_dead * residual.itemsize))
+    chunk = max(1, budget // (max(n_dead) * residual.itemsize))
     for c, r in zip(centered.split(chunk), residual.split(chunk), strict=True):
         with torch.enable_grad():
             c = c.detach().requires_grad_()
-            error = auxk_error(c, r, W_enc, b_enc, W_dec, k_aux, signed)
+            error = auxk_error(c, r, (W_enc, b_enc, W_dec), k_aux, signed, shards, n_dead)
         *gradients, d_centered = torch.autograd.grad(error, [*leaves, c], scale * weight)
         loss += error.detach() * scale
         d_b_dec -= d_centered.sum(0, dtype=residual.dtype)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient
     d_W_enc, d_b_enc, d_W_dec = sums
-    return AuxKGradients(loss, weight, d_W_enc, d_b_enc, d_W_dec, d_b_dec)
+    return AuxKGradients(loss, weight, d_W_enc, d_b_enc, d_W_dec, shards.total(d_b_dec))
 
 
 class AuxK(torch.autograd.Function):
@@ -90,26 +95,31 @@ class AuxK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, _):
         needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
-        return *(g * t if need else None for t, need in needed), *[None] * 5
+        return *(g * t if need else None for t, need in needed), *[None] * 6
 
 
 def auxk_error(
     centered: Float[Tensor, "N d_in"],
     residual: Float[Tensor, "N d_out"],
-    W_enc: Float[Tensor, "n_dead d_in"],
-    b_enc: Float[Tensor, " n_dead"],
-    W_dec: Float[Tensor, "n_dead d_out"],
+    slices: tuple[Tensor, Tensor, Tensor],
     k_aux: int,
     signed: bool,
+    shards: Shards,
+    n_dead: tuple[int, ...],
 ) -> Float[Tensor, ""]:
     """Summed squared error of the k_aux best dead latents of each token on the residual.
 
-    Dense matmuls on the dead rows: with k_aux near d_out / 2, gathers would cost more.
+    Dense matmuls on the dead rows: with k_aux near d_out / 2, gathers would cost more. `n_dead` is
+    the number of dead rows of each process.
     """
-    pre = linear(centered, W_enc, b_enc)
-    if k_aux < pre.shape[1]:
-        best = topk_indices(pre, k_aux, "abs" if signed else "value")
-        kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, best, True)
+    W_enc, b_enc, W_dec = slices
+    pre, by = linear(centered, W_enc, b_enc), "abs" if signed else "value"
+    if k_aux < sum(n_dead):
+        own = min(k_aux, len(W_enc))
+        best = topk_indices(pre, own, by) if own else pre.new_zeros(len(pre), 0, dtype=torch.int64)
+        codes = Codes(pre.detach().gather(1, best), best, len(W_enc))
+        codes = shards.keep_best(codes, k_aux, by, min(k_aux, max(n_dead)))
+        kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, codes.latents(), codes.active)
         pre = pre.where(kept, 0.0)
     codes = pre if signed else pre.relu()
-    return (codes @ W_dec - residual).square().sum()
+    return (shards.total(codes @ W_dec) - residual).square().sum()

@@ -79,13 +79,13 @@ def training_loss(
     unit = objective.unit(error.detach(), variance, len(y))
     loss = objective.value(error, variance, len(y)) + unit * len(y) * penalty
     auxk = torch.zeros_like(loss)
-    if dead is not None and len(dead) and objective.auxk_coef:
+    if dead is not None and objective.auxk_coef and any(sae.shards.counts(len(dead))):
         rows = *(weight[dead] for weight in weights[:3]), sae.b_dec if sae.d_out is None else None
         proportion = objective.proportion(error.detach(), variance)
-        settings = objective, sae.activation.signed, proportion
+        settings = objective, sae.activation.signed, proportion, sae.shards
         weighted, auxk = AuxK.apply(*rows, centered.detach(), residual.detach(), *settings)
         loss = loss + weighted
-    parts = fraction(own.detach(), variance), auxk, penalty.detach(), codes.l0()
+    parts = fraction(own.detach(), variance), auxk, penalty.detach(), sae.shards.l0(codes)
     return TrainingLoss(loss, *parts, codes)
 
 
@@ -106,9 +106,10 @@ def wider_codes(
 ) -> tuple[Codes, Float[Tensor, ""]]:
     """The codes with k latents, and the weighted error with 4 k, from one selection."""
     assert isinstance(sae.activation, TopK)
-    k = sae.activation.cfg.k
+    k, by = sae.activation.cfg.k, sae.activation.cfg.by
     wide = sae.activation.encode(centered, weights, k=WIDER * k)
     codes = Codes(wide.values[:, :k], wide.latents()[:, :k], wide.d_sae)
+    codes = sae.shards.keep_best(codes, k, by, widest=k)
     return codes, WIDER_COEF * (target - weights.decode(wide)).square().sum()
 
 
@@ -120,6 +121,8 @@ def nested_error(
     own: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Mean error over the prefixes and the whole dictionary, whose error is `own`."""
-    sizes = [size for size in prefixes if size < codes.d_sae]
-    errors = [(target - weights.decode(codes.below(size))).square().sum() for size in sizes]
+    shards = weights.shards
+    sizes = [size for size in prefixes if size < codes.d_sae * shards.latent]
+    nested = [codes.below(shards.below(size, codes.d_sae)) for size in sizes]
+    errors = [(target - weights.decode(part)).square().sum() for part in nested]
     return torch.stack([*errors, own]).mean()

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastsae.codes import Codes
+from fastsae.shards import ONE_PROCESS, Shards
 
 Inputs = Float[Tensor, "N d_in"]
 """Tokens as the encoder sees them: in an autoencoder, less b_dec."""
@@ -25,9 +26,12 @@ class Weights(NamedTuple):
     b_enc: Float[Tensor, " d_sae"]
     W_dec: Float[Tensor, "d_sae d_out"]
     b_dec: Float[Tensor, " d_out"]
+    shards: Shards = ONE_PROCESS
+    """The processes among which the rows are divided."""
 
     def decode(self, codes: Codes) -> Float[Tensor, "N d_out"]:
-        return codes.decode(self.W_dec) + self.b_dec
+        """The output for the codes of all processes, of which these are this one's."""
+        return self.shards.total(codes.decode(self.W_dec)) + self.b_dec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,10 @@ class Activation(nn.Module, ABC):
 
     decodes: bool = False
     """Whether training decodes by `reconstruct`, one op with a gradient of its own."""
+
+    shards: Shards = ONE_PROCESS
+    """The processes among which the latents are divided: codes, and parameters with one row per
+    latent, are those of this process; penalties are of all."""
 
     def __init_subclass__(cls, config: type[ActivationConfig], **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -54,18 +54,19 @@ class Gated(Activation, config=GatedConfig):
         return open_gates.codes((r.exp() * (open_gates.pre - bias) + b).relu())
 
     def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
-        W_enc, b_enc, W_dec, b_dec = weights
+        W_enc, b_enc, W_dec, b_dec, _ = weights
         open_gates = SparsePre.above(x, W_enc, b_enc, 0.0)
         codes = self.magnitudes(open_gates, b_enc)
         gates = open_gates.codes(open_gates.pre)
-        by_gates = gates.decode(W_dec.detach()) + b_dec.detach()
-        penalty = self.coefficient(gates.values.sum(), codes.l0())
+        by_gates = self.shards.total(gates.decode(W_dec.detach())) + b_dec.detach()
+        norm = self.shards.total(gates.values.sum())
+        penalty = self.coefficient(norm, self.shards.l0(codes))
         penalty = warmed(progress, self.cfg.sparsity_warmup) * penalty
         cost = (penalty + (target.detach() - by_gates).square().sum()) / max(len(x), 1)
         return codes, cost
 
     def after_step(self, codes: Codes) -> None:
-        self.coefficient.after_step(codes)
+        self.coefficient.after_step(self.shards.l0(codes))
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,9 @@ ACTIVE_VARIANCE = 0.99
 
 FIT_TOKENS = 4096
 """Tokens of the sample that scale a fitted encoder."""
+
+DRAWN = 16384
+"""Rows of a random matrix that are drawn at a time."""
 
 CHUNK = 1024
 """Latents whose pre-activations exist at a time."""
@@ -137,17 +141,18 @@ def init_from_data(
     Decoder rows are random directions, encoder rows the same, of the lengths that `init` says, and
     b_dec is the geometric median of x; b_enc is 0, or such that as many latents are active as
     `init` says. ValueError if that cannot be. A transcoder takes its decoder and b_dec from a
-    sample of its target, and its encoder rows on their own from x.
+    sample of its target, and its encoder rows on their own from x. Where processes share the
+    latents, each draws its own; all need the same sample and generator.
     """
     init = init or Init()
     init.check(sae)
     x = sae.tokens(x)
-    y = x if target is None else target
-    sae.W_dec.copy_(directions(sae.d_sae, y, init, generator))
-    sae.W_enc.copy_(sae.W_dec if target is None else directions(sae.d_sae, x, init, generator))
+    y, n, rows = x if target is None else target, sae.d_sae, sae.shards.rows(sae.d_sae)
+    sae.W_dec.copy_(directions(n, rows, y, init, generator))
+    sae.W_enc.copy_(sae.W_dec if target is None else directions(n, rows, x, init, generator))
     if init.encoder == "linear":
         bound = sae.d_in**-0.5
-        drawn = torch.rand(sae.W_enc.shape, generator=generator).mul_(2 * bound).sub_(bound)
+        drawn = draw_rows(torch.rand, n, rows, sae.d_in, generator).mul_(2 * bound).sub_(bound)
         sae.W_enc.copy_(drawn)
         if target is None:
             sae.W_dec.copy_(normalize(drawn, dim=-1))
@@ -189,12 +194,28 @@ def start_from_l0_(sae: SAE, x: Float[Tensor, "N d_in"], l0: float) -> None:
 
 
 def directions(
-    n: int, x: Float[Tensor, "N D"], init: Init, generator: torch.Generator | None
-) -> Float[Tensor, "n D"]:
-    """Rows of norm `init.row_norm`: random, or inside the active subspace."""
+    n: int, rows: slice, x: Float[Tensor, "N D"], init: Init, generator: torch.Generator | None
+) -> Float[Tensor, "share D"]:
+    """Some of n rows of norm `init.row_norm`: random, or inside the active subspace."""
     if init.rows == "random":
-        rows = torch.randn(n, x.shape[1], generator=generator)
+        drawn = draw_rows(torch.randn, n, rows, x.shape[1], generator)
     else:
         basis = active_subspace(x - x.mean(0))
-        rows = torch.randn(n, len(basis), generator=generator).to(basis) @ basis
-    return init.row_norm * normalize(rows, dim=-1)
+        drawn = draw_rows(torch.randn, n, rows, len(basis), generator).to(basis) @ basis
+    return init.row_norm * normalize(drawn, dim=-1)
+
+
+def draw_rows(
+    draw: Callable[..., Tensor], n: int, rows: slice, width: int, generator: torch.Generator | None
+) -> Float[Tensor, "share width"]:
+    """Some rows of a random matrix [n, width], the same whichever others are drawn: every block of
+    rows has a generator of its own, the first one the generator given."""
+    first = draw(min(n, DRAWN), width, generator=generator)
+    if n <= DRAWN:
+        return first[rows]
+    key, parts = int(torch.randint(2**62, (), generator=generator)), list[Tensor]()
+    for start in range(rows.start // DRAWN * DRAWN, rows.stop, DRAWN):
+        own = torch.Generator().manual_seed(key + start)
+        block = draw(min(n - start, DRAWN), width, generator=own) if start else first
+        parts.append(block[max(rows.start - start, 0) : rows.stop - start])
+    return torch.cat(parts)

@@ -86,7 +86,8 @@ class JumpReLU(Activation, config=JumpReLUConfig):
     def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
         found, pre, threshold = self.found(x, weights, True)
         codes = self.codes(found, pre, threshold)
-        l0 = jumprelu_l0(pre, threshold, self.cfg.bandwidth).sum() / max(len(x), 1)
+        l0 = jumprelu_l0(pre, threshold, self.cfg.bandwidth).sum()
+        l0 = self.shards.total(l0) / max(len(x), 1)
         missed = l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
         coef = float(x.shape[1]) if self.cfg.l0_coef is None else self.cfg.l0_coef
         return codes, (warmed(progress, self.cfg.sparsity_warmup) * coef * missed).to(x)

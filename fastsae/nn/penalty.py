@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastsae.codes import Codes
-
 from .activation import ActivationConfig
 
 FIRST, GAIN, REACH = 0.03, 0.02, 2.0
@@ -45,10 +43,10 @@ class Coefficient(nn.Module):
         return (l0.to(self.value) / target_l0).log().clamp(-REACH, REACH)
 
     @torch.no_grad()
-    def after_step(self, codes: Codes) -> None:
+    def after_step(self, l0: Float[Tensor, ""]) -> None:
         """Adapt the coefficient to the L0 of a batch."""
         if self.target_l0 is not None:
-            self.value.mul_((GAIN * self.excess(codes.l0(), self.target_l0)).exp())
+            self.value.mul_((GAIN * self.excess(l0, self.target_l0)).exp())
 
 
 def target_of(value: float | None, target_l0: float | None) -> float | None:

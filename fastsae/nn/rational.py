@@ -237,7 +237,7 @@ class Rational(Activation, config=RationalConfig):
         return codes, self.coefficient(norm / max(len(x), 1), codes.l0())
 
     def after_step(self, codes: Codes) -> None:
-        self.coefficient.after_step(codes)
+        self.coefficient.after_step(self.shards.l0(codes))
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:

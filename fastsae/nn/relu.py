@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.codes import Codes
+from fastsae.shards import ONE_PROCESS, Shards
 
 from .activation import Activation, Inputs, Penalized, Targets, Weights, warmed
 from .penalty import Coefficient, L1Config
@@ -53,18 +54,23 @@ class ReLU(Activation, config=ReLUConfig):
     def penalized(self, x: Inputs, target: Targets, weights: Weights, progress: float) -> Penalized:
         codes = self.encode(x, weights)
         p = 1 - (1 - self.cfg.p_end) * progress
-        penalty = self.coefficient(lp_norm(codes.values, p) / max(len(x), 1), codes.l0())
+        norm = lp_norm(codes.values, p, self.shards) / max(len(x), 1)
+        penalty = self.coefficient(norm, self.shards.l0(codes))
         return codes, warmed(progress, self.cfg.sparsity_warmup) * penalty
 
     def after_step(self, codes: Codes) -> None:
-        self.coefficient.after_step(codes)
+        self.coefficient.after_step(self.shards.l0(codes))
 
 
-def lp_norm(values: Float[Tensor, "N K"], p: float) -> Float[Tensor, ""]:
+def lp_norm(
+    values: Float[Tensor, "N K"], p: float, shards: Shards = ONE_PROCESS
+) -> Float[Tensor, ""]:
     """Sum of |value|^p, scaled to the sum of |value|: p shifts the penalty from large to small
     values without changing the total."""
     size = values.abs()
+    total = shards.total(size.sum())
     if p == 1:
-        return size.sum()
+        return total
     power = (size + torch.finfo(values.dtype).eps).pow(p).where(size > 0, 0.0).sum()
-    return power * (size.sum() / power.clamp_min(torch.finfo(values.dtype).tiny)).detach()
+    power = shards.total(power)
+    return power * (total / power.clamp_min(torch.finfo(values.dtype).tiny)).detach()

@@ -11,6 +11,7 @@ from torch.nn.functional import linear, normalize
 from fastsae.codes import Codes
 from fastsae.config import to_dict
 from fastsae.files import sealed, write_files
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae.version import __version__
 
 from .activation import Activation, Weights
@@ -48,6 +49,9 @@ class SAE(nn.Module):
 
     Whatever the dtype of x, codes and output have that of the weights.
     """
+
+    shards: Shards = ONE_PROCESS
+    """The processes among which the latents are divided (see `fastsae.distributed.parallelize`)."""
 
     def __init__(
         self,
@@ -111,16 +115,17 @@ class SAE(nn.Module):
 
     def center(self, x: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
         """Subtract b_dec in an autoencoder: the input of the encoder GEMM."""
-        return x - self.b_dec if self.d_out is None else x
+        return x - self.shards.spread(self.b_dec) if self.d_out is None else x
 
     def weights(self) -> Weights:
         """The parameters as the activation sees them: with by_norm, for decoder rows of norm 1."""
-        weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.shards)
         if not self.by_norm:
             return weights
         norm = self.decoder_norms().sum(1).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
         scale = norm[:, None]
-        return Weights(self.W_enc * scale, self.b_enc * norm, self.W_dec / scale, self.b_dec)
+        scaled = self.W_enc * scale, self.b_enc * norm, self.W_dec / scale
+        return Weights(*scaled, self.b_dec, self.shards)
 
     def decoder_norms(self) -> Float[Tensor, "d_sae layers"]:
         """Norm of each decoder row in each layer."""
@@ -218,7 +223,7 @@ class SAE(nn.Module):
         """Multiply the weights by the norms that by_norm uses, and end by_norm; codes stay the
         same."""
         weights, self.by_norm = self.weights(), False
-        for parameter, seen in zip(self.weights(), weights, strict=True):
+        for parameter, seen in zip(self.weights()[:4], weights[:4], strict=True):
             parameter.copy_(seen)
 
     def save(self, directory: str | Path) -> None:

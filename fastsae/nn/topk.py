@@ -84,9 +84,10 @@ class TopK(Activation, config=TopKConfig):
 
         `shadow` is a low-precision copy of W_enc that finds candidates; `k` replaces the config's.
         """
-        W_enc, b_enc, *_ = weights
-        values, indices = encode_topk(x, W_enc, b_enc, k or self.cfg.k, self.cfg.by, shadow=shadow)
-        return Codes(values, indices, len(W_enc))
+        W_enc, b_enc, k, by = weights.W_enc, weights.b_enc, k or self.cfg.k, self.cfg.by
+        own = min(k, len(W_enc))
+        values, indices = encode_topk(x, W_enc, b_enc, own, by, shadow=shadow)
+        return self.shards.keep_best(Codes(values, indices, len(W_enc)), k, by)
 
     def reconstruct(
         self, x: Float[Tensor, "N d_in"], weights: Weights
@@ -96,7 +97,7 @@ class TopK(Activation, config=TopKConfig):
         if not self.decodes:
             return super().reconstruct(x, weights)
         gradient = "rotation_dense" if cfg.rotation == "dense" else "rotation_support"
-        recon, values, indices = encode_decode(x, *weights, cfg.k, cfg.by, gradient)
+        recon, values, indices = encode_decode(x, *weights[:4], cfg.k, cfg.by, gradient)
         return recon, Codes(values, indices, weights.W_enc.shape[0])
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastsae.nn import TopKConfig
+from fastsae.distributed.parallelize import why_not_divided
+from fastsae.nn import SAE, TopKConfig
+from fastsae.shards import Shards
 
 Rules = list[tuple[str, Callable[[Any], Any]]]
 """What is said of a TrainConfig c, with {c.name} for a setting, and the condition for it."""
@@ -108,6 +110,42 @@ NOT_CAPTURED: Rules = [
     ("{c.not_fused}", lambda c: c.not_fused),
     ('activation "{c.activation.name}"', lambda c: not isinstance(c.activation, TopKConfig)),
 ]
+
+
+MESH_CONFLICTS: Rules = [
+    ("a model's activations", lambda c: c.stream is not None),
+    ("patience", lambda c: c.patience is not None),
+    ("a CUDA graph", lambda c: c.cuda_graph == "on"),
+]
+"""What a run in several processes does not support."""
+
+DATA_CONFLICTS: Rules = [
+    ("{c.not_fused}", lambda c: c.not_fused),
+    ('activation "{c.activation.name}"', lambda c: not isinstance(c.activation, TopKConfig)),
+]
+"""What a mesh does not support whose data axis is longer than 1."""
+
+
+def check_mesh(config: Any, shards: Shards, start_from: SAE | None) -> None:
+    """ValueError unless the processes can train the SAE of this config together."""
+    if shards.size == 1:
+        return
+    size, latent, data = shards.size, shards.latent, shards.data
+    if start_from is not None:
+        raise ValueError("many processes cannot start from an SAE: use one")
+    if reason := first(MESH_CONFLICTS, config):
+        raise ValueError(f"{reason} needs one process, got {size}")
+    if data > 1 and (reason := first(DATA_CONFLICTS, config)):
+        raise ValueError(f"{reason} needs a mesh with data=1, got data={data}")
+    if latent > 1 and (reason := why_not_divided(config.activation.build())):
+        raise ValueError(f"{reason} needs a mesh with latent=1, got latent={latent}")
+    if config.d_sae % latent:
+        raise ValueError(f"d_sae must be divisible by latent={latent}, got {config.d_sae}")
+    if config.batch_size % size:
+        raise ValueError(
+            f"batch_size must be divisible by the number of processes, {size}, "
+            f"got {config.batch_size}"
+        )
 
 
 def first(rules: Rules, config: Any) -> str | None:

@@ -98,6 +98,17 @@ class Log:
             self._wandb.finish()
 
 
+class Unlogged(Log):
+    """Of a process that leaves logging to another."""
+
+    def __init__(self):
+        self._tensorboard = self._wandb = None
+        self._bar = progress_bar("train", "step", 0, shown=False)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.last = line
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, up to one that a crash cut short or damaged."""
     lines = []

@@ -146,7 +146,7 @@ class Adam:
         self.first = {n: torch.zeros_like(p, dtype=kept[n]) for n, p in self.parameters.items()}
         self.second = {n: torch.zeros_like(m) for n, m in self.first.items()}
         if settings.adam_second == "row":
-            rows = {n: self.parameters[n].new_zeros(sae.d_sae, 1) for n in ("W_dec", "W_enc")}
+            rows = {n: self.parameters[n].new_zeros(len(sae.W_dec), 1) for n in ("W_dec", "W_enc")}
             self.second |= rows
         self.shadow = {name: self.parameters[name].bfloat16() for name in shadows}
         self.quantized = None
@@ -158,10 +158,11 @@ class Adam:
         scalars = None
         if sae.W_enc.is_cuda:  # where they are, no launch changes from step to step
             scalars = scalars_of(AdamStep(1, 0.0)).to(sae.W_enc.device)
-        self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed, scalars)
+        first_row = sae.shards.rows(sae.d_sae).start
+        self.at = AdamStep(0, 0.0, settings.betas, settings.eps, seed, first_row, scalars)
         self.window: Window | None = None
         if settings.adam_window > 1:
-            updated = torch.zeros(sae.d_sae, dtype=torch.int32, device=sae.W_enc.device)
+            updated = torch.zeros(len(sae.W_enc), dtype=torch.int32, device=sae.W_enc.device)
             self.window = Window(updated, sae.W_enc.new_zeros(settings.adam_window))
 
     def begin_step(self, lr: float) -> None:

@@ -4,9 +4,12 @@ from typing import TYPE_CHECKING
 
 import fastsae.interop as interop
 from fastsae.data import Joined, stored
+from fastsae.distributed.parallelize import per_latent
 from fastsae.evals import reconstruction
 from fastsae.files import write_json
+from fastsae.meeting import on_first
 from fastsae.nn import SAE
+from fastsae.sharded import save_sharded
 
 from .curves import plot_curves
 from .describe import describe
@@ -23,9 +26,13 @@ EVALUATION_TOKENS = 65536
 def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
     """Save the SAE of a run, for activations as they are, and evaluate it; this leaves it on the
     trainer's device."""
-    config, source = trainer.config, trainer.source
-    sae.save(config.out / "sae")
-    exported = export(trainer, sae)
+    config, source, shards = trainer.config, trainer.source, trainer.shards
+    if shards.size == 1:
+        sae.save(config.out / "sae")
+    else:
+        names = per_latent(sae)
+        save_sharded(sae.state_dict(), sae.config(), config.out / "sae", names, shards)
+    exported = on_first(shards, lambda: export(trainer, sae))
     result = reconstruction(
         sae,
         source.heldout or stored(source),
@@ -33,6 +40,8 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
         device=trainer.device,
         max_norm_ratio=config.max_norm_ratio,
     )
+    if shards.rank:
+        return
     lines = read_lines(config.out / "metrics.jsonl")
     plot_curves(lines, config.out / "curves.png", describe(trainer, sae))
     summary: Summary = {
@@ -62,6 +71,8 @@ def export(trainer: "Trainer", sae: SAE) -> str:
     first = source.sources[0] if isinstance(source, Joined) else source
     names = {"model_name": "model", "hook_name": "hookpoint"}
     about = {name: getattr(first, attribute, None) for name, attribute in names.items()}
+    if trainer.shards.latent > 1:
+        return "none: no process holds the whole SAE; use fastsae convert"
     try:
         about = {name: value for name, value in about.items() if value is not None}
         interop.save(sae, folder, "sae_lens", **about)

@@ -4,17 +4,18 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastsae.checkpoint import Checkpoint, newest_intact
 from fastsae.config import to_dict
 from fastsae.files import claimed, read_json, shown, write_json
+from fastsae.meeting import on_first
 from fastsae.nn import SAE
 from fastsae.progress import say
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae.version import __version__, written_by
 
 from .config import TrainConfig, read_config
@@ -26,11 +27,15 @@ FROM_STEPS = ("steps", "lr", "warmup", "dead_after", "dead_every")
 
 
 @contextmanager
-def claimed_run(out: Path) -> Iterator[None]:
-    """Hold the folder, made if need be, for one process; ValueError if another one has it."""
-    with claimed(out) as mine:
-        if not mine:
-            raise ValueError(f"another process is training in {out}")
+def claimed_run(out: Path, shards: Shards = ONE_PROCESS) -> Iterator[None]:
+    """Hold the folder, made if need be, for one run; ValueError if another one has it."""
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            if not stack.enter_context(claimed(out)):
+                raise ValueError(f"another process is training in {out}")
+
+        on_first(shards, claim)
         yield
 
 
@@ -170,12 +175,6 @@ def named_data(config: TrainConfig) -> str:
     if config.stream is not None:
         return f"the text or settings of {config.stream.model}"
     return f"those in {config.data}" if config.data else "these activations"
-
-
-def latest(out: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of the run, if there is one; ValueError if all are damaged."""
-    found = newest_intact([out / "checkpoints"])
-    return found[0] if found else None
 
 
 def _digest(sae: SAE) -> str:

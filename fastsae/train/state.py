@@ -1,6 +1,7 @@
 """Everything a run needs to go on as if it had never stopped."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,14 @@ from .optim import Adam
 from .standardization import Standardization
 
 
+def names_per_latent(weights: Collection[str]) -> list[str]:
+    """Names of the tensors of a state that have one row per latent, if they exist, from those of
+    the SAE."""
+    kinds = "sae", "adam.first", "adam.second", "adam.average"
+    counters = "adam.updated", "tokens_since_fired", "dead"
+    return [*(f"{kind}.{name}" for kind in kinds for name in weights), *counters]
+
+
 @dataclass
 class TrainState:
     """The weights, the optimizer, the counters, and where in the data the run stands."""
@@ -24,11 +33,14 @@ class TrainState:
     tokens_since_fired: Tensor
     """int64 [d_sae]: tokens seen since each latent was last active."""
     dead: Tensor
-    """int64 [n_dead]: the latents that count as dead, rising."""
+    """int64 [n_dead]: the latents that count as dead, rising; where processes share the latents,
+    numbers among this one's."""
     units: Standardization
     """What is done to activations before training."""
     left_out: Tensor
     """int64 []: tokens left out so far because of their norm."""
+    n_dead: int = 0
+    """The number of dead latents of all processes."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -46,13 +58,14 @@ class TrainState:
     def fresh(
         cls, sae: SAE, adam: Adam, units: Standardization, downstream: bool = False
     ) -> "TrainState":
-        counters = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+        counters = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=sae.W_enc.device)
         sums = torch.zeros(6 + downstream, device=counters.device)
         return cls(sae, adam, counters, counters[:0], units, counters.new_zeros(()), sums=sums)
 
     def find_dead(self, dead_after: int) -> None:
         """Update the set of dead latents; this waits for a GPU."""
         self.dead = (self.tokens_since_fired >= dead_after).nonzero()[:, 0]
+        self.n_dead = sum(self.sae.shards.counts(len(self.dead)))
 
     def advance(self, result: TrainingLoss, batch: Batch) -> None:
         """Count a step that has been made."""
@@ -73,6 +86,7 @@ class TrainState:
         self.sums.zero_()
         tokens, seconds = self.tokens - self.logged[0], self.seconds - self.logged[1]
         self.logged = self.tokens, self.seconds
+        dead = self.sae.shards.counts(int((self.tokens_since_fired >= dead_after).sum()))
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -82,7 +96,7 @@ class TrainState:
             "penalty": penalty / count,
             "l0": l0 / count,
             **({"downstream": downstream[0] / count} if downstream else {}),
-            "dead_fraction": (self.tokens_since_fired >= dead_after).float().mean().item(),
+            "dead_fraction": sum(dead) / self.sae.d_sae,
             "lr": self.adam.at.lr,
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
@@ -133,6 +147,7 @@ class TrainState:
         try:
             torch.set_rng_state(tensors["rng"])
             self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
+            self.n_dead = sum(self.sae.shards.counts(len(self.dead)))
             self.adam.restored(meta["step"])
             self.step, self.tokens, self.seconds = meta["step"], meta["tokens"], meta["seconds"]
             self.units.scales = tuple(meta["scales"])

@@ -17,7 +17,7 @@ from fastsae.codes import Codes
 from fastsae.losses import Objective, TrainingLoss, auxk_gradients, fraction, training_loss
 from fastsae.nn import SAE
 from fastsae.nn.activation import Weights
-from fastsae_kernels import RowGradients, center, latent_major, squared_error
+from fastsae_kernels import RowGradients, center, latent_major
 
 from .optim import Adam
 
@@ -67,23 +67,25 @@ def fused_step(
     x = sae.tokens(x)
     low = "W_dec" in adam.shadow  # then all matmuls are in bfloat16
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
+    shards = sae.shards
     seen, variance = center(x, sae.b_dec, W_enc.dtype)
     b_enc = sae.b_enc.to(W_enc.dtype)
     shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
     if codes is None:
         proposals = {} if shadow is None else {"shadow": shadow}  # only TopK.encode takes one
-        weights = Weights(W_enc, b_enc, W_dec, sae.b_dec)
-        codes = sae.activation.encode(seen, weights, **proposals)
-    indices = codes.latents()
-    sse, error, dots = squared_error(codes.values, indices, W_dec, sae.b_dec, x)
+        weights = Weights(W_enc, b_enc, W_dec, sae.b_dec, shards)
+        codes = sae.activation.encode(shards.own_tokens(seen), weights, **proposals)
+    sse, error, dots = shards.squared_error(codes, W_dec, sae.b_dec, shards.own_tokens(x))
+    values, indices = shards.gather_data(codes.values), shards.gather_data(codes.latents())
+    codes, dots = codes._replace(values=values, indices=indices), shards.gather_data(dots)
     total = sse.sum()
     loss = objective.value(total, variance, len(x))
     unit = objective.unit(total, variance, len(x))
     fvu, auxk = fraction(total, variance), torch.zeros_like(total)
     aux = extra = None
-    if dead is not None and len(dead) and objective.auxk_coef:
+    if dead is not None and objective.auxk_coef and any(shards.counts(len(dead))):
         slices = W_enc[dead], b_enc[dead], W_dec[dead]
-        settings = objective, sae.activation.signed, objective.proportion(total, variance)
+        settings = objective, sae.activation.signed, objective.proportion(total, variance), shards
         aux = auxk_gradients(seen, -error.to(x.dtype), slices, *settings)
         auxk, extra = aux.loss, (dead, aux.W_dec, aux.W_enc)
 
@@ -92,7 +94,7 @@ def fused_step(
     entries = torch.stack((codes.values.to(x.dtype), dots)).flatten(1)
     weights, d_weights = entries.mul_(scale)[:, runs.entry]
     d_b_enc, d_center = adam.update_rows(RowGradients(runs, weights, error, d_weights, seen, extra))
-    d_b_dec = scale * error.sum(0, dtype=x.dtype) - d_center
+    d_b_dec = scale * error.sum(0, dtype=x.dtype) - shards.total(d_center)
     if aux is not None:
         loss = loss + aux.weight * aux.loss
         d_b_enc[dead] += aux.b_enc
@@ -101,6 +103,6 @@ def fused_step(
     adam.update("b_dec", d_b_dec)
     adam.end_step()
     sae.activation.after_step(codes)
-    l0 = runs.start[-1] / max(len(x), 1)  # codes.l0(), without counting again
+    l0 = shards.total(runs.start[-1]) / max(len(x), 1)  # codes.l0(), without counting again
     fired = runs.start[1:] > runs.start[:-1]
     return TrainingLoss(loss, fvu, auxk, torch.zeros_like(fvu), l0, codes, fired)

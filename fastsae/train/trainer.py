@@ -6,34 +6,42 @@ from collections.abc import Sequence
 
 import torch
 
-from fastsae.checkpoint import Checkpoint, save_checkpoint
+from fastsae.checkpoint import Checkpoint, newest_intact, save_checkpoint
 from fastsae.codes import Codes
 from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
+from fastsae.data.source import Shuffled
 from fastsae.device import tf32_products
+from fastsae.distributed.parallelize import parallelize, per_latent
 from fastsae.losses import TrainingLoss
+from fastsae.meeting import everywhere, on_first
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae_kernels import WIDEST, balance
 
 from .callbacks import Callback, Callbacks, callbacks_of
 from .columns import Columns
 from .config import TrainConfig
+from .conflicts import check_mesh
 from .describe import describe, describe_data
 from .end_to_end import EndToEnd
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupted, Interrupts
-from .log import Log
+from .log import Log, Unlogged
 from .optim import Adam, schedule
 from .plan import Plan, check_batch, copies_of
 from .results import write_results
-from .run_folder import begin, check_same, check_start, claimed_run, latest, set_length
+from .run_folder import begin, check_same, check_start, claimed_run, set_length
 from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
-from .state import TrainState
+from .state import TrainState, names_per_latent
 from .step import autograd_step, fused_step
+
+FAILED = 1 << 16
+"""Above every signal's number."""
 
 
 class Trainer:
@@ -47,6 +55,10 @@ class Trainer:
     `start_from`, an SAE of config's shape and activation for activations as they are, training
     continues from its weights. A run can be resumed with another number of steps; what is planned
     from it, such as the learning rate's decay, is then as in a run of that length.
+
+    With `shards`, a `fastsae.distributed.Mesh`, many processes make one run: each of them makes the
+    same Trainer, and holds its share of the latents. Batches keep their size, so the run is that of
+    one process, up to rounding. Only process 0 shows, logs and locks the folder, which all need.
     """
 
     def __init__(
@@ -56,12 +68,14 @@ class Trainer:
         start_from: SAE | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
+        shards: Shards = ONE_PROCESS,
     ):
         """Without `progress`, nothing but warnings is shown on stderr."""
-        self.config, self.start_from = config, start_from
+        check_mesh(config, shards, start_from)
+        self.config, self.start_from, self.shards = config, start_from, shards
         self.source = source = as_source(source)
         self.callbacks = Callbacks([*callbacks_of(config, source), *callbacks])
-        self.progress = progress
+        self.progress = progress and shards.rank == 0
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)
         check_batch(config.batch_size, source.n_tokens, source.d_in)
@@ -84,11 +98,11 @@ class Trainer:
         """
         config = self.config
         keep_freed_memory()
-        with claimed_run(config.out):
-            state = self.start(resume, latest(config.out) if resume else None)
+        with claimed_run(config.out, self.shards):
+            state = self.start(resume, self.latest() if resume else None)
             with (
                 Interrupts() as interrupts,
-                Log(config, self.plan.steps, state.step, self.progress) as log,
+                self.log(state) as log,
                 self.batches(state) as batches,
             ):
                 resumed = f"; resumed at step {state.step}" if state.step else ""
@@ -96,19 +110,19 @@ class Trainer:
                 self.say(describe_data(self))
                 while not self.ended(state):
                     start = time.perf_counter()
-                    batch = self.take(batches, state, interrupts)
-                    if batch is not None:
-                        self.advance(state, self.standardized(batch, state), log, start)
-                    if interrupts.signum and not self.ended(state):
-                        self.save(state)
-                        raise Interrupted(
-                            interrupts.signum,
-                            f"stopped at step {state.step} of {self.plan.steps}, saved; "
-                            f"continue with --resume --out {config.out}",
-                        )
+                    batch = self.take_together(batches, state, interrupts)
+                    self.advance(state, self.standardized(batch, state), log, start)
             if isinstance(self.source, Stream):
                 self.say(self.source.report(state.tokens))
             return self.finish(state)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest intact checkpoint of the run, with the rows of this process."""
+        with torch.device("meta"):
+            sae = self.columns.build(self.config)
+        names = names_per_latent(per_latent(sae))
+        found = newest_intact([self.config.out / "checkpoints"], names, self.shards)
+        return found[0] if found else None
 
     def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
         """The initial state, from a sample of the data, or a checkpoint's."""
@@ -122,7 +136,9 @@ class Trainer:
         x, target = columns.split(sample[units.ordinary(sample)])
         generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)  # for activations with noise
-        sae = columns.build(config)
+        with torch.device("meta" if self.shards.size > 1 else "cpu"):
+            sae = columns.build(config)
+        parallelize(sae, self.shards)
         if self.start_from is None:
             init_from_data(sae, x, generator, target, config.init)
         else:
@@ -131,7 +147,8 @@ class Trainer:
         downstream = self.end_to_end is not None
         state = TrainState.fresh(sae, self.optimizer(sae, x), units, downstream)
         if not resume:  # last, so that a failed start leaves no files
-            begin(config, self.plan, self.source.fingerprint, self.start_from)
+            about = config, self.plan, self.source.fingerprint, self.start_from
+            on_first(self.shards, lambda: begin(*about))
             if self.start_from is not None:
                 self.save(state)  # a resumed run then needs only the folder
         if checkpoint is not None:
@@ -139,7 +156,7 @@ class Trainer:
             if state.stopped and state.stopped[1] != self.plan.steps:
                 state.stopped = None  # another number of steps was asked for since
         if resume:
-            set_length(config, self.plan, state.step)
+            on_first(self.shards, lambda: set_length(config, self.plan, state.step))
         if self.captures:
             required = config.cuda_graph == "on"
             self.captured = CapturedStep(sae, state.adam, config.objective, required)
@@ -165,7 +182,8 @@ class Trainer:
     def captures(self) -> bool:
         """Whether steps without dead latents are replayed as a CUDA graph."""
         wanted = self.config.cuda_graph != "off" and self.config.not_captured is None
-        return wanted and self.device.type == "cuda" and self.columns.width_out <= WIDEST
+        fits = self.shards.size == 1 and self.columns.width_out <= WIDEST
+        return wanted and self.device.type == "cuda" and fits
 
     def optimizer(self, sae: SAE, sample: torch.Tensor) -> Adam:
         """Adam, with the copies of weights in less precision that the plan asks for; those in int8
@@ -182,7 +200,11 @@ class Trainer:
         config = self.config
         seed = config.seed if config.data_seed is None else config.data_seed
         pin, source = self.device.type == "cuda", source or self.source
-        return source.batches(config.batch_size, seed, state.cursor, pin_memory=pin)
+        arguments = config.batch_size, seed, state.cursor, pin
+        if isinstance(source, Shuffled) and self.shards.size > 1:
+            part = self.shards.rank, self.shards.size
+            return Shuffled.batches(source, *arguments, part=part)
+        return source.batches(*arguments)
 
     def take(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch | None:
         """The next batch; None if a signal comes before it."""
@@ -191,9 +213,38 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"step {state.step + 1}: {error}") from error
 
+    def take_together(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch:
+        """The next batch, of every process; `Interrupted` if a signal has come to any, once all
+        have saved."""
+        batch, error = None, None
+        try:
+            batch = self.take(batches, state, interrupts)
+        except ValueError as raised:
+            error = raised
+        news = self.shards.largest(FAILED if error else interrupts.signum or 0)
+
+        def check() -> None:
+            if error is not None:
+                raise error
+
+        if news == FAILED:
+            everywhere(self.shards, check)
+        if news:
+            self.save(state)
+            raise Interrupted(
+                news,
+                f"stopped at step {state.step} of {self.plan.steps}, saved; "
+                f"continue with --resume --out {self.config.out}",
+            )
+        assert batch is not None, "without a signal there is a batch"
+        return batch
+
     def standardized(self, batch: Batch, state: TrainState) -> Batch:
-        """A batch as training sees it, on the device."""
-        x = state.units(batch.x.to(self.device, non_blocking=True))
+        """A batch as training sees it, on the device, with the tokens of all processes."""
+        x = batch.x.to(self.device, non_blocking=True)
+        if len(x) < len(batch.rows):
+            x = self.shards.gather_tokens(x)
+        x = state.units(x)
         kept = state.units.ordinary(x)
         return batch._replace(x=replace_rows(x, kept), kept=kept)
 
@@ -235,16 +286,17 @@ class Trainer:
         if objective.auxk_coef and state.step % plan.dead_every == 0:
             state.find_dead(plan.dead_after)
         x, target = self.columns.split(batch.x)
+        dead = state.dead if state.n_dead else None
         with tf32_products(plan.encoder_precision == "tf32"):
             if plan.step == "fused":
-                aux = objective.auxk_coef and len(state.dead)
+                aux = objective.auxk_coef and state.n_dead
                 if self.captured is not None and codes is None and not aux:
                     return self.captured(x)
-                return fused_step(state.sae, state.adam, x, state.dead, objective, codes)
+                return fused_step(state.sae, state.adam, x, dead, objective, codes)
             progress = (state.step + 1) / plan.steps
-            dead = state.dead, objective
             downstream = self.end_to_end and self.end_to_end.term(state, self.ordinary[0])
-            return autograd_step(state.sae, state.adam, x, *dead, target, progress, downstream)
+            settings = objective, target, progress, downstream
+            return autograd_step(state.sae, state.adam, x, dead, *settings)
 
     def check_finite(self, state: TrainState, batch: Batch) -> None:
         """ValueError if the loss was NaN or Inf since the last line; on a CPU, at this step."""
@@ -259,10 +311,13 @@ class Trainer:
             )
 
     def save(self, state: TrainState) -> None:
-        if not all(weight.isfinite().all() for weight in state.sae.parameters()):
+        finite = all(weight.isfinite().all() for weight in state.sae.parameters())
+        if self.shards.largest(not finite):
             raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
         folder, keep = self.config.out / "checkpoints", self.config.keep_checkpoints
-        save_checkpoint(folder, state.step, state.tensors(), state.meta(), keep)
+        tensors = state.tensors()
+        names = [n for n in names_per_latent(per_latent(state.sae)) if n in tensors]
+        save_checkpoint(folder, state.step, tensors, state.meta(), keep, names, self.shards)
         if state.step:
             self.callbacks.on_checkpoint(self, state)
 
@@ -271,6 +326,12 @@ class Trainer:
         sae = copy.deepcopy(state.sae)
         state.adam.flush_copy(sae)
         return self.columns.fold_(sae.cpu().eval(), state.units)
+
+    def log(self, state: TrainState) -> Log:
+        """Where lines go from here: nowhere, except of process 0."""
+        if self.shards.rank:
+            return Unlogged()
+        return Log(self.config, self.plan.steps, state.step, self.progress)
 
     def say(self, text: str) -> None:
         if self.progress:

@@ -139,9 +139,10 @@ def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, w
 
 
 def _row_blocks(W: Tensor) -> Iterator[slice]:
-    """Blocks of rows that are updated at a time."""
+    """Blocks of rows that are updated at a time: a power of two, so that processes with an equal
+    share of the rows most often have the blocks of one with all of them."""
     size = BLOCK_BYTES if W.device.type == "cpu" else GPU_BLOCK_BYTES
-    rows = max(1, size // (W.shape[1] * W.itemsize))
+    rows = 1 << max(1, size // (W.shape[1] * W.itemsize)).bit_length() - 1
     for start in range(0, len(W), rows):
         yield slice(start, min(start + rows, len(W)))
 
@@ -180,8 +181,9 @@ def _adam_torch(
     latent = sum_runs(g.d_values, g.x.new_ones(len(g.x), 1), g.runs)[:, 0].to(encoder.weight.dtype)
     biases = BiasGradients(latent, latent @ encoder.weight)
     generator = torch.Generator(decoder.weight.device)
-    generator.manual_seed((seed32(at) + at.step) % 2**32)  # a CPU's generator takes 32 bits
     for block in _row_blocks(decoder.weight):
+        key = seed32(at) + at.step + 0x85EBCA6B * (at.first_row + block.start)
+        generator.manual_seed(key % 2**32)  # a CPU's generator takes 32 bits
         d_dec = sum_runs(g.values, g.error, g.runs, block).to(decoder.weight.dtype)
         d_enc = sum_runs(g.d_values, g.x, g.runs, block).to(encoder.weight.dtype)
         busy = g.runs.start[block.start : block.stop + 1].diff() > 0

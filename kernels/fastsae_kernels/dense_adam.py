@@ -18,6 +18,9 @@ class AdamStep(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 6.25e-10
     seed: int = 0
+    """Of stochastic rounding, which depends on it, the step and the row alone."""
+    first_row: int = 0
+    """The number of the first row, where other processes have those before it."""
     scalars: Tensor | None = None
     """The values that change from step to step, on a GPU, where a CUDA graph reads them; see
     `scalars_of`."""
@@ -123,12 +126,13 @@ def window_coefficient(at: AdamStep) -> float:
 def scalars_of(at: AdamStep) -> Tensor:
     """A step's scalars as one int32 tensor [7] on the CPU, which takes a single copy to a GPU.
 
-    They are step and seed, then the bits of five float32: lr, step, lr / (1 - b1^t),
+    They are step and seed plus first_row, then the bits of five float32: lr, step, lr / (1 - b1^t),
     sqrt(1 - b2^t), and the window's coefficient.
     """
     b1, b2 = (beta**at.step for beta in at.betas)
     floats = at.lr, at.step, at.lr / (1 - b1), math.sqrt(1 - b2), window_coefficient(at)
-    whole = torch.tensor([at.step, seed32(at) >> 1], dtype=torch.int32)
+    seed = ((seed32(at) >> 1) + at.first_row + 2**31) % 2**32 - 2**31  # wraps as in the kernel
+    whole = torch.tensor([at.step, seed], dtype=torch.int32)
     return torch.cat((whole, torch.tensor(floats, dtype=torch.float32).view(torch.int32)))
 
 

@@ -1,0 +1,160 @@
+"""A mesh of processes: how they are arranged, and what they do for each other in a step."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastsae.codes import Codes
+from fastsae.shards import Shards
+from fastsae_kernels import By, decode, gather_dot, squared_error
+
+from .collectives import Group, Spread, Total, gather, sum_shares
+from .selection import as_wide_as_all, kept_counts, longest
+
+Anything = TypeVar("Anything")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The size of a mesh: processes hold different tokens along `data`, latents along `latent`."""
+
+    data: int = 1
+    latent: int = 1
+
+    def __post_init__(self):
+        if self.data < 1 or self.latent < 1:
+            raise ValueError(f"both axes of a mesh must be at least 1, got {self}")
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.data * self.latent
+
+    def __str__(self) -> str:
+        return f"data={self.data},latent={self.latent}"
+
+
+class Mesh(Shards):
+    """The processes of torch.distributed's default group, arranged on two axes.
+
+    Rank r has place r // latent on the data axis and r % latent on the latent axis. All processes
+    must make the same calls in the same order. Sums have the same bits on every process; those of a
+    batch do not depend on `data`.
+    """
+
+    def __init__(self, axes: Axes, device: torch.device | str = "cpu"):
+        """Makes the groups of both axes, for tensors on `device`; ValueError unless there are as
+        many processes."""
+        self.size = dist.get_world_size()
+        if axes.size != self.size:
+            raise ValueError(
+                f"a mesh of {axes} takes {axes.size} processes, but there are {self.size}"
+            )
+        self.axes, self.rank, self.device = axes, dist.get_rank(), device
+        self.data, self.latent = axes.data, axes.latent
+        self.data_rank, self.latent_rank = divmod(self.rank, axes.latent)
+        ranks = torch.arange(self.size).view(axes.data, axes.latent)
+        self.along_latent = _group_of(ranks.tolist())
+        self.along_data = _group_of(ranks.T.tolist())
+        control = dist.new_group(backend="gloo")
+        assert isinstance(control, dist.ProcessGroup), "it has all processes"
+        self.control = control
+        """For small Python objects, in the memory of the CPU."""
+
+    def rows(self, d_sae: int) -> slice:
+        if d_sae % self.latent:
+            raise ValueError(
+                f"d_sae must be divisible by the latent axis, got {d_sae} and {self.axes}"
+            )
+        share = d_sae // self.latent
+        return slice(self.latent_rank * share, (self.latent_rank + 1) * share)
+
+    # --- tokens ------------------------------------------------------------------------------
+
+    def gather_tokens(self, own: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "N ..."]:
+        rows = gather(gather(own, self.along_data), self.along_latent)  # [latent, data, n, ...]
+        return rows.transpose(0, 1).flatten(0, 2)
+
+    def own_tokens(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
+        return x.chunk(self.data)[self.data_rank] if self.data > 1 else x
+
+    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
+        if own.dim() == 2:
+            own = as_wide_as_all(own, self.along_data)
+        return gather(own, self.along_data).flatten(0, 1)
+
+    # --- latents -----------------------------------------------------------------------------
+
+    def keep_best(self, codes: Codes, k: int, by: By, widest: int | None = None) -> Codes:
+        if self.latent == 1:
+            return codes
+        sizes = codes.values.detach()
+        sizes = sizes.abs() if by == "abs" else sizes
+        if widest is not None:
+            sizes = pad(sizes, (0, widest - sizes.shape[1]), value=-torch.inf)
+        counts = kept_counts(sizes, k, self.along_latent)
+        width = min(longest(counts), codes.values.shape[1])
+        kept = torch.arange(width, device=counts.device) < counts[:, None]
+        values = codes.values[:, :width].where(kept, 0.0)
+        return Codes(values, codes.latents()[:, :width], codes.d_sae)
+
+    def gather_latents(self, own: Shaped[Tensor, "share ..."]) -> Shaped[Tensor, "d_sae ..."]:
+        return gather(own, self.along_latent).flatten(0, 1)
+
+    def counts(self, own: int) -> tuple[int, ...]:
+        return tuple(gather(torch.tensor(own, device=self.device), self.along_latent).tolist())
+
+    def total(self, part: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        return part if self.latent == 1 else Total.apply(part, self.along_latent)
+
+    def spread(self, whole: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return whole if self.latent == 1 else Spread.apply(whole, self.along_latent)
+
+    def squared_error(
+        self,
+        codes: Codes,
+        W_dec: Float[Tensor, "d_sae d_out"],
+        b_dec: Float[Tensor, " d_out"],
+        target: Float[Tensor, "M d_out"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N d_out"], Float[Tensor, "M K"]]:
+        """Every process decodes its own entries, adds up a share of the tokens, and tells all."""
+        if self.latent == 1:
+            sse, error, dots = squared_error(codes.values, codes.latents(), W_dec, b_dec, target)
+            return self.gather_data(sse), gather(error, self.along_data).flatten(0, 1), dots
+        part = decode(codes.values, codes.latents(), W_dec)
+        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        own = sum_shares(part, self.along_latent) + b_dec
+        share = slice(self.latent_rank * len(own), (self.latent_rank + 1) * len(own))
+        error = own - target[share]
+        sse, low = torch.linalg.vecdot(error, error), error.to(W_dec.dtype)
+        of_these = gather(error, self.along_latent).flatten(0, 1)
+        dots = gather_dot(of_these, codes.latents(), W_dec)
+        return self.gather_tokens(sse), self.gather_tokens(low), dots
+
+    def below(self, d_sae: int, own: int) -> int:
+        return min(max(d_sae - self.latent_rank * own, 0), own)
+
+    # --- agreement ---------------------------------------------------------------------------
+
+    def all_of(self, value: Anything) -> list[Anything]:
+        found: list = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def largest(self, own: int) -> int:
+        return int(gather(torch.tensor(own), self.control).max())
+
+
+def _group_of(every: list[list[int]]) -> Group:
+    """The process group that this process is in, out of a partition; None if it is alone in it."""
+    found: Group = None
+    for ranks in every:
+        group = dist.new_group(ranks) if len(ranks) > 1 else None  # all processes make all groups
+        if isinstance(group, dist.ProcessGroup):  # else it has others, or this process alone
+            found = group
+    return found

@@ -1,0 +1,75 @@
+"""Four processes that stay for a whole test session, and run functions as a mesh of any size."""
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fastsae.distributed import Axes, Mesh
+
+MOST = 4
+SECONDS = 120
+
+
+class Processes:
+    """Started at their first use; every run makes its process groups anew."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes: list[Connection] = []
+        self.workers: list[Any] = []
+        self.runs = 0
+
+    def start(self) -> None:
+        context = mp.get_context("spawn")
+        for rank in range(MOST):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(rank, theirs), daemon=True)
+            worker.start()
+            self.pipes.append(ours)
+            self.workers.append(worker)
+
+    def run(self, axes: tuple[int, int], task: Callable, *arguments: Any) -> list[Any]:
+        """task(mesh, *arguments) on every process of a mesh of (data, latent): the results by rank.
+        An exception of any process is raised here."""
+        if not self.workers:
+            self.start()
+        self.runs += 1
+        store = Path(self.folder.name) / str(self.runs)
+        used = self.pipes[: axes[0] * axes[1]]
+        for pipe in used:
+            pipe.send((store, axes, task, arguments))
+        results = []
+        for rank, pipe in enumerate(used):
+            assert pipe.poll(SECONDS), f"process {rank} did not answer"
+            results.append(pipe.recv())
+        for rank, (_, error) in enumerate(results):
+            assert error is None, f"process {rank}: {error}"
+        return [result for result, _ in results]
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        self.folder.cleanup()
+
+
+def _work(rank: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        store, axes, task, arguments = pipe.recv()
+        size, result, error = axes[0] * axes[1], None, None
+        try:
+            files = f"file://{store}"
+            dist.init_process_group("gloo", files, rank=rank, world_size=size)
+            result = task(Mesh(Axes(*axes)), *arguments)
+        except BaseException:
+            error = traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.send((result, error))
