@@ -8,10 +8,11 @@ from typing import Any
 
 from fastsae.data import Joined, StoredActivations, Stream, demo_shards, open_path
 from fastsae.device import choose_device
-from fastsae.distributed.launch import joined, place
+from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.files import read_json
 from fastsae.interop import load
 from fastsae.nn import SAE, ActivationConfig, Init
+from fastsae.shards import Shards
 from fastsae.train import (
     Optimizer,
     Sweep,
@@ -163,21 +164,24 @@ def main(words: Sequence[str]) -> str:
 
 def main_of_many(words: Sequence[str]) -> str:
     """One SAE, in the processes that torchrun has started; process 0 returns the table."""
-    try:
+    with one_voice():
         command = read_train(words)
-    except ValueError:
-        if place().rank:
-            raise SystemExit(2) from None  # process 0 says it
-        raise
-    config = command.config
-    with joined(command.mesh, config.device) as shards:
         if command.start_from is not None:
             raise ValueError("--start-from needs one process")
-        source = opened({"": config})[1] if shards.rank == 0 else None
-        shards.all_of(None)  # process 0 may have harvested the demo's data
-        source = source or opened({"": config})[1]
+    config = command.config
+    with joined(command.mesh, config.device) as shards:
+        _, source = opened_together({"": config}, shards)
         Trainer(config, source, shards=shards).fit(command.resume)
         return "" if shards.rank else run_table(config.out)
+
+
+def opened_together(
+    configs: dict[str, TrainConfig], shards: Shards
+) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
+    """What `opened` returns, once it has returned on process 0: it may harvest the demo's data."""
+    found = opened(configs) if shards.rank == 0 else None
+    shards.all_of(None)
+    return found or opened(configs)
 
 
 def resumed_sweep(given: Given) -> Path | None:
