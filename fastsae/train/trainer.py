@@ -212,16 +212,23 @@ class Trainer:
         state.seconds += time.perf_counter() - start
 
         self.callbacks.on_step(self, state)
-        logged = config.log_every, config.eval_every or config.log_every
-        if self.ended(state) or not all(state.step % every for every in logged):
-            self.check_finite(state, batch)
+        logs = config.log_every, config.eval_every or config.log_every
+        logged, saved = (
+            self.ended(state) or not all(state.step % every for every in due)
+            for due in (logs, [config.checkpoint_every])
+        )
+        if logged or saved:
+            start = time.perf_counter()
+            self.check_finite(state, batch)  # waits for a GPU, which may be several steps behind
+            state.seconds += time.perf_counter() - start
+        if logged:
             source = self.source
             numbers = source.readings(batch.rows) if isinstance(source, Stream) else {}
             line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
             log.write(line)
         log.advance()
-        if self.ended(state) or state.step % config.checkpoint_every == 0:
+        if self.ended(state) or saved:
             self.save(state)
 
     def ended(self, state: TrainState) -> bool:

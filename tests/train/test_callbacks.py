@@ -1,6 +1,7 @@
 """What runs besides training changes no bit of it, and can end it early."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,29 @@ def test_hooks_are_called_in_order(config, data):
     last = ["step 5", "log 5", "checkpoint 5", "end 9"]
     assert [f"{name} {step}" for name, step in recorder.calls] == steps + last
     assert [line["threshold"] for line in lines_of(run)] == [1.5, 2.5]
+
+
+def test_time_waited_for_the_device_counts(config, data):
+    """A GPU is waited for where losses are read."""
+
+    class Waiting(Trainer):
+        waited = 0.0
+
+        def check_finite(self, state, batch):
+            start = time.perf_counter()
+            time.sleep(0.05)
+            super().check_finite(state, batch)
+            self.waited += time.perf_counter() - start
+
+    class Waited(Callback):
+        def on_log(self, trainer, state, line):
+            assert isinstance(trainer, Waiting)
+            line["waited"] = trainer.waited
+
+    run = config(log_every=2, steps=8, checkpoint_every=3)
+    Waiting(run, ActivationShards(data), callbacks=[Waited()]).fit()
+    lines = read_lines(run.out / "metrics.jsonl")
+    assert len(lines) == 4 and all(line["seconds"] >= line["waited"] for line in lines)
 
 
 @pytest.mark.parametrize("hook", ["step", "log"])
