@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastsae.data import StreamConfig
 from fastsae.train import Sweep, TrainConfig
-from fastsae.train.sweep import stored_sweep
+from fastsae.train.sweep import check_together, stored_sweep
 
 from .parse import (
     Settings,
@@ -78,6 +78,7 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
 
 def main(words: Sequence[str]) -> str:
     command, configs = read_sweep(words)
+    check_together(configs)  # before a model is loaded or the demo's data are made
     configs, source = opened(configs)
     return sweep_table(Sweep(configs, source, command.out), command.resume)
 

@@ -266,6 +266,17 @@ class Stream:
         return Batches(mixer, cursor)
 
 
+def check_evaluable(source: ActivationSource) -> None:
+    """ValueError unless a source has rows to evaluate on. A stream does; it produces them later."""
+    if isinstance(source, Stream):
+        return
+    heldout, name = source.heldout, type(source).__name__
+    if heldout is None and not hasattr(source, "rows"):
+        raise ValueError(f"{name} has nothing to evaluate on: it needs heldout rows, or rows()")
+    if heldout is not None and not hasattr(heldout, "rows"):
+        raise ValueError(f"{name}.heldout must have rows(), got {type(heldout).__name__}")
+
+
 def stored(source: ActivationSource) -> StoredActivations:
     """Rows to evaluate on where none are held out: all, or of a stream a sample."""
     if isinstance(source, Stream):

@@ -8,7 +8,7 @@ import torch
 
 from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source
+from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source, check_evaluable
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.device import tf32_products
 from fastsae.losses import TrainingLoss
@@ -60,7 +60,8 @@ class Trainer:
         """Without `progress`, nothing but warnings is shown on stderr."""
         self.config, self.start_from = config, start_from
         self.source = source = as_source(source)
-        self.callbacks = Callbacks([*callbacks_of(config, source), *callbacks])
+        check_evaluable(source)
+        self.callbacks = Callbacks(callbacks_of(config, source, callbacks))
         self.progress = progress
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)

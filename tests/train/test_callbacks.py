@@ -220,7 +220,7 @@ def test_what_evaluations_need(config, data):
     with pytest.raises(ValueError, match="eval_every = 5 needs held-out data, and there is none"):
         Trainer(config(eval_every=5), plain)
     with pytest.raises(ValueError, match="early stopping needs eval_every, got None"):
-        Trainer(config(), plain, callbacks=[EarlyStopping(1)]).fit()
+        Trainer(config(), plain, callbacks=[EarlyStopping(1)])
     with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
         EarlyStopping(0)
     with pytest.raises(ValueError, match="min_delta must be at least 0 and finite, got -1"):
