@@ -176,7 +176,8 @@ def check_evaluable(source: ActivationSource) -> None:
 def stored(source: ActivationSource) -> StoredActivations:
     """Rows to evaluate on where none are held out: all, or of a stream a sample."""
     if isinstance(source, Stream):
-        return ActivationArray(source.sample(HELDOUT_TOKENS, seed=1))
+        about = {"model": source.model, "hookpoint": source.hookpoint, "harvest": source.harvest}
+        return ActivationArray(source.sample(HELDOUT_TOKENS, seed=1), **about)
     if not isinstance(source, StoredActivations):
         raise ValueError(f"{type(source).__name__} has no held-out rows to evaluate on")
     return source
