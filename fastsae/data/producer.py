@@ -47,6 +47,9 @@ class Group(NamedTuple):
     heldout: bool = False
     """Whether the rows are set aside for evaluation."""
 
+    finite: bool = False
+    """Whether the producer has looked for NaN and Inf; otherwise the stream does."""
+
 
 @runtime_checkable
 class Producer(Protocol):
@@ -160,7 +163,7 @@ class ModelProducer:
             if whole:
                 kept, contexts = ends[whole - 1], self._contexts(windows[:whole])
                 parts = tuple(x[:kept] for x in rows)
-                yield Group(parts, contexts, place, heldout)
+                yield Group(parts, contexts, place, heldout, finite=True)
                 del parts
             if whole < len(windows):
                 first = slice(ends[whole - 1] if whole else 0, ends[whole])

@@ -123,7 +123,7 @@ class Production:
             if rows.shape != (size, width):
                 shape = tuple(rows.shape)
                 raise ValueError(f"{name}: rows must be of shape {(size, width)}, got {shape}")
-            if not rows.isfinite().all():
+            if not group.finite and not rows.isfinite().all():
                 bad = int((~rows.isfinite().all(1)).nonzero()[0])
                 raise ValueError(f"{name} holds NaN or Inf: {named(int(numbers[bad]))}")
         chunk = Chunk(tuple(rows.to("cpu") for rows in group.rows), numbers)
