@@ -27,7 +27,9 @@ BLOCKS_HELD = 15 / 8
 """Blocks in the buffer at the beginning of a turn."""
 _NOWHERE = torch.empty(0, dtype=torch.int64)
 DOCUMENT = 1 << 32
-"""A row's number is its document's times this, plus the row's position in its window of text."""
+"""A row's number is its document's times this, plus the row's position in its window of text.
+Without contexts, it is -1 minus the first number of the place where its group begins times this,
+minus the row's number in the group."""
 
 
 class Block(NamedTuple):

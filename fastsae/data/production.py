@@ -35,7 +35,6 @@ class Production:
         self._heldout: tuple[list[Tensor], Contexts | None] | None = None
         self._groups: Iterator[Group] | None = None
         self._at: Place = ()
-        self._made = 0
         self._empty = True
         """Whether no rows have come since the beginning of the data."""
         self._again = False
@@ -78,7 +77,7 @@ class Production:
         self.tally.model_seconds += time.perf_counter() - before
         if group is None:
             return None
-        chunk, self._at = self._chunk(group), group.next
+        chunk, self._at = self._chunk(group, self._at), group.next
         self._empty = self._empty and not len(chunk.numbers)
         before = time.perf_counter()
         places = store.put(chunk)
@@ -90,10 +89,11 @@ class Production:
         if self._heldout is None:
             rows = [[torch.empty(0, width)] for width in self.producer.widths.values()]
             contexts, left = list[Contexts | None](), HELDOUT_TOKENS
-            groups = self.producer.groups((), "heldout")
+            groups, start = self.producer.groups((), "heldout"), ()
             while left > 0 and (group := next(groups, None)) is not None:
-                for kept, x in zip(rows, self._chunk(group).rows, strict=True):
+                for kept, x in zip(rows, self._chunk(group, start).rows, strict=True):
                     kept.append(x[:left])
+                start = group.next
                 contexts.append(group.contexts)
                 left -= len(group.rows[0])
             whole = [torch.cat(parts[1:] or parts) for parts in rows]
@@ -111,26 +111,29 @@ class Production:
             self._again = True
         self._groups, self._at, self._empty = self.producer.groups(()), (), True
 
-    def _chunk(self, group: Group) -> Chunk:
-        """A group's rows with their numbers; ValueError if they do not fit."""
+    def _chunk(self, group: Group, start: Place) -> Chunk:
+        """The rows of a group from a place on, with their numbers; ValueError if they do not
+        fit."""
         size = len(group.rows[0])
-        self._made += 1
-        if group.contexts is None:  # then a group counts as a document
-            numbers = self._made * DOCUMENT + torch.arange(size)
+        if group.contexts is None:
+            numbers = -1 - (start or (0,))[0] * DOCUMENT - torch.arange(size)
         else:
             numbers = group.contexts.documents * DOCUMENT + group.contexts.positions
         for (name, width), rows in zip(self.producer.widths.items(), group.rows, strict=True):
             if rows.shape != (size, width):
                 shape = tuple(rows.shape)
                 raise ValueError(f"{name}: rows must be of shape {(size, width)}, got {shape}")
-            if not group.finite and not rows.isfinite().all():
-                bad = int((~rows.isfinite().all(1)).nonzero()[0])
-                raise ValueError(f"{name} holds NaN or Inf: {named(int(numbers[bad]))}")
+            if not group.finite and not (finite := rows.isfinite().all(1)).all():
+                bad = int(numbers[finite.byte().argmin()])
+                raise ValueError(f"{name} holds NaN or Inf: {named(bad)}")
         chunk = Chunk(tuple(rows.to("cpu") for rows in group.rows), numbers)
         self.tally.token_bytes = sum(x.shape[1] * x.itemsize for x in chunk.rows)
         return chunk
 
 
 def named(row: int) -> str:
-    document, position = divmod(row, DOCUMENT)
+    """What the number of a row says. Rows without contexts have negative numbers."""
+    document, position = divmod(row if row >= 0 else -1 - row, DOCUMENT)
+    if row < 0:
+        return f"row {position} of the group from place {document} on"
     return f"document {document}, position {position}"

@@ -136,7 +136,8 @@ class Stream:
         }
 
     def where(self, row: int) -> str:
-        """The row's document, and its position in its window."""
+        """The row's document, and its position in its window; of rows without contexts, the place
+        where its group begins, and its number in the group."""
         return named(row)
 
     def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:

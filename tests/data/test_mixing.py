@@ -1,5 +1,6 @@
 """Rows that a producer makes in order come out mixed, each once, and again after a cursor."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -147,6 +148,29 @@ def test_wrong_rows_are_named():
         Stream(wide, 50).sample(5)
     with pytest.raises(ValueError, match="two holds NaN or Inf: document 1, position 3"):
         Stream(infinite, 50).sample(5)
+
+
+def test_rows_without_contexts_are_named_by_their_place():
+    """Their groups count as documents, also after a run is resumed."""
+
+    class Unknown(Numbers):
+        def groups(self, start: Place = (), part: str = "train") -> Iterator[Group]:
+            return (group._replace(contexts=None) for group in super().groups(start, part))
+
+    class Infinite(Unknown):
+        def groups(self, start: Place = (), part: str = "train") -> Iterator[Group]:
+            for group in super().groups(start, part):
+                yield group._replace(rows=tuple(x / (x != 20) for x in group.rows))
+
+    with pytest.raises(ValueError, match="one holds NaN or Inf: row 3 of the group from place 17"):
+        Stream(Infinite(100), 100).sample(50)
+    stream, known = Stream(Unknown(1000), 300), Stream(Numbers(1000, 1), 300)
+    with stream.batches(100) as some, known.batches(100) as others:
+        for _ in range(5):
+            found, wanted = next(some), next(others)
+            places = [re.findall(r"\d+", stream.where(row)) for row in found.rows.tolist()]
+            rows = [int(place) + int(number) for number, place in places]
+            assert rows == (wanted.rows // DOCUMENT).tolist()
 
 
 def test_closing_ends_a_production():
