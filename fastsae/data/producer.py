@@ -149,6 +149,11 @@ class ModelProducer:
         about += (drop_first, max_document_tokens, heldout_fraction, str(dtype), batch_tokens)
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
 
+    @property
+    def skipped_rows(self) -> int:
+        """Rows of the text without a value, as far as it was read."""
+        return getattr(self._documents, "skipped", 0)
+
     def groups(
         self, start: Place = (), part: Part = "train", max_tokens: int | None = None
     ) -> Iterator[Group]:

@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from fastsae.data.mixing import BLOCKS_HELD, DOCUMENT, Block, Tally
-from fastsae.data.producer import Group, Place, Producer
+from fastsae.data.producer import Group, ModelProducer, Place, Producer
 from fastsae.data.source import Contexts
 from fastsae.data.store import PIECE_BYTES, PIECES, Chunk, Store
 from fastsae.progress import say
@@ -104,7 +104,9 @@ class Production:
 
     def _begin_again(self) -> None:
         if self._empty:
-            raise ValueError("the stream has no tokens")
+            skipped = skipped_rows(self.producer)
+            nulls = f" ({skipped} rows are null)" if skipped else ""
+            raise ValueError(f"the stream has no tokens{nulls}")
         if not self._again:
             text = "the stream has come to its end and begins again: its tokens are seen repeatedly"
             say(text, logging.WARNING)
@@ -129,6 +131,11 @@ class Production:
         chunk = Chunk(tuple(rows.to("cpu") for rows in group.rows), numbers)
         self.tally.token_bytes = sum(x.shape[1] * x.itemsize for x in chunk.rows)
         return chunk
+
+
+def skipped_rows(producer: Producer) -> int:
+    """Rows without text that a producer has passed over."""
+    return producer.skipped_rows if isinstance(producer, ModelProducer) else 0
 
 
 def named(row: int) -> str:

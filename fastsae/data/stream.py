@@ -16,7 +16,7 @@ from fastsae.data.joined import Joined
 from fastsae.data.mixing import DOCUMENT, SHARES, Mixer, Tally, effective_number
 from fastsae.data.prefetch import Batches
 from fastsae.data.producer import Producer
-from fastsae.data.production import HELDOUT_TOKENS, Production, named
+from fastsae.data.production import HELDOUT_TOKENS, Production, named, skipped_rows
 from fastsae.data.shuffle import Cursor
 from fastsae.data.source import ActivationSource, StoredActivations
 
@@ -120,10 +120,13 @@ class Stream:
         """What became of the tokens of a run that has drawn so many, and of its time."""
         tally, seconds = self.tally, time.perf_counter() - self.tally.began
         shares = tally.model_seconds / seconds, tally.copy_seconds / seconds
+        skipped = skipped_rows(self.producer)
+        nulls = f"; {skipped:,} rows without text were skipped" if skipped else ""
         return (
             f"stream: {tally.produced:,} tokens produced, {drawn:,} drawn for training, "
             f"{tally.produced - drawn:,} left in the buffer or in batches loaded ahead; "
             f"of {seconds:,.0f} s, {shares[0]:.0%} in the model, {shares[1]:.0%} in the buffer"
+            f"{nulls}"
         )
 
     def readings(self, rows: Int64[np.ndarray, " N"]) -> dict[str, float]:

@@ -256,6 +256,21 @@ def test_text_without_a_row_is_refused(gpt2: Path, text: Path, tmp_path: Path):
         ModelProducer(*producer, iter(["a text"]), ["transformer.h.1"])
 
 
+def test_null_rows_are_counted_once_and_without_held_out_rows_the_text_is_unknown(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Over several passes, one of which looks for held-out rows."""
+    file, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [None if n % 10 == 3 else "the best of times " * 9 for n in range(60)]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    train(words(out, gpt2, file, "--heldout-fraction", "0"))
+    assert "in the buffer; 6 rows without text were skipped" in capsys.readouterr().err
+    assert "not run: the data's text is unknown; a stream knows" in evaluate([str(out)])
+    file.write_text('{"text": null}\n' * 3)
+    with pytest.raises(ValueError, match=r"the stream has no tokens \(3 rows are null\)"):
+        train(words(tmp_path / "none", gpt2, file))
+
+
 def test_a_run_resumes_only_on_the_same_text(gpt2: Path, text: Path, tmp_path: Path):
     out = tmp_path / "run"
     train(words(out, gpt2, text))
