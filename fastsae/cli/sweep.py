@@ -9,7 +9,7 @@ from pathlib import Path
 from fastsae.data import StreamConfig
 from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.train import Sweep, TrainConfig
-from fastsae.train.sweep import stored_sweep
+from fastsae.train.sweep import check_together, stored_sweep
 
 from .parse import (
     Settings,
@@ -80,6 +80,7 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
 def main(words: Sequence[str]) -> str:
     with one_voice():
         command, configs = read_sweep(words)
+        check_together(configs)  # before a model is loaded or the demo's data are made
     size = place().size
     if size == 1:
         configs, source = opened(configs)

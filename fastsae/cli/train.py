@@ -219,19 +219,23 @@ def opened(
     asked = [c.stream.hookpoints for c in configs.values() if c.stream is not None]
     union = tuple(dict.fromkeys(name for names in asked for name in names))
     further = [str(path) for path in (first.target, *first.layers) if path is not None]
-    if repeated := {name for name in (*union, *further) if (*union, *further).count(name) > 1}:
-        raise ValueError(f"hookpoint, target and layers must differ, got {min(repeated)} twice")
     whole = dataclasses.replace(first.stream, hookpoint=union).resolved()
     stream, source = whole.open(choose_device(first.device), further, fill=fill)
+    paths = [Path(name) for name in source.hookpoints[len(stream.hookpoints) :]]
     if further and len(stream.hookpoints) > 1:
         raise ValueError(f"a target or layers need one hookpoint, got {len(stream.hookpoints)}")
+    if first.target is not None and len(paths) > 1:
+        raise ValueError(f"a target must be one hookpoint, got {len(paths)} at {first.target}")
     found: dict[str, TrainConfig] = {}
     for (name, config), own in zip(configs.items(), asked, strict=True):
         sites = own if own != union else stream.hookpoints  # a resumed SAE has one of them
         for site in sites:
             label = "-".join([site] * (len(sites) > 1) + [name] * bool(name))
             found[label] = dataclasses.replace(
-                config, stream=dataclasses.replace(stream, hookpoint=site)
+                config,
+                stream=dataclasses.replace(stream, hookpoint=site),
+                target=None if config.target is None else paths[0],
+                layers=tuple(paths) if config.layers else (),
             )
     return found, source
 

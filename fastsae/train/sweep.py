@@ -60,17 +60,12 @@ class Sweep:
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
         order of the first one's seed. ValueError unless there are some, and they share SHARED and
         have no patience. Without `progress`, nothing but warnings is shown on stderr."""
+        check_together(configs)
         if len(configs) < shards.size:
-            some = "one SAE" if shards.size == 1 else f"{shards.size} SAEs, one for each process"
-            raise ValueError(f"a sweep needs at least {some}, got {len(configs)}")
-        first, *others = configs.values()
-        for name in SHARED:
-            for other in others:
-                one, two = shared(first, name), shared(other, name)
-                if one != two:
-                    raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
-        if any(config.patience is not None for config in configs.values()):
-            raise ValueError("patience must be none where several SAEs train on the same tokens")
+            raise ValueError(
+                f"a sweep in {shards.size} processes needs as many SAEs, got {len(configs)}"
+            )
+        first = next(iter(configs.values()))
         seed = first.seed if first.data_seed is None else first.data_seed
         self.source = source = as_source(source)
         self.out, self.shards, self.progress = out, shards, progress and shards.rank == 0
@@ -189,6 +184,20 @@ class Sweep:
                 one.advance(states[name], batch, log, start, codes.pop(name, None))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+
+
+def check_together(configs: dict[str, TrainConfig]) -> None:
+    """ValueError unless SAEs can be trained in one sweep."""
+    if not configs:
+        raise ValueError("a sweep needs at least one SAE")
+    first, *others = configs.values()
+    for name in SHARED:
+        for other in others:
+            one, two = shared(first, name), shared(other, name)
+            if one != two:
+                raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
+    if any(config.patience is not None for config in configs.values()):
+        raise ValueError("patience must be none where several SAEs train on the same tokens")
 
 
 def shared(config: TrainConfig, name: str) -> Any:
