@@ -9,6 +9,7 @@ the same tokens; along `data`, they hold the same latents and encode different t
 Shapes: N tokens of the batch, M of them of this process's place on the data axis, K entries.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from jaxtyping import Float, Shaped
@@ -18,6 +19,23 @@ from fastsae.codes import Codes
 from fastsae_kernels import By, squared_error
 
 Anything = TypeVar("Anything")
+
+
+class Line:
+    """One process, with nobody to talk to beside the training step. See `Shards.line`."""
+
+    rank: int = 0
+    size: int = 1
+
+    def largest(self, own: int) -> int:
+        """The largest number that any process has."""
+        return own
+
+    def rows_of_all(
+        self, own: Shaped[Tensor, "n ..."], counts: Sequence[int]
+    ) -> list[Shaped[Tensor, "m ..."]]:
+        """Every process's rows, by rank; `counts` are their numbers."""
+        return [own]
 
 
 class Shards:
@@ -117,6 +135,10 @@ class Shards:
     def largest(self, own: int) -> int:
         """The largest number that any process has: what every step can afford to ask."""
         return own
+
+    def line(self) -> Line:
+        """For another thread than the one that trains. All processes make it at once."""
+        return Line()
 
     def __deepcopy__(self, memo: object) -> "Shards":
         return self

@@ -170,7 +170,10 @@ def main_of_many(words: Sequence[str]) -> str:
             raise ValueError("--start-from needs one process")
     config = command.config
     with joined(command.mesh, config.device) as shards:
-        _, source = opened_together({"": config}, shards)
+        configs, source = opened_together({"": config}, shards)
+        if len(configs) > 1:
+            raise ValueError(f"many processes train at one hookpoint, got {len(configs)}")
+        (config,) = configs.values()
         Trainer(config, source, shards=shards).fit(command.resume)
         return "" if shards.rank else run_table(config.out)
 

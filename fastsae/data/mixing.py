@@ -66,6 +66,7 @@ class Mixer:
     tally: Tally
     batch_size: int
     pin_memory: bool = False
+    close: Callable[[], None] = lambda: None
 
     turn: int = field(default=-1, init=False)
     """Whose rows are drawn; -1 before the first."""

@@ -4,6 +4,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +20,8 @@ Load = Callable[[Int64[np.ndarray, " window"]], Window]
 
 AHEAD = 2  # batches that wait for the consumer
 POLL_SECONDS = 0.2
+LAST_SECONDS = 60.0
+"""How long a thread may take to end; one that waits for a process that is lost never does."""
 
 
 class Batch(NamedTuple):
@@ -45,6 +48,11 @@ class BatchLoader(Protocol):
 
     def batch(self, cursor: Cursor, stopped: Callable[[], bool]) -> Batch:
         """It may take long, but raises an exception soon after `stopped` is true."""
+        ...
+
+    @property
+    def close(self) -> Callable[[], None]:
+        """What is called at last, in the same thread, unless a batch failed."""
         ...
 
 
@@ -74,6 +82,9 @@ class Loader:
 
     def check(self, cursor: Cursor) -> None:
         self.order.take(cursor, 1)
+
+    def close(self) -> None:
+        pass
 
     def batch(self, cursor: Cursor, stopped: Callable[[], bool]) -> Batch:
         pieces, cursor = self.order.take(cursor, self.batch_size)
@@ -169,6 +180,8 @@ def _run(
             return
         cursor = batch.cursor
         ready.put(batch)
+    with suppress(RuntimeError):  # of processes that are gone, of which the training step tells
+        loader.close()
 
 
 def _shut(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
@@ -179,7 +192,7 @@ def _shut(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -
         except queue.Empty:
             break
     if thread is not threading.current_thread():  # garbage collection may run in it
-        thread.join()
+        thread.join(LAST_SECONDS)
 
 
 def checked(

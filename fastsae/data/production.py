@@ -13,6 +13,7 @@ from fastsae.data.producer import Group, ModelProducer, Place, Producer
 from fastsae.data.source import Contexts
 from fastsae.data.store import PIECE_BYTES, PIECES, Chunk, Store
 from fastsae.progress import say
+from fastsae.shards import Line
 
 HELDOUT_TOKENS = 65_536
 """Rows that are kept for evaluation."""
@@ -38,6 +39,20 @@ class Production:
         self._empty = True
         """Whether no rows have come since the beginning of the data."""
         self._again = False
+        self.told = False
+        """Whether some process has told all that it wants no more."""
+
+    def end(self) -> None:
+        """Tell the processes that divide the model's work that no more blocks are wanted. All of
+        them say so, once: one that waits for the others in `block` then stops too."""
+        if not self.told:
+            self.line.largest(True)
+
+    @property
+    def line(self) -> Line:
+        """How the processes that divide the model's work talk to each other, if any do."""
+        producer = self.producer
+        return producer.line("train") if isinstance(producer, ModelProducer) else Line()
 
     def block(
         self,
@@ -57,7 +72,8 @@ class Production:
         block = Block(store or Store(self.piece_tokens), [], ())
         size = largest = 0
         while not size or size + largest <= self.block_tokens:
-            if stopped():
+            if self.line.largest(stopped()):
+                self.told = True
                 raise Stopped
             places = self._next_group(block.store)
             if places is None:

@@ -15,10 +15,11 @@ from fastsae.data.arrays import ActivationArray
 from fastsae.data.joined import Joined
 from fastsae.data.mixing import DOCUMENT, SHARES, Mixer, Tally, effective_number
 from fastsae.data.prefetch import Batches
-from fastsae.data.producer import Producer
+from fastsae.data.producer import ModelProducer, Producer
 from fastsae.data.production import HELDOUT_TOKENS, Production, named, skipped_rows
 from fastsae.data.shuffle import Cursor
 from fastsae.data.source import ActivationSource, StoredActivations
+from fastsae.shards import Shards
 
 BUFFER_TOKENS, BUFFER_CONTEXTS = 1 << 19, 512
 """The default size of a buffer is the larger of the two."""
@@ -69,6 +70,12 @@ class Stream:
         self.d_in = sum(self.widths)
         about = self.producer.fingerprint, hookpoints, self.buffer_tokens
         self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+
+    def divide(self, shards: Shards) -> None:
+        """Have the processes of a mesh divide the work of a `ModelProducer`; any other producer
+        makes all rows in every process. Each has a buffer of its own with all rows."""
+        if isinstance(self.producer, ModelProducer) and shards.size > 1:
+            self.producer.divide(shards)
 
     def select(self, *hookpoints: str) -> "Stream":
         """The same stream with the rows of these hookpoints alone, side by side. It shares what is
@@ -160,8 +167,10 @@ class Stream:
         """See `ActivationSource`."""
         if cursor is not None and cursor.epoch >= len(SHARES):
             self._production.first = None  # it was for a sample alone
+        self._production.told = False
         mixer = Mixer(
-            self._production.block, self.columns, seed, self.tally, batch_size, pin_memory
+            *(self._production.block, self.columns, seed, self.tally, batch_size, pin_memory),
+            close=self._production.end,
         )
         return Batches(mixer, cursor)
 

@@ -1,7 +1,6 @@
 """A mesh of processes: how they are arranged, and what they do for each other in a step."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from fastsae.shards import Shards
 from fastsae_kernels import By, decode, gather_dot, squared_error
 
 from .collectives import Group, Spread, Total, gather, sum_shares, total
+from .line import GroupLine
 from .selection import as_wide_as_all, batch_threshold, kept_counts, longest
 
 Anything = TypeVar("Anything")
@@ -62,10 +62,8 @@ class Mesh(Shards):
         ranks = torch.arange(self.size).view(axes.data, axes.latent)
         self.along_latent = _group_of(ranks.tolist())
         self.along_data = _group_of(ranks.T.tolist())
-        control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        assert isinstance(control, dist.ProcessGroup), "it has all processes"
-        self.control = control
-        """For small Python objects, in the memory of the CPU; here, processes may wait for long."""
+        self.control = GroupLine(self.rank, self.size)
+        """For small things in the memory of the CPU; here, processes may wait for long."""
 
     def rows(self, d_sae: int) -> slice:
         if d_sae % self.latent:
@@ -167,11 +165,14 @@ class Mesh(Shards):
 
     def all_of(self, value: Anything) -> list[Anything]:
         found: list = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
+        dist.all_gather_object(found, value, group=self.control.group)
         return found
 
     def largest(self, own: int) -> int:
-        return int(gather(torch.tensor(own), self.control).max())
+        return self.control.largest(own)
+
+    def line(self) -> GroupLine:
+        return GroupLine(self.rank, self.size)
 
 
 def _group_of(every: list[list[int]]) -> Group:

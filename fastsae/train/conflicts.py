@@ -113,7 +113,7 @@ NOT_CAPTURED: Rules = [
 
 
 MESH_CONFLICTS: Rules = [
-    ("a model's activations", lambda c: c.stream is not None),
+    ("downstream", lambda c: c.downstream != "none"),
     ("patience", lambda c: c.patience is not None),
     ("a CUDA graph", lambda c: c.cuda_graph == "on"),
 ]

@@ -75,6 +75,8 @@ class Trainer:
         self.config, self.start_from, self.shards = config, start_from, shards
         self.source = source = as_source(source)
         check_evaluable(source)
+        if isinstance(source, Stream):
+            source.divide(shards)
         self.callbacks = Callbacks(callbacks_of(config, source, callbacks))
         self.progress = progress and shards.rank == 0
         self.columns = Columns.of(config, source)

@@ -16,11 +16,12 @@ from tests.train.conftest import activations as activations
 STEPS = {"steps": 40, "checkpoint_every": 5, "eval_every": None, "log_every": 5}
 
 
-def torchrun(*words: str | Path, **settings: object) -> subprocess.Popen[str]:
+def torchrun(*words: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, command)], env=environment, text=True, **pipes, **settings)
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    return subprocess.Popen(
+        [*map(str, command)], env=environment, text=True, stdout=pipe, stderr=pipe
+    )
 
 
 def worker(folder: Path) -> int:

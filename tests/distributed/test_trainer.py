@@ -26,8 +26,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def config(data: Path, out: Path, **settings: Any) -> TrainConfig:
-    return train_config(data=str(data), out=str(out), **SETTINGS | settings)
+def config(data: Path | None, out: Path, **settings: Any) -> TrainConfig:
+    return train_config(data=data and str(data), out=str(out), **SETTINGS | settings)
 
 
 def source_of(config: TrainConfig) -> fastsae.ActivationShards:

@@ -1,0 +1,37 @@
+"""Talk between processes beside the training step: from the thread that loads batches."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from fastsae.shards import Line
+
+from .collectives import gather, padded
+
+PATIENCE = timedelta(days=7)
+"""Longer than anything that one process may do while the others wait. One that ends is noticed at
+once."""
+
+
+class GroupLine(Line):
+    """A group of its own, so that its calls do not meet those of other threads."""
+
+    def __init__(self, rank: int, size: int):
+        """Made by all processes at once."""
+        self.rank, self.size = rank, size
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(group, dist.ProcessGroup), "it has all processes"
+        self.group = group
+
+    def largest(self, own: int) -> int:
+        return int(gather(torch.tensor(own), self.group).max())
+
+    def rows_of_all(
+        self, own: Shaped[Tensor, "n ..."], counts: Sequence[int]
+    ) -> list[Shaped[Tensor, "m ..."]]:
+        every = gather(padded(own, max(counts)), self.group)
+        return [rows[:count] for rows, count in zip(every, counts, strict=True)]

@@ -1,0 +1,76 @@
+"""Activations straight from a model whose work the processes of a mesh divide."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsae.data import ModelProducer, Stream
+from fastsae.distributed import Mesh
+from fastsae.shards import ONE_PROCESS, Shards
+from fastsae.train import TrainConfig, Trainer
+from tests.distributed.test_trainer import config, results
+from tests.evals.conftest import gpt2 as gpt2
+
+WORDS = [*"abcdefghijklmnopqrs"]
+TEXTS = [
+    " ".join(WORDS[(7 * i + j * j) % len(WORDS)] for j in range(5 + i % 23)) for i in range(90)
+]
+STREAM = {"eval_every": 4, "batch_size": 48, "steps": 12, "dead_after": 96}
+
+
+def stream(folder: Path) -> Stream:
+    """Groups are of few windows, so that blocks begin, end and begin again while training runs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hookpoint = ["transformer.h.0"]
+    producer = ModelProducer(
+        model, tokenizer, TEXTS, hookpoint, context_length=24, batch_tokens=48, heldout_fraction=0.2
+    )
+    return Stream(producer, 600)
+
+
+def fit(shards: Shards, config: TrainConfig, folder: Path, resume: bool = False) -> float:
+    """Windows that this process ran the model on, as a share of all."""
+    source = stream(folder)
+    ran = [0]
+    assert isinstance(source.producer, ModelProducer)
+    source.producer.model.register_forward_pre_hook(
+        lambda module, arguments, named: ran.append(len(named["input_ids"])), with_kwargs=True
+    )
+    Trainer(config, source, progress=False, shards=shards).fit(resume)
+    return sum(ran)
+
+
+def first_batches(mesh: Mesh, folder: Path) -> tuple[torch.Tensor, list[int]]:
+    source = stream(folder)
+    source.divide(mesh)
+    source.sample(100)
+    with source.batches(32, seed=3) as batches:
+        taken = [next(batches) for _ in range(40)]
+    return torch.cat([b.x for b in taken]), [int(row) for b in taken for row in b.rows]
+
+
+def test_every_process_gets_the_batches_of_one(processes, gpt2):
+    with stream(gpt2).batches(32, seed=3) as batches:
+        expected = [next(batches) for _ in range(40)]
+    rows = [int(row) for batch in expected for row in batch.rows]
+    for x, found in processes.run((1, 3), first_batches, gpt2):
+        assert found == rows
+        # A model's products may be rounded otherwise for other windows beside one.
+        torch.testing.assert_close(x, torch.cat([b.x for b in expected]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(2, 2)], ids=str)
+def test_a_streamed_run_of_a_mesh_is_that_of_one_process(processes, gpt2, tmp_path, axes):
+    one, many = (config(None, tmp_path / n, **STREAM) for n in ("one", "many"))
+    alone = fit(ONE_PROCESS, one, gpt2)
+    shares = processes.run(axes, fit, many, gpt2)
+    (weights, lines), (found, found_lines) = results(one.out), results(many.out)
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    for line, other in zip(lines, found_lines, strict=True):
+        assert other["fvu"] == pytest.approx(line["fvu"], rel=1e-3)
+    assert max(shares) < 0.5 * alone, "the model's work is divided"
