@@ -17,11 +17,7 @@ from torch import Tensor
 
 from fastsae.files import (
     CHECKSUM,
-    Content,
-    Entry,
-    Extent,
     is_sealed,
-    read_header,
     read_json,
     read_tensors,
     sealed,
@@ -30,9 +26,9 @@ from fastsae.files import (
     write_json,
     write_tensors,
 )
-from fastsae.meeting import everywhere, on_first
+from fastsae.meeting import on_first
 from fastsae.progress import say
-from fastsae.sharded import REPLICATED, checksums, read_shards, write_shards
+from fastsae.sharded import REPLICATED, read_rows, read_shards, write_shards
 from fastsae.shards import ONE_PROCESS, Shards
 from fastsae.version import __version__, written_by
 
@@ -62,8 +58,8 @@ def save_checkpoint(
     if a crash comes between the two renames, so that a step once saved always has a checkpoint.
 
     Args:
-        tensors: by name; of those in `sharded`, the rows of this process's latents, of all others
-            the same as on all processes.
+        tensors: by name; of those that `sharded` names, the rows of this process's latents, of all
+            others the same as on all processes.
         meta: the same on all processes.
 
     Raises OSError if it cannot be written, and ValueError if processes differ that should hold the
@@ -138,33 +134,18 @@ def load_checkpoint(
 ) -> Checkpoint:
     """The tensors and the metadata of a checkpoint, whatever number of processes wrote it.
 
-    Of the tensors in `sharded`, only the rows of this process's latents are read. (Several
-    processes recorded the names; then those count.) The processes verify checksums together, each
-    of an equal part of all bytes. Raises ValueError, naming the file, if one is missing, damaged or
-    of another version, or if the latents cannot be divided.
+    Of the tensors that `sharded` names, if they exist, only the rows of this process's latents are
+    read. (If several processes wrote it, they recorded the names, and those count.) Checksums are
+    verified by all processes, each of an equal part of all bytes. Raises ValueError, naming the
+    file, if one is missing, damaged or of another version, or if the latents cannot be divided.
     """
     meta = on_first(shards, lambda: _metadata(path))
     if meta["format"] == SHARDED:
-        return read_shards(path, meta["parts"], shards), meta
-    file = path / REPLICATED
-
-    def read() -> tuple[dict[str, Entry], dict[str, Tensor]]:
-        header = read_header(file)
-        if shards.size == 1:
-            return header, read_tensors(file)
-        divided = [name for name in sharded if name in header]
-        sizes = {header[name].shape[0] for name in divided}
-        match [*sizes]:
-            case [int(d_sae)]:
-                return header, read_tensors(file, shards.rows(d_sae), divided)
-        raise ValueError(f"{file}: {shown(divided)} must have as many rows, got {shown(sizes)}")
-
-    header, tensors = everywhere(shards, read)
-    extents = [Extent(file, entry.start, entry.stop) for entry in header.values()]
-    contents = {
-        name: Content(tensors[name].dtype, entry.shape, crc32)
-        for (name, entry), crc32 in zip(header.items(), checksums(extents, shards), strict=True)
-    }
+        return read_shards(path, meta.get("parts"), shards), meta
+    if shards.size == 1:
+        tensors = contents = read_tensors(path / REPLICATED)
+    else:
+        tensors, contents = read_rows(path / REPLICATED, sharded, shards)
     if not is_sealed(meta, contents):
         raise ValueError(f"{path} was changed after it was written: its checksum differs")
     return tensors, meta

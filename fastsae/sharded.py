@@ -1,8 +1,8 @@
 """Files of tensors whose rows several processes divide: none ever holds all of one.
 
-Of the tensors that `sharded` names, all with d_sae rows, each process has `shards.rows(d_sae)`. All
-others are the same on every process. Every process calls these functions at the same time; where
-one fails, all raise.
+Of the tensors that `sharded` names (and that exist), all with d_sae rows, each process has
+`shards.rows(d_sae)`. All others are the same on every process. Every process calls these functions
+at the same time; where one fails, all raise.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastsae.files import (
     CHECKSUM,
     Content,
+    Entry,
     Extent,
     Layout,
     create,
@@ -86,11 +87,11 @@ def save_sharded(
             for table in tables[1 : shards.latent]:
                 joined = joined_crc32(contents[name].crc32, table[name], tensor.nbytes)
                 contents[name] = contents[name]._replace(crc32=joined)
-        on_first(shards, lambda: write_settings(settings, sealed(config, contents), path))
     except BaseException:
         if shards.rank == 0:
             temporary.unlink(missing_ok=True)
         raise
+    on_first(shards, lambda: write_settings(settings, sealed(config, contents), path))
 
 
 def write_shards(
@@ -103,7 +104,7 @@ def write_shards(
     """
     own, others = _split(tensors, sharded)
     rows, d_sae = _rows(own, shards)
-    names = [REPLICATED, *(shard_name(n, shards.latent) for n in range(shards.latent))]
+    names = file_names(shards.latent)
 
     def write() -> tuple[Table, dict[str, dict[str, Any]]]:
         parts = {REPLICATED: others, names[1 + shards.latent_rank]: own}
@@ -129,12 +130,13 @@ def write_shards(
     }
 
 
-def shard_name(place: int, places: int) -> str:
-    """The file of a place on the latent axis."""
-    return f"shard-{place:05d}-of-{places:05d}.safetensors"
+def file_names(latent: int) -> list[str]:
+    """The file of replicated tensors, and that of each of so many places on the latent axis."""
+    shards = (f"shard-{place:05d}-of-{latent:05d}.safetensors" for place in range(latent))
+    return [REPLICATED, *shards]
 
 
-def read_shards(folder: Path, about: Mapping[str, Any], shards: Shards) -> dict[str, Tensor]:
+def read_shards(folder: Path, about: Any, shards: Shards) -> dict[str, Tensor]:
     """What `write_shards` wrote, whatever the mesh, of sharded tensors this process's rows.
 
     ValueError if a file is missing or damaged, naming it, or d_sae is not divisible.
@@ -179,13 +181,10 @@ class _Stored(NamedTuple):
     d_sae: int
 
     @classmethod
-    def of(cls, folder: Path, about: Mapping[str, Any]) -> "_Stored":
+    def of(cls, folder: Path, about: Any) -> "_Stored":
         try:
             shapes, stored, files, end = dict(about["sharded"]), dict(about["files"]), [], 0
-            for name in [
-                REPLICATED,
-                *(shard_name(n, len(stored) - 1) for n in range(len(stored) - 1)),
-            ]:
+            for name in file_names(len(stored) - 1):
                 size, (start, stop) = stored[name]["bytes"], stored[name].get("rows", (0, 0))
                 if not is_shape([size, start, stop]) or start != end or stop < start:
                     raise ValueError(f"{name} has {shown(stored[name])}")
@@ -208,9 +207,29 @@ def _read_shard(file: _File, shapes: Mapping[str, list[int]], rows: slice) -> di
     return read_tensors(file.path, slice(low - file.start, high - file.start), shapes)
 
 
+def read_rows(
+    path: Path, sharded: Collection[str], shards: Shards
+) -> tuple[dict[str, Tensor], dict[str, Content]]:
+    """What one process wrote, of sharded tensors this process's rows, and what a checksum needs of
+    the whole tensors; ValueError as `read_shards`."""
+
+    def read() -> tuple[dict[str, Entry], dict[str, Tensor]]:
+        header = read_header(path)
+        divided = [name for name in sharded if name in header]
+        match [*{tuple(header[name].shape[:1]) for name in divided}]:
+            case [(d_sae,)]:
+                return header, read_tensors(path, shards.rows(d_sae), divided)
+        raise ValueError(f"{path}: {shown(divided)} must have rows, as many of each")
+
+    header, tensors = everywhere(shards, read)
+    extents = [Extent(path, entry.start, entry.stop) for entry in header.values()]
+    found = zip(header.items(), checksums(extents, shards), strict=True)
+    return tensors, {n: Content(tensors[n].dtype, e.shape, crc32) for (n, e), crc32 in found}
+
+
 def checksums(extents: Sequence[Extent], shards: Shards) -> list[int]:
-    """The CRC-32 of each extent. Every process reads an equal part of all bytes, at most PIECE of
-    them at once; ValueError if a file is too short."""
+    """The CRC-32 of each extent. Every process reads an equal part of all bytes, a few of them
+    at a time; ValueError if a file is too short."""
     # In the order of rows, so that a process reads mostly what it loads: along `data` first.
     order = sorted(range(shards.size), key=lambda rank: (rank % shards.latent, rank))
     parts = [[*share(extents, part, shards.size)] for part in range(shards.size)]
@@ -253,15 +272,13 @@ def _split(
     tensors: Mapping[str, Tensor], sharded: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Those that are sharded, and the others."""
-    assert sharded and set(sharded) <= tensors.keys(), f"{sharded} of {[*tensors]}"
     own = {name: tensor for name, tensor in tensors.items() if name in sharded}
     return own, {name: tensor for name, tensor in tensors.items() if name not in sharded}
 
 
 def _rows(own: Mapping[str, Tensor], shards: Shards) -> tuple[slice, int]:
     """The rows of this process, and the number of all."""
-    count = len(next(iter(own.values())))
+    (count,) = {len(tensor) for tensor in own.values()}
     rows = shards.rows(count * shards.latent)
     assert rows.stop - rows.start == count and rows.step is None
-    assert all(len(tensor) == count for tensor in own.values())
     return rows, count * shards.latent

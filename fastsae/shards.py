@@ -62,6 +62,15 @@ class Shards:
         largest K of any process, if they differ."""
         return codes
 
+    def keep_best_of_batch(self, codes: Codes, k: int, by: By) -> Codes:
+        """Of this process's best entries of the batch, those that are among the k best of all
+        processes; others become 0. Ties go to the lowest token, then the lowest latent."""
+        return codes
+
+    def smallest(self, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The smallest of what the places on the latent axis have."""
+        return own
+
     def counts(self, own: int) -> tuple[int, ...]:
         """The number that each place on the latent axis has of something; waits for a GPU."""
         return (own,)

@@ -59,7 +59,9 @@ def run(words: Sequence[str]) -> None:
     elif {"-h", "--help", "--help-all"} & {*rest}:
         show(command_help(name, rest))
     else:
-        show(import_module(f"fastsae.cli.{name}").main(rest))
+        text = import_module(f"fastsae.cli.{name}").main(rest)
+        if text:  # of many processes, one has something to show
+            show(text)
 
 
 def say_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastsae.data import Joined, StoredActivations, Stream, demo_shards, open_path
 from fastsae.device import choose_device
+from fastsae.distributed.launch import joined, place
 from fastsae.files import read_json
 from fastsae.interop import load
 from fastsae.nn import SAE, ActivationConfig, Init
@@ -60,9 +61,15 @@ class Train:
     rows have norm 1; the optimizer starts from zero."""
 
     resume: bool = False
-    """Resume the run in --out from its last checkpoint, with its settings. With --steps N, it
-    trains to step N: Adam's state is kept, and the learning-rate schedule is that of a run of N
-    steps, so that a rate that had decayed rises again."""
+    """Resume the run in --out from its last checkpoint, with its settings (auto: start it if there
+    is none). With --steps N, it trains to step N: Adam's state is kept, and the learning rate's
+    schedule is that of N steps, so that a decayed rate rises again."""
+
+    mesh: str | None = None
+    """Under torchrun, how many processes divide the tokens of a batch, and the latents:
+    data=2,latent=8 (default: the processes of a machine divide the latents, machines the tokens).
+    They all need the same data and --out. The result is that of one process, up to rounding; any
+    mesh resumes the run of another."""
 
     config: TrainConfig = field(default_factory=TrainConfig)
     """Run."""
@@ -70,7 +77,7 @@ class Train:
 
 def read_train(words: Sequence[str], sae: SAE | None = None) -> Train:
     """The command, with the settings of the SAE to start from or of the run to be resumed."""
-    given = read_words(words)
+    given = settled(read_words(words))
     if sae is not None:
         given.insert(0, ("d_sae", [str(sae.d_sae)]))  # also for the recipe
     start, named = training_start(given), dict(given)
@@ -126,8 +133,18 @@ def settings_of(sae: SAE, optimizer: Optimizer) -> Settings:
     }
 
 
+def settled(given: Given) -> Given:
+    """The same with --resume auto replaced by whether there is a run to be resumed."""
+    out = Path(*dict(given).get("out", [str(TrainConfig().out)])[:1])
+    begun = any((out / name).exists() for name in ("config.json", "sweep.json"))
+    auto = [str(begun).lower()]
+    return [(n, auto if n == "resume" and words == ["auto"] else words) for n, words in given]
+
+
 def main(words: Sequence[str]) -> str:
-    given = read_words(words)
+    given = settled(read_words(words))
+    if place().size > 1 or "mesh" in dict(given):
+        return main_of_many(words)
     out = resumed_sweep(given)
     if out is not None:
         configs, source = opened(stored_sweep(out))
@@ -142,6 +159,25 @@ def main(words: Sequence[str]) -> str:
     (config,) = configs.values()
     Trainer(config, source, sae).fit(command.resume)
     return run_table(config.out)
+
+
+def main_of_many(words: Sequence[str]) -> str:
+    """One SAE, in the processes that torchrun has started; process 0 returns the table."""
+    try:
+        command = read_train(words)
+    except ValueError:
+        if place().rank:
+            raise SystemExit(2) from None  # process 0 says it
+        raise
+    config = command.config
+    with joined(command.mesh, config.device) as shards:
+        if command.start_from is not None:
+            raise ValueError("--start-from needs one process")
+        source = opened({"": config})[1] if shards.rank == 0 else None
+        shards.all_of(None)  # process 0 may have harvested the demo's data
+        source = source or opened({"": config})[1]
+        Trainer(config, source, shards=shards).fit(command.resume)
+        return "" if shards.rank else run_table(config.out)
 
 
 def resumed_sweep(given: Given) -> Path | None:

@@ -13,8 +13,8 @@ from fastsae.codes import Codes
 from fastsae.shards import Shards
 from fastsae_kernels import By, decode, gather_dot, squared_error
 
-from .collectives import Group, Spread, Total, gather, sum_shares
-from .selection import as_wide_as_all, kept_counts, longest
+from .collectives import Group, Spread, Total, gather, sum_shares, total
+from .selection import as_wide_as_all, batch_threshold, kept_counts, longest
 
 Anything = TypeVar("Anything")
 
@@ -102,6 +102,29 @@ class Mesh(Shards):
         kept = torch.arange(width, device=counts.device) < counts[:, None]
         values = codes.values[:, :width].where(kept, 0.0)
         return Codes(values, codes.latents()[:, :width], codes.d_sae)
+
+    def keep_best_of_batch(self, codes: Codes, k: int, by: By) -> Codes:
+        sizes = codes.values.detach()
+        sizes = (sizes.abs() if by == "abs" else sizes).clamp_min(0)
+        least, room = batch_threshold(sizes[sizes > 0], k, self.count)
+        kept, equal = sizes > least, (sizes == least) & (sizes > 0)
+        ties = self.count(equal.sum()[None])
+        if int(ties) <= room:
+            kept = kept | equal
+        else:  # by their places in the whole batch
+            token, entry = equal.nonzero(as_tuple=True)
+            latent = codes.latents()[token, entry] + self.latent_rank * codes.d_sae
+            places = (token + self.data_rank * len(sizes)) * codes.d_sae * self.latent + latent
+            last = sorted(sum(self.all_of(places.tolist()), []))[room - 1]
+            kept[token, entry] = places <= last
+        return codes._replace(values=codes.values.where(kept, 0.0))
+
+    def count(self, own: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
+        """The sum of everyone's integers."""
+        return total(total(own, self.along_latent), self.along_data)
+
+    def smallest(self, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return gather(own, self.along_latent).amin(0)
 
     def gather_latents(self, own: Shaped[Tensor, "share ..."]) -> Shaped[Tensor, "d_sae ..."]:
         return gather(own, self.along_latent).flatten(0, 1)

@@ -6,6 +6,8 @@ follows from the values alone: all those above the k-th largest of all, and of t
 many as the processes with lower latents leave.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,3 +53,33 @@ def as_wide_as_all(x: Tensor, group: Group) -> Tensor:
         return x
     width = int(gather(torch.tensor(x.shape[1], device=x.device), group).max())
     return pad(x, (0, width - x.shape[1]))
+
+
+DIGIT = 11
+"""Bits of a number that are told apart at a time."""
+
+
+def batch_threshold(
+    sizes: Float[Tensor, " M"], k: int, count: Callable[[Tensor], Tensor]
+) -> tuple[Float[Tensor, ""], int]:
+    """The k-th largest of all processes' positive sizes, and how many equal to it are among the k
+    largest; 0 and k where there are fewer than k. `count` adds up integers over all processes.
+
+    The bits of positive numbers are in the order of the numbers. So the digits of the k-th largest
+    are found from the highest to the lowest, each from a histogram of that digit among the sizes
+    that have all higher digits in common with it: a few thousand integers per process and digit.
+    """
+    wide = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
+    bits, kind = 8 * wide.itemsize, torch.int32 if wide.itemsize == 4 else torch.int64
+    keys, found = wide.view(kind), 0
+    for low in reversed(range(0, bits, DIGIT)):
+        digits = (keys >> low) % (1 << DIGIT)
+        totals = count(torch.bincount(digits, minlength=1 << DIGIT))
+        beyond = totals.flip(0).cumsum(0)  # from the largest digit down
+        place = int((beyond < k).sum())
+        if place == len(beyond):
+            return wide.new_zeros(()), k
+        k -= int(beyond[place - 1]) if place else 0
+        digit = len(beyond) - 1 - place
+        found, keys = found | digit << low, keys[digits == digit]
+    return torch.tensor(found, dtype=kind, device=wide.device).view(wide.dtype), k

@@ -8,6 +8,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -90,14 +91,19 @@ def in_hex(crc32: int) -> str:
 
 
 def joined_crc32(first: int, second: int, size: int) -> int:
-    """The CRC-32 of two parts in a row, from those of each and the bytes of the second: the first
-    part's is multiplied by x^(8 size), which is what as many zero bytes would do to it."""
-    power, square = 1 << 31, 1 << 23  # x^0, and x^8 for a byte
+    """The CRC-32 of two parts in a row, from those of each and the bytes of the second."""
+    return _product(_zeros(size), first) ^ second
+
+
+@cache
+def _zeros(size: int) -> int:
+    """x^(8 size): what as many zero bytes multiply a CRC-32 by."""
+    power, square = 1 << 31, 1 << 23  # x^0, and x^8 for one byte
     while size:
         if size & 1:
             power = _product(power, square)
         square, size = _product(square, square), size >> 1
-    return _product(power, first) ^ second
+    return power
 
 
 def _product(one: int, other: int) -> int:

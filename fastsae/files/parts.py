@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .checksum import PIECE, joined_crc32, pieces
+from .checksum import joined_crc32, pieces
 from .headers import Entry
 from .read import open_file
+
+BUFFER = 1 << 18
+"""Bytes that are read at once for their checksum: they stay in the processor's cache."""
 
 
 class Layout(NamedTuple):
@@ -118,7 +121,7 @@ class Extent(NamedTuple):
 
     def crc32(self) -> int:
         """Their CRC-32; ValueError if the file ends before them."""
-        found, left, buffer = 0, self.size, memoryview(bytearray(min(self.size, PIECE)))
+        found, left, buffer = 0, self.size, memoryview(bytearray(min(self.size, BUFFER)))
         with open_file(self.path) as file:
             file.seek(self.start)
             while left:

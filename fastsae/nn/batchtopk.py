@@ -73,9 +73,12 @@ class BatchTopK(Activation, config=BatchTopKConfig):
         if not self.training and threshold >= 0:
             found = SparsePre.above(x, *encoder, threshold, self.cfg.by)
         else:
-            total, hint = self.cfg.k * len(x), HINT * max(threshold, 0.0)
-            listed = encode_topk_batch(x, *encoder, total, self.cfg.by, hint)
+            # Of all processes: the tokens of each place on the data axis are others.
+            total, hint = self.cfg.k * len(x) * self.shards.data, HINT * max(threshold, 0.0)
+            own = min(total, len(x) * len(weights.W_enc))
+            listed = encode_topk_batch(x, *encoder, own, self.cfg.by, hint)
             found = SparsePre.listed(listed, x, *encoder)
+            return self.shards.keep_best_of_batch(found.codes(found.pre), total, self.cfg.by)
         return found.codes(found.pre)
 
     @torch.no_grad()
@@ -83,7 +86,7 @@ class BatchTopK(Activation, config=BatchTopKConfig):
         """Update the running mean with the smallest value that the batch kept, or 0."""
         if not codes.values.numel():
             return
-        least = codes.values.abs().where(codes.active, torch.inf).amin()
+        least = self.shards.smallest(codes.values.abs().where(codes.active, torch.inf).amin())
         least = least.where(least.isfinite(), 0.0).to(self.threshold)
         mean = least.lerp(self.threshold, self.cfg.momentum)
         self.threshold.copy_(torch.where(self.threshold < 0, least, mean))

@@ -121,7 +121,6 @@ MESH_CONFLICTS: Rules = [
 
 DATA_CONFLICTS: Rules = [
     ("{c.not_fused}", lambda c: c.not_fused),
-    ('activation "{c.activation.name}"', lambda c: not isinstance(c.activation, TopKConfig)),
 ]
 """What a mesh does not support whose data axis is longer than 1."""
 

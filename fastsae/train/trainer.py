@@ -315,9 +315,9 @@ class Trainer:
         if self.shards.largest(not finite):
             raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
         folder, keep = self.config.out / "checkpoints", self.config.keep_checkpoints
-        tensors = state.tensors()
-        names = [n for n in names_per_latent(per_latent(state.sae)) if n in tensors]
-        save_checkpoint(folder, state.step, tensors, state.meta(), keep, names, self.shards)
+        names = names_per_latent(per_latent(state.sae))
+        contents = state.tensors(), state.meta(), keep
+        save_checkpoint(folder, state.step, *contents, names, self.shards)
         if state.step:
             self.callbacks.on_checkpoint(self, state)
 

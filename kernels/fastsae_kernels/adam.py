@@ -138,18 +138,34 @@ def _catch_up_(w: Tensor, m: Tensor, v: Tensor, updated: Tensor, at: AdamStep, w
     v.mul_((b2 ** missed.to(w.dtype))[:, None])
 
 
-def _row_blocks(W: Tensor) -> Iterator[slice]:
-    """Blocks of rows that are updated at a time: a power of two, so that processes with an equal
-    share of the rows most often have the blocks of one with all of them."""
+class _Rounding(NamedTuple):
+    """Stochastic rounding of some rows of a block, the same whichever of its rows are here."""
+
+    key: int
+    before: int
+    """Rows of the block that other processes have, before those that are here."""
+    device: torch.device
+
+    def __call__(self, x: Tensor, number: int) -> Tensor:
+        """`number` tells the tensors of a step apart."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed((self.key + 0x9E3779B1 * number) % 2**32)  # a CPU's takes 32 bits
+        return stochastic_bf16(x, generator, self.before)
+
+
+def _row_blocks(W: Tensor, first_row: int = 0) -> Iterator[tuple[slice, int]]:
+    """Rows that are updated at a time, with the first row of their block in the whole matrix, of
+    which W has the rows from first_row on."""
     size = BLOCK_BYTES if W.device.type == "cpu" else GPU_BLOCK_BYTES
-    rows = 1 << max(1, size // (W.shape[1] * W.itemsize)).bit_length() - 1
-    for start in range(0, len(W), rows):
-        yield slice(start, min(start + rows, len(W)))
+    rows, stop = max(1, size // (W.shape[1] * W.itemsize)), first_row + len(W)
+    for start in range(first_row // rows * rows, stop, rows):
+        low, high = max(start, first_row), min(start + rows, stop)
+        yield slice(low - first_row, high - first_row), start
 
 
 def _update_block(
     state: Rows, g: Tensor, rows: slice | Tensor, at: AdamStep, window: Window | None,
-    generator: torch.Generator, unit: bool,
+    rounded: _Rounding, unit: bool,
 ) -> None:  # fmt: skip
     """Update some rows of one weight. A slice gives views, which are updated in place; rows of an
     index tensor are copies, which are written back."""
@@ -164,9 +180,9 @@ def _update_block(
     dense_adam_(w, g, m, v, at)
     if unit:
         normalize_rows_(w)
-    for moment, new in ((state.first, m), (state.second, v)):
+    for number, (moment, new) in enumerate(((state.first, m), (state.second, v))):
         if moment.dtype != wide:
-            moment[rows] = stochastic_bf16(new, generator)
+            moment[rows] = rounded(new, 2 * unit + number)
         elif window is not None:
             moment[rows] = new
     if window is not None:
@@ -180,10 +196,10 @@ def _adam_torch(
     """The step in blocks of rows, so that dense gradients exist of one block at a time."""
     latent = sum_runs(g.d_values, g.x.new_ones(len(g.x), 1), g.runs)[:, 0].to(encoder.weight.dtype)
     biases = BiasGradients(latent, latent @ encoder.weight)
-    generator = torch.Generator(decoder.weight.device)
-    for block in _row_blocks(decoder.weight):
-        key = seed32(at) + at.step + 0x85EBCA6B * (at.first_row + block.start)
-        generator.manual_seed(key % 2**32)  # a CPU's generator takes 32 bits
+    device, first_row = decoder.weight.device, at.first_row
+    for block, start in _row_blocks(decoder.weight, first_row):
+        key = seed32(at) + at.step + 0x85EBCA6B * start
+        rounded = _Rounding(key, first_row + block.start - start, device)
         d_dec = sum_runs(g.values, g.error, g.runs, block).to(decoder.weight.dtype)
         d_enc = sum_runs(g.d_values, g.x, g.runs, block).to(encoder.weight.dtype)
         busy = g.runs.start[block.start : block.stop + 1].diff() > 0
@@ -200,8 +216,8 @@ def _adam_torch(
             each = torch.arange(block.start, block.stop, device=busy.device)
             rows = each[busy | ((each + at.step) % len(window.history) == 0)]
             d_dec, d_enc = d_dec[rows - block.start], d_enc[rows - block.start]
-        _update_block(decoder, d_dec, rows, at, window, generator, unit=True)
-        _update_block(encoder, d_enc, rows, at, window, generator, unit=False)
+        _update_block(decoder, d_dec, rows, at, window, rounded, unit=True)
+        _update_block(encoder, d_enc, rows, at, window, rounded, unit=False)
         if window is not None:
             window.updated[rows] = at.step
     if window is not None:
@@ -286,7 +302,7 @@ def flush_(decoder: Rows, encoder: Rows, at: AdamStep, window: Window) -> None:
     """Apply all pending lazy updates, so that every row is as of `at`, the last step."""
     following = at._replace(step=at.step + 1)
     for state, unit in ((decoder, True), (encoder, False)):
-        for block in _row_blocks(state.weight):
+        for block, _ in _row_blocks(state.weight):
             w, updated = state.weight[block], window.updated[block]
             m, v = (t[block].to(w.dtype) for t in (state.first, state.second))
             _catch_up_(w, m, v, updated, following, window)

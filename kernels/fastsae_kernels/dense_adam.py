@@ -104,11 +104,12 @@ def _fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: A
     )
 
 
-def stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16, up or down with the probabilities that make the mean exact."""
-    size, device = x.shape, x.device
+def stochastic_bf16(x: Tensor, generator: torch.Generator, before: int = 0) -> Tensor:
+    """Round float32 to bfloat16, up or down with the probabilities that make the mean exact, and as
+    if as many rows as `before` came first."""
+    size, device = (before + len(x), *x.shape[1:]), x.device
     bits = torch.randint(0, 1 << 16, size, dtype=torch.int32, generator=generator, device=device)
-    rounded = ((x.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
+    rounded = ((x.contiguous().view(torch.int32) + bits[before:]) & -65536).view(torch.float32)
     return rounded.where(x == x, x).bfloat16()
 
 

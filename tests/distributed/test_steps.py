@@ -15,7 +15,7 @@ from tests.architectures import ARCHITECTURES, D_SAE, Architecture
 
 STEPS, TOKENS = 12, 24
 DEAD = 0, 3, 5, 17, 40  # of 4 shares of 16 latents, one has none and one three
-FUSED = "topk", "abstopk"
+FUSED = "topk", "abstopk", "batchtopk", "batchabstopk"
 
 
 def start(architecture: Architecture, dtype: torch.dtype) -> SAE:
@@ -79,7 +79,7 @@ def test_fused_steps_of_a_mesh_are_those_of_one_process(processes, name, axes):
 SUPPORTED = [
     name
     for name, architecture in ARCHITECTURES.items()
-    if architecture.activation.name in ("topk", "jumprelu", "relu", "gated")
+    if architecture.activation.name in ("topk", "batchtopk", "jumprelu", "relu", "gated")
     and not architecture.activation.build().decodes
 ]
 

@@ -1,16 +1,22 @@
 """Whole runs on meshes: the folder that they leave, and how they stop and go on."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fastsae
+from fastsae.checkpoint import list_checkpoints
+from fastsae.data.ordinary import SAMPLE_TOKENS
 from fastsae.files import read_json
 from fastsae.shards import ONE_PROCESS, Shards
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import Callback, Interrupted, TrainConfig, Trainer
 from fastsae.train.log import read_lines
+from fastsae.train.state import TrainState
 from tests.train.conftest import activations as activations
 from tests.train.conftest import train_config
 
@@ -24,10 +30,14 @@ def config(data: Path, out: Path, **settings: Any) -> TrainConfig:
     return train_config(data=str(data), out=str(out), **SETTINGS | settings)
 
 
+def source_of(config: TrainConfig) -> fastsae.ActivationShards:
+    source = fastsae.ActivationShards(str(config.data))
+    source.heldout = fastsae.ActivationShards(str(config.data))
+    return source
+
+
 def fit(shards: Shards, config: TrainConfig, resume: bool = False) -> None:
-    source = fastsae.ActivationShards(config.data)
-    source.heldout = fastsae.ActivationShards(config.data)
-    Trainer(config, source, progress=False, shards=shards).fit(resume)
+    Trainer(config, source_of(config), progress=False, shards=shards).fit(resume)
 
 
 def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -53,3 +63,120 @@ def test_a_run_of_a_mesh_is_that_of_one_process(processes, activations, tmp_path
     summaries = [read_json(out / "summary.json") for out in (one, many)]
     assert summaries[1]["fvu"] == pytest.approx(summaries[0]["fvu"], rel=1e-4)
     assert {path.name for path in many.iterdir()} >= {"config.json", "summary.json", "checkpoints"}
+
+
+class Stopped(Exception):
+    pass
+
+
+def fit_to(shards: Shards, config: TrainConfig, last: int, resume: bool = False) -> None:
+    """As `fit`, but the run breaks off after a step, as if all processes had been killed."""
+
+    class Breaking(Callback):
+        def on_step(self, trainer: Trainer, state: TrainState) -> None:
+            if state.step == last:
+                raise Stopped
+
+    try:
+        Trainer(config, source_of(config), None, [Breaking()], False, shards).fit(resume)
+    except Stopped:
+        return
+    raise AssertionError("the run was to break off")
+
+
+@pytest.mark.parametrize(
+    "first, then", [((1, 4), (2, 2)), ((2, 2), (1, 1)), ((1, 1), (1, 3)), ((1, 2), (2, 1))], ids=str
+)
+def test_any_mesh_resumes_the_run_of_another(processes, activations, tmp_path, first, then):
+    settings = {"batch_size": 72, "adam_moments": "bf16"}
+    one, many = (config(activations, tmp_path / name, **settings) for name in ("one", "many"))
+    fit(ONE_PROCESS, one)
+    processes.run(first, fit_to, many, 10)
+    processes.run(then, fit, many, True)
+    weights, found = results(one.out)[0], results(many.out)[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    assert [line["step"] for line in results(many.out)[1]] == [4, 8, 12]
+
+
+def test_a_mesh_resumes_bit_for_bit(processes, activations, tmp_path):
+    whole, halves = (config(activations, tmp_path / name) for name in ("whole", "halves"))
+    processes.run((2, 2), fit, whole)
+    processes.run((2, 2), fit_to, halves, 10)
+    processes.run((2, 2), fit, halves, True)
+    assert results(whole.out)[1] == results(halves.out)[1]
+    files = [(c.out / "sae" / "sae.safetensors").read_bytes() for c in (whole, halves)]
+    assert files[0] == files[1]
+
+
+def stop_one(shards: Shards, config: TrainConfig) -> tuple[int, str]:
+    """Train until SIGTERM comes to the last process alone, after its fifth step."""
+
+    class Signal(Callback):
+        def on_step(self, trainer: Trainer, state: TrainState) -> None:
+            if state.step == 5 and shards.rank == shards.size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        Trainer(config, source_of(config), None, [Signal()], False, shards).fit()
+    except Interrupted as stop:
+        return stop.signum, str(stop)
+    raise AssertionError("the run was to stop")
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(processes, activations, tmp_path):
+    run = config(activations, tmp_path / "run", batch_size=66)
+    found = processes.run((1, 3), stop_one, run)
+    assert [*map(str, list_checkpoints(run.out / "checkpoints"))][-1].endswith("step-00000005")
+    assert {signum for signum, _ in found} == {signal.SIGTERM}
+    assert len({text for _, text in found}) == 1 and "stopped at step 5 of 12" in found[0][1]
+
+
+def fails(shards: Shards, config: TrainConfig) -> str:
+    """The error of a run whose data have a NaN, which one process reads."""
+    try:
+        fit(shards, config)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("the run was to fail")
+
+
+def test_a_nan_that_one_process_reads_ends_all_by_its_name(processes, tmp_path):
+    x = np.random.default_rng(0).standard_normal((20_000, 16), dtype=np.float32)
+    sample = np.random.Generator(np.random.PCG64(0)).choice(len(x), SAMPLE_TOKENS, replace=False)
+    row = min({*range(len(x))} - {*sample.tolist()})
+    x[row, 5] = np.nan
+    np.save(tmp_path / "nan.npy", x)
+    run = config(tmp_path / "nan.npy", tmp_path / "run", eval_every=None, batch_size=2000)
+    texts = processes.run((1, 4), fails, run)
+    own = [text for text in texts if text.startswith("step ")]
+    assert len(own) == 1 and f"nan.npy row {row}" in own[0]
+    (rank,) = [rank for rank, text in enumerate(texts) if text == own[0]]
+    others = {text for text in texts if text != own[0]}
+    assert others == {f"process {rank}: {own[0]}"}
+
+
+def refuse(shards: Shards, config: TrainConfig) -> str:
+    with pytest.raises(ValueError) as refusal:
+        Trainer(config, source_of(config), shards=shards)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "axes, settings, text",
+    [
+        ((1, 4), {"d_sae": 50}, "d_sae must be divisible by latent=4, got 50"),
+        ((2, 2), {"batch_size": 66}, "batch_size must be divisible by the number of processes, 4"),
+        ((1, 2), {"activation": "variational"}, 'activation "variational" needs a mesh with'),
+        ((1, 2), {"gradient": "rotation"}, 'gradient "rotation" needs a mesh with latent=1'),
+        ((2, 1), {"prefixes": [8, 24]}, "prefixes or multi_k needs a mesh with data=1"),
+        ((1, 2), {"patience": 1}, "patience needs one process, got 2"),
+    ],
+    ids=str,
+)
+def test_what_a_mesh_cannot_do_is_refused_before_anything_is_written(
+    processes, activations, tmp_path, axes, settings, text
+):
+    texts = processes.run(axes, refuse, config(activations, tmp_path / "run", **settings))
+    assert all(text in found for found in texts)
+    assert not (tmp_path / "run").exists()

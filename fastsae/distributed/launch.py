@@ -1,0 +1,135 @@
+"""The processes that torchrun has started, as a mesh, and what they say when one of them fails."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from fastsae.device import choose_device
+from fastsae.shards import ONE_PROCESS, Shards
+
+from .mesh import Axes, Mesh
+
+TIMEOUT = timedelta(seconds=300)
+"""How long a process waits for the others before it fails. One that ends is noticed at once."""
+
+LOST = "Connection closed|Connection reset|Broken pipe|[Tt]imed out|NCCL|gloo|Socket"
+"""How the libraries' RuntimeErrors say that another process is gone."""
+
+
+class LostError(OSError):
+    """Another process of the mesh has ended."""
+
+
+class Place(NamedTuple):
+    """This process among those that torchrun has started."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Its number on this machine."""
+    local_size: int
+    """Processes on this machine."""
+
+
+def place() -> Place:
+    """Alone, where no launcher has set the environment."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    rank, size, local_rank, local_size = (os.environ.get(name) for name in names)
+    if rank is None or size is None:
+        return Place(0, 1, 0, 1)
+    return Place(int(rank), int(size), int(local_rank or 0), int(local_size or size))
+
+
+def axes_of(mesh: str | None, own: Place) -> Axes:
+    """The axes that `mesh` names, such as data=2,latent=8. By default the processes of a machine
+    divide the latents, and machines the tokens. ValueError unless they fit the processes."""
+    if mesh is None:
+        return Axes(own.size // own.local_size, own.local_size)
+    parts = [part.partition("=") for part in mesh.split(",")]
+    sizes = {name: int(size) for name, _, size in parts if size.isdecimal()}
+    if len(sizes) != len(parts) or not sizes.keys() <= {"data", "latent"}:
+        raise ValueError(f"mesh must be like data=1,latent=8, got {mesh!r}")
+    axes = Axes(**sizes)
+    if axes.size != own.size:
+        started = f"there are {own.size}" if own.size > 1 else "there is one"
+        raise ValueError(
+            f"a mesh of {axes} takes {axes.size} processes, but {started}: start them with "
+            f"torchrun --nproc-per-node {axes.size} -m fastsae train ..."
+        )
+    return axes
+
+
+def device_of(device: str, own: Place) -> str:
+    """The kind of device asked for; of several GPUs, the current one is then that of this process's
+    number on its machine."""
+    chosen = choose_device(device)
+    if chosen == "cuda":
+        torch.cuda.set_device(own.local_rank % torch.cuda.device_count())
+    return chosen
+
+
+@contextmanager
+def joined(mesh: str | None, device: str) -> Iterator[Shards]:
+    """The mesh of which this process is part, for as long as the `with` block lasts.
+
+    Alone, nothing happens. An error of one process ends all: each says in a line what has failed,
+    unless process 0 has said the same. `LostError` where another process has ended.
+    """
+    own = place()
+    axes = axes_of(mesh, own)
+    if own.size == 1:
+        yield ONE_PROCESS
+        return
+    device = device_of(device, own)
+    on_gpus = device.startswith("cuda") and own.local_size <= torch.cuda.device_count()
+    store, rank, size = next(iter(rendezvous("env://")))
+    if own.local_size == own.size:  # torchrun's store for one machine outlives a restart
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"restart {restarts}", store)
+    group = {"store": store, "rank": rank, "world_size": size, "timeout": TIMEOUT}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", **group)
+    try:
+        yield Mesh(axes, device)
+    except KeyboardInterrupt as stop:
+        stop.args = stop.args if rank == 0 else ("",)  # process 0 says it
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
+            raise LostError(lost(store, rank, size)) from None
+        store.set(f"failed/{rank}", str(error))
+        if rank and isinstance(error, ValueError | OSError):
+            if said(store, 0) == str(error):
+                raise SystemExit(2) from None
+            raise type(error)(f"process {rank}: {error}") from None
+        raise
+    dist.destroy_process_group()
+
+
+def lost(store: Store, rank: int, size: int) -> str:
+    """What to say of a lost connection."""
+    texts = {other: said(store, other, 0.0) for other in range(size)}
+    failed = next((other for other, text in texts.items() if text is not None), None)
+    reason = "another process has ended" if failed is None else f"process {failed} has failed"
+    return f"process {rank}: {reason}; the last checkpoint is intact: continue with --resume"
+
+
+def said(store: Store, rank: int, seconds: float = 2.0) -> str | None:
+    """With which error a process has failed, once it has; None if it has not by then."""
+    end = time.monotonic() + seconds
+    try:
+        while not store.check([f"failed/{rank}"]):
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.05)
+        return store.get(f"failed/{rank}").decode()
+    except RuntimeError:  # the store is gone too
+        return None
