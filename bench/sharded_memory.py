@@ -6,8 +6,8 @@ trains for a few steps at shape d with 1, 2 and 4 processes of one thread, and s
 the SAE. `torchrun ... -m bench.sharded_memory FOLDER` is one of these runs.
 
 columns: bytes of weights, optimizer state and counters of a process; then, beyond what the process
-had before it built anything, its resident memory in training and the largest one in each phase. Of
-all processes, the largest number counts.
+had before it built anything, its resident memory between steps and the largest one in each phase.
+Of all processes, the largest number counts.
 """
 
 import ctypes
@@ -41,12 +41,14 @@ class Meter(Callback):
     """Notes the memory of this process in MB."""
 
     def __init__(self):
-        self.before = resident_bytes("VmRSS")
         self.found: dict[str, float] = {}
         self.reset()
+        self.before = resident_bytes("VmRSS")
 
     def reset(self) -> None:
-        """Start the peak of the next phase, at what is resident now."""
+        """Start the peak of the next phase, at what is in use now: freed memory, which the trainer
+        keeps to reuse it, would hide what is allocated next."""
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
     def note(self, name: str, size: int) -> None:
@@ -60,7 +62,7 @@ class Meter(Callback):
     def on_step(self, trainer: Trainer, state: TrainState) -> None:
         self.note("weights and state", sum(t.nbytes for t in state.tensors().values()))
         self.peak("start and first step" if state.step == 1 else "further steps")
-        self.note("resident", resident_bytes("VmRSS") - self.before)
+        self.note("in use after a step", resident_bytes("VmRSS") - self.before)
 
     def on_checkpoint(self, trainer: Trainer, state: TrainState) -> None:
         self.peak("checkpoints")
@@ -87,7 +89,6 @@ def train(data: Tensor, F: int, k: int, out: Path, shards: Shards) -> dict[str, 
     """What this process notes in a run."""
     batches: dict[str, Any] = {"steps": 4, "batch_size": len(data) // 2, "checkpoint_every": 2}
     config = TrainConfig(d_sae=F, activation=TopKConfig(k=k), out=out, device="cpu", **batches)
-    ctypes.CDLL(None).malloc_trim(0)  # what an earlier run freed is not this run's to reuse
     meter = Meter()
     Trainer(config, data, callbacks=[meter], progress=False, shards=shards).fit()
     return meter.found
