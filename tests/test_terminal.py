@@ -186,6 +186,20 @@ def test_what_other_libraries_say_is_harmless(monkeypatch, caplog, capsys):
     assert "\x1b" not in error + stack
 
 
+def test_a_traceback_is_harmless(monkeypatch, capsys):
+    def run(words):
+        raise RuntimeError(f"cannot read {ESCAPE}\nat all")
+
+    monkeypatch.setattr("fastsae.cli.run", run)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with pytest.raises(RuntimeError) as escaped:
+        command(monkeypatch)
+    sys.excepthook(escaped.type, escaped.value, escaped.tb)
+    first, *_, one, two = capsys.readouterr().err.splitlines()
+    assert first.startswith("Traceback") and two == "at all"
+    assert one == r"RuntimeError: cannot read \x1b]0;title\x07"
+
+
 def test_a_failed_allocation_is_one_line(arguments, monkeypatch, capsys):
     monkeypatch.setattr("fastsae.nn.sae.LARGEST", 2**60)  # smaller ones might be allocated
     sizes = ["--d-sae", "99999999999999"]

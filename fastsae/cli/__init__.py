@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,6 +25,7 @@ def main() -> None:
     for name in ("stdin", "stdout", "stderr"):  # by number: the first free one is taken
         if getattr(sys, name) is None:  # closed, or a file of the run would get its number
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    sys.excepthook = show_traceback
     warnings.showwarning = say_warning
     logging.setLogRecordFactory(PrintableRecord)
     code, message = 0, ""
@@ -67,6 +69,13 @@ def run(words: Sequence[str]) -> None:
 def say_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Print a warning of another library, about files and models whose names are untrusted."""
     print_line(f"{category.__name__}: {' '.join(str(message).split())}")
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print the traceback of an exception that only we can fix."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    for line in text.rstrip("\n").split("\n"):
+        print_line(line)
 
 
 class PrintableRecord(logging.LogRecord):

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastsae.data import StreamConfig
+from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.train import Sweep, TrainConfig
-from fastsae.train.sweep import stored_sweep
+from fastsae.train.sweep import check_together, stored_sweep
 
 from .parse import (
     Settings,
@@ -20,7 +21,7 @@ from .parse import (
     types_in,
     updated,
 )
-from .train import opened, sweep_table
+from .train import opened, opened_together, sweep_table
 
 STREAM = tuple(field.name for field in dataclasses.fields(StreamConfig))
 NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed", *STREAM)
@@ -77,9 +78,19 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
 
 
 def main(words: Sequence[str]) -> str:
-    command, configs = read_sweep(words)
-    configs, source = opened(configs)
-    return sweep_table(Sweep(configs, source, command.out), command.resume)
+    with one_voice():
+        command, configs = read_sweep(words)
+        check_together(configs)  # before a model is loaded or the demo's data are made
+    size = place().size
+    if size == 1:
+        configs, source = opened(configs)
+        return sweep_table(Sweep(configs, source, command.out), command.resume)
+    if any(config.stream is not None for config in configs.values()):
+        raise ValueError(f"a sweep on a model's activations needs one process, got {size}")
+    with joined(f"data={size}", next(iter(configs.values())).device) as shards:
+        configs, source = opened_together(configs, shards)
+        table = sweep_table(Sweep(configs, source, command.out, shards=shards), command.resume)
+        return "" if shards.rank else table
 
 
 def swept(command: SweepCommand, start: Settings, values: Settings) -> dict[str, TrainConfig]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from fastsae.data import Joined, StoredActivations, Stream, demo_shards, open_path
 from fastsae.device import choose_device
-from fastsae.distributed.launch import joined, place
+from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.files import read_json
 from fastsae.interop import load
 from fastsae.nn import SAE, ActivationConfig, Init
+from fastsae.shards import Shards
 from fastsae.train import (
     Optimizer,
     Sweep,
@@ -163,21 +164,24 @@ def main(words: Sequence[str]) -> str:
 
 def main_of_many(words: Sequence[str]) -> str:
     """One SAE, in the processes that torchrun has started; process 0 returns the table."""
-    try:
+    with one_voice():
         command = read_train(words)
-    except ValueError:
-        if place().rank:
-            raise SystemExit(2) from None  # process 0 says it
-        raise
-    config = command.config
-    with joined(command.mesh, config.device) as shards:
         if command.start_from is not None:
             raise ValueError("--start-from needs one process")
-        source = opened({"": config})[1] if shards.rank == 0 else None
-        shards.all_of(None)  # process 0 may have harvested the demo's data
-        source = source or opened({"": config})[1]
+    config = command.config
+    with joined(command.mesh, config.device) as shards:
+        _, source = opened_together({"": config}, shards)
         Trainer(config, source, shards=shards).fit(command.resume)
         return "" if shards.rank else run_table(config.out)
+
+
+def opened_together(
+    configs: dict[str, TrainConfig], shards: Shards
+) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
+    """What `opened` returns, once it has returned on process 0: it may harvest the demo's data."""
+    found = opened(configs) if shards.rank == 0 else None
+    shards.all_of(None)
+    return found or opened(configs)
 
 
 def resumed_sweep(given: Given) -> Path | None:
@@ -215,19 +219,23 @@ def opened(
     asked = [c.stream.hookpoints for c in configs.values() if c.stream is not None]
     union = tuple(dict.fromkeys(name for names in asked for name in names))
     further = [str(path) for path in (first.target, *first.layers) if path is not None]
-    if repeated := {name for name in (*union, *further) if (*union, *further).count(name) > 1}:
-        raise ValueError(f"hookpoint, target and layers must differ, got {min(repeated)} twice")
     whole = dataclasses.replace(first.stream, hookpoint=union).resolved()
     stream, source = whole.open(choose_device(first.device), further, fill=fill)
+    paths = [Path(name) for name in source.hookpoints[len(stream.hookpoints) :]]
     if further and len(stream.hookpoints) > 1:
         raise ValueError(f"a target or layers need one hookpoint, got {len(stream.hookpoints)}")
+    if first.target is not None and len(paths) > 1:
+        raise ValueError(f"a target must be one hookpoint, got {len(paths)} at {first.target}")
     found: dict[str, TrainConfig] = {}
     for (name, config), own in zip(configs.items(), asked, strict=True):
         sites = own if own != union else stream.hookpoints  # a resumed SAE has one of them
         for site in sites:
             label = "-".join([site] * (len(sites) > 1) + [name] * bool(name))
             found[label] = dataclasses.replace(
-                config, stream=dataclasses.replace(stream, hookpoint=site)
+                config,
+                stream=dataclasses.replace(stream, hookpoint=site),
+                target=None if config.target is None else paths[0],
+                layers=tuple(paths) if config.layers else (),
             )
     return found, source
 

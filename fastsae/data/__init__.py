@@ -12,7 +12,7 @@ from fastsae.data.producer import Group, ModelProducer, Place, Producer
 from fastsae.data.shards import ActivationShards, Contexts
 from fastsae.data.shuffle import Cursor
 from fastsae.data.source import ActivationSource, StoredActivations
-from fastsae.data.stream import Stream, stored
+from fastsae.data.stream import Stream, check_evaluable, stored
 from fastsae.data.stream_config import StreamConfig
 from fastsae.data.synthetic import Synthetic
 from fastsae.data.vllm import VllmHiddenStates
@@ -40,6 +40,7 @@ __all__ = [
     "Synthetic",
     "VllmHiddenStates",
     "as_source",
+    "check_evaluable",
     "demo_shards",
     "harvest",
     "harvest_each",

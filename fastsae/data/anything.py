@@ -60,7 +60,12 @@ def as_source(given: object) -> ActivationSource:
         return streamed(IterableProducer(_Items(given)))
     if isinstance(given, Iterable | Callable) and not isinstance(given, nn.Module | type):
         return streamed(IterableProducer(given))
-    raise ValueError(f"cannot train on {type(given).__name__}; give {ACCEPTED}")
+    name = type(given).__name__
+    if hasattr(given, "batches"):
+        members = [member for member in vars(ActivationSource) if not member.startswith("_")]
+        missing = ", ".join(member for member in members if not hasattr(given, member))
+        raise ValueError(f"cannot train on {name}: as an ActivationSource, it lacks {missing}")
+    raise ValueError(f"cannot train on {name}; give {ACCEPTED}")
 
 
 def open_path(path: Path) -> StoredActivations:

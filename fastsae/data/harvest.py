@@ -76,7 +76,8 @@ def _harvest(
     stopped = None
     with progress_bar("harvest", "token", config.max_tokens, shown=progress) as bar:
         try:
-            for rows, contexts, _, heldout in producer.groups((), "both", config.max_tokens):
+            for group in producer.groups((), "both", config.max_tokens):
+                rows, contexts, heldout = group.rows, group.contexts, group.heldout
                 assert contexts is not None
                 if stopped := nearly_full(config, writers.values(), rows):
                     break

@@ -80,7 +80,8 @@ class IterableProducer:
         (first,) = start or (0,)
         if part != "train":
             for number, rows in islice(enumerate(self._heldout), first, None):
-                yield Group((rows,), None, (number + 1,), heldout=True)
+                rows = self._checked(rows, number)
+                yield Group((rows,), None, (number + 1,), heldout=True, finite=True)
         if part == "heldout":
             return
         first = max(first, len(self._heldout))
@@ -89,10 +90,10 @@ class IterableProducer:
             joined.append(self._checked(rows_of(batch, number), number).clone())
             size += len(joined[-1])
             if size >= GROUP_ROWS:
-                yield Group((torch.cat(joined),), None, (number + 1,))
+                yield Group((torch.cat(joined),), None, (number + 1,), finite=True)
                 joined, size, first = [], 0, number + 1
         if size:
-            yield Group((torch.cat(joined),), None, (first + len(joined),))
+            yield Group((torch.cat(joined),), None, (first + len(joined),), finite=True)
 
     def _checked(self, rows: Float[Tensor, "N D"], number: int) -> Float[Tensor, "N D"]:
         (width,) = self.widths.values()

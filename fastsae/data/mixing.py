@@ -13,30 +13,33 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from fastsae.data.prefetch import Batch
 from fastsae.data.producer import Place
 from fastsae.data.shuffle import Cursor, permutation
+from fastsae.data.store import Chunk, Store
 
 SHARES = 4, 2, 1, 1
 """Eighths of a block's rows that are drawn in its own turn and in each of the three after it."""
 BLOCKS_HELD = 15 / 8
 """Blocks in the buffer at the beginning of a turn."""
+_NOWHERE = torch.empty(0, dtype=torch.int64)
 DOCUMENT = 1 << 32
-"""A row's number is its document's times this, plus the row's position in its window of text."""
+"""A row's number is its document's times this, plus the row's position in its window of text.
+Without contexts, it is -1 minus the first number of the place where its group begins times this,
+minus the row's number in the group."""
 
 
-class Chunk(NamedTuple):
-    """Rows of the buffer."""
+class Block(NamedTuple):
+    """The rows of a turn of production."""
 
-    rows: tuple[Float[Tensor, "N _"], ...]
-    """At each hookpoint."""
-    numbers: Int64[Tensor, " N"]
-
-    def pick(self, places: Int64[Tensor, " M"]) -> "Chunk":
-        return Chunk(tuple(x[places] for x in self.rows), self.numbers[places])
+    store: Store
+    places: list[Int64[Tensor, " _"]]
+    """Where they are in the store, by the groups that they came in."""
+    next: Place
+    """Where the next block begins."""
 
 
 @dataclass
@@ -55,8 +58,8 @@ class Tally:
 class Mixer:
     """Builds the batches of a stream from its blocks, as a `BatchLoader`."""
 
-    produce: Callable[[int, Place, Callable[[], bool]], tuple[list[Chunk], Place]]
-    """The block of a number, which begins at a place, and the place where the next one begins."""
+    produce: Callable[[int, Place, Store | None, Callable[[], bool]], Block]
+    """The block of a number, which begins at a place, put into a store if there is one already."""
     columns: Sequence[int]
     """Hookpoints whose rows are wanted, side by side."""
     seed: int
@@ -65,12 +68,12 @@ class Mixer:
     pin_memory: bool = False
 
     turn: int = field(default=-1, init=False)
-    """Whose rows are in the pool; -1 before the first."""
-    pool: Chunk = field(init=False)
-    order: Int64[Tensor, " N"] = field(init=False)
-    """In which the pool's rows are drawn."""
-    waiting: dict[int, list[Chunk]] = field(default_factory=dict, init=False)
-    """Rows of later turns."""
+    """Whose rows are drawn; -1 before the first."""
+    store: Store | None = field(default=None, init=False)
+    order: Int64[Tensor, " N"] = field(default_factory=lambda: _NOWHERE, init=False)
+    """The places of the turn's rows in the store, as they are drawn."""
+    waiting: dict[int, list[Int64[Tensor, " _"]]] = field(default_factory=dict, init=False)
+    """Those of later turns."""
     begins: list[tuple[Place, int]] = field(default_factory=list, init=False)
     """Where the blocks of this turn begin, oldest first, and the rows produced before each."""
     next: Place = field(default=(), init=False)
@@ -88,7 +91,7 @@ class Mixer:
                 self.fill(stopped)
                 position = 0
             places = self.order[position : position + missing]
-            parts.append(self.timed(self.pool.pick, places))
+            parts.append(self.timed(self.stored.pick, places))
             position += len(places)
             missing -= len(places)
         x = self.timed(self.side_by_side, parts)
@@ -106,43 +109,33 @@ class Mixer:
                 f"cursor {cursor[:2]} does not fit: the turn has {len(self.order)} rows"
             )
 
+    @property
+    def stored(self) -> Store:
+        assert self.store is not None, "filled before a batch is drawn"
+        return self.store
+
     def fill(self, stopped: Callable[[], bool]) -> None:
-        """Put the next block into the buffer, and begin its turn."""
-        self.pool = Chunk((), torch.empty(0, dtype=torch.int64))  # all drawn: its memory is free
+        """Put the next block in the places of the turn that was drawn, and begin its turn."""
+        if self.store is not None:
+            self.store.release(self.order)
+            self.order = _NOWHERE
         self.turn += 1
         self.begins = [*self.begins, (self.next, self.tally.produced)][-len(SHARES) :]
-        groups, self.next = self.produce(self.turn, self.next, stopped)
+        self.store, groups, self.next = self.produce(self.turn, self.next, self.store, stopped)
         self.timed(self.split, groups)
-        self.timed(self.begin_turn)
+        places = torch.cat(self.waiting.pop(self.turn))
+        self.order = places[torch.from_numpy(permutation(len(places), self.seed, self.turn, 0))]
 
-    def split(self, groups: list[Chunk]) -> None:
+    def split(self, groups: list[Int64[Tensor, " _"]]) -> None:
         """Draw the turn of each row of a block."""
-        bounds, number = np.cumsum((0, *SHARES)) / sum(SHARES), 0
-        while groups:
-            number, group = number + 1, groups.pop(0)
-            self.tally.produced += len(group.numbers)
-            order = permutation(len(group.numbers), self.seed, self.turn, number)
+        bounds = np.cumsum((0, *SHARES)) / sum(SHARES)
+        for number, places in enumerate(groups, 1):
+            self.tally.produced += len(places)
+            order = permutation(len(places), self.seed, self.turn, number)
             cuts = np.round(bounds * len(order)).astype(int)
             for age in range(len(SHARES)):
-                places = torch.from_numpy(order[cuts[age] : cuts[age + 1]])
-                self.waiting.setdefault(self.turn + age, []).append(group.pick(places))
-
-    def begin_turn(self) -> None:
-        """Move the rows of this turn into one tensor for each hookpoint."""
-        chunks, filled = self.waiting.pop(self.turn), 0
-        size = sum(len(chunk.numbers) for chunk in chunks)
-        self.pool = Chunk(
-            tuple(x.new_empty(size, x.shape[1]) for x in chunks[0].rows),
-            torch.empty(size, dtype=torch.int64),
-        )
-        while chunks:
-            rows, numbers = chunks.pop(0)  # its memory is free after it is copied
-            place = slice(filled, filled + len(numbers))
-            for whole, part in zip(self.pool.rows, rows, strict=True):
-                whole[place] = part
-            self.pool.numbers[place] = numbers
-            filled += len(numbers)
-        self.order = torch.from_numpy(permutation(size, self.seed, self.turn, 0))
+                drawn = torch.from_numpy(order[cuts[age] : cuts[age + 1]])
+                self.waiting.setdefault(self.turn + age, []).append(places[drawn])
 
     def side_by_side(self, parts: list[Chunk]) -> Float32[Tensor, "N D"]:
         columns = [torch.cat([part.rows[c] for part in parts]).float() for c in self.columns]

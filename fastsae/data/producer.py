@@ -3,9 +3,10 @@
 import hashlib
 import threading
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -45,6 +46,9 @@ class Group(NamedTuple):
 
     heldout: bool = False
     """Whether the rows are set aside for evaluation."""
+
+    finite: bool = False
+    """Whether the producer has looked for NaN and Inf; otherwise the stream does."""
 
 
 @runtime_checkable
@@ -145,22 +149,33 @@ class ModelProducer:
         about += (drop_first, max_document_tokens, heldout_fraction, str(dtype), batch_tokens)
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
 
+    @property
+    def skipped_rows(self) -> int:
+        """Rows of the text without a value, as far as it was read."""
+        return getattr(self._documents, "skipped", 0)
+
     def groups(
         self, start: Place = (), part: Part = "train", max_tokens: int | None = None
     ) -> Iterator[Group]:
         """See `Producer`. It ends early once there are `max_tokens` rows for training. After the
         last group of finite rows, NotFinite names the document that has others."""
         for windows, place, heldout in self._groups(start, part, max_tokens):
-            found = self._run(windows)
-            finite = [all(bool(x.isfinite().all()) for x in rows) for rows in found]
-            bad = finite.index(False) if False in finite else len(windows)
-            if bad:
-                rows = tuple(torch.cat(parts) for parts in zip(*found[:bad], strict=True))
-                yield Group(rows, self._contexts(windows[:bad]), place, heldout)
-            if bad < len(windows):
-                names = zip(self.widths, found[bad], strict=True)
-                name = next(name for name, x in names if not x.isfinite().all())
-                raise NotFinite(f"{name} holds NaN or Inf in document {windows[bad].document}")
+            rows, ends = self._run(windows)
+            finite = torch.stack([x.isfinite().all(1) for x in rows])
+            whole = len(windows)
+            if not finite.all():
+                whole = bisect_right(ends, int(finite.all(0).byte().argmin()))
+            if whole:
+                kept, contexts = ends[whole - 1], self._contexts(windows[:whole])
+                parts = tuple(x[:kept] for x in rows)
+                yield Group(parts, contexts, place, heldout, finite=True)
+                del parts
+            if whole < len(windows):
+                first = slice(ends[whole - 1] if whole else 0, ends[whole])
+                found = zip(self.widths, finite[:, first], strict=True)
+                name = next(name for name, rows_finite in found if not rows_finite.all())
+                raise NotFinite(f"{name} holds NaN or Inf in document {windows[whole].document}")
+            del rows  # its memory is free while the next group is made
 
     @cached_property
     def first_windows(self) -> list[list[int]]:
@@ -210,9 +225,11 @@ class ModelProducer:
                 heldout = _draw(digest, run) < self._heldout_fraction and (document, run) != (0, 0)
                 yield _Window(ids, document, number), heldout
 
-    def _run(self, group: list[_Window]) -> list[list[Float[Tensor, "_ _"]]]:
-        """Each window's rows at each hookpoint. Sorting windows by length saves padding."""
-        rows: dict[int, list[Tensor]] = {}
+    def _run(self, group: list[_Window]) -> tuple[list[Float[Tensor, "N _"]], list[int]]:
+        """The windows' rows at each hookpoint, and where those of each window end. Sorting windows
+        by length saves padding."""
+        ends = [*accumulate(len(self._windows.rows(window.ids)) for window in group)]
+        rows: list[Tensor] = []
         longest_first = sorted(range(len(group)), key=lambda i: -len(group[i].ids))
         while longest_first:
             fit = self._batch_tokens // len(group[longest_first[0]].ids)
@@ -221,9 +238,12 @@ class ModelProducer:
             with self.lock:
                 found = hidden_at(self.model, [*self.hookpoints.values()], batch)
             found = [hidden.to("cpu", self._dtype or hidden.dtype) for hidden in found]
+            rows = rows or [hidden.new_empty(ends[-1], hidden.shape[2]) for hidden in found]
             for place, i in enumerate(members):
-                rows[i] = [hidden[place][batch.keep[place]] for hidden in found]
-        return [rows[i] for i in range(len(group))]
+                part = slice(ends[i - 1] if i else 0, ends[i])
+                for whole, hidden in zip(rows, found, strict=True):
+                    whole[part] = hidden[place][batch.keep[place]]
+        return rows, ends
 
     def _contexts(self, group: list[_Window]) -> Contexts:
         labels = [

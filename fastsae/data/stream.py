@@ -2,9 +2,8 @@
 
 import copy
 import hashlib
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,111 +13,15 @@ from torch import Tensor
 
 from fastsae.data.arrays import ActivationArray
 from fastsae.data.joined import Joined
-from fastsae.data.mixing import BLOCKS_HELD, DOCUMENT, SHARES, Chunk, Mixer, Tally, effective_number
+from fastsae.data.mixing import DOCUMENT, SHARES, Mixer, Tally, effective_number
 from fastsae.data.prefetch import Batches
-from fastsae.data.producer import Group, Place, Producer
+from fastsae.data.producer import Producer
+from fastsae.data.production import HELDOUT_TOKENS, Production, named, skipped_rows
 from fastsae.data.shuffle import Cursor
-from fastsae.data.source import ActivationSource, Contexts, StoredActivations
-from fastsae.progress import say
+from fastsae.data.source import ActivationSource, StoredActivations
 
 BUFFER_TOKENS, BUFFER_CONTEXTS = 1 << 19, 512
 """The default size of a buffer is the larger of the two."""
-HELDOUT_TOKENS = 65_536
-"""Rows that are kept for evaluation."""
-
-
-class Stopped(Exception):
-    """Ends the production of a block that nobody waits for any more."""
-
-
-class _Production:
-    """The blocks of a producer, in order, and what is kept of them."""
-
-    def __init__(self, producer: Producer, block_tokens: int, tally: Tally):
-        self.producer, self.block_tokens, self.tally = producer, block_tokens, tally
-        self.first: tuple[list[Chunk], Place] | None = None
-        """Block 0, from when it is sampled until it goes into a buffer."""
-        self._heldout: tuple[list[Tensor], Contexts | None] | None = None
-        self._groups: Iterator[Group] | None = None
-        self._at: Place = ()
-        self._made = 0
-        self._empty = True
-        """Whether no rows have come since the beginning of the data."""
-        self._again = False
-
-    def block(
-        self, number: int, start: Place, stopped: Callable[[], bool] = lambda: False
-    ) -> tuple[list[Chunk], Place]:
-        """The block of a number, which begins at a place, and where the next one begins."""
-        if number == 0 and self.first is not None:
-            first, self.first = self.first, None
-            return first
-        if self._groups is None or self._at != start:
-            self._groups, self._at = self.producer.groups(start), start
-            self._empty = not start
-        chunks, size = list[Chunk](), 0
-        while size < self.block_tokens:
-            if stopped():
-                raise Stopped
-            before = time.perf_counter()
-            group = next(self._groups, None)
-            self.tally.model_seconds += time.perf_counter() - before
-            if group is None:
-                self._begin_again()
-                if chunks:
-                    break
-                continue
-            self._at = group.next
-            if len(group.rows[0]):
-                self._empty = False
-                chunks.append(self._chunk(group))
-                size += len(chunks[-1].numbers)
-        return chunks, self._at
-
-    def heldout(self) -> tuple[list[Tensor], Contexts | None]:
-        """The first held-out rows at each hookpoint, and their contexts if they are known."""
-        if self._heldout is None:
-            rows = [[torch.empty(0, width)] for width in self.producer.widths.values()]
-            contexts, left = list[Contexts | None](), HELDOUT_TOKENS
-            groups = self.producer.groups((), "heldout")
-            while left > 0 and (group := next(groups, None)) is not None:
-                for kept, x in zip(rows, self._chunk(group).rows, strict=True):
-                    kept.append(x[:left])
-                contexts.append(group.contexts)
-                left -= len(group.rows[0])
-            whole = [torch.cat(parts[1:] or parts) for parts in rows]
-            known = [context for context in contexts if context is not None]
-            labels = [torch.cat(parts)[: len(whole[0])] for parts in zip(*known, strict=True)]
-            self._heldout = whole, Contexts(*labels) if labels else None
-        return self._heldout
-
-    def _begin_again(self) -> None:
-        if self._empty:
-            raise ValueError("the stream has no tokens")
-        if not self._again:
-            text = "the stream has come to its end and begins again: its tokens are seen repeatedly"
-            say(text, logging.WARNING)
-            self._again = True
-        self._groups, self._at, self._empty = self.producer.groups(()), (), True
-
-    def _chunk(self, group: Group) -> Chunk:
-        """A group's rows with their numbers; ValueError if they do not fit."""
-        size = len(group.rows[0])
-        self._made += 1
-        if group.contexts is None:  # then a group counts as a document
-            numbers = self._made * DOCUMENT + torch.arange(size)
-        else:
-            numbers = group.contexts.documents * DOCUMENT + group.contexts.positions
-        for (name, width), rows in zip(self.producer.widths.items(), group.rows, strict=True):
-            if rows.shape != (size, width):
-                shape = tuple(rows.shape)
-                raise ValueError(f"{name}: rows must be of shape {(size, width)}, got {shape}")
-            if not rows.isfinite().all():
-                bad = int((~rows.isfinite().all(1)).nonzero()[0])
-                raise ValueError(f"{name} holds NaN or Inf: {named(int(numbers[bad]))}")
-        chunk = Chunk(tuple(rows.to("cpu") for rows in group.rows), numbers)
-        self.tally.token_bytes = sum(x.shape[1] * x.itemsize for x in chunk.rows)
-        return chunk
 
 
 class Stream:
@@ -153,8 +56,7 @@ class Stream:
         self.producer, self.buffer_tokens = producer, buffer_tokens
         self.model, self.harvest = model, harvest or {}
         self.tally = Tally()
-        block_tokens = max(1, int(buffer_tokens / BLOCKS_HELD))
-        self._production = _Production(producer, block_tokens, self.tally)
+        self._production = Production(producer, buffer_tokens, self.tally)
         self._select(tuple(producer.widths))
 
     def _select(self, hookpoints: tuple[str, ...]) -> None:
@@ -218,10 +120,13 @@ class Stream:
         """What became of the tokens of a run that has drawn so many, and of its time."""
         tally, seconds = self.tally, time.perf_counter() - self.tally.began
         shares = tally.model_seconds / seconds, tally.copy_seconds / seconds
+        skipped = skipped_rows(self.producer)
+        nulls = f"; {skipped:,} rows without text were skipped" if skipped else ""
         return (
             f"stream: {tally.produced:,} tokens produced, {drawn:,} drawn for training, "
             f"{tally.produced - drawn:,} left in the buffer or in batches loaded ahead; "
             f"of {seconds:,.0f} s, {shares[0]:.0%} in the model, {shares[1]:.0%} in the buffer"
+            f"{nulls}"
         )
 
     def readings(self, rows: Int64[np.ndarray, " N"]) -> dict[str, float]:
@@ -234,7 +139,8 @@ class Stream:
         }
 
     def where(self, row: int) -> str:
-        """The row's document, and its position in its window."""
+        """The row's document, and its position in its window; of rows without contexts, the place
+        where its group begins, and its number in the group."""
         return named(row)
 
     def sample(self, n: int, seed: int = 0) -> Float32[Tensor, "_ d_in"]:
@@ -242,17 +148,11 @@ class Stream:
         made = self._production
         if made.first is None:
             made.first = made.block(0, ())
-        chunks, _ = made.first
-        ends = np.cumsum([len(chunk.numbers) for chunk in chunks])
+        places = torch.cat(made.first.places)
         generator = np.random.Generator(np.random.PCG64(seed))
-        rows = generator.choice(ends[-1], min(n, ends[-1]), replace=False)
-        out = torch.empty(len(rows), self.d_in)
-        for end, chunk in zip(ends, chunks, strict=True):
-            start = end - len(chunk.numbers)
-            places = np.flatnonzero((start <= rows) & (rows < end))
-            picked = chunk.pick(torch.from_numpy(rows[places] - start))
-            out[places] = torch.cat([picked.rows[c].float() for c in self.columns], 1)
-        return out
+        drawn = generator.choice(len(places), min(n, len(places)), replace=False)
+        picked = made.first.store.pick(places[torch.from_numpy(drawn)])
+        return torch.cat([picked.rows[column].float() for column in self.columns], 1)
 
     def batches(
         self, batch_size: int, seed: int = 0, cursor: Cursor | None = None, pin_memory: bool = False
@@ -266,15 +166,22 @@ class Stream:
         return Batches(mixer, cursor)
 
 
+def check_evaluable(source: ActivationSource) -> None:
+    """ValueError unless a source has rows to evaluate on. A stream does; it produces them later."""
+    if isinstance(source, Stream):
+        return
+    heldout, name = source.heldout, type(source).__name__
+    if heldout is None and not hasattr(source, "rows"):
+        raise ValueError(f"{name} has nothing to evaluate on: it needs heldout rows, or rows()")
+    if heldout is not None and not hasattr(heldout, "rows"):
+        raise ValueError(f"{name}.heldout must have rows(), got {type(heldout).__name__}")
+
+
 def stored(source: ActivationSource) -> StoredActivations:
     """Rows to evaluate on where none are held out: all, or of a stream a sample."""
     if isinstance(source, Stream):
-        return ActivationArray(source.sample(HELDOUT_TOKENS, seed=1))
+        about = {"model": source.model, "hookpoint": source.hookpoint, "harvest": source.harvest}
+        return ActivationArray(source.sample(HELDOUT_TOKENS, seed=1), **about)
     if not isinstance(source, StoredActivations):
         raise ValueError(f"{type(source).__name__} has no held-out rows to evaluate on")
     return source
-
-
-def named(row: int) -> str:
-    document, position = divmod(row, DOCUMENT)
-    return f"document {document}, position {position}"

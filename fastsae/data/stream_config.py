@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,15 +38,18 @@ class StreamConfig(ProducerConfig):
     def open(
         self, device: str, further: Sequence[str] = (), *, fill: bool = True
     ) -> "tuple[StreamConfig, Stream]":
-        """The stream of all hookpoints, and of further ones; and the settings with what was left
-        open: paths of modules for other names, and the size of the buffer. ValueError for text or
-        hookpoints that do not exist, and a buffer larger than the available memory, if it is to be
-        filled."""
+        """The stream of all hookpoints, followed by further ones; and the settings with what was
+        left open: paths of modules for other names, and the size of the buffer. ValueError for text
+        or hookpoints that do not exist, further ones that are not, and a buffer larger than the
+        available memory, if it is to be filled."""
         files = read_files(self)
         with same_gpu():  # that of training
             model = loaded(self, self.model_device or device)
         config = self.with_paths(model)
-        names = tuple(dict.fromkeys([*config.hookpoints, *further]))
+        own, others = config.hookpoints, [module_paths(model, [name]) for name in further]
+        names = (*own, *chain(*others))
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"hookpoint, target and layers must differ, got {min(repeated)} twice")
         producer, _ = open_producer(replace(config, hookpoint=names), files, model)
         row_bytes = sum(producer.widths.values()) * model.dtype.itemsize
         tokens = None if fill else self.buffer_tokens

@@ -47,18 +47,21 @@ class Row(NamedTuple):
 class Documents:
     """The documents that `read` makes of rows, with the numbers of their rows.
 
-    Rows without a value are skipped and counted.
+    Rows without a value are skipped and counted, each once.
     """
 
     def __init__(self, rows: Callable[[], Iterator[Row]], read: Callable[[Any], Document]):
         self.skipped = 0
         self._rows, self._read = rows, read
+        self._counted = 0
+        """Rows that have been looked at."""
 
     def __call__(self, start: int = 0) -> Iterator[tuple[int, Document]]:
         """The documents from a row on."""
         for number, (where, value) in enumerate(islice(self._rows(), start, None), start):
+            first_time, self._counted = number >= self._counted, max(self._counted, number + 1)
             if value is None:
-                self.skipped += 1
+                self.skipped += first_time
                 continue
             try:
                 document = self._read(value)

@@ -121,4 +121,4 @@ def _shape(path: Path) -> tuple[int, int, int]:
 def _group(found: list[tuple[Tensor, Contexts]], after: Place, heldout: bool) -> Group:
     rows, contexts = zip(*found, strict=True)
     labels = (torch.cat(parts) for parts in zip(*contexts, strict=True))
-    return Group((torch.cat(rows),), Contexts(*labels), after, heldout)
+    return Group((torch.cat(rows),), Contexts(*labels), after, heldout, finite=True)

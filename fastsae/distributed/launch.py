@@ -78,6 +78,17 @@ def device_of(device: str, own: Place) -> str:
 
 
 @contextmanager
+def one_voice() -> Iterator[None]:
+    """For what all processes find at once, before they have joined: process 0 alone says it."""
+    try:
+        yield
+    except ValueError:
+        if place().rank:
+            raise SystemExit(2) from None
+        raise
+
+
+@contextmanager
 def joined(mesh: str | None, device: str) -> Iterator[Shards]:
     """The mesh of which this process is part, for as long as the `with` block lasts.
 
@@ -85,11 +96,13 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
     unless process 0 has said the same. `LostError` where another process has ended.
     """
     own = place()
-    axes = axes_of(mesh, own)
+    with one_voice():
+        axes = axes_of(mesh, own)
+        if own.size > 1:
+            device = device_of(device, own)
     if own.size == 1:
         yield ONE_PROCESS
         return
-    device = device_of(device, own)
     on_gpus = device.startswith("cuda") and own.local_size <= torch.cuda.device_count()
     store, rank, size = next(iter(rendezvous("env://")))
     if own.local_size == own.size:  # torchrun's store for one machine outlives a restart

@@ -1,6 +1,7 @@
 """A mesh of processes: how they are arranged, and what they do for each other in a step."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -61,10 +62,10 @@ class Mesh(Shards):
         ranks = torch.arange(self.size).view(axes.data, axes.latent)
         self.along_latent = _group_of(ranks.tolist())
         self.along_data = _group_of(ranks.T.tolist())
-        control = dist.new_group(backend="gloo")
+        control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(control, dist.ProcessGroup), "it has all processes"
         self.control = control
-        """For small Python objects, in the memory of the CPU."""
+        """For small Python objects, in the memory of the CPU; here, processes may wait for long."""
 
     def rows(self, d_sae: int) -> slice:
         if d_sae % self.latent:

@@ -117,7 +117,10 @@ class Evaluation:
     """How well the SAE reconstructs them."""
 
     downstream: Downstream | None
-    """Effect on the model's outputs; None if it was skipped or the model is unknown."""
+    """Effect on the model's outputs; None if the model was not run."""
+
+    not_run: str | None = None
+    """Why the model was not run."""
 
 
 def evaluate(
@@ -130,8 +133,9 @@ def evaluate(
     none, or if the data does not fit the SAE.
     """
     sae = sae.to(choose_device(config.device))
-    effect = None
-    if config.windows and isinstance(data, TextActivations):
+    effect, not_run = None, _not_run(data, config)
+    if not_run is None:
+        assert isinstance(data, TextActivations)
         effect = downstream(
             sae,
             data,
@@ -152,7 +156,20 @@ def evaluate(
     )
     parts = data.sources if isinstance(data, Joined) else (data,)
     where = " + ".join(str(getattr(part, "path", None) or part) for part in parts)
-    return Evaluation(data=where, reconstruction=found, downstream=effect)
+    return Evaluation(data=where, reconstruction=found, downstream=effect, not_run=not_run)
+
+
+def _not_run(data: StoredActivations, config: EvalConfig) -> str | None:
+    """Why the model cannot run with the SAE spliced in, if it cannot."""
+    if not config.windows:
+        return "windows is 0"
+    if not isinstance(data, TextActivations) or data.model is None:
+        return "the data has no model"
+    if data.hookpoint is None:
+        return "the data is not from a single hookpoint"
+    if not data.has_contexts:
+        return "the data's text is unknown; a stream knows that of its held-out rows only"
+    return None
 
 
 def evaluation_table(result: Evaluation) -> str:
@@ -164,7 +181,7 @@ def evaluation_table(result: Evaluation) -> str:
         for rank, value in found.pc_retention.items()
     ]
     if effect is None:
-        rows.append(("model", "-", "not run: the data has no model, or windows is 0"))
+        rows.append(("model", "-", f"not run: {result.not_run}"))
     else:
         rows += _rows(effect, ENCODER if isinstance(effect, EncoderEffect) else CAUSAL)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]

@@ -82,8 +82,6 @@ class EarlyStopping(Callback):
         self.patience, self.min_delta = patience, min_delta
 
     def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
-        if trainer.config.eval_every is None:
-            raise ValueError("early stopping needs eval_every, got None")
         if "heldout_fvu" not in line:
             return
         lines = [*read_lines(trainer.config.out / "metrics.jsonl"), line]
@@ -130,8 +128,11 @@ class Callbacks(Callback):
                 trainer.say(f"ended early at step {state.step} of {trainer.plan.steps}: {stop}")
 
 
-def callbacks_of(config: TrainConfig, source: ActivationSource) -> list[Callback]:
-    """The callbacks that a config asks for; ValueError without held-out data to evaluate on."""
+def callbacks_of(
+    config: TrainConfig, source: ActivationSource, given: Sequence[Callback]
+) -> list[Callback]:
+    """The callbacks that a config asks for, and those given; ValueError without the evaluations
+    that they need, or without held-out data to evaluate on."""
     found: list[Callback] = []
     if config.eval_every is not None:
         if source.heldout is None:
@@ -141,4 +142,6 @@ def callbacks_of(config: TrainConfig, source: ActivationSource) -> list[Callback
         found.append(HeldoutEvaluation(config.eval_every))
     if config.patience is not None:
         found.append(EarlyStopping(config.patience))
-    return found
+    if config.eval_every is None and any(isinstance(one, EarlyStopping) for one in given):
+        raise ValueError("early stopping needs eval_every, got None")
+    return [*found, *given]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastsae.data import Stream
 from fastsae.nn import SAE
+from fastsae.shards import Shards
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -21,10 +22,17 @@ def describe(trainer: "Trainer", sae: SAE) -> str:
     )
     return (
         f"{config.activation.name} ({own or 'defaults'}), {config.d_sae} latents of width "
-        f"{sae.d_in}, {plan.steps} steps of {config.batch_size} tokens on {plan.device}, "
+        f"{sae.d_in}, {plan.steps} steps of {config.batch_size} tokens on {plan.device}"
+        f"{in_processes(trainer.shards)}, "
         f"{plan.step} step{' as a CUDA graph' * trainer.captures}, "
         f"{plan.encoder_precision} encoder"
     )
+
+
+def in_processes(shards: Shards) -> str:
+    if shards.size == 1:
+        return ""
+    return f" in {shards.size} processes (data={shards.data}, latent={shards.latent})"
 
 
 def describe_data(trainer: "Trainer") -> str:

@@ -17,9 +17,11 @@ from fastsae.codes import Codes
 from fastsae.config import to_dict
 from fastsae.data import Batch, Stream, as_source
 from fastsae.files import read_json, shown, write_json
+from fastsae.meeting import on_first
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE
 from fastsae.progress import printable, progress_bar, shows_bars
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae.version import __version__, written_by
 
 from .comparison import compare
@@ -43,6 +45,8 @@ class Sweep:
     """Trains the SAEs of several configs and leaves a comparison of them in `out`.
 
     `out` then holds a run's folder for each, comparison.json and, with matplotlib, comparison.png.
+    With `shards`, a `fastsae.distributed.Mesh`, every process trains an equal part of them, each of
+    them whole and on its own; process 0 compares them at the end.
     """
 
     def __init__(
@@ -51,42 +55,43 @@ class Sweep:
         source: object,
         out: Path,
         progress: bool = True,
+        shards: Shards = ONE_PROCESS,
     ):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
         order of the first one's seed. ValueError unless there are some, and they share SHARED and
         have no patience. Without `progress`, nothing but warnings is shown on stderr."""
-        if not configs:
-            raise ValueError("a sweep needs at least one SAE")
-        first, *others = configs.values()
-        for name in SHARED:
-            for other in others:
-                one, two = shared(first, name), shared(other, name)
-                if one != two:
-                    raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
-        if any(config.patience is not None for config in configs.values()):
-            raise ValueError("patience must be none where several SAEs train on the same tokens")
+        check_together(configs)
+        if len(configs) < shards.size:
+            raise ValueError(
+                f"a sweep in {shards.size} processes needs as many SAEs, got {len(configs)}"
+            )
+        first = next(iter(configs.values()))
         seed = first.seed if first.data_seed is None else first.data_seed
         self.source = source = as_source(source)
-        self.out, self.first, self.progress = out, next(iter(configs)), progress
+        self.out, self.shards, self.progress = out, shards, progress and shards.rank == 0
+        self.configs = {
+            name: dataclasses.replace(config, out=out / name, data_seed=seed)
+            for name, config in configs.items()
+        }
+        """Of all SAEs; `trainers` are those of this process."""
         self.trainers: dict[str, Trainer] = {}
-        for name, config in configs.items():
-            own = source
+        for name in [*configs][shards.rank :: shards.size]:
+            own, config = source, self.configs[name]
             if isinstance(source, Stream) and config.stream is not None:
                 own = source.select(*config.hookpoints)
-            config = dataclasses.replace(config, out=out / name, data_seed=seed)
-            self.trainers[name] = Trainer(config, own, progress=progress)
+            self.trainers[name] = Trainer(config, own, progress=self.progress)
+        self.first = next(iter(self.trainers))
 
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
         keep_freed_memory()
-        with claimed_run(self.out), ExitStack() as stack:
-            configs = {name: trainer.config for name, trainer in self.trainers.items()}
+        with claimed_run(self.out, self.shards), ExitStack() as stack:
             if not resume:
                 for first, *_ in self.sites:
                     self.trainers[first].standardization()  # a failed start leaves no files
-                begin(self.out, configs)
-            for config in configs.values():
-                stack.enter_context(claimed_run(config.out))
+                on_first(self.shards, lambda: begin(self.out, self.configs))
+            for trainer in self.trainers.values():
+                stack.enter_context(claimed_run(trainer.config.out))
             states = self.start(resume)
             interrupts = stack.enter_context(Interrupts())
             logs = {}
@@ -99,7 +104,8 @@ class Sweep:
             if isinstance(self.source, Stream):
                 self.trainers[self.first].say(self.source.report(states[self.first].tokens))
             saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
-        compare(self.out, list(saes))
+            self.shards.all_of(None)  # the others may have more to do
+            on_first(self.shards, lambda: compare(self.out, [*self.configs]))
         return saes
 
     def start(self, resume: bool) -> dict[str, TrainState]:
@@ -178,6 +184,20 @@ class Sweep:
                 one.advance(states[name], batch, log, start, codes.pop(name, None))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+
+
+def check_together(configs: dict[str, TrainConfig]) -> None:
+    """ValueError unless SAEs can be trained in one sweep."""
+    if not configs:
+        raise ValueError("a sweep needs at least one SAE")
+    first, *others = configs.values()
+    for name in SHARED:
+        for other in others:
+            one, two = shared(first, name), shared(other, name)
+            if one != two:
+                raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
+    if any(config.patience is not None for config in configs.values()):
+        raise ValueError("patience must be none where several SAEs train on the same tokens")
 
 
 def shared(config: TrainConfig, name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from fastsae.checkpoint import Checkpoint, newest_intact, save_checkpoint
 from fastsae.codes import Codes
-from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source
+from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source, check_evaluable
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
 from fastsae.data.source import Shuffled
 from fastsae.device import tf32_products
@@ -74,7 +74,8 @@ class Trainer:
         check_mesh(config, shards, start_from)
         self.config, self.start_from, self.shards = config, start_from, shards
         self.source = source = as_source(source)
-        self.callbacks = Callbacks([*callbacks_of(config, source), *callbacks])
+        check_evaluable(source)
+        self.callbacks = Callbacks(callbacks_of(config, source, callbacks))
         self.progress = progress and shards.rank == 0
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)
@@ -263,16 +264,23 @@ class Trainer:
         state.seconds += time.perf_counter() - start
 
         self.callbacks.on_step(self, state)
-        logged = config.log_every, config.eval_every or config.log_every
-        if self.ended(state) or not all(state.step % every for every in logged):
-            self.check_finite(state, batch)
+        logs = config.log_every, config.eval_every or config.log_every
+        logged, saved = (
+            self.ended(state) or not all(state.step % every for every in due)
+            for due in (logs, [config.checkpoint_every])
+        )
+        if logged or saved:
+            start = time.perf_counter()
+            self.check_finite(state, batch)  # waits for a GPU, which may be several steps behind
+            state.seconds += time.perf_counter() - start
+        if logged:
             source = self.source
             numbers = source.readings(batch.rows) if isinstance(source, Stream) else {}
             line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
             log.write(line)
         log.advance()
-        if self.ended(state) or state.step % config.checkpoint_every == 0:
+        if self.ended(state) or saved:
             self.save(state)
 
     def ended(self, state: TrainState) -> bool:

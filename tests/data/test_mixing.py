@@ -1,5 +1,6 @@
 """Rows that a producer makes in order come out mixed, each once, and again after a cursor."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsae.data import Cursor, Group, Place, Stream
-from fastsae.data.mixing import DOCUMENT, Mixer, effective_number
+from fastsae.data.mixing import BLOCKS_HELD, DOCUMENT, Mixer, effective_number
 from fastsae.data.prefetch import Batches
 from fastsae.data.source import Contexts
 
@@ -41,18 +42,22 @@ def mixer(stream: Stream, batch_size: int, seed: int = 0) -> Mixer:
 @given(st.integers(2, 400), st.integers(2, 60), st.integers(1, 300))
 @settings(max_examples=40, deadline=None)
 def test_every_row_is_drawn_once(buffer: int, batch_size: int, rows: int):
-    """What is produced is what was drawn and what is still in the buffer, over several passes."""
+    """What is produced is what was drawn and what is still in the buffer, over several passes. The
+    buffer holds no more rows than it is to: of a block that is smaller than a group, the group's,
+    and where shares of a group's rows are no whole numbers, up to one more for each of them."""
     stream, drawn = Stream(Numbers(rows), buffer), Counter()
     mixed, cursor = mixer(stream, batch_size), Cursor()
+    groups = 3 * 4 * (1 + buffer // 17)
+    most = max(buffer, int(29 * BLOCKS_HELD)) + groups + stream._production.piece_tokens
     for _ in range(1 + 3 * rows // batch_size):
         batch = mixed.batch(cursor, lambda: False)
         cursor = batch.cursor
         drawn.update(batch.x[:, 0].tolist())
+        assert mixed.stored.capacity <= most
         assert torch.equal(batch.x[:, [0, 0]] * torch.tensor([1, -1]), batch.x[:, 1:])
-    left = [mixed.pool.pick(mixed.order[cursor.position :])]
-    left += [chunk for chunks in mixed.waiting.values() for chunk in chunks]
-    for chunk in left:
-        drawn.update(chunk.rows[0][:, 0].tolist())
+    left = [mixed.order[cursor.position :]]
+    left += [places for several in mixed.waiting.values() for places in several]
+    drawn.update(mixed.stored.pick(torch.cat(left)).rows[0][:, 0].tolist())
     passes, more = divmod(stream.tally.produced, rows)
     assert sum(drawn.values()) == stream.tally.produced
     for number in range(rows):
@@ -145,6 +150,29 @@ def test_wrong_rows_are_named():
         Stream(infinite, 50).sample(5)
 
 
+def test_rows_without_contexts_are_named_by_their_place():
+    """Their groups count as documents, also after a run is resumed."""
+
+    class Unknown(Numbers):
+        def groups(self, start: Place = (), part: str = "train") -> Iterator[Group]:
+            return (group._replace(contexts=None) for group in super().groups(start, part))
+
+    class Infinite(Unknown):
+        def groups(self, start: Place = (), part: str = "train") -> Iterator[Group]:
+            for group in super().groups(start, part):
+                yield group._replace(rows=tuple(x / (x != 20) for x in group.rows))
+
+    with pytest.raises(ValueError, match="one holds NaN or Inf: row 3 of the group from place 17"):
+        Stream(Infinite(100), 100).sample(50)
+    stream, known = Stream(Unknown(1000), 300), Stream(Numbers(1000, 1), 300)
+    with stream.batches(100) as some, known.batches(100) as others:
+        for _ in range(5):
+            found, wanted = next(some), next(others)
+            places = [re.findall(r"\d+", stream.where(row)) for row in found.rows.tolist()]
+            rows = [int(place) + int(number) for number, place in places]
+            assert rows == (wanted.rows // DOCUMENT).tolist()
+
+
 def test_closing_ends_a_production():
     """A block that would take forever is given up between groups."""
 
@@ -157,7 +185,7 @@ def test_closing_ends_a_production():
                 yield from Numbers(10).groups()
 
     endless = Endless(10)
-    batches = Stream(endless, 1 << 40).batches(10)
+    batches = Stream(endless, 1 << 24).batches(10)
     assert isinstance(batches, Batches)
     assert batches.take(lambda: endless.made > 3) is None
     batches.close()

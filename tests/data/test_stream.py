@@ -151,7 +151,7 @@ def test_each_hookpoint_is_trained_as_if_alone(gpt2: Path, text: Path, tmp_path:
 
 @pytest.mark.parametrize(
     "more",
-    [("--target", "transformer.h.1.mlp"), ("--layers", "transformer.h.2", "transformer.h.3")],
+    [("--target", "blocks.1.hook_mlp_out"), ("--layers", "blocks.2.hook_resid_post", "*.h.3")],
 )
 def test_transcoders_and_crosscoders(gpt2: Path, text: Path, tmp_path: Path, more: tuple[str, ...]):
     """The same as on a harvest of the same hookpoints: inputs, targets and layers are in place."""
@@ -160,6 +160,11 @@ def test_transcoders_and_crosscoders(gpt2: Path, text: Path, tmp_path: Path, mor
     sae = fastsae.load(out / "sae")
     assert (sae.d_out, sae.layers) == ((24, 1) if more[0] == "--target" else (None, 3))
     assert json.loads((out / "summary.json").read_text())["fvu"] < 0.8
+    config = json.loads((out / "config.json").read_text())["config"]
+    places = {"target": "transformer.h.1.mlp"} if more[0] == "--target" else {"target": None}
+    places |= {"layers": ["transformer.h.2", "transformer.h.3"] if more[0] == "--layers" else []}
+    assert {name: config[name] for name in places} == places
+    assert train(["--resume", "--out", str(out)]).startswith("  FVU")
     with pytest.raises(ValueError, match="need one hookpoint, got 2"):
         train(words(tmp_path / "two", gpt2, text, *more, hookpoints=HOOKS))
 
@@ -185,6 +190,7 @@ def test_from_python(gpt2: Path, tmp_path: Path):
         (["--layers", "transformer.h.1.mlp.c_fc"], "layers must have one width, got [24, 96]"),
         (["--data", "acts"], "give either data or a model, got both"),
         (["--steps", "none"], "steps must be given with a model"),
+        (["--hookpoint", "*.h.2", "--eval-every", "5", "--patience", "1"], "patience must be none"),
         (["--dtype", "float16"], "unknown option --dtype; did you mean --model-dtype?"),
     ],
 )
@@ -233,9 +239,11 @@ def test_repeated_hookpoints_are_all_taken_and_settings_of_one_sae_refused(
     assert "transformer.h.2" in train(given)
     with pytest.raises(ValueError, match="context_length cannot be set per SAE"):
         sweep(["topk:k=4", "topk:k=8,context_length=16", *words(tmp_path / "x", gpt2, text)])
-    same = ["--target", HOOKS[0]]
-    with pytest.raises(ValueError, match=r"must differ, got transformer.h.1 twice"):
-        train(words(tmp_path / "y", gpt2, text, *same))
+    for same in (["--target", "blocks.1.hook_resid_post"], ["--layers", "transformer.h.*"]):
+        with pytest.raises(ValueError, match=r"must differ, got transformer.h.1 twice"):
+            train(words(tmp_path / "y", gpt2, text, *same))
+    with pytest.raises(ValueError, match=r"one hookpoint, got 4 at blocks.\*.hook_mlp_out"):
+        train(words(tmp_path / "z", gpt2, text, "--target", "blocks.*.hook_mlp_out"))
 
 
 def test_text_without_a_row_is_refused(gpt2: Path, text: Path, tmp_path: Path):
@@ -246,6 +254,21 @@ def test_text_without_a_row_is_refused(gpt2: Path, text: Path, tmp_path: Path):
     producer = load_model(str(gpt2)), load_tokenizer(str(gpt2))
     with pytest.raises(ValueError, match="readable more than once"):
         ModelProducer(*producer, iter(["a text"]), ["transformer.h.1"])
+
+
+def test_null_rows_are_counted_once_and_without_held_out_rows_the_text_is_unknown(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Over several passes, one of which looks for held-out rows."""
+    file, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [None if n % 10 == 3 else "the best of times " * 9 for n in range(60)]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    train(words(out, gpt2, file, "--heldout-fraction", "0"))
+    assert "in the buffer; 6 rows without text were skipped" in capsys.readouterr().err
+    assert "not run: the data's text is unknown; a stream knows" in evaluate([str(out)])
+    file.write_text('{"text": null}\n' * 3)
+    with pytest.raises(ValueError, match=r"the stream has no tokens \(3 rows are null\)"):
+        train(words(tmp_path / "none", gpt2, file))
 
 
 def test_a_run_resumes_only_on_the_same_text(gpt2: Path, text: Path, tmp_path: Path):

@@ -14,7 +14,7 @@ from fastsae.checkpoint import list_checkpoints
 from fastsae.data.ordinary import SAMPLE_TOKENS
 from fastsae.files import read_json
 from fastsae.shards import ONE_PROCESS, Shards
-from fastsae.train import Callback, Interrupted, TrainConfig, Trainer
+from fastsae.train import Callback, Interrupted, Sweep, TrainConfig, Trainer
 from fastsae.train.log import read_lines
 from fastsae.train.state import TrainState
 from tests.train.conftest import activations as activations
@@ -180,3 +180,18 @@ def test_what_a_mesh_cannot_do_is_refused_before_anything_is_written(
     texts = processes.run(axes, refuse, config(activations, tmp_path / "run", **settings))
     assert all(text in found for found in texts)
     assert not (tmp_path / "run").exists()
+
+
+def sweep(shards: Shards, configs: dict[str, TrainConfig], out: Path, resume: bool = False) -> None:
+    source = source_of(next(iter(configs.values())))
+    Sweep(configs, source, out, progress=False, shards=shards).fit(resume)
+
+
+def test_the_processes_of_a_sweep_train_some_saes_each(processes, activations, tmp_path):
+    configs = {f"k{k}": config(activations, tmp_path, k=k, eval_every=None) for k in (2, 4, 6)}
+    sweep(ONE_PROCESS, configs, tmp_path / "one")
+    processes.run((2, 1), sweep, configs, tmp_path / "many")
+    one, many = (read_json(tmp_path / name / "comparison.json") for name in ("one", "many"))
+    assert [*many] == [*one] == [*configs]
+    for name, run in one.items():
+        assert many[name]["fvu"] == pytest.approx(run["fvu"], rel=1e-5)

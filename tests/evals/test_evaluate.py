@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsae.config import from_dict, to_dict
-from fastsae.data import ActivationShards
+from fastsae.data import ActivationShards, Joined
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.nn import SAE, TopK, init_from_data
 
@@ -40,8 +40,11 @@ def test_no_model(tmp_path, gpt2_data):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32))
     result = evaluate(SAE(16, 64, TopK(3)), ActivationShards(tmp_path / "x.npy"), EvalConfig())
     assert result.downstream is None
-    assert "not run" in evaluation_table(result)
-    assert evaluate(SAE(16, 64, TopK(3)), gpt2_data, EvalConfig(windows=0)).downstream is None
+    assert "not run: the data has no model" in evaluation_table(result)
+    skipped = evaluate(SAE(16, 64, TopK(3)), gpt2_data, EvalConfig(windows=0))
+    assert (skipped.downstream, skipped.not_run) == (None, "windows is 0")
+    several = evaluate(SAE(32, 64, TopK(3)), Joined(gpt2_data, gpt2_data), EvalConfig())
+    assert several.not_run == "the data is not from a single hookpoint"
 
 
 def test_nothing_recovered_from_a_harmless_ablation(bert_data):

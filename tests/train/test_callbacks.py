@@ -1,6 +1,7 @@
 """What runs besides training changes no bit of it, and can end it early."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,29 @@ def test_hooks_are_called_in_order(config, data):
     assert [line["threshold"] for line in lines_of(run)] == [1.5, 2.5]
 
 
+def test_time_waited_for_the_device_counts(config, data):
+    """A GPU is waited for where losses are read."""
+
+    class Waiting(Trainer):
+        waited = 0.0
+
+        def check_finite(self, state, batch):
+            start = time.perf_counter()
+            time.sleep(0.05)
+            super().check_finite(state, batch)
+            self.waited += time.perf_counter() - start
+
+    class Waited(Callback):
+        def on_log(self, trainer, state, line):
+            assert isinstance(trainer, Waiting)
+            line["waited"] = trainer.waited
+
+    run = config(log_every=2, steps=8, checkpoint_every=3)
+    Waiting(run, ActivationShards(data), callbacks=[Waited()]).fit()
+    lines = read_lines(run.out / "metrics.jsonl")
+    assert len(lines) == 4 and all(line["seconds"] >= line["waited"] for line in lines)
+
+
 @pytest.mark.parametrize("hook", ["step", "log"])
 def test_a_callback_ends_the_run_as_if_that_step_was_its_last(hook, config, data, capsys):
     run, other = config(log_every=1), Recorder()
@@ -196,7 +220,7 @@ def test_what_evaluations_need(config, data):
     with pytest.raises(ValueError, match="eval_every = 5 needs held-out data, and there is none"):
         Trainer(config(eval_every=5), plain)
     with pytest.raises(ValueError, match="early stopping needs eval_every, got None"):
-        Trainer(config(), plain, callbacks=[EarlyStopping(1)]).fit()
+        Trainer(config(), plain, callbacks=[EarlyStopping(1)])
     with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
         EarlyStopping(0)
     with pytest.raises(ValueError, match="min_delta must be at least 0 and finite, got -1"):

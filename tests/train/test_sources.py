@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae.data import IterableProducer, Stream
+from fastsae.data import ActivationArray, IterableProducer, Stream
 from fastsae.train import Sweep, TrainConfig, Trainer
 
 from .conftest import Stop, train_config
@@ -70,6 +71,29 @@ def test_a_sweep_over_a_function_trains_what_single_runs_train(x, tmp_path):
     for name, own in configs.items():
         alone = Trainer(dataclasses.replace(own, out=tmp_path / name), lambda: x.split(100))
         assert torch.allclose(alone.fit().W_enc, saes[name].W_enc, atol=1e-5)
+
+
+class Rows:
+    """What training itself needs of a source, and more if it is given."""
+
+    def __init__(self, x: torch.Tensor, **more: Any):
+        whole = ActivationArray(x)
+        for name in ("d_in", "n_tokens", "fingerprint", "where", "sample", "batches"):
+            setattr(self, name, getattr(whole, name))
+        vars(self).update(more)
+
+
+def test_a_source_without_rows_to_evaluate_on_is_refused_before_training(x):
+    lacking = {
+        "as an ActivationSource, it lacks heldout": Rows(x),
+        "nothing to evaluate on: it needs heldout rows, or rows()": Rows(x, heldout=None),
+        "Rows.heldout must have rows(), got Tensor": Rows(x, heldout=x),
+    }
+    for message, source in lacking.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Trainer(config(), source)
+    Trainer(config(), Rows(x, heldout=None, rows=x.__getitem__))
+    Trainer(config(), Rows(x, heldout=ActivationArray(x)))
 
 
 def test_steps_are_required_where_the_end_is_unknown(x):

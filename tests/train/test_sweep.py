@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.cli.sweep import read_sweep
+from fastsae.cli.sweep import main, read_sweep
 from fastsae.data import ActivationShards, Joined
 from fastsae.nn import BatchTopKConfig, JumpReLUConfig, RationalConfig, TopKConfig
 from fastsae.train import Sweep, Trainer
@@ -194,6 +194,12 @@ def test_only_what_is_given_is_set_for_all():
 def test_words_without_effect_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         described(*words)
+
+
+def test_what_does_not_go_together_is_refused_before_data_are_opened():
+    for words in (["topk:k=2,patience=1"], ["topk:k=2", "topk:k=4", "--patience", "1"]):
+        with pytest.raises(ValueError, match="patience must be none where several SAEs train"):
+            main([*words, "--eval-every", "5", "--data", "nowhere"])
 
 
 def test_a_damaged_checkpoint_takes_all_saes_back_to_the_one_before(configs, activations, tmp_path):
