@@ -95,7 +95,7 @@ def step_of_one(alone: Mesh, axes: tuple[int, int], rank: int, *arguments: Any) 
     size = axes[0] * axes[1]
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     new_group = dist.new_group
-    with patch.object(dist, "new_group", lambda ranks=None, backend=None: new_group(ranks)):
+    with patch.object(dist, "new_group", lambda ranks=None, **_: new_group(ranks)):
         return step(Mesh(Axes(*axes)), *arguments)
 
 
