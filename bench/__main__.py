@@ -10,6 +10,7 @@ COMMANDS = {
     "peers": ("bench.peers.race", "compare step time and error with other SAE trainers"),
     "mixing": ("bench.mixing", "compare sizes of the buffer that mixes a stream's documents"),
     "study": ("bench.study.run", "compare the error of every method on real and synthetic data"),
+    "scaling": ("bench.scaling", "simulate many GPUs; or measure the memory of many processes"),
     "gpu": ("bench.gpu.guard", "run the full GPU benchmark in under eight minutes"),
 }
 """Module of each command (it defines `add_arguments` and `bench`), and what the command does."""

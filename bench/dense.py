@@ -19,7 +19,7 @@ class DenseTopK(nn.Module):
         super().__init__()
         self.k = sae.activation.cfg.k
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
-            nn.Parameter(weight.detach().clone()) for weight in sae.weights()
+            nn.Parameter(weight.detach().clone()) for weight in sae.weights()[:4]
         )
 
     def loss(self, x: Tensor, dead: Tensor | None, k_aux: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ SECONDS = 120
 
 
 class Processes:
-    """Started at their first use; every run makes its process groups anew."""
+    """Started at their first use; every run makes new process groups."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory()
