@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,11 @@ DOCS, README = ROOT / "docs", (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r'--8<-- "docs/examples/(\w+)\.py"\n')
-PEERS = {"sparsify", "sae_lens", "dictionary_learning", "gguf", "transformer_lens"}
+PEERS = {"sparsify", "sae_lens", "dictionary_learning", "gguf", "transformer_lens", "nnsight"}
 EXAMPLES = {
     "train_on_your_activations": "--batches 4 --steps 20",
     "transformer_lens_stream": "--batches 40 --steps 20",
+    "nnsight_stream": "--batches 40 --steps 20",
     "accelerate_sparsify": "--tokens 128 --d-in 32 --latents 256 --k 8 --rounds 1",
     "rational_upgrade": "--steps 60 --tuning-steps 30",
     "what_a_latent_means": "--max-tokens 3000 --steps 30 --latents 2",
@@ -104,6 +106,16 @@ def test_train_on_your_activations(capsys, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_transformer_lens_stream(capsys, monkeypatch):
     printed = printed_by("transformer_lens_stream", capsys, monkeypatch)
+    found = re.fullmatch(r"FVU (\S+), L0 8.0 on 1024 tokens; see \S+\n", printed)
+    assert found and 0 < float(found[1]) < 1
+
+
+def test_nnsight_stream(capsys, monkeypatch):
+    with skipping_what_is_not_installed():
+        version = metadata.version("nnsight")
+    if version.startswith("0.3."):
+        pytest.skip(f"nnsight {version}, which dictionary-learning needs, traces in another way")
+    printed = printed_by("nnsight_stream", capsys, monkeypatch)
     found = re.fullmatch(r"FVU (\S+), L0 8.0 on 1024 tokens; see \S+\n", printed)
     assert found and 0 < float(found[1]) < 1
 
