@@ -112,9 +112,9 @@ def received(
     tokens("activations", d * x)
     selection("selection", N // D, own)
     add("partial reconstructions", n * d * wide)
-    add("errors of these tokens", n * d * wide if L > 1 else 0)
     tokens("squared errors", wide)
-    tokens("errors of all tokens", d * weights)
+    add("errors of these tokens", n * d * wide)
+    add("errors of all tokens", N // D * d * weights, "data")
     for what, item in {"values": weights, "indices": 8, "dot products": wide}.items():
         add(f"width of {what}", 8, "data")
         add(what, N // D * width * item, "data")

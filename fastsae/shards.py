@@ -68,8 +68,11 @@ class Shards:
         """Of the tokens of this place on the data axis, from all tokens."""
         return x
 
-    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
-        """Of all tokens and this process's latents, from each place on the data axis."""
+    def gather_data(
+        self, own: Shaped[Tensor, "M ..."], widths_differ: bool = True
+    ) -> Shaped[Tensor, "N ..."]:
+        """Of all tokens and this process's latents, from each place on the data axis. If they have
+        different numbers of columns, columns of zeros make up for it."""
         return own
 
     # --- latents -----------------------------------------------------------------------------

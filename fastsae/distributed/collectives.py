@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
@@ -60,13 +60,13 @@ def shares(x: Shaped[Tensor, "N ..."], n: int, value: float = 0.0) -> Shaped[Ten
     return padded(x, n * rows, value).unflatten(0, (n, rows))
 
 
-def sum_shares(part: Float[Tensor, "N ..."], group: Group) -> Float[Tensor, "M ..."]:
+def sum_shares(part: Shaped[Tensor, "N ..."], group: Group) -> Shaped[Tensor, "M ..."]:
     """This rank's share of the sum of everyone's part: a reduce-scatter in rank order."""
     parts = exchange(shares(part, size_of(group)), group)
     return reduce(torch.add, parts) if len(parts) > 1 else parts[0]
 
 
-def total(part: Float[Tensor, "..."], group: Group) -> Float[Tensor, "..."]:
+def total(part: Shaped[Tensor, "..."], group: Group) -> Shaped[Tensor, "..."]:
     """The sum of everyone's part, the same bits for all: an all-reduce in rank order."""
     if group is None:
         return part

@@ -82,8 +82,10 @@ class Mesh(Shards):
     def own_tokens(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
         return x.chunk(self.data)[self.data_rank] if self.data > 1 else x
 
-    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
-        if own.dim() == 2:
+    def gather_data(
+        self, own: Shaped[Tensor, "M ..."], widths_differ: bool = True
+    ) -> Shaped[Tensor, "N ..."]:
+        if own.dim() == 2 and widths_differ:
             own = as_wide_as_all(own, self.along_data)
         return gather(own, self.along_data).flatten(0, 1)
 
@@ -147,16 +149,16 @@ class Mesh(Shards):
         """Every process decodes its own entries, adds up a share of the tokens, and tells all."""
         if self.latent == 1:
             sse, error, dots = squared_error(codes.values, codes.latents(), W_dec, b_dec, target)
-            return self.gather_data(sse), gather(error, self.along_data).flatten(0, 1), dots
+            return self.gather_data(sse), self.gather_data(error, widths_differ=False), dots
         part = decode(codes.values, codes.latents(), W_dec)
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         own = sum_shares(part, self.along_latent) + b_dec
         share = slice(self.latent_rank * len(own), (self.latent_rank + 1) * len(own))
         error = own - target[share]
-        sse, low = torch.linalg.vecdot(error, error), error.to(W_dec.dtype)
-        of_these = gather(error, self.along_latent).flatten(0, 1)
-        dots = gather_dot(of_these, codes.latents(), W_dec)
-        return self.gather_tokens(sse), self.gather_tokens(low), dots
+        sse = self.gather_tokens(torch.linalg.vecdot(error, error))
+        error = gather(error, self.along_latent).flatten(0, 1)
+        dots = gather_dot(error, codes.latents(), W_dec)
+        return sse, self.gather_data(error.to(W_dec.dtype), widths_differ=False), dots
 
     def below(self, d_sae: int, own: int) -> int:
         return min(max(d_sae - self.latent_rank * own, 0), own)

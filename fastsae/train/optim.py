@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.config import check_choices
+from fastsae.distributed.parallelize import per_latent
 from fastsae.nn import SAE
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae_kernels import (
     AdamStep,
     BiasGradients,
@@ -140,6 +142,7 @@ class Adam:
         encoder is kept in 8 bits, int8 with its columns times `columns`; `seed` is that of
         stochastic rounding. See `fastsae_kernels.adam`."""
         self.settings = settings = settings or Optimizer()
+        self.shards, self.divided = sae.shards, per_latent(sae)
         low = torch.bfloat16 if settings.adam_moments == "bf16" else None
         self.parameters = {name: p.detach() for name, p in sae.named_parameters()}
         kept = {name: low if name in ("W_dec", "W_enc") else None for name in self.parameters}
@@ -188,7 +191,7 @@ class Adam:
         if self.settings.constraint == "unit":
             remove_parallel_(gradients["W_dec"], self.parameters["W_dec"])
         if self.settings.clip:
-            clip_(gradients, self.settings.clip)
+            clip_(gradients, self.settings.clip, self.shards, self.divided)
         for name, gradient in gradients.items():
             self.update(name, gradient)
         self.constrain()
@@ -241,12 +244,22 @@ class Adam:
         return named | (self.window._asdict() if self.window is not None else {})
 
 
-def clip_(gradients: dict[str, Tensor], norm: float) -> None:
+def clip_(
+    gradients: dict[str, Tensor],
+    norm: float,
+    shards: Shards = ONE_PROCESS,
+    divided: Collection[str] = (),
+) -> None:
     """Scale all gradients down so that together they have at most this norm, without a wait.
 
-    The same factor as torch.nn.utils.clip_grad_norm_, which other trainers use.
+    The same factor as torch.nn.utils.clip_grad_norm_, which other trainers use. `divided` names
+    those of which each process has some rows.
     """
-    total = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]).norm()
+    norms = {name: torch.linalg.vector_norm(g) for name, g in gradients.items()}
+    if shards.latent > 1:
+        squares = shards.total(torch.stack([norms[name] for name in divided]).square())
+        norms |= dict(zip(divided, squares.sqrt(), strict=True))
+    total = torch.stack([*norms.values()]).norm()
     factor = (norm / (total + 1e-6)).clamp_max(1.0)
     for gradient in gradients.values():
         gradient.mul_(factor)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from fastsae.codes import Codes
 from fastsae.distributed import Mesh
-from fastsae_kernels import topk, topk_batch
+from fastsae_kernels import By, topk, topk_batch
 
 CASES = 60
 
 
-def hard_case(number: int, F: int) -> tuple[Tensor, int, str]:
+def hard_case(number: int, F: int) -> tuple[Tensor, int, By]:
     """Pre-activations with many ties, few values, infinities, or all winners in one share; k that
     can exceed a share; and what they are ranked by."""
     generator = torch.Generator().manual_seed(number)
@@ -25,7 +25,7 @@ def hard_case(number: int, F: int) -> tuple[Tensor, int, str]:
         pre[torch.rand(N, F, generator=generator) < 0.4] = -torch.inf
     if number % 5 == 4:
         pre[0] = 1.0
-    by = "abs" if number % 2 and number % 5 != 3 else "value"
+    by: By = "abs" if number % 2 and number % 5 != 3 else "value"
     return pre, k, by
 
 
@@ -58,7 +58,7 @@ def missed_by_batch(mesh: Mesh, F: int) -> list[int]:
     return missed
 
 
-def scattered(pre: Tensor, total: int, by: str) -> Tensor:
+def scattered(pre: Tensor, total: int, by: By) -> Tensor:
     values, tokens, latents = topk_batch(pre, total, by)
     return torch.zeros_like(pre).index_put_((tokens, latents), values, accumulate=True)
 

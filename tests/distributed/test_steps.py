@@ -27,13 +27,15 @@ def start(architecture: Architecture, dtype: torch.dtype) -> SAE:
     return sae
 
 
-def train(shards: Shards, name: str, fused: bool, dtype: torch.dtype) -> dict[str, Any]:
+def train(
+    shards: Shards, name: str, fused: bool, dtype: torch.dtype, clip: float | None = None
+) -> dict[str, Any]:
     """Some steps, with dead latents from the third on: this process's rows, and the losses."""
     architecture = ARCHITECTURES[name]
     sae = start(architecture, dtype)
     rows = shards.rows(D_SAE)
     parallelize(sae, shards)
-    adam = Adam(sae, Optimizer())
+    adam = Adam(sae, Optimizer(clip=clip))
     objective = architecture.objective
     dead = torch.tensor([f - rows.start for f in DEAD if f in range(rows.start, rows.stop)]).long()
     data = torch.randn(STEPS, TOKENS, sae.d_in + (sae.d_out or 0), dtype=dtype)
@@ -86,9 +88,10 @@ SUPPORTED = [
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_differentiated_steps_of_a_mesh_are_those_of_one_process(processes, name):
-    expected = train(ONE_PROCESS, name, False, torch.float64)
+    clip = 0.05 if len(name) % 3 == 0 else None
+    expected = train(ONE_PROCESS, name, False, torch.float64, clip)
     axes = (1, 2) if len(name) % 2 else (1, 4)
-    found = processes.run(axes, train, name, False, torch.float64)
+    found = processes.run(axes, train, name, False, torch.float64, clip)
     for part in found:
         torch.testing.assert_close(part["losses"], expected["losses"], rtol=1e-9, atol=1e-12)
     for key, value in whole(found, name).items():
