@@ -6,9 +6,10 @@ from pathlib import Path
 
 from fastsae.config import to_dict
 from fastsae.data import ActivationArray, Joined, StoredActivations, open_path, stored
+from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import write_json
-from fastsae.interop import load
+from fastsae.interop import load_divided
 from fastsae.train.run_folder import stored_fingerprint
 
 from .parse import filled, read_words
@@ -24,18 +25,23 @@ class Eval(EvalConfig):
 
 
 def main(words: Sequence[str]) -> str:
-    given = read_words(words)
-    command = filled(Eval, given, ["run"])
-    run = command.run
-    if not run.is_dir():
-        raise ValueError(f"{run} is not a directory, where the results could go")
-    if "max_norm_ratio" not in dict(given) and (config := trained_with(run)):
-        command = replace(command, max_norm_ratio=config.max_norm_ratio)
-    data = eval_data(run, command.data)
-    result = evaluate(load(run), data, command)
-    write_json(run / "eval.json", to_dict(result))
-    about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
-    return f"{about}\n{evaluation_table(result)}\nwritten to {run / 'eval.json'}"
+    with one_voice():
+        given = read_words(words)
+        command = filled(Eval, given, ["run"])
+        run = command.run
+        if not run.is_dir():
+            raise ValueError(f"{run} is not a directory, where the results could go")
+        if "max_norm_ratio" not in dict(given) and (config := trained_with(run)):
+            command = replace(command, max_norm_ratio=config.max_norm_ratio)
+    # Under torchrun, all processes divide the latents, and see the same tokens.
+    with joined(f"latent={place().size}", command.device) as shards:
+        data = eval_data(run, command.data)
+        result = evaluate(load_divided(run, shards), data, command, shards.rank == 0)
+        if shards.rank:
+            return ""
+        write_json(run / "eval.json", to_dict(result))
+        about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
+        return f"{about}\n{evaluation_table(result)}\nwritten to {run / 'eval.json'}"
 
 
 def eval_data(run: Path, data: Path | None) -> StoredActivations:

@@ -12,12 +12,13 @@ import torch
 
 from fastsae.files import read_json, write_files
 from fastsae.nn import SAE
+from fastsae.shards import Shards
 
 from . import dictionary_learning, gemma_scope, native, openai, sae_lens, sparsify
 from .checkpoint_io import read_file
 from .hub import download
 
-__all__ = ["FORMATS", "WRITABLE", "Format", "contents", "load", "save"]
+__all__ = ["FORMATS", "WRITABLE", "Format", "contents", "load", "load_divided", "save"]
 
 
 class Format(NamedTuple):
@@ -77,6 +78,18 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
         if str(files[0].parent) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
+
+
+def load_divided(source: Path, shards: Shards) -> SAE:
+    """What `load` returns of fastsae's own files; where processes share the latents, each one reads
+    its own. ValueError for another library's."""
+    folder = source / "sae" if (source / "sae").is_dir() and not candidates(source) else source
+    if shards.size == 1:
+        return load(folder)
+    form, _ = detect(folder)
+    if form is not FORMATS["fastsae"]:
+        raise ValueError(f"{folder} is not fastsae's own: only one process can read it")
+    return native.read_divided(folder, shards)
 
 
 def detect(path: Path) -> tuple[Format, list[Path]]:

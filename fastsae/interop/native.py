@@ -1,18 +1,30 @@
 """fastsae's own files: config.json and the state dict in sae.safetensors, as `SAE.save` writes."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae.config import from_dict
-from fastsae.files import CHECKSUM, is_sealed, read_tensors, sealed, shown, temporary_of
+from fastsae.distributed.parallelize import parallelize, per_latent
+from fastsae.files import (
+    CHECKSUM,
+    is_sealed,
+    read_header,
+    read_tensors,
+    sealed,
+    shown,
+    temporary_of,
+)
 from fastsae.nn import SAE, ActivationConfig
 from fastsae.nn.sae import FORMAT
+from fastsae.sharded import read_rows
+from fastsae.shards import Shards
 from fastsae.version import written_by
 
-from .checkpoint_io import Config, Tensors
+from .checkpoint_io import Config, Tensors, read_file
 
 SHAPE = {"skip": False, "layers": 1, "by_norm": False, "layer_norm": False}
 """Settings that an SAE of an older version may lack, with the values that it had."""
@@ -51,7 +63,32 @@ def saved_with(config: Config, tensors: Tensors) -> Tensors | None:
     return None
 
 
+def read_divided(folder: Path, shards: Shards) -> SAE:
+    """An SAE of which each process of a mesh reads its own latents; ValueError as in `read`."""
+    found, path = read_file(folder / "config.json"), folder / "sae.safetensors"
+    assert isinstance(found, Config), "of a JSON file"
+    if found.values.get("format") != FORMAT:
+        raise ValueError(f"{found.path} is not the config of a {FORMAT} file")
+    header = read_header(path)
+    sizes = {name: torch.empty(entry.shape, device="meta") for name, entry in header.items()}
+    sae = shell(found, Tensors(path, sizes))
+    names = per_latent(sae)
+    parallelize(sae, shards)
+    tensors, contents = read_rows(path, names, shards)
+    if not is_sealed(found.values, contents):
+        raise ValueError(f"{path} or {found.path} was changed after it was saved")
+    sae.load_state_dict(tensors)
+    return sae.eval()
+
+
 def build(config: Config, tensors: Tensors) -> SAE:
+    sae = shell(config, tensors)
+    sae.load_state_dict(tensors.values, assign=True)
+    return sae.eval()
+
+
+def shell(config: Config, tensors: Tensors) -> SAE:
+    """The SAE without weights, on the meta device; ValueError unless the tensors are its."""
     known = {"format", "version", CHECKSUM, "d_in", "d_sae", "d_out", "activation", *SHAPE}
     if unknown := sorted(config.values.keys() - known):
         raise ValueError(f"{config.path} has no setting {shown(unknown[0])}")
@@ -70,8 +107,7 @@ def build(config: Config, tensors: Tensors) -> SAE:
         if wanted.get(name) != found.get(name):
             one, two = (kind.get(name, "absent") for kind in (wanted, found))
             raise ValueError(f"{tensors.path}: {shown(name)} must be {one}, got {two}")
-    sae.load_state_dict(tensors.values, assign=True)
-    return sae.eval()
+    return sae
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
