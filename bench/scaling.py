@@ -114,7 +114,8 @@ def received(
     add("partial reconstructions", n * d * wide)
     tokens("squared errors", wide)
     add("errors of these tokens", n * d * wide)
-    add("errors of all tokens", N // D * d * weights, "data")
+    if D > 1:
+        tokens("errors of all tokens", d * weights)
     for what, item in {"values": weights, "indices": 8, "dot products": wide}.items():
         add(f"width of {what}", 8, "data")
         add(what, N // D * width * item, "data")

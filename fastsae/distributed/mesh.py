@@ -154,11 +154,13 @@ class Mesh(Shards):
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         own = sum_shares(part, self.along_latent) + b_dec
         share = slice(self.latent_rank * len(own), (self.latent_rank + 1) * len(own))
-        error = own - target[share]
-        sse = self.gather_tokens(torch.linalg.vecdot(error, error))
-        error = gather(error, self.along_latent).flatten(0, 1)
+        own -= target[share]
+        sse = self.gather_tokens(torch.linalg.vecdot(own, own))
+        error = gather(own, self.along_latent).flatten(0, 1)
         dots = gather_dot(error, codes.latents(), W_dec)
-        return sse, self.gather_data(error.to(W_dec.dtype), widths_differ=False), dots
+        # Between nodes, each process sends the tokens that it alone has added up.
+        low = error if self.data == 1 else self.gather_tokens(own.to(W_dec.dtype))
+        return sse, low.to(W_dec.dtype), dots
 
     def below(self, d_sae: int, own: int) -> int:
         return min(max(d_sae - self.latent_rank * own, 0), own)
