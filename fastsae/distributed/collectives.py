@@ -28,18 +28,25 @@ def gather(own: Shaped[Tensor, "..."], group: Group) -> Shaped[Tensor, "R ..."]:
     """Everyone's tensor, by rank; all have one shape and dtype."""
     if group is None:
         return own[None]
-    found = own.new_empty(group.size(), *own.shape)
-    _all_gather(_bytes(found), _bytes(own.contiguous()), group=group)
-    return found
+    sent = _sendable(own, group)
+    found = sent.new_empty(group.size(), *own.shape)
+    _all_gather(_bytes(found), _bytes(sent), group=group)
+    return found.to(own.device)
 
 
 def exchange(parts: Shaped[Tensor, "R ..."], group: Group) -> Shaped[Tensor, "R ..."]:
     """Part r goes to rank r; what each rank sent to this one, by rank."""
     if group is None:
         return parts
-    found = torch.empty_like(parts)
-    dist.all_to_all_single(_bytes(found), _bytes(parts.contiguous()), group=group)
-    return found
+    sent = _sendable(parts, group)
+    found = torch.empty_like(sent)
+    dist.all_to_all_single(_bytes(found), _bytes(sent), group=group)
+    return found.to(parts.device)
+
+
+def _sendable(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x in memory that the group's library sends from: of gloo, the CPU's."""
+    return (x.cpu() if x.is_cuda and dist.get_backend(group) == "gloo" else x).contiguous()
 
 
 def _bytes(x: Tensor) -> Tensor:
