@@ -21,8 +21,8 @@ from fastsae_kernels import By, squared_error
 Anything = TypeVar("Anything")
 
 
-class Line:
-    """One process, with nobody to talk to beside the training step. See `Shards.line`."""
+class Channel:
+    """One process, with nobody to talk to beside the training step. See `Shards.channel`."""
 
     rank: int = 0
     size: int = 1
@@ -83,9 +83,10 @@ class Shards:
         largest K of any process, if they differ."""
         return codes
 
-    def keep_best_of_batch(self, codes: Codes, k: int, by: By) -> Codes:
+    def keep_best_of_batch(self, codes: Codes, k: int, by: By, differ: bool) -> Codes:
         """Of this process's best entries of the batch, those that are among the k best of all
-        processes; others become 0. Ties go to the lowest token, then the lowest latent."""
+        processes; others become 0. Ties go to the lowest token, then the lowest latent. `differ`
+        says whether the places on the data axis have different tokens."""
         return codes
 
     def smallest(self, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -139,9 +140,9 @@ class Shards:
         """The largest number that any process has: what every step can afford to ask."""
         return own
 
-    def line(self) -> Line:
+    def channel(self) -> Channel:
         """For another thread than the one that trains. All processes make it at once."""
-        return Line()
+        return Channel()
 
     def __deepcopy__(self, memo: object) -> "Shards":
         return self

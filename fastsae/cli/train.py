@@ -11,6 +11,7 @@ from fastsae.device import choose_device
 from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.files import read_json
 from fastsae.interop import load
+from fastsae.meeting import everywhere
 from fastsae.nn import SAE, ActivationConfig, Init
 from fastsae.shards import Shards
 from fastsae.train import (
@@ -182,8 +183,7 @@ def opened_together(
     configs: dict[str, TrainConfig], shards: Shards
 ) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
     """What `opened` returns, once it has returned on process 0: it may harvest the demo's data."""
-    found = opened(configs) if shards.rank == 0 else None
-    shards.all_of(None)
+    found = everywhere(shards, lambda: opened(configs) if shards.rank == 0 else None)
     return found or opened(configs)
 
 

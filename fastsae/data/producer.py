@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastsae.data.dealt import run_dealt
 from fastsae.data.hookpoints import hidden_at, hookpoints_at
 from fastsae.data.model import PrependBos, TextWindows, TokenBatch
 from fastsae.data.source import Contexts
 from fastsae.data.text import Document
-from fastsae.shards import Line, Shards
+from fastsae.shards import Channel, Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,16 +150,16 @@ class ModelProducer:
         about = (model.name_or_path, tokenizer.name_or_path, context_length, prepend_bos)
         about += (drop_first, max_document_tokens, heldout_fraction, str(dtype), batch_tokens)
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
-        self.lines: dict[Part, Line] = {}
+        self.channels: dict[Part, Channel] = {}
 
     def divide(self, shards: Shards) -> None:
         """Run a part of each group's windows in each of the processes, which all get all rows. From
         then on, all must take the same groups in the same order, of each part in one thread."""
-        self.lines = {"train": shards.line(), "heldout": shards.line()}
+        self.channels = {"train": shards.channel(), "heldout": shards.channel()}
 
-    def line(self, part: Part) -> Line:
+    def channel(self, part: Part) -> Channel:
         """How the processes that take the groups of a part talk to each other."""
-        return self.lines.get(part) or Line()
+        return self.channels.get(part) or Channel()
 
     @property
     def skipped_rows(self) -> int:
@@ -171,7 +172,7 @@ class ModelProducer:
         """See `Producer`. It ends early once there are `max_tokens` rows for training. After the
         last group of finite rows, NotFinite names the document that has others."""
         for windows, place, heldout in self._groups(start, part, max_tokens):
-            rows, ends = self._run(windows, self.line(part))
+            rows, ends = self._run_together(windows, self.channel(part))
             finite = torch.stack([x.isfinite().all(1) for x in rows])
             whole = len(windows)
             if not finite.all():
@@ -236,16 +237,22 @@ class ModelProducer:
                 heldout = _draw(digest, run) < self._heldout_fraction and (document, run) != (0, 0)
                 yield _Window(ids, document, number), heldout
 
-    def _run(
-        self, group: list[_Window], line: Line
+    def _run_together(
+        self, group: list[_Window], channel: Channel
     ) -> tuple[list[Float[Tensor, "N _"]], list[int]]:
-        """The windows' rows at each hookpoint, and where those of each window end. Sorting windows
-        by length saves padding, and gives each process as much to do."""
+        """The windows' rows at each hookpoint, and where those of each window end."""
         ends = [*accumulate(len(self._windows.rows(window.ids)) for window in group)]
-        rows: list[Tensor] = []
         longest_first = sorted(range(len(group)), key=lambda i: -len(group[i].ids))
-        dealt = [longest_first[rank :: line.size] for rank in range(line.size)]
-        left = dealt[line.rank] or longest_first[:1]  # even so, to know the rows' dtype
+        dealt = [longest_first[rank :: channel.size] for rank in range(channel.size)]
+        own = dealt[channel.rank] or longest_first[:1]  # even so, to know the rows' dtype
+        return run_dealt(lambda: self._run(group, own, ends), ends, dealt, channel), ends
+
+    def _run(
+        self, group: list[_Window], left: list[int], ends: list[int]
+    ) -> list[Float[Tensor, "N _"]]:
+        """The rows at each hookpoint, with those of some of the windows, longest first to save
+        padding."""
+        rows: list[Tensor] = []
         while left:
             fit = self._batch_tokens // len(group[left[0]].ids)
             members, left = left[:fit], left[fit:]
@@ -258,10 +265,7 @@ class ModelProducer:
                 part = slice(ends[i - 1] if i else 0, ends[i])
                 for whole, hidden in zip(rows, found, strict=True):
                     whole[part] = hidden[place][batch.keep[place]]
-        if line.size > 1:
-            for whole in rows:
-                share_rows(whole, ends, dealt, line)
-        return rows, ends
+        return rows
 
     def _contexts(self, group: list[_Window]) -> Contexts:
         labels = [
@@ -270,23 +274,6 @@ class ModelProducer:
             for place in self._windows.rows(window.ids)
         ]
         return Contexts(*torch.tensor(labels, dtype=torch.int64).view(-1, 3).unbind(1))
-
-
-def share_rows(
-    whole: Float[Tensor, "N _"], ends: list[int], dealt: list[list[int]], line: Line
-) -> None:
-    """Have the rows of every window on every process; each one has those of the windows dealt to
-    it. `ends` says where the rows of each window end."""
-    slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    places = [
-        torch.cat([torch.arange(slices[i].start, slices[i].stop) for i in windows])
-        if windows
-        else torch.arange(0)
-        for windows in dealt
-    ]
-    found = line.rows_of_all(whole[places[line.rank]], [*map(len, places)])
-    for place, rows in zip(places, found, strict=True):
-        whole[place] = rows
 
 
 def _numbered(documents: Iterable[Document]) -> Callable[[int], Iterator[tuple[int, Document]]]:

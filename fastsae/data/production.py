@@ -13,7 +13,7 @@ from fastsae.data.producer import Group, ModelProducer, Place, Producer
 from fastsae.data.source import Contexts
 from fastsae.data.store import PIECE_BYTES, PIECES, Chunk, Store
 from fastsae.progress import say
-from fastsae.shards import Line
+from fastsae.shards import Channel
 
 HELDOUT_TOKENS = 65_536
 """Rows that are kept for evaluation."""
@@ -46,13 +46,13 @@ class Production:
         """Tell the processes that divide the model's work that no more blocks are wanted. All of
         them say so, once: one that waits for the others in `block` then stops too."""
         if not self.told:
-            self.line.largest(True)
+            self.channel.largest(True)
 
     @property
-    def line(self) -> Line:
+    def channel(self) -> Channel:
         """How the processes that divide the model's work talk to each other, if any do."""
         producer = self.producer
-        return producer.line("train") if isinstance(producer, ModelProducer) else Line()
+        return producer.channel("train") if isinstance(producer, ModelProducer) else Channel()
 
     def block(
         self,
@@ -72,7 +72,7 @@ class Production:
         block = Block(store or Store(self.piece_tokens), [], ())
         size = largest = 0
         while not size or size + largest <= self.block_tokens:
-            if self.line.largest(stopped()):
+            if self.channel.largest(stopped()):
                 self.told = True
                 raise Stopped
             places = self._next_group(block.store)
@@ -123,10 +123,10 @@ class Production:
             skipped = skipped_rows(self.producer)
             nulls = f" ({skipped} rows are null)" if skipped else ""
             raise ValueError(f"the stream has no tokens{nulls}")
-        if not self._again:
+        if not self._again and self.channel.rank == 0:
             text = "the stream has come to its end and begins again: its tokens are seen repeatedly"
             say(text, logging.WARNING)
-            self._again = True
+        self._again = True
         self._groups, self._at, self._empty = self.producer.groups(()), (), True
 
     def _chunk(self, group: Group, start: Place) -> Chunk:

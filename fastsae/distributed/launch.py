@@ -71,6 +71,8 @@ def axes_of(mesh: str | None, own: Place) -> Axes:
 def device_of(device: str, own: Place) -> str:
     """The kind of device asked for; of several GPUs, the current one is then that of this process's
     number on its machine."""
+    if device.startswith("cuda:"):
+        raise ValueError(f"many processes choose their GPUs by number: give cuda, not {device}")
     chosen = choose_device(device)
     if chosen == "cuda":
         torch.cuda.set_device(own.local_rank % torch.cuda.device_count())
@@ -117,22 +119,24 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
-            raise LostError(lost(store, rank, size)) from None
-        store.set(f"failed/{rank}", str(error))
-        if rank and isinstance(error, ValueError | OSError):
-            if said(store, 0) == str(error):
+            raise LostError(lost(store, rank, size, error)) from None
+        text = re.sub(r"^(process \d+: )+", "", str(error))
+        store.set(f"failed/{rank}", text)
+        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), None)
+        if rank and kind:
+            if said(store, 0) == text:
                 raise SystemExit(2) from None
-            raise type(error)(f"process {rank}: {error}") from None
+            raise kind(f"process {rank}: {text}") from None
         raise
     dist.destroy_process_group()
 
 
-def lost(store: Store, rank: int, size: int) -> str:
+def lost(store: Store, rank: int, size: int, error: RuntimeError) -> str:
     """What to say of a lost connection."""
     texts = {other: said(store, other, 0.0) for other in range(size)}
     failed = next((other for other, text in texts.items() if text is not None), None)
     reason = "another process has ended" if failed is None else f"process {failed} has failed"
-    return f"process {rank}: {reason}; the last checkpoint is intact: continue with --resume"
+    return f"process {rank}: {reason} ({str(error).splitlines()[0][:200]})"
 
 
 def said(store: Store, rank: int, seconds: float = 2.0) -> str | None:

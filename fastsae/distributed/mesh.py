@@ -1,6 +1,7 @@
 """A mesh of processes: how they are arranged, and what they do for each other in a step."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,8 +14,8 @@ from fastsae.codes import Codes
 from fastsae.shards import Shards
 from fastsae_kernels import By, decode, gather_dot, squared_error
 
+from .channel import GroupChannel
 from .collectives import Group, Spread, Total, gather, sum_shares, total
-from .line import GroupLine
 from .selection import as_wide_as_all, batch_threshold, kept_counts, longest
 
 Anything = TypeVar("Anything")
@@ -62,7 +63,7 @@ class Mesh(Shards):
         ranks = torch.arange(self.size).view(axes.data, axes.latent)
         self.along_latent = _group_of(ranks.tolist())
         self.along_data = _group_of(ranks.T.tolist())
-        self.control = GroupLine(self.rank, self.size)
+        self.control = GroupChannel(self.rank, self.size)
         """For small things in the memory of the CPU; here, processes may wait for long."""
 
     def rows(self, d_sae: int) -> slice:
@@ -104,19 +105,22 @@ class Mesh(Shards):
         values = codes.values[:, :width].where(kept, 0.0)
         return Codes(values, codes.latents()[:, :width], codes.d_sae)
 
-    def keep_best_of_batch(self, codes: Codes, k: int, by: By) -> Codes:
+    def keep_best_of_batch(self, codes: Codes, k: int, by: By, differ: bool) -> Codes:
         sizes = codes.values.detach()
         sizes = (sizes.abs() if by == "abs" else sizes).clamp_min(0)
-        least, room = batch_threshold(sizes[sizes > 0], k, self.count)
+        count = self.count if differ else partial(total, group=self.along_latent)
+        least, room = batch_threshold(sizes[sizes > 0], k, count)
         kept, equal = sizes > least, (sizes == least) & (sizes > 0)
-        ties = self.count(equal.sum()[None])
+        ties = count(equal.sum()[None])
         if int(ties) <= room:
             kept = kept | equal
         else:  # by their places in the whole batch
             token, entry = equal.nonzero(as_tuple=True)
             latent = codes.latents()[token, entry] + self.latent_rank * codes.d_sae
-            places = (token + self.data_rank * len(sizes)) * codes.d_sae * self.latent + latent
-            last = sorted(sum(self.all_of(places.tolist()), []))[room - 1]
+            before = self.data_rank * len(sizes) if differ else 0
+            places = (token + before) * codes.d_sae * self.latent + latent
+            every = self.all_of(places.tolist())
+            last = sorted(sum(every if differ else every[: self.latent], []))[room - 1]
             kept[token, entry] = places <= last
         return codes._replace(values=codes.values.where(kept, 0.0))
 
@@ -175,8 +179,8 @@ class Mesh(Shards):
     def largest(self, own: int) -> int:
         return self.control.largest(own)
 
-    def line(self) -> GroupLine:
-        return GroupLine(self.rank, self.size)
+    def channel(self) -> GroupChannel:
+        return GroupChannel(self.rank, self.size)
 
 
 def _group_of(every: list[list[int]]) -> Group:

@@ -30,7 +30,7 @@ def parallelize(sae: SAE, shards: Shards) -> SAE:
     if shards.size == 1:
         return sae
     if shards.latent > 1 and (reason := why_not_divided(sae.activation)):
-        raise ValueError(f"{reason} cannot be divided by latents: use a mesh with latent=1")
+        raise ValueError(f"{reason} cannot be divided among processes by its latents")
     rows = shards.rows(sae.d_sae)
     if sae.W_enc.is_meta:
         sae.activation = sae.activation.cfg.build()

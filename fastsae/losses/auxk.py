@@ -66,7 +66,7 @@ def auxk_gradients(
         scale = fraction(torch.ones_like(scale), total_variance(residual))
     weight = objective.auxk_coef * min(sum(n_dead) / k_aux, 1.0) * proportion
     budget = AUX_BYTES if residual.device.type == "cpu" else buffer_bytes(residual.device)
-    chunk = max(1, budget // (max(n_dead) * residual.itemsize))
+    chunk = min(shards.counts(max(1, budget // (max(n_dead) * residual.itemsize))))
     for c, r in zip(centered.split(chunk), residual.split(chunk), strict=True):
         with torch.enable_grad():
             c = c.detach().requires_grad_()

@@ -73,12 +73,14 @@ class BatchTopK(Activation, config=BatchTopKConfig):
         if not self.training and threshold >= 0:
             found = SparsePre.above(x, *encoder, threshold, self.cfg.by)
         else:
-            # Of all processes: the tokens of each place on the data axis are others.
-            total, hint = self.cfg.k * len(x) * self.shards.data, HINT * max(threshold, 0.0)
+            # In training, each place on the data axis has other tokens of the batch.
+            places = self.shards.data if self.training else 1
+            total, hint = self.cfg.k * len(x) * places, HINT * max(threshold, 0.0)
             own = min(total, len(x) * len(weights.W_enc))
             listed = encode_topk_batch(x, *encoder, own, self.cfg.by, hint)
             found = SparsePre.listed(listed, x, *encoder)
-            return self.shards.keep_best_of_batch(found.codes(found.pre), total, self.cfg.by)
+            codes = found.codes(found.pre)
+            return self.shards.keep_best_of_batch(codes, total, self.cfg.by, self.training)
         return found.codes(found.pre)
 
     @torch.no_grad()

@@ -29,7 +29,8 @@ class Callback:
 
     `trainer` has the run's `config`, `plan` and `source`, and `trainer.snapshot(state)` is the SAE
     as it would be saved now. `state` is the run itself: a callback that changes it, or torch's
-    random state, changes the run. Exceptions of callbacks propagate.
+    random state, changes the run. Exceptions of callbacks propagate. Where many processes make a
+    run, each calls its own; the run ends if one of them asks for that.
     """
 
     def on_step(self, trainer: "Trainer", state: TrainState) -> None:
@@ -82,7 +83,7 @@ class EarlyStopping(Callback):
         self.patience, self.min_delta = patience, min_delta
 
     def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
-        if "heldout_fvu" not in line:
+        if "heldout_fvu" not in line or trainer.shards.rank:  # process 0 writes and reads the file
             return
         lines = [*read_lines(trainer.config.out / "metrics.jsonl"), line]
         lowest, since = math.inf, 0

@@ -114,7 +114,6 @@ NOT_CAPTURED: Rules = [
 
 MESH_CONFLICTS: Rules = [
     ("downstream", lambda c: c.downstream != "none"),
-    ("patience", lambda c: c.patience is not None),
     ("a CUDA graph", lambda c: c.cuda_graph == "on"),
 ]
 """What a run in several processes does not support."""
@@ -140,6 +139,11 @@ def check_mesh(config: Any, shards: Shards, start_from: SAE | None) -> None:
         raise ValueError(f"{reason} needs a mesh with latent=1, got latent={latent}")
     if config.d_sae % latent:
         raise ValueError(f"d_sae must be divisible by latent={latent}, got {config.d_sae}")
+    if latent > 1 and config.d_sae // latent % (window := config.optimizer.adam_window):
+        raise ValueError(
+            f"with adam_window = {window}, each process must have a multiple of {window} latents, "
+            f"got {config.d_sae // latent}"
+        )
     if config.batch_size % size:
         raise ValueError(
             f"batch_size must be divisible by the number of processes, {size}, "

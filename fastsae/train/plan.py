@@ -37,8 +37,9 @@ class Plan:
     """Steps between updates of the set of dead latents: a hundredth of dead_after."""
 
     @classmethod
-    def of(cls, config: TrainConfig, d_out: int, n_tokens: int | None) -> "Plan":
-        """Raises ValueError for a setting that the SAE or the machine does not support."""
+    def of(cls, config: TrainConfig, d_out: int, n_tokens: int | None, latent: int = 1) -> "Plan":
+        """Raises ValueError for a setting that the SAE or the machine does not support. `latent`
+        processes divide the latents."""
         for name in ("tensorboard", "wandb"):
             if getattr(config, name) and find_spec(name) is None:
                 raise ValueError(f"{name} is not installed: pip install 'fastsae-triton[log]'")
@@ -53,7 +54,7 @@ class Plan:
         if config.cuda_graph == "on" and d_out > WIDEST:
             # Above it, Adam takes its torch path, which synchronizes to choose rows.
             raise ValueError(f'cuda_graph "on" needs a width of at most {WIDEST}, got {d_out}')
-        precision = encoder_precision(config, step, device, d_out)
+        precision = encoder_precision(config, step, device, d_out, config.d_sae // latent)
         eighth = max(steps * config.batch_size // 8, 1)
         dead_after = config.dead_after or min(10_000_000, eighth)
         return cls(
@@ -84,15 +85,18 @@ def check_batch(batch_size: int, n_tokens: int | None, width: int) -> None:
         )
 
 
-def encoder_precision(config: TrainConfig, step: str, device: str, d_in: int) -> Resolved:
-    """The config's precision, or the fastest on this device; ValueError if unsupported."""
+def encoder_precision(
+    config: TrainConfig, step: str, device: str, d_in: int, latents: int
+) -> Resolved:
+    """The config's precision, or the fastest on this device for as many latents; ValueError if
+    unsupported."""
     precision, activation = config.encoder_precision, config.activation
     k = activation.k if isinstance(activation, TopKConfig) else None
-    no_float8, no_int8 = why_not_float8(config.d_sae, d_in, device), why_not_int8(device)
+    no_float8, no_int8 = why_not_float8(latents, d_in, device), why_not_int8(device)
     if precision == "auto" and (device == "cpu" or step != "fused"):
         return "fp32"
     if precision == "auto":
-        pays = k is not None and float8_pays(config.d_sae, k)
+        pays = k is not None and float8_pays(latents, k)
         return "fp8" if pays and no_float8 is None else "bf16"
     known = ["fp32", *["bf16"] * has_bf16(), *["int8"] * (no_int8 is None)]
     others = f"this CPU knows {', '.join(known)}" if device == "cpu" else "take bf16, tf32 or fp32"

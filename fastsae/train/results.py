@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import fastsae.interop as interop
 from fastsae.data import Joined, stored
 from fastsae.distributed.parallelize import per_latent
-from fastsae.evals import reconstruction
+from fastsae.evals import Reconstruction, reconstruction
 from fastsae.files import write_json
 from fastsae.meeting import on_first
 from fastsae.nn import SAE
@@ -40,8 +40,14 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
         device=trainer.device,
         max_norm_ratio=config.max_norm_ratio,
     )
-    if shards.rank:
-        return
+    on_first(shards, lambda: write_numbers(trainer, state, sae, result, exported))
+
+
+def write_numbers(
+    trainer: "Trainer", state: TrainState, sae: SAE, result: Reconstruction, exported: str
+) -> None:
+    """Write summary.json and the plot of the training curves."""
+    config, source = trainer.config, trainer.source
     lines = read_lines(config.out / "metrics.jsonl")
     plot_curves(lines, config.out / "curves.png", describe(trainer, sae))
     summary: Summary = {

@@ -115,7 +115,8 @@ class TrainState:
             "mean": self.units.mean,
             "limits": torch.tensor(self.units.limits, dtype=torch.float64),
             "left_out": self.left_out,
-            "rng": torch.get_rng_state(),
+            # Where processes share the latents, no activation draws numbers in training.
+            **({"rng": torch.get_rng_state()} if self.sae.shards.size == 1 else {}),
         }
 
     def meta(self) -> dict[str, Any]:
@@ -136,6 +137,8 @@ class TrainState:
             mean = torch.zeros_like(self.units.mean)
             tensors = tensors | {"mean": mean, "limits": limits, "left_out": self.left_out}
         for name, target in self.tensors().items():
+            if name == "rng" and name not in tensors:  # of many processes
+                continue
             source = tensors.get(name)
             if source is None or source.shape != target.shape:
                 found = "nothing" if source is None else list(source.shape)
@@ -145,7 +148,7 @@ class TrainState:
             if name not in ("rng", "dead"):
                 target.copy_(source)
         try:
-            torch.set_rng_state(tensors["rng"])
+            torch.set_rng_state(tensors.get("rng", torch.get_rng_state()))
             self.dead = tensors["dead"].to(self.dead.device).nonzero()[:, 0]
             self.n_dead = sum(self.sae.shards.counts(len(self.dead)))
             self.adam.restored(meta["step"])

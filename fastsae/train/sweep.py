@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fastsae.checkpoint import newest_intact
+from fastsae.checkpoint import list_checkpoints, newest_intact
 from fastsae.codes import Codes
 from fastsae.config import to_dict
 from fastsae.data import Batch, Stream, as_source
@@ -114,7 +114,13 @@ class Sweep:
         begun = {name: resume and (out / "config.json").exists() for name, out in outs.items()}
         found = None
         if all(begun.values()):
-            found = newest_intact([out / "checkpoints" for out in outs.values()])
+            folders = [out / "checkpoints" for out in outs.values()]
+            found = newest_intact(folders)
+            if found is None and all(map(list_checkpoints, folders)):
+                raise ValueError(
+                    f"SAEs in {self.out} have no checkpoint of the same step: resume them in as "
+                    f"many processes as before"
+                )
         checkpoints = found or [None] * len(outs)
         return {
             name: trainer.start(begun[name], checkpoint)

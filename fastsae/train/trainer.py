@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from fastsae.data.source import Shuffled
 from fastsae.device import tf32_products
 from fastsae.distributed.parallelize import parallelize, per_latent
 from fastsae.losses import TrainingLoss
-from fastsae.meeting import everywhere, on_first
+from fastsae.meeting import on_first
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
@@ -39,9 +40,7 @@ from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
 from .state import TrainState, names_per_latent
 from .step import autograd_step, fused_step
-
-FAILED = 1 << 16
-"""Above every signal's number."""
+from .together import check_same_run, end_together, take_together
 
 
 class Trainer:
@@ -82,7 +81,7 @@ class Trainer:
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)
         check_batch(config.batch_size, source.n_tokens, source.d_in)
-        self.plan = Plan.of(config, self.columns.width_out, source.n_tokens)
+        self.plan = Plan.of(config, self.columns.width_out, source.n_tokens, shards.latent)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
         self.captured: CapturedStep | None = None
@@ -101,6 +100,11 @@ class Trainer:
         """
         config = self.config
         keep_freed_memory()
+        if self.shards.size > 1:
+            sample = self.source.sample(SAMPLE_TOKENS, config.seed).numpy().tobytes()
+            about = {"settings": config, "plan": self.plan, "--resume": resume}
+            data = {"data": self.source.fingerprint, "the activations of a sample": sample}
+            check_same_run(self.shards, about | data)
         with claimed_run(config.out, self.shards):
             state = self.start(resume, self.latest() if resume else None)
             with (
@@ -113,7 +117,16 @@ class Trainer:
                 self.say(describe_data(self))
                 while not self.ended(state):
                     start = time.perf_counter()
-                    batch = self.take_together(batches, state, interrupts)
+                    take = partial(self.take, batches, state, interrupts)
+                    batch, signum = take_together(self.shards, take, interrupts)
+                    if signum:
+                        self.save(state)
+                        raise Interrupted(
+                            signum,
+                            f"stopped at step {state.step} of {self.plan.steps}, saved; "
+                            f"continue with --resume --out {config.out}",
+                        )
+                    assert batch is not None, "without a signal there is a batch"
                     self.advance(state, self.standardized(batch, state), log, start)
             if isinstance(self.source, Stream):
                 self.say(self.source.report(state.tokens))
@@ -204,9 +217,9 @@ class Trainer:
         seed = config.seed if config.data_seed is None else config.data_seed
         pin, source = self.device.type == "cuda", source or self.source
         arguments = config.batch_size, seed, state.cursor, pin
-        if isinstance(source, Shuffled) and self.shards.size > 1:
+        if type(source).batches is Shuffled.batches and self.shards.size > 1:
             part = self.shards.rank, self.shards.size
-            return Shuffled.batches(source, *arguments, part=part)
+            return source.batches(*arguments, part=part)  # pyright: ignore[reportCallIssue]
         return source.batches(*arguments)
 
     def take(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch | None:
@@ -216,37 +229,11 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"step {state.step + 1}: {error}") from error
 
-    def take_together(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch:
-        """The next batch, of every process; `Interrupted` if a signal has come to any, once all
-        have saved."""
-        batch, error = None, None
-        try:
-            batch = self.take(batches, state, interrupts)
-        except ValueError as raised:
-            error = raised
-        news = self.shards.largest(FAILED if error else interrupts.signum or 0)
-
-        def check() -> None:
-            if error is not None:
-                raise error
-
-        if news == FAILED:
-            everywhere(self.shards, check)
-        if news:
-            self.save(state)
-            raise Interrupted(
-                news,
-                f"stopped at step {state.step} of {self.plan.steps}, saved; "
-                f"continue with --resume --out {self.config.out}",
-            )
-        assert batch is not None, "without a signal there is a batch"
-        return batch
-
     def standardized(self, batch: Batch, state: TrainState) -> Batch:
         """A batch as training sees it, on the device, with the tokens of all processes."""
-        x = batch.x.to(self.device, non_blocking=True)
-        if len(x) < len(batch.rows):
-            x = self.shards.gather_tokens(x)
+        n, first = len(batch.rows) // self.shards.size, self.shards.rank
+        own = batch.x if len(batch.x) == n else batch.x[first * n : (first + 1) * n]
+        x = self.shards.gather_tokens(own.to(self.device, non_blocking=True))
         x = state.units(x)
         kept = state.units.ordinary(x)
         return batch._replace(x=replace_rows(x, kept), kept=kept)
@@ -266,6 +253,8 @@ class Trainer:
         state.seconds += time.perf_counter() - start
 
         self.callbacks.on_step(self, state)
+        if self.callbacks.several:
+            end_together(self.shards, state)
         logs = config.log_every, config.eval_every or config.log_every
         logged, saved = (
             self.ended(state) or not all(state.step % every for every in due)
@@ -281,6 +270,8 @@ class Trainer:
             line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
             log.write(line)
+            if self.callbacks.several:
+                end_together(self.shards, state)
         log.advance()
         if self.ended(state) or saved:
             self.save(state)

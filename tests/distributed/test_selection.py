@@ -50,7 +50,7 @@ def missed_by_batch(mesh: Mesh, F: int) -> list[int]:
         total = k * len(pre)
         own = mesh.own_tokens(pre)[:, mesh.rows(F)]
         dense = scattered(own, min(total, own.numel()), by)
-        kept = mesh.keep_best_of_batch(Codes.every(dense), total, by)
+        kept = mesh.keep_best_of_batch(Codes.every(dense), total, by, True)
         rows = mesh.gather_data(kept.to_dense())
         found = mesh.gather_latents(rows.T.contiguous()).T
         if not torch.equal(found, scattered(pre, total, by)):

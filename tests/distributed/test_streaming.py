@@ -1,6 +1,7 @@
 """Activations straight from a model whose work the processes of a mesh divide."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,3 +75,25 @@ def test_a_streamed_run_of_a_mesh_is_that_of_one_process(processes, gpt2, tmp_pa
     for line, other in zip(lines, found_lines, strict=True):
         assert other["fvu"] == pytest.approx(line["fvu"], rel=1e-3)
     assert max(shares) < 0.5 * alone, "the model's work is divided"
+
+
+def breaks(shards: Shards, config: TrainConfig, folder: Path) -> str:
+    """The error of a run in which the model fails in one process, in the thread that loads."""
+    source, calls = stream(folder), []
+
+    def fail(module: Any, arguments: Any, named: Any) -> None:
+        calls.append(0)
+        if shards.rank == 1 and len(calls) > 60:
+            raise ValueError("a broken model")
+
+    assert isinstance(source.producer, ModelProducer)
+    source.producer.model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(ValueError) as failure:
+        Trainer(config, source, progress=False, shards=shards).fit()
+    return str(failure.value)
+
+
+def test_a_model_that_fails_in_one_process_ends_all(processes, gpt2, tmp_path):
+    run = config(None, tmp_path / "run", **STREAM | {"steps": 200, "eval_every": None})
+    texts = processes.run((1, 2), breaks, run, gpt2)
+    assert all("could not run the model: a broken model" in text for text in texts)

@@ -14,7 +14,7 @@ from fastsae.checkpoint import list_checkpoints
 from fastsae.data.ordinary import SAMPLE_TOKENS
 from fastsae.files import read_json
 from fastsae.shards import ONE_PROCESS, Shards
-from fastsae.train import Callback, Interrupted, Sweep, TrainConfig, Trainer
+from fastsae.train import Callback, Interrupted, StopTraining, Sweep, TrainConfig, Trainer
 from fastsae.train.log import read_lines
 from fastsae.train.state import TrainState
 from tests.train.conftest import activations as activations
@@ -27,7 +27,10 @@ SETTINGS: dict[str, Any] = {
 
 
 def config(data: Path | None, out: Path, **settings: Any) -> TrainConfig:
-    return train_config(data=data and str(data), out=str(out), **SETTINGS | settings)
+    merged = SETTINGS | settings
+    if merged.get("activation", "topk") not in ("topk", "abstopk", "batchtopk"):
+        del merged["k"]
+    return train_config(data=data and str(data), out=str(out), **merged)
 
 
 def source_of(config: TrainConfig) -> fastsae.ActivationShards:
@@ -49,13 +52,26 @@ def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     ]
 
 
-@pytest.mark.parametrize("axes", [(1, 2), (2, 2), (1, 4)], ids=str)
-def test_a_run_of_a_mesh_is_that_of_one_process(processes, activations, tmp_path, axes):
+RUNS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    "topk": ((2, 2), {}),
+    "a window": ((1, 4), {"adam_window": 4, "activation": "abstopk"}),
+    "batchtopk": ((2, 2), {"activation": "batchtopk", "encoder": "fitted"}),
+    "jumprelu": ((1, 2), {"activation": "jumprelu", "target_l0": 4.0, "bandwidth": 0.5}),
+    "gated": ((1, 4), {"activation": "gated", "target_l0": 4.0, "ema": 0.9}),
+    "relu": ((1, 2), {"activation": "relu", "l1_coef": 0.1, "clip": 0.1, "adam_second": "row"}),
+    "matryoshka": ((1, 4), {"prefixes": [8, 30]}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_a_mesh_is_that_of_one_process(processes, activations, tmp_path, name):
+    axes, settings = RUNS[name]
     one, many = tmp_path / "one", tmp_path / "many"
-    fit(ONE_PROCESS, config(activations, one))
-    processes.run(axes, fit, config(activations, many))
+    fit(ONE_PROCESS, config(activations, one, **settings))
+    processes.run(axes, fit, config(activations, many, **settings))
     (weights, lines), (found, found_lines) = results(one), results(many)
-    assert any(line["dead_fraction"] for line in lines), "the aux loss takes part"
+    if name == "topk":
+        assert any(line["dead_fraction"] for line in lines), "the aux loss takes part"
     for name, weight in weights.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=name)
     for line, other in zip(lines, found_lines, strict=True):
@@ -156,6 +172,49 @@ def test_a_nan_that_one_process_reads_ends_all_by_its_name(processes, tmp_path):
     assert others == {f"process {rank}: {own[0]}"}
 
 
+def stopped_at(shards: Shards, config: TrainConfig) -> int:
+    """Where a run ends that a callback of the last process ends after its fifth step."""
+    steps = []
+
+    class Ending(Callback):
+        def on_step(self, trainer: Trainer, state: TrainState) -> None:
+            steps.append(state.step)
+            if state.step == 5 and shards.rank == shards.size - 1:
+                raise StopTraining("enough")
+
+    Trainer(config, source_of(config), None, [Ending()], False, shards).fit()
+    return steps[-1]
+
+
+def test_a_callback_of_one_process_ends_the_run_of_all(processes, activations, tmp_path):
+    run = config(activations, tmp_path / "run")
+    assert processes.run((2, 2), stopped_at, run) == [5] * 4
+    assert read_json(run.out / "summary.json")["ended_early"] == "enough"
+
+
+def test_patience_is_that_of_process_0(processes, activations, tmp_path):
+    lasting = {"patience": 1, "eval_every": 2, "lr": 1.0, "steps": 60}
+    one, many = (config(activations, tmp_path / name, **lasting) for name in ("one", "many"))
+    fit(ONE_PROCESS, one)
+    processes.run((1, 4), fit, many)
+    (_, lines), (_, found) = results(one.out), results(many.out)
+    assert len(lines) < 15 and [line["step"] for line in lines] == [line["step"] for line in found]
+
+
+def other_data(shards: Shards, config: TrainConfig) -> str:
+    x = np.random.default_rng(shards.rank).standard_normal((500, 16), dtype=np.float32)
+    with pytest.raises(ValueError) as refusal:
+        Trainer(config, x, progress=False, shards=shards).fit()
+    return str(refusal.value)
+
+
+def test_processes_with_other_data_are_refused_at_once(processes, tmp_path):
+    run = config(None, tmp_path / "run", eval_every=None)
+    for text in processes.run((1, 2), other_data, run):
+        assert "differ in data, the activations of a sample" in text
+    assert not (tmp_path / "run").exists()
+
+
 def refuse(shards: Shards, config: TrainConfig) -> str:
     with pytest.raises(ValueError) as refusal:
         Trainer(config, source_of(config), shards=shards)
@@ -170,7 +229,11 @@ def refuse(shards: Shards, config: TrainConfig) -> str:
         ((1, 2), {"activation": "variational"}, 'activation "variational" needs a mesh with'),
         ((1, 2), {"gradient": "rotation"}, 'gradient "rotation" needs a mesh with latent=1'),
         ((2, 1), {"prefixes": [8, 24]}, "prefixes or multi_k needs a mesh with data=1"),
-        ((1, 2), {"patience": 1}, "patience needs one process, got 2"),
+        (
+            (1, 4),
+            {"adam_window": 5},
+            "with adam_window = 5, each process must have a multiple of 5",
+        ),
     ],
     ids=str,
 )

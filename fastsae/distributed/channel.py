@@ -8,7 +8,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from fastsae.shards import Line
+from fastsae.shards import Channel
 
 from .collectives import gather, padded
 
@@ -17,7 +17,7 @@ PATIENCE = timedelta(days=7)
 once."""
 
 
-class GroupLine(Line):
+class GroupChannel(Channel):
     """A group of its own, so that its calls do not meet those of other threads."""
 
     def __init__(self, rank: int, size: int):
