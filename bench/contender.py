@@ -98,7 +98,7 @@ def fused_update(contender: Contender, p: Problem, sae: SAE) -> Update:
     device = "cuda" if p.dry or p.device.type == "meta" else p.device.type
     precision = "bf16" if config.encoder_precision == "auto" else config.encoder_precision
     if p.device.type == device:
-        precision = encoder_precision(config, "fused", device, p.D)
+        precision = encoder_precision(config, "fused", device, p.D, p.F)
     adam = Adam(sae, config.optimizer, **copies_of(precision, device))
     graph = config.cuda_graph == "on"
     if graph and p.device.type != "cuda":

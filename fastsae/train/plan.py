@@ -4,13 +4,17 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, TypedDict
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from fastsae.device import choose_device
 from fastsae.memory import available_memory
-from fastsae.nn import TopKConfig
-from fastsae_kernels import WIDEST, float8_pays, has_bf16, why_not_float8, why_not_int8
+from fastsae.nn import SAE, TopKConfig
+from fastsae_kernels import WIDEST, balance, float8_pays, has_bf16, why_not_float8, why_not_int8
 
 from .config import TrainConfig
-from .optim import default_lr
+from .optim import Adam, default_lr
 
 Resolved = Literal["fp32", "tf32", "bf16", "fp8", "int8"]
 """An encoder_precision that is not auto."""
@@ -67,6 +71,16 @@ class Plan:
             dead_after=dead_after,
             dead_every=max(1, dead_after // (100 * config.batch_size)),
         )
+
+
+def adam_of(sae: SAE, config: TrainConfig, plan: Plan, sample: Float[Tensor, "N d_in"]) -> Adam:
+    """Adam, with the copies of weights in less precision that the plan asks for; those in int8 are
+    fit for activations like the sample."""
+    copies, columns = copies_of(plan.encoder_precision, torch.device(plan.device).type), None
+    if copies["quantized"] == "int8":
+        tokens = sae.tokens(sample)
+        columns = balance(tokens - tokens.median(0).values)  # no massive token moves it
+    return Adam(sae, config.optimizer, **copies, columns=columns, seed=config.seed)
 
 
 def check_batch(batch_size: int, n_tokens: int | None, width: int) -> None:

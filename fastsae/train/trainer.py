@@ -3,11 +3,10 @@
 import copy
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
-from fastsae.checkpoint import Checkpoint, newest_intact, save_checkpoint
+from fastsae.checkpoint import Checkpoint, save_checkpoint
 from fastsae.codes import Codes
 from fastsae.data import ActivationSource, Batch, Batches, Stream, as_source, check_evaluable
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
@@ -20,7 +19,7 @@ from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
 from fastsae.shards import ONE_PROCESS, Shards
-from fastsae_kernels import WIDEST, balance
+from fastsae_kernels import WIDEST
 
 from .callbacks import Callback, Callbacks, callbacks_of
 from .columns import Columns
@@ -30,17 +29,17 @@ from .describe import describe, describe_data
 from .end_to_end import EndToEnd
 from .gpu import GpuMeter
 from .graph import CapturedStep
-from .interrupt import Interrupted, Interrupts
+from .interrupt import Interrupts
 from .log import Log, Unlogged
-from .optim import Adam, schedule
-from .plan import Plan, check_batch, copies_of
+from .optim import schedule
+from .plan import Plan, adam_of, check_batch
 from .results import write_results
 from .run_folder import begin, check_same, check_start, claimed_run, set_length
 from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
 from .state import TrainState, names_per_latent
 from .step import autograd_step, fused_step
-from .together import check_same_run, end_together, take_together
+from .together import check_same_run, end_together, latest, take_together
 
 
 class Trainer:
@@ -100,13 +99,9 @@ class Trainer:
         """
         config = self.config
         keep_freed_memory()
-        if self.shards.size > 1:
-            sample = self.source.sample(SAMPLE_TOKENS, config.seed).numpy().tobytes()
-            about = {"settings": config, "plan": self.plan, "--resume": resume}
-            data = {"data": self.source.fingerprint, "the activations of a sample": sample}
-            check_same_run(self.shards, about | data)
+        check_same_run(self, resume)
         with claimed_run(config.out, self.shards):
-            state = self.start(resume, self.latest() if resume else None)
+            state = self.start(resume, latest(self) if resume else None)
             with (
                 Interrupts() as interrupts,
                 self.log(state) as log,
@@ -117,28 +112,11 @@ class Trainer:
                 self.say(describe_data(self))
                 while not self.ended(state):
                     start = time.perf_counter()
-                    take = partial(self.take, batches, state, interrupts)
-                    batch, signum = take_together(self.shards, take, interrupts)
-                    if signum:
-                        self.save(state)
-                        raise Interrupted(
-                            signum,
-                            f"stopped at step {state.step} of {self.plan.steps}, saved; "
-                            f"continue with --resume --out {config.out}",
-                        )
-                    assert batch is not None, "without a signal there is a batch"
+                    batch = take_together(self, batches, state, interrupts)
                     self.advance(state, self.standardized(batch, state), log, start)
             if isinstance(self.source, Stream):
                 self.say(self.source.report(state.tokens))
             return self.finish(state)
-
-    def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint of the run, with the rows of this process."""
-        with torch.device("meta"):
-            sae = self.columns.build(self.config)
-        names = names_per_latent(per_latent(sae))
-        found = newest_intact([self.config.out / "checkpoints"], names, self.shards)
-        return found[0] if found else None
 
     def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
         """The initial state, from a sample of the data, or a checkpoint's."""
@@ -161,7 +139,7 @@ class Trainer:
             copy_weights_(sae, columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units))
         sae.to(self.device)
         downstream = self.end_to_end is not None
-        state = TrainState.fresh(sae, self.optimizer(sae, x), units, downstream)
+        state = TrainState.fresh(sae, adam_of(sae, config, self.plan, x), units, downstream)
         if not resume:  # last, so that a failed start leaves no files
             about = config, self.plan, self.source.fingerprint, self.start_from
             on_first(self.shards, lambda: begin(*about))
@@ -200,16 +178,6 @@ class Trainer:
         wanted = self.config.cuda_graph != "off" and self.config.not_captured is None
         fits = self.shards.size == 1 and self.columns.width_out <= WIDEST
         return wanted and self.device.type == "cuda" and fits
-
-    def optimizer(self, sae: SAE, sample: torch.Tensor) -> Adam:
-        """Adam, with the copies of weights in less precision that the plan asks for; those in int8
-        are fit for activations like the sample."""
-        copies, columns = copies_of(self.plan.encoder_precision, self.device.type), None
-        if copies["quantized"] == "int8":
-            tokens = sae.tokens(sample)
-            columns = balance(tokens - tokens.median(0).values)  # no massive token moves it
-        settings, seed = self.config.optimizer, self.config.seed
-        return Adam(sae, settings, **copies, columns=columns, seed=seed)
 
     def batches(self, state: TrainState, source: ActivationSource | None = None) -> Batches:
         """The batches from where the run stands; those of a sweep's source, if it is given."""
