@@ -13,7 +13,7 @@ from fastsae.checkpoint import list_checkpoints
 from tests.distributed.test_trainer import config, fit
 from tests.train.conftest import activations as activations
 
-STEPS = {"steps": 40, "checkpoint_every": 5, "eval_every": None, "log_every": 5}
+STEPS = {"steps": 40, "checkpoint_every": 5, "log_every": 5}
 
 
 def torchrun(*words: str | Path) -> subprocess.Popen[str]:
@@ -42,7 +42,7 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on_bit_for_bit(
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = [f"--d-sae=48 --k=4 --batch-size=64 --dead-after=128 --data={activations}"]
-    options += [f"--{name.replace('_', '-')}={value}" for name, value in STEPS.items() if value]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in STEPS.items()]
     train = ["-m", "fastsae", "train", *" ".join(options).split(), "--resume", "auto"]
     run = torchrun("--max-restarts=1", *train, "--out", killed)
     try:

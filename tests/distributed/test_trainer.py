@@ -22,7 +22,7 @@ from tests.train.conftest import train_config
 
 SETTINGS: dict[str, Any] = {
     "d_sae": 48, "k": 4, "steps": 12, "batch_size": 64, "checkpoint_every": 4, "log_every": 4,
-    "dead_after": 128, "eval_every": 4,
+    "dead_after": 128,
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 
 
 RUNS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
-    "topk": ((2, 2), {}),
+    "topk": ((2, 2), {"eval_every": 4}),
     "a window": ((1, 4), {"adam_window": 4, "activation": "abstopk"}),
     "batchtopk": ((2, 2), {"activation": "batchtopk", "encoder": "fitted"}),
     "jumprelu": ((1, 2), {"activation": "jumprelu", "target_l0": 4.0, "bandwidth": 0.5}),
@@ -163,7 +163,7 @@ def test_a_nan_that_one_process_reads_ends_all_by_its_name(processes, tmp_path):
     row = min({*range(len(x))} - {*sample.tolist()})
     x[row, 5] = np.nan
     np.save(tmp_path / "nan.npy", x)
-    run = config(tmp_path / "nan.npy", tmp_path / "run", eval_every=None, batch_size=2000)
+    run = config(tmp_path / "nan.npy", tmp_path / "run", batch_size=2000)
     texts = processes.run((1, 4), fails, run)
     own = [text for text in texts if text.startswith("step ")]
     assert len(own) == 1 and f"nan.npy row {row}" in own[0]
@@ -209,7 +209,7 @@ def other_data(shards: Shards, config: TrainConfig) -> str:
 
 
 def test_processes_with_other_data_are_refused_at_once(processes, tmp_path):
-    run = config(None, tmp_path / "run", eval_every=None)
+    run = config(None, tmp_path / "run")
     for text in processes.run((1, 2), other_data, run):
         assert "differ in data, the activations of a sample" in text
     assert not (tmp_path / "run").exists()
@@ -251,7 +251,7 @@ def sweep(shards: Shards, configs: dict[str, TrainConfig], out: Path, resume: bo
 
 
 def test_the_processes_of_a_sweep_train_some_saes_each(processes, activations, tmp_path):
-    configs = {f"k{k}": config(activations, tmp_path, k=k, eval_every=None) for k in (2, 4, 6)}
+    configs = {f"k{k}": config(activations, tmp_path, k=k) for k in (2, 4, 6)}
     sweep(ONE_PROCESS, configs, tmp_path / "one")
     processes.run((2, 1), sweep, configs, tmp_path / "many")
     one, many = (read_json(tmp_path / name / "comparison.json") for name in ("one", "many"))
