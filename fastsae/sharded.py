@@ -131,7 +131,7 @@ def write_shards(
 
 
 def file_names(latent: int) -> list[str]:
-    """The file of replicated tensors, and that of each of so many places on the latent axis."""
+    """The file of replicated tensors, and one for each place on the latent axis."""
     shards = (f"shard-{place:05d}-of-{latent:05d}.safetensors" for place in range(latent))
     return [REPLICATED, *shards]
 

@@ -92,7 +92,7 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def joined(mesh: str | None, device: str) -> Iterator[Shards]:
-    """The mesh of which this process is part, for as long as the `with` block lasts.
+    """The mesh that this process is part of, while the `with` block lasts.
 
     Alone, nothing happens. An error of one process ends all: each says in a line what has failed,
     unless process 0 has said the same. `LostError` where another process has ended.
@@ -140,7 +140,7 @@ def lost(store: Store, rank: int, size: int, error: RuntimeError) -> str:
 
 
 def said(store: Store, rank: int, seconds: float = 2.0) -> str | None:
-    """With which error a process has failed, once it has; None if it has not by then."""
+    """The error that a process has failed with; None if it has not failed by then."""
     end = time.monotonic() + seconds
     try:
         while not store.check([f"failed/{rank}"]):

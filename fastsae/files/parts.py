@@ -42,8 +42,8 @@ class Layout(NamedTuple):
 
 
 def layout_of(tensors: Mapping[str, Tensor], rows: Mapping[str, int]) -> Layout:
-    """What safetensors itself writes for tensors like these, but with so many rows where `rows` has
-    their name. The order and the names of dtypes are the library's, for empty tensors."""
+    """What safetensors itself writes for tensors like these, except that those named in `rows` have
+    that number of rows. The order and the names of dtypes are the library's, for empty tensors."""
     empty = save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()})
     header, entries, stop = json.loads(empty[8:]), dict[str, Entry](), 0
     for name, about in header.items():
