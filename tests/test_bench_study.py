@@ -7,8 +7,10 @@ import torch
 
 from bench.study.claims import CLAIMS, T95, Claim, difference
 from bench.study.measure import pursuit
-from bench.study.plan import DATA, PATHS, Scale
+from bench.study.plan import DATA, PATHS, Data, Method, Scale, Upgrade
 from bench.study.report import report
+from bench.study.run import Study
+from fastsae.data import Synthetic
 
 LOWER = Claim("paper", "better", "new", "old")
 STAMP = {"cpu": "none", "torch": "0", "commit": "0"}
@@ -89,6 +91,25 @@ def test_every_method_is_valid_and_every_claim_can_be_measured():
     controls = {claim for claim in CLAIMS if claim.method == claim.other}
     assert len(controls) <= 2 * len(PATHS), "a control is not compared with itself"
     assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} <= names
+
+
+def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch):
+    options, source = "--k 4 --encoder tied", Synthetic(d_in=16, n_latents=32, active=4, noise=0.1)
+    methods = {"tuned": Method(options, lr=(0.1, 1.0)), "fixed": Method(options)}
+    made = Data(lambda _: source, methods, {"rational": Upgrade("fixed", {"degree": (1, 0)})})
+    monkeypatch.setitem(DATA, "made", made)
+    scale = Scale(steps=40, tune_steps=4, batch_size=64, tokens=500)
+    runs = Study("made", tmp_path, tmp_path, scale).runs([0, 1])
+    assert {name: set(found) for name, found in runs.items()} == {
+        name: {"0", "1"} for name in ("tuned", "fixed", "rational", "fixed, tuned")
+    }
+    assert runs["tuned"] == runs["fixed"], "the better rate of the two is the default"
+    assert runs["fixed"]["0"]["fvu"] != runs["fixed"]["1"]["fvu"]
+    assert len([*tmp_path.glob("made/*/tuning.json")]) == 2
+    assert len([*tmp_path.glob("made/*/study.json")]) == 4, "two seeds, each of them upgraded"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert Study("made", tmp_path, tmp_path, scale).runs([0, 1]) == runs
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
 
 
 @pytest.mark.parametrize("by", ["value", "abs"])

@@ -75,14 +75,17 @@ class Data(NamedTuple):
     open: Callable[[Path], ActivationSource]
     methods: dict[str, Method]
     upgrades: dict[str, Upgrade] = {}
+    causal: bool = False
+    """Whether it is of a causal language model, whose predictions are then measured too."""
 
 
 # --- methods by the claim that they settle --------------------------------------------------
 
 MAP = (32, 0.5), (32, 1.0), (32, 4.0), (64, 4.0), (128, 4.0), (128, 16.0)
 """k and expansions at which AbsTopK is compared with TopK."""
-ROOM = {"lr x1": 1.0, "lr x5": 5.0, "lr x10": 10.0, "lr x20": 20.0}
-"""Learning rates at which more and more latents of a TopK SAE without aux-k die."""
+ROOM = {"lr x1": 1.0, "lr x4": 4.0, "lr x6": 6.0, "lr x7.5": 7.5}
+"""Factors of the learning rate at which about 0, 30, 50 and 70 % of the latents die in a TopK SAE
+without aux-k."""
 UNTIED = "--k 16 --encoder linear --constraint none"
 ROTATIONS = {
     "TopK": "--auxk-coef 0",
@@ -156,7 +159,7 @@ def planted(signed: float) -> Data:
 def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
     """SmolLM2's activations, harvested as in docs/study.md."""
     found = {name: m for some in (abs_top_k(TENTH), *methods) for name, m in some.items()}
-    return Data(lambda folder: ActivationShards(folder / hookpoint), found, **others)
+    return Data(lambda folder: ActivationShards(folder / hookpoint), found, causal=True, **others)
 
 
 DATA = {

@@ -16,19 +16,20 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, stamp
 from fastsae import load
 from fastsae.config import to_dict
+from fastsae.data import ActivationShards
 from fastsae.files import read_json, write_json
 from fastsae.train import TrainConfig, Trainer
 from fastsae.upgrade import UpgradeConfig, upgrade
 
 from .claims import Runs
-from .measure import measure
+from .measure import CrossEntropy, measure, tuning_error
 from .plan import DATA, SEEDS, TUNING_SEED, Scale
 from .report import report
 
@@ -48,39 +49,50 @@ class Study:
             factor = method.lr[0]
             if len(method.lr) > 1:
                 configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
-                errors = {f: self.train(name, c)[1]["fvu"] for f, c in configs.items()}
+                errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
                 factor = min(method.lr, key=errors.__getitem__)
             for seed in seeds:
-                out, metrics = self.train(name, config(seed=seed, factor=factor))
+                out, metrics = self.train(config(seed=seed, factor=factor))
                 found[name][str(seed)] = {"lr": factor, **metrics}
                 for upgrade_name in (n for n, u in self.plan.upgrades.items() if u.teacher == name):
                     both = self.upgrade(upgrade_name, out, seed)
                     found[upgrade_name][str(seed)], found[f"{name}, tuned"][str(seed)] = both
         return found
 
-    def train(self, name: str, config: TrainConfig) -> tuple[Path, dict[str, Any]]:
-        """The run directory of an SAE, and its metrics."""
-        config = replace(config, out=self.work / f"{slug(name)}-{digest(config)}")
+    def train(self, config: TrainConfig, tuning: bool = False) -> tuple[Path, dict[str, Any]]:
+        """The run directory of an SAE, which methods with equal settings share, and its metrics."""
+        config = replace(config, out=self.work / digest(config))
         fit = partial(Trainer(config, self.source).fit, (config.out / "config.json").exists())
-        return config.out, self.metrics(config.out, fit)
+        return config.out, self.metrics(config.out, fit, tuning)
 
     def upgrade(self, name: str, teacher: Path, seed: int) -> tuple[dict, dict]:
         """The metrics of a trained SAE after fine-tuning, as a rational one and unchanged."""
         config = self.plan.upgrades[name].config(seed, self.scale)
-        out = self.work / f"{slug(name)}-{digest(config)}-{teacher.name[-8:]}"
+        out = self.work / f"{teacher.name}-{digest(config)}"
         rest = replace(config, out=out), (out / "config.json").exists()
         fit = partial(upgrade, load(teacher / "sae"), self.source, *rest)
         return self.metrics(out, fit), self.metrics(out / "baseline", fit)
 
-    def metrics(self, out: Path, fit: Callable[[], object]) -> dict[str, Any]:
-        """The metrics of the SAE in a run directory; `fit` trains it if they are missing."""
-        if not (out / "study.json").exists():
+    def metrics(self, out: Path, fit: Callable[[], object], tuning: bool = False) -> dict[str, Any]:
+        """The metrics of the SAE in a run directory, of a tuning run the FVU alone; `fit` trains it
+        if they are missing."""
+        file = out / ("tuning.json" if tuning else "study.json")
+        if not file.exists():
             if not (out / "sae").exists():  # a baseline is trained with its upgrade
                 fit()
-            found = measure(load(out / "sae"), self.source, self.scale) | {"stamp": stamp()}
-            print(f"{out}: {found}", flush=True)
-            write_json(out / "study.json", found)
-        return read_json(out / "study.json")
+            args = load(out / "sae"), self.source, self.scale
+            found = tuning_error(*args) if tuning else measure(*args, self.effect)
+            print(f"{file}: {found}", flush=True)
+            write_json(file, found | {"stamp": stamp()})
+        return read_json(file)
+
+    @cached_property
+    def effect(self) -> CrossEntropy | None:
+        """What measures the effect on a causal model's predictions, if the data is of one."""
+        if not self.plan.causal:
+            return None
+        assert isinstance(heldout := self.source.heldout, ActivationShards)
+        return CrossEntropy(heldout, self.scale.windows)
 
 
 def slug(name: str) -> str:
