@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, stamp
-from fastsae import load
+from fastsae import SAE, load
 from fastsae.config import to_dict
 from fastsae.data import ActivationShards
 from fastsae.files import read_json, write_json
 from fastsae.train import TrainConfig, Trainer
-from fastsae.upgrade import UpgradeConfig, upgrade
+from fastsae.upgrade import initial, own_objective, tuning
 
 from .claims import Runs
 from .measure import CrossEntropy, measure, tuning_error
@@ -59,26 +59,36 @@ class Study:
                     found[upgrade_name][str(seed)], found[f"{name}, tuned"][str(seed)] = both
         return found
 
-    def train(self, config: TrainConfig, tuning: bool = False) -> tuple[Path, dict[str, Any]]:
-        """The run directory of an SAE, which methods with equal settings share, and its metrics."""
-        config = replace(config, out=self.work / digest(config))
-        fit = partial(Trainer(config, self.source).fit, (config.out / "config.json").exists())
+    def train(
+        self, config: TrainConfig, start: SAE | None = None, begun: str = "", tuning: bool = False
+    ) -> tuple[Path, dict[str, Any]]:
+        """The run directory of an SAE, which methods with equal settings share, and its metrics.
+
+        It may start from another SAE, in the run directory that is called `begun`.
+        """
+        config = replace(config, out=self.work / f"{begun}{digest(config)}")
+        resume = (config.out / "config.json").exists()
+        fit = partial(Trainer(config, self.source, start).fit, resume)
         return config.out, self.metrics(config.out, fit, tuning)
 
     def upgrade(self, name: str, teacher: Path, seed: int) -> tuple[dict, dict]:
-        """The metrics of a trained SAE after fine-tuning, as a rational one and unchanged."""
-        config = self.plan.upgrades[name].config(seed, self.scale)
-        out = self.work / f"{teacher.name}-{digest(config)}"
-        rest = replace(config, out=out), (out / "config.json").exists()
-        fit = partial(upgrade, load(teacher / "sae"), self.source, *rest)
-        return self.metrics(out, fit), self.metrics(out / "baseline", fit)
+        """The metrics of a trained SAE after fine-tuning, as a rational one and unchanged.
+
+        As `fastsae.upgrade.upgrade`, but the unchanged one is trained once for all upgrades.
+        """
+        config, sae = self.plan.upgrades[name].config(seed, self.scale), load(teacher / "sae")
+        start, about = initial(sae, self.source, config)
+        own = own_objective(sae, about["calibration_l0"])
+        _, rational = self.train(tuning(start, config), start, f"{teacher.name}-")
+        unchanged = replace(tuning(sae, config), activation=own)
+        return rational, self.train(unchanged, sae, f"{teacher.name}-")[1]
 
     def metrics(self, out: Path, fit: Callable[[], object], tuning: bool = False) -> dict[str, Any]:
         """The metrics of the SAE in a run directory, of a tuning run the FVU alone; `fit` trains it
         if they are missing."""
         file = out / ("tuning.json" if tuning else "study.json")
         if not file.exists():
-            if not (out / "sae").exists():  # a baseline is trained with its upgrade
+            if not (out / "sae").exists():
                 fit()
             args = load(out / "sae"), self.source, self.scale
             found = tuning_error(*args) if tuning else measure(*args, self.effect)
@@ -99,7 +109,7 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
 
-def digest(config: TrainConfig | UpgradeConfig) -> str:
+def digest(config: TrainConfig) -> str:
     """A short hash of all settings."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
