@@ -1,5 +1,6 @@
 """The study's verdicts on results that are made up, its pursuit, and that its plan is sound."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -72,7 +73,8 @@ def test_a_report(tmp_path):
     text = report(Scale(), {"planted": runs}, tmp_path)
     row = "AbsTopK, arXiv:2510.00404 | better | AbsTopK, k=8, x4 | TopK, k=8, x4 | planted | fvu"
     assert f"| {row} | 0.1500 vs. 0.3000 | -50.0 ± 0.0 % | better |" in text
-    assert "| TopK, k=8, x4 | 1.00 ± 0.00 | 0.3000 ± 0.1414 | 32.0 ± 0.0 | – |" in text
+    assert "2 of 2 methods were measured." in text
+    assert "| TopK, k=8, x4 | 2 | 1.00 ± 0.00 | 0.3000 ± 0.1414 | 32.0 ± 0.0 | – |" in text
     assert (tmp_path / "results.md").read_text() == text
 
 
@@ -98,6 +100,7 @@ def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch)
     methods = {"tuned": Method(options, lr=(0.1, 1.0)), "fixed": Method(options)}
     made = Data(lambda _: source, methods, {"rational": Upgrade("fixed", {"degree": (1, 0)})})
     monkeypatch.setitem(DATA, "made", made)
+    assert Study("made", tmp_path, tmp_path, Scale(), -math.inf).runs([0]) == {}, "no time"
     scale = Scale(steps=40, tune_steps=4, batch_size=64, tokens=500)
     runs = Study("made", tmp_path, tmp_path, scale).runs([0, 1])
     assert {name: set(found) for name, found in runs.items()} == {

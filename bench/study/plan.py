@@ -82,12 +82,14 @@ class Data(NamedTuple):
 
 # --- methods by the claim that they settle --------------------------------------------------
 
-MAP = (32, 0.5), (32, 1.0), (32, 4.0), (64, 4.0), (128, 4.0)
-"""k and expansions at which AbsTopK is compared with TopK."""
+USUAL = 32, 4.0
+"""k and expansion for which the learning rate of AbsTopK and TopK is chosen."""
+MAP = (128, 4.0), (32, 0.5), (64, 4.0), (32, 1.0)
+"""More k and expansions, at the default rate."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
-ROOM = {"lr x1": 1.0, "lr x4": 4.0, "lr x6": 6.0, "lr x7.5": 7.5}
-"""Factors of the learning rate at which about 0, 30, 50 and 70 % of the latents die in a TopK SAE
+ROOM = {"lr x7.5": 7.5, "lr x6": 6.0, "lr x4": 4.0, "lr x1": 1.0}
+"""Factors of the learning rate at which about 70, 50, 30 and 0 % of the latents die in a TopK SAE
 without aux-k."""
 UNTIED = "--k 16 --encoder linear --constraint none"
 ROTATIONS = {
@@ -107,9 +109,9 @@ VARIATIONAL = {
         "--activation variational --variance learned --noise token --beta 0.5 --auxk-coef 0",
 }  # fmt: skip
 TEACHERS = {
+    "ReLU": "--activation relu --target-l0 32",
     "TopK": "--k 32",
     "JumpReLU": "--activation jumprelu --target-l0 32 --threshold 1 --bandwidth 0.5",
-    "ReLU": "--activation relu --target-l0 32",
 }
 PATHS: dict[str, dict[str, Any]] = {
     "RSAE of": {},
@@ -127,12 +129,12 @@ def tied(options: dict[str, str], **changes: Any) -> dict[str, Method]:
     return {name: Method(f"--encoder tied {o}", **changes) for name, o in options.items()}
 
 
-def abs_top_k(*cells: tuple[int, float]) -> dict[str, Method]:
+def abs_top_k(*cells: tuple[int, float], **changes: Any) -> dict[str, Method]:
     methods = {}
-    for name in ("TopK", "AbsTopK"):
-        for k, x in cells:
+    for k, x in cells:
+        for name in ("TopK", "AbsTopK"):
             options = f"--activation {name.lower()} --k {k} --encoder tied"
-            methods[f"{name}, {at(k, x)}"] = Method(options, x, TUNED)
+            methods[f"{name}, {at(k, x)}"] = Method(options, x, **changes)
     return methods
 
 
@@ -165,7 +167,7 @@ class Planted(Synthetic):
 
 
 def planted(signed: float) -> Data:
-    return Data(lambda _: Planted(**PLANTED, signed=signed), abs_top_k(EIGHT))
+    return Data(lambda _: Planted(**PLANTED, signed=signed), abs_top_k(EIGHT, lr=TUNED))
 
 
 def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
@@ -177,8 +179,8 @@ def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
 DATA = {
     "MiniLM layer 3": Data(
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
-        abs_top_k(*MAP) | tied(TEACHERS) | relative(32) | ROTATION | tied(VARIATIONAL)
-        | abs_top_k(WIDE),
+        abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(VARIATIONAL) | tied(TEACHERS)
+        | ROTATION | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
         upgrades(*TEACHERS),
     ),
     "SmolLM2 layer 15": smollm(
@@ -192,3 +194,8 @@ DATA = {
     "planted, 30 % signed": planted(0.3),
     "planted, signed": planted(1.0),
 }  # fmt: skip
+
+
+def teachers(data: Data) -> set[str]:
+    """The methods whose SAEs are upgraded, and fine-tuned as they are."""
+    return {upgrade.teacher for upgrade in data.upgrades.values()}

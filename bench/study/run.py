@@ -6,15 +6,18 @@ ones. Data sets are activations of MiniLM and SmolLM2, and planted codes, positi
 the defaults, we estimate three hours on two cores, and minutes on a GPU.
 
 Every SAE has a run directory in --work, with its metrics in study.json: the same command continues
-an interrupted study and skips what is done. The results go to bench/results/study, as results.json
-and results.md.
+an interrupted study and skips what is done. The results of what was measured, which after --minutes
+need not be all, go to bench/results/study, as results.json, results.md and claims.png.
 """
 
 import argparse
 import hashlib
 import json
+import math
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,32 +34,39 @@ from fastsae.upgrade import initial, own_objective, tuning
 from .claims import Runs
 from .measure import CrossEntropy, measure, tuning_error
 from .plan import DATA, SEEDS, TUNING_SEED, Scale
+from .plot import plot
 from .report import report
+
+
+class OutOfTime(Exception):
+    """No more training is to begin."""
 
 
 class Study:
     """What is trained on one data set."""
 
-    def __init__(self, name: str, smollm: Path, work: Path, scale: Scale):
+    def __init__(self, name: str, smollm: Path, work: Path, scale: Scale, until: float = math.inf):
+        """No training begins after `until`, in seconds of `time.monotonic`."""
         self.plan, self.work, self.scale = DATA[name], work / slug(name), scale
-        self.source = self.plan.open(smollm)
+        self.source, self.until = self.plan.open(smollm), until
 
     def runs(self, seeds: list[int]) -> Runs:
-        """Train what is missing; the metrics of each method and seed."""
+        """Train what is missing; the metrics of each method and seed that there was time for."""
         found: Runs = defaultdict(dict)
         for name, method in self.plan.methods.items():
-            config = partial(method.config, self.source.d_in, scale=self.scale)
-            factor = method.lr[0]
-            if len(method.lr) > 1:
-                configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
-                errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
-                factor = min(method.lr, key=errors.__getitem__)
-            for seed in seeds:
-                out, metrics = self.train(config(seed=seed, factor=factor))
-                found[name][str(seed)] = {"lr": factor, **metrics}
-                for upgrade_name in (n for n, u in self.plan.upgrades.items() if u.teacher == name):
-                    both = self.upgrade(upgrade_name, out, seed)
-                    found[upgrade_name][str(seed)], found[f"{name}, tuned"][str(seed)] = both
+            with suppress(OutOfTime):
+                config = partial(method.config, self.source.d_in, scale=self.scale)
+                factor = method.lr[0]
+                if len(method.lr) > 1:
+                    configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
+                    errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
+                    factor = min(method.lr, key=errors.__getitem__)
+                for seed in seeds:
+                    out, metrics = self.train(config(seed=seed, factor=factor))
+                    found[name][str(seed)] = {"lr": factor, **metrics}
+                    for new in (n for n, u in self.plan.upgrades.items() if u.teacher == name):
+                        both = self.upgrade(new, out, seed)
+                        found[new][str(seed)], found[f"{name}, tuned"][str(seed)] = both
         return found
 
     def train(
@@ -88,6 +98,8 @@ class Study:
         if they are missing."""
         file = out / ("tuning.json" if tuning else "study.json")
         if not file.exists():
+            if time.monotonic() > self.until:
+                raise OutOfTime
             if not (out / "sae").exists():
                 fit()
             args = load(out / "sae"), self.source, self.scale
@@ -122,16 +134,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: all)")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="training seeds (default: 0 to 4)")
     add("--steps", type=int, default=Scale.steps, help="training steps (default: 300)")
+    add("--minutes", type=float, default=math.inf, help="when to begin no more (default: never)")
     add("--out", type=Path, default=out, help="where results go (default: bench/results/study)")
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """Train and measure what is missing, then write and print the report."""
+    until = time.monotonic() + 60 * arguments.minutes
     scale = Scale(arguments.steps, max(1, 3 * arguments.steps // 10))
     runs = {
-        name: Study(name, arguments.smollm, arguments.work, scale).runs(arguments.seeds)
+        name: Study(name, arguments.smollm, arguments.work, scale, until).runs(arguments.seeds)
         for name in arguments.data
     }
+    runs = {name: found for name, found in runs.items() if found}
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "results.json", {"scale": vars(scale), "runs": runs})
     print(report(scale, runs, arguments.out))
+    plot(runs, arguments.out / "claims.png")
