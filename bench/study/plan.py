@@ -88,8 +88,8 @@ MAP = (128, 4.0), (32, 0.5), (64, 4.0), (32, 1.0)
 """More k and expansions, at the default rate."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
-ROOM = {"lr x7.5": 7.5, "lr x6": 6.0, "lr x4": 4.0, "lr x1": 1.0}
-"""Factors of the learning rate at which about 70, 50, 30 and 0 % of the latents die in a TopK SAE
+ROOM = {"lr x7.5": 7.5, "lr x1": 1.0, "lr x6": 6.0, "lr x4": 4.0}
+"""Factors of the learning rate at which about 70, 0, 50 and 30 % of the latents die in a TopK SAE
 without aux-k."""
 UNTIED = "--k 16 --encoder linear --constraint none"
 ROTATIONS = {
@@ -179,8 +179,8 @@ def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
 DATA = {
     "MiniLM layer 3": Data(
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
-        abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(VARIATIONAL) | tied(TEACHERS)
-        | ROTATION | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
+        abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(TEACHERS) | ROTATION
+        | tied(VARIATIONAL) | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
         upgrades(*TEACHERS),
     ),
     "SmolLM2 layer 15": smollm(
