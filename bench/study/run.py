@@ -16,7 +16,6 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -29,7 +28,7 @@ from fastsae.config import to_dict
 from fastsae.data import ActivationShards
 from fastsae.files import read_json, write_json
 from fastsae.train import TrainConfig, Trainer
-from fastsae.upgrade import initial, own_objective, tuning
+from fastsae.upgrade import UpgradeConfig, initial, own_objective, tuning
 
 from .claims import Runs
 from .measure import CrossEntropy, measure, tuning_error
@@ -69,17 +68,10 @@ class Study:
                         found[new][str(seed)], found[f"{name}, tuned"][str(seed)] = both
         return found
 
-    def train(
-        self, config: TrainConfig, start: SAE | None = None, begun: str = "", tuning: bool = False
-    ) -> tuple[Path, dict[str, Any]]:
-        """The run directory of an SAE, which methods with equal settings share, and its metrics.
-
-        It may start from another SAE, in the run directory that is called `begun`.
-        """
-        config = replace(config, out=self.work / f"{begun}{digest(config)}")
-        resume = (config.out / "config.json").exists()
-        fit = partial(Trainer(config, self.source, start).fit, resume)
-        return config.out, self.metrics(config.out, fit, tuning)
+    def train(self, config: TrainConfig, tuning: bool = False) -> tuple[Path, dict[str, Any]]:
+        """The run directory of an SAE, which methods with equal settings share, and its metrics."""
+        out = self.work / digest(config)
+        return out, self.metrics(config, out, tuning=tuning)
 
     def upgrade(self, name: str, teacher: Path, seed: int) -> tuple[dict, dict]:
         """The metrics of a trained SAE after fine-tuning, as a rational one and unchanged.
@@ -88,20 +80,25 @@ class Study:
         """
         config, sae = self.plan.upgrades[name].config(seed, self.scale), load(teacher / "sae")
         start, about = initial(sae, self.source, config)
-        own = own_objective(sae, about["calibration_l0"])
-        _, rational = self.train(tuning(start, config), start, f"{teacher.name}-")
-        unchanged = replace(tuning(sae, config), activation=own)
-        return rational, self.train(unchanged, sae, f"{teacher.name}-")[1]
+        rational = tuning(start, config), self.work / f"{teacher.name}-{digest(config)}", start
+        own = replace(tuning(sae, config), activation=own_objective(sae, about["calibration_l0"]))
+        unchanged = own, self.work / f"{teacher.name}-{digest(own)}", sae
+        return self.metrics(*rational), self.metrics(*unchanged)
 
-    def metrics(self, out: Path, fit: Callable[[], object], tuning: bool = False) -> dict[str, Any]:
-        """The metrics of the SAE in a run directory, of a tuning run the FVU alone; `fit` trains it
-        if they are missing."""
+    def metrics(
+        self, config: TrainConfig, out: Path, start: SAE | None = None, tuning: bool = False
+    ) -> dict[str, Any]:
+        """The metrics of the SAE in a run directory, of a tuning run the FVU alone.
+
+        It is trained if they are missing, from another SAE if that is given.
+        """
         file = out / ("tuning.json" if tuning else "study.json")
         if not file.exists():
             if time.monotonic() > self.until:
                 raise OutOfTime
             if not (out / "sae").exists():
-                fit()
+                resume = (out / "config.json").exists()
+                Trainer(replace(config, out=out), self.source, start).fit(resume)
             args = load(out / "sae"), self.source, self.scale
             found = tuning_error(*args) if tuning else measure(*args, self.effect)
             print(f"{file}: {found}", flush=True)
@@ -121,7 +118,7 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
 
-def digest(config: TrainConfig) -> str:
+def digest(config: TrainConfig | UpgradeConfig) -> str:
     """A short hash of all settings."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
