@@ -99,14 +99,14 @@ ROTATIONS = {
     "RT support": "--auxk-coef 0 --gradient rotation --rotation support",
 }
 VARIATIONAL = {
-    "TopK, aux-k": "",
-    "vSAE, aux-k, beta 0.5": "--activation variational --beta 0.5",
     "TopK, no aux-k": "--auxk-coef 0",
-    "vSAE, beta 0.03": "--activation variational --beta 0.03 --auxk-coef 0",
     "vSAE, beta 0.5": "--activation variational --beta 0.5 --auxk-coef 0",
-    "vSAE, beta 1": "--activation variational --beta 1 --auxk-coef 0",
     "vSAE, learned variance, beta 0.5":
         "--activation variational --variance learned --noise token --beta 0.5 --auxk-coef 0",
+    "TopK, aux-k": "",
+    "vSAE, aux-k, beta 0.5": "--activation variational --beta 0.5",
+    "vSAE, beta 1": "--activation variational --beta 1 --auxk-coef 0",
+    "vSAE, beta 0.03": "--activation variational --beta 0.03 --auxk-coef 0",
 }  # fmt: skip
 TEACHERS = {
     "ReLU": "--activation relu --target-l0 32",
@@ -179,8 +179,8 @@ def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
 DATA = {
     "MiniLM layer 3": Data(
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
-        abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(TEACHERS) | ROTATION
-        | tied(VARIATIONAL) | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
+        abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(TEACHERS) | tied(VARIATIONAL)
+        | ROTATION | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
         upgrades(*TEACHERS),
     ),
     "SmolLM2 layer 15": smollm(

@@ -10,7 +10,7 @@ COLORS = {"better": "tab:green", "worse": "tab:red", "equivalent": "tab:blue"}
 
 
 def plot(data: dict[str, Runs], path: Path) -> None:
-    """Write the plot; more panels than one only for papers with a claim that was measured."""
+    """Write the plot, with a panel for each paper of which a claim was measured."""
     from matplotlib.figure import Figure
 
     papers: dict[str, list[tuple[str, Difference]]] = {}
@@ -34,10 +34,10 @@ def plot(data: dict[str, Runs], path: Path) -> None:
         axes.set_xscale("symlog", linthresh=10, linscale=1.5)
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(labelsize=7)
-    ticks = [-50, -20, -10, -5, 0, 5, 10, 20, 50, 100]
+    ticks = [-50, -10, -5, 0, 5, 10, 50]
     panels[-1, 0].set_xticks(ticks, [f"{tick:+d} %" if tick else "0" for tick in ticks])
-    title = "difference in FVU with 95 % interval (green: better, red: worse, blue: equivalent)"
-    panels[-1, 0].set_xlabel(title, fontsize=8)
+    meaning = "green: better, red: worse, blue: equivalent, gray: undecided or not comparable"
+    panels[-1, 0].set_xlabel(f"difference in FVU with 95 % interval ({meaning})", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
