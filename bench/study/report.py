@@ -1,5 +1,6 @@
 """Tables in Markdown of the study's results; docs/study.md explains the metrics."""
 
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -37,7 +38,8 @@ def claim_row(claim: Claim, name: str, runs: Runs) -> list[str] | None:
     if (found := difference(claim, runs)) is None:
         return None
     unit = " points" if claim.metric in FRACTIONS else " %"
-    change = f"{found.center * 100:+.1f} ± {found.half * 100:.1f}{unit}"
+    half = f" ± {found.half * 100:.1f}" if isfinite(found.half) else ""
+    change = f"{found.center * 100:+.1f}{half}{unit}" + ("" if half else " (one seed)")
     if claim.metric == "pcr":
         change += f" (at most {1 / found.theirs - 1:+.1%})"
     digits = COLUMNS[claim.metric]
