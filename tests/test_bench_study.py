@@ -75,6 +75,10 @@ def test_a_report(tmp_path):
     text = report(Scale(), {"planted": runs}, tmp_path)
     row = "AbsTopK, arXiv:2510.00404 | better | AbsTopK, k=8, x4 | TopK, k=8, x4 | planted | fvu"
     assert f"| {row} | 0.1500 vs. 0.3000 | -50.0 ± 0.0 % | better |" in text
+    one = {method: {"0": seeds["0"]} for method, seeds in runs.items()}
+    alone = report(Scale(), {"planted": one}, tmp_path)
+    assert "| 0.1000 vs. 0.2000 | -50.0 % (one seed) | undecided |" in alone
+    text = report(Scale(), {"planted": runs}, tmp_path)
     assert "2 of 2 methods were measured." in text
     assert "| TopK, k=8, x4 | 2 | 1.00 ± 0.00 | 0.3000 ± 0.1414 | 32.0 ± 0.0 | – |" in text
     assert (tmp_path / "results.md").read_text() == text

@@ -34,10 +34,10 @@ def plot(data: dict[str, Runs], path: Path) -> None:
         axes.set_xscale("symlog", linthresh=10, linscale=1.5)
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(labelsize=7)
-    ticks = [-50, -10, -5, 0, 5, 10, 50]
+    ticks = [-50, -10, -5, 0, 5, 10, 50, 500]
     panels[-1, 0].set_xticks(ticks, [f"{tick:+d} %" if tick else "0" for tick in ticks])
     meaning = "green: better, red: worse, blue: equivalent, gray: undecided or not comparable"
-    panels[-1, 0].set_xlabel(f"difference in FVU with 95 % interval ({meaning})", fontsize=8)
+    figure.supxlabel(f"difference in FVU with 95 % interval ({meaning})", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
