@@ -1,9 +1,9 @@
 """Trains methods in the regimes that decide the papers' claims, from several seeds (plan.py).
 
-Methods use the same batches in the same order. Those that are compared for their error take the
-best of three learning rates, on a seed of its own. Some trained SAEs are also upgraded to rational
-ones. Data sets are activations of MiniLM and SmolLM2, and planted codes, positive and signed. With
-the defaults, we estimate three hours on two cores, and minutes on a GPU.
+Methods use the same batches in the same order. Some take the best of three learning rates, on a
+seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
+MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate three
+hours on two cores, and minutes on a GPU.
 
 Every SAE has a run directory in --work, with its metrics in study.json: the same command continues
 an interrupted study and skips what is done. The results of what was measured, which after --minutes
