@@ -1,14 +1,19 @@
 """The study's verdicts on results that are made up, its pursuit, and that its plan is sound."""
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bench.record import RESULTS, ROOT
 from bench.study.claims import CLAIMS, T95, Claim, difference
 from bench.study.measure import pursuit
-from bench.study.plan import DATA, PATHS, Scale
+from bench.study.plan import DATA, PATHS, Data, Method, Scale, Upgrade
 from bench.study.report import report
+from bench.study.run import Study
+from fastsae.data import Synthetic
 
 LOWER = Claim("paper", "better", "new", "old")
 STAMP = {"cpu": "none", "torch": "0", "commit": "0"}
@@ -70,7 +75,12 @@ def test_a_report(tmp_path):
     text = report(Scale(), {"planted": runs}, tmp_path)
     row = "AbsTopK, arXiv:2510.00404 | better | AbsTopK, k=8, x4 | TopK, k=8, x4 | planted | fvu"
     assert f"| {row} | 0.1500 vs. 0.3000 | -50.0 ± 0.0 % | better |" in text
-    assert "| TopK, k=8, x4 | 1.00 ± 0.00 | 0.3000 ± 0.1414 | 32.0 ± 0.0 | – |" in text
+    one = {method: {"0": seeds["0"]} for method, seeds in runs.items()}
+    alone = report(Scale(), {"planted": one}, tmp_path)
+    assert "| 0.1000 vs. 0.2000 | -50.0 % (one seed) | undecided |" in alone
+    text = report(Scale(), {"planted": runs}, tmp_path)
+    assert "2 of 2 methods were measured." in text
+    assert "| TopK, k=8, x4 | 2 | 1.00 ± 0.00 | 0.3000 ± 0.1414 | 32.0 ± 0.0 | – |" in text
     assert (tmp_path / "results.md").read_text() == text
 
 
@@ -89,6 +99,37 @@ def test_every_method_is_valid_and_every_claim_can_be_measured():
     controls = {claim for claim in CLAIMS if claim.method == claim.other}
     assert len(controls) <= 2 * len(PATHS), "a control is not compared with itself"
     assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} <= names
+
+
+def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch):
+    options, source = "--k 4 --encoder tied", Synthetic(d_in=16, n_latents=32, active=4, noise=0.1)
+    methods = {"tuned": Method(options, lr=(0.1, 1.0)), "fixed": Method(options)}
+    methods["relu"] = Method("--activation relu --target-l0 4")
+    upgrades = {"copy": Upgrade("relu", {}), "paper": Upgrade("relu", {"path": "paper"})}
+    made = Data(lambda _: source, methods, upgrades)
+    monkeypatch.setitem(DATA, "made", made)
+    assert Study("made", tmp_path, tmp_path, Scale(), -math.inf).runs([0]) == {}, "no time"
+    scale = Scale(steps=40, tune_steps=4, batch_size=64, tokens=500)
+    runs = Study("made", tmp_path, tmp_path, scale).runs([0, 1])
+    assert {name: set(found) for name, found in runs.items()} == {
+        name: {"0", "1"} for name in (*methods, *upgrades, "relu, tuned")
+    }
+    assert runs["copy"]["0"]["fvu"] != runs["paper"]["0"]["fvu"], "they start from other functions"
+    assert runs["tuned"] == runs["fixed"], "the better rate of the two is the default"
+    assert runs["fixed"]["0"]["fvu"] != runs["fixed"]["1"]["fvu"]
+    assert len([*tmp_path.glob("made/*/tuning.json")]) == 2
+    assert len([*tmp_path.glob("made/*/study.json")]) == 10, "of each seed, one is shared"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert Study("made", tmp_path, tmp_path, scale).runs([0, 1]) == runs
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+
+
+def test_differences_in_the_documentation_are_results():
+    results = (RESULTS / "study" / "results.md").read_text()
+    for page in ("README.md", "docs/study.md"):
+        shown = re.findall(r"[+-][\d.]+ ± [\d.]+ (?:%|points)", (ROOT / page).read_text())
+        assert len(shown) > 5
+        assert not [difference for difference in shown if f" {difference} " not in results], page
 
 
 @pytest.mark.parametrize("by", ["value", "abs"])

@@ -12,7 +12,7 @@ import math
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from .plan import EIGHT, MAP, PATHS, ROOM, TEACHERS, TENTH, THIRD, VARIATIONAL, at
+from .plan import EIGHT, MAP, PATHS, ROOM, TEACHERS, TENTH, THIRD, USUAL, VARIATIONAL, WIDE, at
 
 Runs = dict[str, dict[str, dict[str, Any]]]
 """Results of one data set, by method and seed."""
@@ -52,7 +52,7 @@ class Difference(NamedTuple):
 
 ABS, RT = "AbsTopK, arXiv:2510.00404", "RT-TopKSAE (rotation trick, arXiv:2410.06424)"
 RSAE, VSAE = "RSAE, arXiv:2606.14990", "vSAE, arXiv:2509.22994"
-CELLS = [at(*cell) for cell in (*MAP, TENTH, THIRD, EIGHT)]
+CELLS = [at(*cell) for cell in (USUAL, *MAP, WIDE, TENTH, THIRD, EIGHT)]
 
 CLAIMS = [
     *(Claim(ABS, "better", f"AbsTopK, {cell}", f"TopK, {cell}", metric)

@@ -1,13 +1,21 @@
 """What the study measures of an SAE."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from fastsae import SAE
 from fastsae.data import ActivationShards, ActivationSource, Synthetic
-from fastsae.evals import CausalEffect, downstream, reconstruction
+from fastsae.data.hookpoints import hookpoints_at, splice
+from fastsae.data.model import ModelFiles, load_model, load_tokenizer
+from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
+from fastsae.evals import reconstruction
+from fastsae.evals.downstream import log_probabilities, predicted, replace_text
+from fastsae.evals.windows import stored_batches
 from fastsae.nn import TopK
 from fastsae.nn.init import active_subspace
 
@@ -16,7 +24,54 @@ from .plan import Scale
 PURSUIT_TOKENS, PURSUIT_K = 256, 64
 
 
-def measure(sae: SAE, source: ActivationSource, scale: Scale) -> dict[str, Any]:
+class CrossEntropy:
+    """Cross-entropy of a causal model, in nats per token, with its activations replaced.
+
+    As `downstream` has it, but what does not depend on the SAE is done once for all SAEs.
+    """
+
+    def __init__(self, heldout: ActivationShards, windows: int):
+        assert heldout.model is not None and heldout.hookpoint is not None
+        files = ModelFiles.of(heldout.harvest)
+        self.model = load_model(heldout.model, files=files)
+        (self.hookpoint,) = hookpoints_at(self.model, [heldout.hookpoint])
+        tokenizer = load_tokenizer(heldout.model, files)
+        self.batches = list(stored_batches(heldout, tokenizer, windows, 8))
+        self.ordinary = Ordinary.of(heldout.sample(SAMPLE_TOKENS), MAX_NORM_RATIO)
+        self.clean = self.of(lambda x: x)
+        self.ablated = self.of(self.ordinary.mean.expand_as)
+
+    def recovered(self, sae: SAE) -> float:
+        """The part of mean ablation's damage that the SAE avoids."""
+        return (self.ablated - self.of(sae)) / (self.ablated - self.clean)
+
+    @torch.no_grad()
+    def of(self, replace: Callable[[Tensor], Tensor]) -> float:
+        """With ordinary tokens' activations replaced."""
+
+        def changed(x: Tensor) -> Tensor:
+            return torch.where(self.ordinary.has(x)[:, None], replace(x), x)
+
+        total, tokens = 0.0, 0
+        for batch in self.batches:
+            windows = partial(replace_text, batch.keep, changed)
+            with splice(self.hookpoint, windows, len(batch.keep)):
+                output = self.model(batch.input_ids, attention_mask=batch.attention_mask)
+            wanted, found = predicted(batch), log_probabilities(output, batch)
+            total += float(nll_loss(found, wanted, reduction="none").double().sum())
+            tokens += len(wanted)
+        return total / tokens
+
+
+def tuning_error(sae: SAE, source: ActivationSource, scale: Scale) -> dict[str, Any]:
+    """The FVU on held-out tokens, by which a learning rate is chosen."""
+    assert source.heldout is not None
+    return {"fvu": reconstruction(sae, source.heldout, max_tokens=scale.tokens, pc_ranks=()).fvu}
+
+
+def measure(
+    sae: SAE, source: ActivationSource, scale: Scale, effect: CrossEntropy | None
+) -> dict[str, Any]:
     """All metrics of an SAE on held-out tokens."""
     heldout = source.heldout
     assert heldout is not None
@@ -34,10 +89,8 @@ def measure(sae: SAE, source: ActivationSource, scale: Scale) -> dict[str, Any]:
             centered, error = x - sae.b_dec, (x - sae(x)).square().sum()
             best = (centered - pursuit(centered, sae.W_dec, cfg.k, cfg.by)).square().sum()
         result["pursuit gap"] = float(error / best) - 1
-    if isinstance(heldout, ActivationShards):
-        effect = downstream(sae, heldout, max_windows=scale.windows)
-        if isinstance(effect, CausalEffect):
-            result["ce recovered"] = effect.recovered_mean
+    if effect is not None:
+        result["ce recovered"] = effect.recovered(sae)
     if isinstance(source, Synthetic):
         result["recovery"] = source.recovery(sae.W_dec)
     return result

@@ -5,6 +5,7 @@ A method is what `fastsae train` is told, and its regime is part of its name.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,14 +76,21 @@ class Data(NamedTuple):
     open: Callable[[Path], ActivationSource]
     methods: dict[str, Method]
     upgrades: dict[str, Upgrade] = {}
+    causal: bool = False
+    """Whether it is of a causal language model, whose predictions are then measured too."""
 
 
 # --- methods by the claim that they settle --------------------------------------------------
 
-MAP = (32, 0.5), (32, 1.0), (32, 4.0), (64, 4.0), (128, 4.0), (128, 16.0)
-"""k and expansions at which AbsTopK is compared with TopK."""
-ROOM = {"lr x1": 1.0, "lr x5": 5.0, "lr x10": 10.0, "lr x20": 20.0}
-"""Learning rates at which more and more latents of a TopK SAE without aux-k die."""
+USUAL = 32, 4.0
+"""k and expansion for which the learning rate of AbsTopK and TopK is chosen."""
+MAP = (128, 4.0), (32, 0.5), (64, 4.0), (32, 1.0)
+"""More k and expansions, at the default rate."""
+WIDE = 38, 16.0
+"""The paper's own: a tenth of the width, and 16 latents per dimension."""
+ROOM = {"lr x7.5": 7.5, "lr x1": 1.0, "lr x6": 6.0, "lr x4": 4.0}
+"""Factors of the learning rate at which about 70, 0, 50 and 30 % of the latents die in a TopK SAE
+without aux-k."""
 UNTIED = "--k 16 --encoder linear --constraint none"
 ROTATIONS = {
     "TopK": "--auxk-coef 0",
@@ -91,19 +99,19 @@ ROTATIONS = {
     "RT support": "--auxk-coef 0 --gradient rotation --rotation support",
 }
 VARIATIONAL = {
-    "TopK, aux-k": "",
-    "vSAE, aux-k, beta 0.5": "--activation variational --beta 0.5",
     "TopK, no aux-k": "--auxk-coef 0",
-    "vSAE, beta 0.03": "--activation variational --beta 0.03 --auxk-coef 0",
     "vSAE, beta 0.5": "--activation variational --beta 0.5 --auxk-coef 0",
-    "vSAE, beta 1": "--activation variational --beta 1 --auxk-coef 0",
     "vSAE, learned variance, beta 0.5":
         "--activation variational --variance learned --noise token --beta 0.5 --auxk-coef 0",
+    "TopK, aux-k": "",
+    "vSAE, aux-k, beta 0.5": "--activation variational --beta 0.5",
+    "vSAE, beta 1": "--activation variational --beta 1 --auxk-coef 0",
+    "vSAE, beta 0.03": "--activation variational --beta 0.03 --auxk-coef 0",
 }  # fmt: skip
 TEACHERS = {
+    "ReLU": "--activation relu --target-l0 32",
     "TopK": "--k 32",
     "JumpReLU": "--activation jumprelu --target-l0 32 --threshold 1 --bandwidth 0.5",
-    "ReLU": "--activation relu --target-l0 32",
 }
 PATHS: dict[str, dict[str, Any]] = {
     "RSAE of": {},
@@ -121,12 +129,12 @@ def tied(options: dict[str, str], **changes: Any) -> dict[str, Method]:
     return {name: Method(f"--encoder tied {o}", **changes) for name, o in options.items()}
 
 
-def abs_top_k(*cells: tuple[int, float]) -> dict[str, Method]:
+def abs_top_k(*cells: tuple[int, float], **changes: Any) -> dict[str, Method]:
     methods = {}
-    for name in ("TopK", "AbsTopK"):
-        for k, x in cells:
+    for k, x in cells:
+        for name in ("TopK", "AbsTopK"):
             options = f"--activation {name.lower()} --k {k} --encoder tied"
-            methods[f"{name}, {at(k, x)}"] = Method(options, x, TUNED)
+            methods[f"{name}, {at(k, x)}"] = Method(options, x, **changes)
     return methods
 
 
@@ -134,7 +142,10 @@ def upgrades(*teachers: str) -> dict[str, Upgrade]:
     return {f"{path} {t}": Upgrade(t, PATHS[path]) for t in teachers for path in PATHS}
 
 
-RELATIVE = tied({"TopK, fvu": "--error fvu", "TopK, log_fvu": ""}, lr=TUNED)
+def relative(k: int) -> dict[str, Method]:
+    return tied({"TopK, log_fvu": f"--k {k}", "TopK, fvu": f"--k {k} --error fvu"}, lr=TUNED)
+
+
 ROTATION = {
     f"{name}, untied, {label}": Method(f"{UNTIED} {options}", 4 / 3, (factor,))
     for label, factor in ROOM.items()
@@ -149,24 +160,31 @@ TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
 """A tenth and a third of SmolLM2's width; as many as are active in planted data."""
 
 
+class Planted(Synthetic):
+    """Rows that are drawn once for all runs; each takes the same half of the epoch."""
+
+    _block = cache(Synthetic._block)
+
+
 def planted(signed: float) -> Data:
-    return Data(lambda _: Synthetic(**PLANTED, signed=signed), abs_top_k(EIGHT))
+    return Data(lambda _: Planted(**PLANTED, signed=signed), abs_top_k(EIGHT, lr=TUNED))
 
 
 def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
     """SmolLM2's activations, harvested as in docs/study.md."""
     found = {name: m for some in (abs_top_k(TENTH), *methods) for name, m in some.items()}
-    return Data(lambda folder: ActivationShards(folder / hookpoint), found, **others)
+    return Data(lambda folder: ActivationShards(folder / hookpoint), found, causal=True, **others)
 
 
 DATA = {
     "MiniLM layer 3": Data(
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
-        abs_top_k(*MAP) | ROTATION | tied(VARIATIONAL) | RELATIVE | tied(TEACHERS),
+        abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(TEACHERS) | tied(VARIATIONAL)
+        | ROTATION | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
         upgrades(*TEACHERS),
     ),
     "SmolLM2 layer 15": smollm(
-        "model.layers.15", abs_top_k(THIRD), RELATIVE, tied({"ReLU": TEACHERS["ReLU"]}),
+        "model.layers.15", abs_top_k(THIRD), tied({"ReLU": TEACHERS["ReLU"]}), relative(TENTH[0]),
         upgrades=upgrades("ReLU"),
     ),
     "SmolLM2 layer 10": smollm("model.layers.10"),
@@ -176,3 +194,8 @@ DATA = {
     "planted, 30 % signed": planted(0.3),
     "planted, signed": planted(1.0),
 }  # fmt: skip
+
+
+def teachers(data: Data) -> set[str]:
+    """The methods whose SAEs are upgraded, and fine-tuned as they are."""
+    return {upgrade.teacher for upgrade in data.upgrades.values()}

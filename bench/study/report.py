@@ -1,12 +1,13 @@
 """Tables in Markdown of the study's results; docs/study.md explains the metrics."""
 
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 
 from bench.record import markdown
 
 from .claims import CLAIMS, FRACTIONS, Claim, Runs, difference
-from .plan import Scale
+from .plan import DATA, Scale, teachers
 
 COLUMNS = {"lr": 2, "fvu": 4, "l0": 1, "dead": 3, "utilization": 3, "pcr": 4, "components": 0}
 COLUMNS |= {"pursuit gap": 3, "ce recovered": 4, "recovery": 3}
@@ -24,7 +25,9 @@ def report(scale: Scale, data: dict[str, Runs], folder: Path) -> str:
     titles = ["paper", "says", "method", "against", "data", "metric", "values", "difference", ""]
     parts = ["# Study", about, "## Claims", markdown(titles, rows)]
     for name, runs in data.items():
-        parts += [f"## {name}", table(runs)]
+        planned = DATA[name].methods, DATA[name].upgrades, teachers(DATA[name])
+        measured = f"{len(runs)} of {sum(map(len, planned))} methods were measured."
+        parts += [f"## {name}", measured, table(runs)]
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)
     return text
@@ -35,7 +38,8 @@ def claim_row(claim: Claim, name: str, runs: Runs) -> list[str] | None:
     if (found := difference(claim, runs)) is None:
         return None
     unit = " points" if claim.metric in FRACTIONS else " %"
-    change = f"{found.center * 100:+.1f} ± {found.half * 100:.1f}{unit}"
+    half = f" ± {found.half * 100:.1f}" if isfinite(found.half) else ""
+    change = f"{found.center * 100:+.1f}{half}{unit}" + ("" if half else " (one seed)")
     if claim.metric == "pcr":
         change += f" (at most {1 / found.theirs - 1:+.1%})"
     digits = COLUMNS[claim.metric]
@@ -47,10 +51,11 @@ def claim_row(claim: Claim, name: str, runs: Runs) -> list[str] | None:
 def table(runs: Runs) -> str:
     """A table of all methods: mean and standard deviation over seeds of each metric."""
     rows = [
-        [method, *(spread([r[n] for r in seeds.values() if n in r], d) for n, d in COLUMNS.items())]
+        [method, len(seeds)]
+        + [spread([r[n] for r in seeds.values() if n in r], d) for n, d in COLUMNS.items()]
         for method, seeds in runs.items()
     ]
-    return markdown(["", *COLUMNS], rows)
+    return markdown(["", "seeds", *COLUMNS], rows)
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -1,86 +1,117 @@
 """Trains methods in the regimes that decide the papers' claims, from several seeds (plan.py).
 
-Methods use the same batches in the same order. Those that are compared for their error take the
-best of three learning rates, on a seed of its own. Some trained SAEs are also upgraded to rational
-ones. Data sets are activations of MiniLM and SmolLM2, and planted codes, positive and signed. With
-the defaults, we estimate three hours on two cores, and minutes on a GPU.
+Methods use the same batches in the same order. Some take the best of three learning rates, on a
+seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
+MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate three
+hours on two cores, and minutes on a GPU.
 
 Every SAE has a run directory in --work, with its metrics in study.json: the same command continues
-an interrupted study and skips what is done. The results go to bench/results/study, as results.json
-and results.md.
+an interrupted study and skips what is done. The results of what was measured, which after --minutes
+need not be all, go to bench/results/study, as results.json, results.md and claims.png.
 """
 
 import argparse
 import hashlib
 import json
+import math
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, stamp
-from fastsae import load
+from fastsae import SAE, load
 from fastsae.config import to_dict
+from fastsae.data import ActivationShards
 from fastsae.files import read_json, write_json
 from fastsae.train import TrainConfig, Trainer
-from fastsae.upgrade import UpgradeConfig, upgrade
+from fastsae.upgrade import UpgradeConfig, initial, own_objective, tuning
 
 from .claims import Runs
-from .measure import measure
+from .measure import CrossEntropy, measure, tuning_error
 from .plan import DATA, SEEDS, TUNING_SEED, Scale
+from .plot import plot
 from .report import report
+
+
+class OutOfTime(Exception):
+    """No more training is to begin."""
 
 
 class Study:
     """What is trained on one data set."""
 
-    def __init__(self, name: str, smollm: Path, work: Path, scale: Scale):
+    def __init__(self, name: str, smollm: Path, work: Path, scale: Scale, until: float = math.inf):
+        """No training begins after `until`, in seconds of `time.monotonic`."""
         self.plan, self.work, self.scale = DATA[name], work / slug(name), scale
-        self.source = self.plan.open(smollm)
+        self.source, self.until = self.plan.open(smollm), until
 
     def runs(self, seeds: list[int]) -> Runs:
-        """Train what is missing; the metrics of each method and seed."""
+        """Train what is missing; the metrics of each method and seed that there was time for."""
         found: Runs = defaultdict(dict)
         for name, method in self.plan.methods.items():
-            config = partial(method.config, self.source.d_in, scale=self.scale)
-            factor = method.lr[0]
-            if len(method.lr) > 1:
-                configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
-                errors = {f: self.train(name, c)[1]["fvu"] for f, c in configs.items()}
-                factor = min(method.lr, key=errors.__getitem__)
-            for seed in seeds:
-                out, metrics = self.train(name, config(seed=seed, factor=factor))
-                found[name][str(seed)] = {"lr": factor, **metrics}
-                for upgrade_name in (n for n, u in self.plan.upgrades.items() if u.teacher == name):
-                    both = self.upgrade(upgrade_name, out, seed)
-                    found[upgrade_name][str(seed)], found[f"{name}, tuned"][str(seed)] = both
+            with suppress(OutOfTime):
+                config = partial(method.config, self.source.d_in, scale=self.scale)
+                factor = method.lr[0]
+                if len(method.lr) > 1:
+                    configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
+                    errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
+                    factor = min(method.lr, key=errors.__getitem__)
+                for seed in seeds:
+                    out, metrics = self.train(config(seed=seed, factor=factor))
+                    found[name][str(seed)] = {"lr": factor, **metrics}
+                    for new in (n for n, u in self.plan.upgrades.items() if u.teacher == name):
+                        both = self.upgrade(new, out, seed)
+                        found[new][str(seed)], found[f"{name}, tuned"][str(seed)] = both
         return found
 
-    def train(self, name: str, config: TrainConfig) -> tuple[Path, dict[str, Any]]:
-        """The run directory of an SAE, and its metrics."""
-        config = replace(config, out=self.work / f"{slug(name)}-{digest(config)}")
-        fit = partial(Trainer(config, self.source).fit, (config.out / "config.json").exists())
-        return config.out, self.metrics(config.out, fit)
+    def train(self, config: TrainConfig, tuning: bool = False) -> tuple[Path, dict[str, Any]]:
+        """The run directory of an SAE, which methods with equal settings share, and its metrics."""
+        out = self.work / digest(config)
+        return out, self.metrics(config, out, tuning=tuning)
 
     def upgrade(self, name: str, teacher: Path, seed: int) -> tuple[dict, dict]:
-        """The metrics of a trained SAE after fine-tuning, as a rational one and unchanged."""
-        config = self.plan.upgrades[name].config(seed, self.scale)
-        out = self.work / f"{slug(name)}-{digest(config)}-{teacher.name[-8:]}"
-        rest = replace(config, out=out), (out / "config.json").exists()
-        fit = partial(upgrade, load(teacher / "sae"), self.source, *rest)
-        return self.metrics(out, fit), self.metrics(out / "baseline", fit)
+        """The metrics of a trained SAE after fine-tuning, as a rational one and unchanged.
 
-    def metrics(self, out: Path, fit: Callable[[], object]) -> dict[str, Any]:
-        """The metrics of the SAE in a run directory; `fit` trains it if they are missing."""
-        if not (out / "study.json").exists():
-            if not (out / "sae").exists():  # a baseline is trained with its upgrade
-                fit()
-            found = measure(load(out / "sae"), self.source, self.scale) | {"stamp": stamp()}
-            print(f"{out}: {found}", flush=True)
-            write_json(out / "study.json", found)
-        return read_json(out / "study.json")
+        As `fastsae.upgrade.upgrade`, but the unchanged one is trained once for all upgrades.
+        """
+        config, sae = self.plan.upgrades[name].config(seed, self.scale), load(teacher / "sae")
+        start, about = initial(sae, self.source, config)
+        rational = tuning(start, config), self.work / f"{teacher.name}-{digest(config)}", start
+        own = replace(tuning(sae, config), activation=own_objective(sae, about["calibration_l0"]))
+        unchanged = own, self.work / f"{teacher.name}-{digest(own)}", sae
+        return self.metrics(*rational), self.metrics(*unchanged)
+
+    def metrics(
+        self, config: TrainConfig, out: Path, start: SAE | None = None, tuning: bool = False
+    ) -> dict[str, Any]:
+        """The metrics of the SAE in a run directory, of a tuning run the FVU alone.
+
+        It is trained if they are missing, from another SAE if that is given.
+        """
+        file = out / ("tuning.json" if tuning else "study.json")
+        if not file.exists():
+            if time.monotonic() > self.until:
+                raise OutOfTime
+            if not (out / "sae").exists():
+                resume = (out / "config.json").exists()
+                Trainer(replace(config, out=out), self.source, start).fit(resume)
+            args = load(out / "sae"), self.source, self.scale
+            found = tuning_error(*args) if tuning else measure(*args, self.effect)
+            print(f"{file}: {found}", flush=True)
+            write_json(file, found | {"stamp": stamp()})
+        return read_json(file)
+
+    @cached_property
+    def effect(self) -> CrossEntropy | None:
+        """What measures the effect on a causal model's predictions, if the data is of one."""
+        if not self.plan.causal:
+            return None
+        assert isinstance(heldout := self.source.heldout, ActivationShards)
+        return CrossEntropy(heldout, self.scale.windows)
 
 
 def slug(name: str) -> str:
@@ -100,16 +131,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: all)")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="training seeds (default: 0 to 4)")
     add("--steps", type=int, default=Scale.steps, help="training steps (default: 300)")
+    add("--minutes", type=float, default=math.inf, help="when to begin no more (default: never)")
     add("--out", type=Path, default=out, help="where results go (default: bench/results/study)")
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """Train and measure what is missing, then write and print the report."""
+    until = time.monotonic() + 60 * arguments.minutes
     scale = Scale(arguments.steps, max(1, 3 * arguments.steps // 10))
     runs = {
-        name: Study(name, arguments.smollm, arguments.work, scale).runs(arguments.seeds)
+        name: Study(name, arguments.smollm, arguments.work, scale, until).runs(arguments.seeds)
         for name in arguments.data
     }
+    runs = {name: found for name, found in runs.items() if found}
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "results.json", {"scale": vars(scale), "runs": runs})
     print(report(scale, runs, arguments.out))
+    plot(runs, arguments.out / "claims.png")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
+from bench.study.measure import CrossEntropy
 from fastsae.data import ActivationShards
 from fastsae.data.model import load_model, load_tokenizer
 from fastsae.data.ordinary import SAMPLE_TOKENS, Ordinary
@@ -73,6 +74,15 @@ def test_causal_ablations(gpt2_data):
     assert (zero.ce, zero.recovered_zero) == (zero.ce_zero, 0)
     assert (mean.ce, mean.recovered_mean) == (mean.ce_mean, 0)
     assert mean.ce_zero == pytest.approx(zero.ce_zero, rel=1e-6)
+
+
+def test_the_studys_cross_entropy_is_the_same(gpt2_data):
+    sae = init_from_data(SAE(D, 64, TopK(2)), gpt2_data.sample(100))
+    found, effect = downstream(sae, gpt2_data, max_windows=3), CrossEntropy(gpt2_data, 3)
+    assert isinstance(found, CausalEffect)
+    assert effect.clean == pytest.approx(found.ce_clean, rel=1e-12)
+    assert effect.ablated == pytest.approx(found.ce_mean, rel=1e-12)
+    assert effect.recovered(sae) == pytest.approx(found.recovered_mean, rel=1e-9)
 
 
 def test_causal_by_hand(gpt2_data):
