@@ -121,8 +121,8 @@ def received(
         add(what, N // D * width * item, "data")
     if dead:
         most, k_aux = max(dead), k_aux or d // 2
-        add("counts of dead latents", 8)
-        add("counts of dead latents", 8)
+        for what in ("of dead latents", "of dead latents", "of tokens at a time"):
+            add(f"counts {what}", 8)
         if k_aux < sum(dead):
             selection("selection of dead latents", N, min(k_aux, most))
         total("reconstructions by dead latents", N * d, weights)

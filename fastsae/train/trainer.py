@@ -199,8 +199,9 @@ class Trainer:
 
     def standardized(self, batch: Batch, state: TrainState) -> Batch:
         """A batch as training sees it, on the device, with the tokens of all processes."""
-        n, first = len(batch.rows) // self.shards.size, self.shards.rank
-        own = batch.x if len(batch.x) == n else batch.x[first * n : (first + 1) * n]
+        own, share = batch.x, self.config.batch_size // self.shards.size
+        if self.shards.size > 1 and len(own) > share:  # of a source that gives whole batches
+            own = own[self.shards.rank * share :][:share]
         x = self.shards.gather_tokens(own.to(self.device, non_blocking=True))
         x = state.units(x)
         kept = state.units.ordinary(x)
