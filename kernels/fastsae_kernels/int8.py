@@ -93,8 +93,10 @@ def int8_product(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
     rows, scale, _ = quantize_int8(x / W.columns)
     if why_not_int8(x.device) is None:
         nothing = torch.zeros(len(x), dtype=torch.int32)
+        # Signed times signed is fast with AMX alone; with VNNI one side must be unsigned.
+        unsigned = W.rows.view(torch.uint8) ^ 128
         pre = torch.ops.onednn.qlinear_pointwise(
-            W.rows, 1.0, 0, torch.ops.onednn.qlinear_prepack(rows, None), scale, nothing, None,
+            unsigned, 1.0, 128, torch.ops.onednn.qlinear_prepack(rows, None), scale, nothing, None,
             1.0, 0, torch.bfloat16, "none", [], "",
         )  # fmt: skip
     else:
