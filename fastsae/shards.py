@@ -1,7 +1,7 @@
 """How an SAE's latents and a batch's tokens are spread over processes.
 
-`Shards` itself stands for one process, which has all of both: its methods return what they are
-given. `fastsae.distributed` has the one for a mesh of processes. The step, the losses and the
+`Shards` itself is one process, which holds all latents and all tokens: its methods return what they
+are given. `fastsae.distributed` has the one for a mesh of processes. The step, the losses and the
 activations are written against these methods, so there is one code path.
 
 A mesh has two axes. Along `latent`, processes hold different latents (rows of both weights) and see

@@ -81,12 +81,12 @@ def main(words: Sequence[str]) -> str:
     with one_voice():
         command, configs = read_sweep(words)
         check_together(configs)  # before a model is loaded or the demo's data are made
-    size = place().size
+        size = place().size
+        if size > 1 and any(config.stream is not None for config in configs.values()):
+            raise ValueError(f"a sweep on a model's activations needs one process, got {size}")
     if size == 1:
         configs, source = opened(configs)
         return sweep_table(Sweep(configs, source, command.out), command.resume)
-    if any(config.stream is not None for config in configs.values()):
-        raise ValueError(f"a sweep on a model's activations needs one process, got {size}")
     with joined(f"data={size}", next(iter(configs.values())).device) as shards:
         configs, source = opened_together(configs, shards)
         table = sweep_table(Sweep(configs, source, command.out, shards=shards), command.resume)

@@ -23,7 +23,7 @@ def run_dealt(
     rows, error = list[Tensor](), None
     try:
         rows = run()
-    except Exception as raised:
+    except Exception as raised:  # told to the other processes, then raised
         error = raised
     told = (str(error) or repr(error)).encode()[:1000] if error else b""
     if size := channel.largest(len(told)):

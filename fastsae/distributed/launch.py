@@ -117,7 +117,7 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
     except KeyboardInterrupt as stop:
         stop.args = stop.args if rank == 0 else ("",)  # process 0 says it
         raise
-    except Exception as error:
+    except Exception as error:  # told to the other processes, then raised again
         if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
             raise LostError(lost(store, rank, size, error)) from None
         text = re.sub(r"^(process \d+: )+", "", str(error))
@@ -140,7 +140,7 @@ def lost(store: Store, rank: int, size: int, error: RuntimeError) -> str:
 
 
 def said(store: Store, rank: int, seconds: float = 2.0) -> str | None:
-    """The error that a process has failed with; None if it has not failed by then."""
+    """The error of a process that has failed; None if it has none after these seconds."""
     end = time.monotonic() + seconds
     try:
         while not store.check([f"failed/{rank}"]):

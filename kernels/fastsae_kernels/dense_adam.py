@@ -18,7 +18,8 @@ class AdamStep(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 6.25e-10
     seed: int = 0
-    """Of stochastic rounding, which depends on it, the step and the row alone."""
+    """Of stochastic rounding, which depends on it, the step and the row alone (on a CPU with a
+    window, also on which rows are due)."""
     first_row: int = 0
     """The number of the first row, where other processes have those before it."""
     scalars: Tensor | None = None
