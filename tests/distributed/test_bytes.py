@@ -66,7 +66,7 @@ def step(shards: Mesh, low: bool, dead: tuple[int, ...]) -> tuple[list[Move], li
     own = torch.arange(counts[shards.latent_rank]) if dead else None
     n = N // shards.size
     with recorded(shards) as (moves, widths):
-        assert shards.largest(0) == 0
+        assert shards.control.largest(0) == 0
         batch = shards.gather_tokens(x[shards.rank * n :][:n].contiguous())
         fused_step(sae, adam, batch, own, Objective(k_aux=K_AUX))
     assert len(sae.W_enc) == rows.stop - rows.start and len(set(widths)) <= 1
