@@ -70,11 +70,12 @@ class Shards:
         """Of the tokens of this place on the data axis, from all tokens."""
         return x
 
-    def gather_data(
-        self, own: Shaped[Tensor, "M ..."], widths_differ: bool = True
-    ) -> Shaped[Tensor, "N ..."]:
-        """Of all tokens and this process's latents, from each place on the data axis. If they have
-        different numbers of columns, columns of zeros make up for it."""
+    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
+        """Of all tokens and this process's latents, from each place on the data axis."""
+        return own
+
+    def gather_entries(self, *own: Shaped[Tensor, "M K"]) -> tuple[Shaped[Tensor, "N widest"], ...]:
+        """`gather_data` of each, where places have different K: columns of zeros make up for it."""
         return own
 
     # --- latents -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fastsae_kernels import By, decode, gather_dot, squared_error
 
 from .channel import GroupChannel
 from .collectives import Group, Spread, Total, gather, new_group, sum_shares, total
-from .selection import as_wide_as_all, batch_threshold, kept_counts, longest
+from .selection import batch_threshold, kept_counts, longest, widest
 
 Anything = TypeVar("Anything")
 
@@ -91,12 +91,14 @@ class Mesh(Shards):
     def own_tokens(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
         return x.chunk(self.data)[self.data_rank] if self.data > 1 else x
 
-    def gather_data(
-        self, own: Shaped[Tensor, "M ..."], widths_differ: bool = True
-    ) -> Shaped[Tensor, "N ..."]:
-        if own.dim() == 2 and widths_differ:
-            own = as_wide_as_all(own, self.along_data)
+    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
         return gather(own, self.along_data).flatten(0, 1)
+
+    def gather_entries(self, *own: Shaped[Tensor, "M K"]) -> tuple[Shaped[Tensor, "N widest"], ...]:
+        if self.data == 1:
+            return own
+        width = widest(own[0], self.along_data)
+        return tuple(self.gather_data(pad(x, (0, width - x.shape[1]))) for x in own)
 
     # --- latents -----------------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class Mesh(Shards):
         """Every process decodes its own entries, adds up a share of the tokens, and tells all."""
         if self.latent == 1:
             sse, error, dots = squared_error(codes.values, codes.latents(), W_dec, b_dec, target)
-            return self.gather_data(sse), self.gather_data(error, widths_differ=False), dots
+            return self.gather_data(sse), self.gather_data(error), dots
         part = decode(codes.values, codes.latents(), W_dec)
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         own = sum_shares(part, self.along_latent) + b_dec
