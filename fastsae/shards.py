@@ -78,6 +78,10 @@ class Shards:
         """`gather_data` of each, where places have different K: columns of zeros make up for it."""
         return own
 
+    def sum_data(self, part: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Sum of the parts of all places on the data axis, in their order."""
+        return part
+
     # --- latents -----------------------------------------------------------------------------
 
     def keep_best(self, codes: Codes, k: int, by: By, widest: int | None = None) -> Codes:

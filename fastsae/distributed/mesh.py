@@ -100,6 +100,9 @@ class Mesh(Shards):
         width = widest(own[0], self.along_data)
         return tuple(self.gather_data(pad(x, (0, width - x.shape[1]))) for x in own)
 
+    def sum_data(self, part: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        return total(part, self.along_data)
+
     # --- latents -----------------------------------------------------------------------------
 
     def keep_best(self, codes: Codes, k: int, by: By, widest: int | None = None) -> Codes:
@@ -136,7 +139,7 @@ class Mesh(Shards):
 
     def count(self, own: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
         """The sum of everyone's integers."""
-        return total(total(own, self.along_latent), self.along_data)
+        return self.sum_data(total(own, self.along_latent))
 
     def smallest(self, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
         return gather(own, self.along_latent).amin(0)
