@@ -71,8 +71,9 @@ class Mesh(Shards):
         grid = torch.tensor(self.ranks).view(axes.data, axes.latent)
         self.along_latent = _group_of(grid[self.data_rank].tolist())
         self.along_data = _group_of(grid[:, self.latent_rank].tolist())
-        self.control = GroupChannel(self.ranks)
-        """In the memory of the CPU; here, processes may wait for long."""
+        # In the memory of the CPU; here, processes may wait for long.
+        self.control = channel = GroupChannel(self.ranks)
+        self.everyone = channel.group
 
     def rows(self, d_sae: int) -> slice:
         if d_sae % self.latent:
@@ -186,7 +187,7 @@ class Mesh(Shards):
 
     def all_of(self, value: Anything) -> list[Anything]:
         found: list = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control.group)
+        dist.all_gather_object(found, value, group=self.everyone)
         return found
 
     def channel(self) -> GroupChannel:

@@ -31,7 +31,7 @@ Move = tuple[str, int]
 def recorded(shards: Mesh) -> Iterator[tuple[list[Move], list[int]]]:
     """What this process receives from others, and how wide the codes are that it does."""
     moves, widths = list[Move](), list[int]()
-    names = {shards.along_latent: "latent", shards.along_data: "data", shards.control.group: "all"}
+    names = {shards.along_latent: "latent", shards.along_data: "data", shards.everyone: "all"}
 
     def counted(run: Any, found: Tensor, own: Tensor, group: Any) -> None:
         R = group.size()
