@@ -116,8 +116,8 @@ def received(
     add("errors of these tokens", n * d * wide)
     if D > 1:
         tokens("errors of all tokens", d * weights)
+    add("most active latents", 8, "data")
     for what, item in {"values": weights, "indices": 8, "dot products": wide}.items():
-        add(f"width of {what}", 8, "data")
         add(what, N // D * width * item, "data")
     if dead:
         most, k_aux = max(dead), k_aux or d // 2

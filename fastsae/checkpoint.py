@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +166,22 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def newest_intact(
-    folders: Sequence[Path], sharded: Collection[str] = (), shards: Shards = ONE_PROCESS
+    folders: Mapping[Path, Collection[str]], shards: Shards = ONE_PROCESS
 ) -> list[Checkpoint] | None:
     """The checkpoints of the newest step for which every folder has an intact one; None if there is
     no step for which every folder has one. All processes get those of the same step.
 
-    Says which ones it passes over, as they are damaged; ValueError if all are.
+    `folders` says what `load_checkpoint` should take for sharded in each. Says which checkpoints it
+    passes over, as they are damaged; ValueError if all are.
     """
     kept = on_first(shards, lambda: [_by_step(folder) for folder in folders])
     damage = None
     for step in sorted(set.intersection(*map(set, kept)), reverse=True):
         try:
-            return [load_checkpoint(paths[step], sharded, shards) for paths in kept]
+            return [
+                load_checkpoint(paths[step], sharded, shards)
+                for paths, sharded in zip(kept, folders.values(), strict=True)
+            ]
         except ValueError as error:
             damage = error
             if shards.rank == 0:

@@ -6,6 +6,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+import torch
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -20,6 +22,14 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, 1 << 30)
             mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def memory_left(device: str, processes: int) -> int:
+    """Bytes that one of so many processes of this machine can use on its device."""
+    if device == "cpu":
+        return available_memory() // processes
+    free, _ = torch.cuda.mem_get_info()
+    return free // -(-processes // torch.cuda.device_count())
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -22,13 +22,13 @@ Anything = TypeVar("Anything")
 
 
 class Channel:
-    """One process, with nobody to talk to beside the training step. See `Shards.channel`."""
+    """One process, with nobody to talk to beside the arithmetic of a step."""
 
     rank: int = 0
     size: int = 1
 
     def largest(self, own: int) -> int:
-        """The largest number that any process has."""
+        """The largest number that any process has: what every step can afford to ask."""
         return own
 
     def rows_of_all(
@@ -53,6 +53,8 @@ class Shards:
     """Place on the latent axis; ranks are numbered along it first."""
     data_rank: int = 0
     """Place on the data axis."""
+    control: Channel = Channel()
+    """For small things that are not part of a step's arithmetic, such as signals."""
 
     def rows(self, d_sae: int) -> slice:
         """The latents of this process: an equal share of d_sae, which must be divisible."""
@@ -68,12 +70,17 @@ class Shards:
         """Of the tokens of this place on the data axis, from all tokens."""
         return x
 
-    def gather_data(
-        self, own: Shaped[Tensor, "M ..."], widths_differ: bool = True
-    ) -> Shaped[Tensor, "N ..."]:
-        """Of all tokens and this process's latents, from each place on the data axis. If they have
-        different numbers of columns, columns of zeros make up for it."""
+    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
+        """Of all tokens and this process's latents, from each place on the data axis."""
         return own
+
+    def gather_entries(self, *own: Shaped[Tensor, "M K"]) -> tuple[Shaped[Tensor, "N widest"], ...]:
+        """`gather_data` of each, where places have different K: columns of zeros make up for it."""
+        return own
+
+    def sum_data(self, part: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Sum of the parts of all places on the data axis, in their order."""
+        return part
 
     # --- latents -----------------------------------------------------------------------------
 
@@ -136,13 +143,14 @@ class Shards:
         """Every process's value, by rank: small Python objects. Waits for all."""
         return [value]
 
-    def largest(self, own: int) -> int:
-        """The largest number that any process has: what every step can afford to ask."""
-        return own
-
     def channel(self) -> Channel:
         """For another thread than the one that trains. All processes make it at once."""
         return Channel()
+
+    def part(self, data: int, latent: int) -> "Shards":
+        """The mesh of these axes that this process is in, where all processes are divided into
+        such meshes, in the order of ranks. All make theirs at once."""
+        return self
 
     def __deepcopy__(self, memo: object) -> "Shards":
         return self

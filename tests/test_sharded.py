@@ -218,7 +218,7 @@ def test_all_processes_pass_over_a_damaged_checkpoint(file, harm, tmp_path):
     harm(tmp_path / "step-00000006" / file)
 
     def resume(shards: Shards) -> None:
-        (found,) = newest_intact([tmp_path], SHARDED, shards) or []
+        (found,) = newest_intact({tmp_path: SHARDED}, shards) or []
         assert_loaded(found, 5, shards)
 
     for mesh in ((1, 1), (2, 2), (1, 3)):
@@ -232,7 +232,7 @@ def test_one_flipped_bit_of_a_checkpoint_by_one_process_is_seen_by_all(tmp_path)
     for step in (5, 6):
         save(tmp_path, step)
     flip(tmp_path / "step-00000006" / FILES[0])
-    for found in run_all(2, 2, lambda shards: newest_intact([tmp_path], SHARDED, shards)):
+    for found in run_all(2, 2, lambda shards: newest_intact({tmp_path: SHARDED}, shards)):
         assert found[0][1]["step"] == 5
 
 

@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_passed_over_without_a_stderr(tmp_path, monkeypa
     (path / "state.safetensors").write_bytes(b"")
     monkeypatch.setattr(sys, "stderr", StringIO())
     sys.stderr.close()
-    ((_, meta),) = newest_intact([tmp_path]) or []
+    ((_, meta),) = newest_intact({tmp_path: ()}) or []
     assert meta["step"] == 1
 
 

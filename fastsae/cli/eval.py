@@ -6,10 +6,14 @@ from pathlib import Path
 
 from fastsae.config import to_dict
 from fastsae.data import ActivationArray, Joined, StoredActivations, open_path, stored
+from fastsae.device import choose_device
 from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
 from fastsae.files import write_json
-from fastsae.interop import load_divided
+from fastsae.interop import detect, load_divided
+from fastsae.memory import memory_left
+from fastsae.progress import say
+from fastsae.shards import Shards
 from fastsae.train.run_folder import stored_fingerprint
 
 from .parse import filled, read_words
@@ -23,6 +27,11 @@ class Eval(EvalConfig):
     run: Path
     """Directory of a run or of a saved SAE, from fastsae or another library."""
 
+    mesh: str | None = None
+    """Under torchrun, how many processes divide the tokens, and the latents: data=2,latent=4
+    (default: all divide the tokens; if the SAE takes more than half of the memory that a process
+    has, those of a machine divide the latents)."""
+
 
 def main(words: Sequence[str]) -> str:
     with one_voice():
@@ -33,8 +42,9 @@ def main(words: Sequence[str]) -> str:
             raise ValueError(f"{run} is not a directory, where the results could go")
         if "max_norm_ratio" not in dict(given) and (config := trained_with(run)):
             command = replace(command, max_norm_ratio=config.max_norm_ratio)
-    # Under torchrun, all processes divide the latents, and see the same tokens.
-    with joined(f"latent={place().size}", command.device) as shards:
+    with joined(command.mesh or f"data={place().size}", command.device) as shards:
+        if command.mesh is None:
+            shards = divided_if_large(run, choose_device(command.device), shards)
         data = eval_data(run, command.data)
         result = evaluate(load_divided(run, shards), data, command, shards.rank == 0)
         if shards.rank:
@@ -42,6 +52,24 @@ def main(words: Sequence[str]) -> str:
         write_json(run / "eval.json", to_dict(result))
         about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
         return f"{about}\n{evaluation_table(result)}\nwritten to {run / 'eval.json'}"
+
+
+def divided_if_large(run: Path, device: str, shards: Shards) -> Shards:
+    """The processes, or a mesh of them that divides the latents if an SAE is too large for one."""
+    if shards.size == 1:
+        return shards
+    _, files = detect(run)
+    size = sum(file.stat().st_size for file in files)
+    left = min(shards.all_of(memory_left(device, place().local_size)))
+    if 2 * size <= left:
+        return shards
+    if shards.rank == 0:
+        say(
+            f"the SAE takes {size / 1e9:.1f} GB, more than half of the {left / 1e9:.1f} GB that a "
+            f"process has: the processes of a machine divide the latents"
+        )
+    latent = place().local_size
+    return shards.part(shards.size // latent, latent)
 
 
 def eval_data(run: Path, data: Path | None) -> StoredActivations:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastsae.data import StreamConfig
-from fastsae.distributed.launch import joined, one_voice, place
+from fastsae.distributed.launch import axes_of, joined, one_voice, place
 from fastsae.train import Sweep, TrainConfig
-from fastsae.train.sweep import check_together, stored_sweep
+from fastsae.train.sweep import check_groups, check_together, stored_sweep
 
 from .parse import (
     Settings,
@@ -21,10 +21,10 @@ from .parse import (
     types_in,
     updated,
 )
-from .train import opened, opened_together, sweep_table
+from .train import opened_together, sweep_table
 
 STREAM = tuple(field.name for field in dataclasses.fields(StreamConfig))
-NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed", *STREAM)
+NOT_OWN = ("activation", "recipe", "resume", "out", "mesh", "seed", "data_seed", *STREAM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,12 @@ class SweepCommand:
     """Directory for the runs and their comparison; it must not hold another sweep."""
 
     resume: bool = False
-    """Resume the sweep in --out from the last checkpoint that all its SAEs have."""
+    """Resume the sweep in --out from the last checkpoints of its SAEs."""
+
+    mesh: str | None = None
+    """Under torchrun, how many processes train each SAE, and how they divide it: data=1,latent=2
+    makes pairs of processes that divide the latents (default: each SAE is trained by one process).
+    Groups share the SAEs out; any division resumes the sweep of another."""
 
     config: TrainConfig = field(default_factory=TrainConfig)
     """Settings of all SAEs."""
@@ -70,9 +75,10 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
     command = SweepCommand(**{name: v for name, v in values.items() if name in fields})
     if not command.resume:
         return command, swept(command, start, values)
-    if values.keys() - {"resume", "out"}:
+    if values.keys() - {"resume", "out", "mesh"}:
         raise ValueError(
-            f"--resume takes the SAEs and settings of {command.out}: give nothing but --out"
+            f"--resume takes the SAEs and settings of {command.out}: give nothing but --out and "
+            f"--mesh"
         )
     return command, stored_sweep(command.out)
 
@@ -82,14 +88,16 @@ def main(words: Sequence[str]) -> str:
         command, configs = read_sweep(words)
         check_together(configs)  # before a model is loaded or the demo's data are made
         size = place().size
+        axes = axes_of(command.mesh or "data=1", place(), several=True)
         if size > 1 and any(config.stream is not None for config in configs.values()):
             raise ValueError(f"a sweep on a model's activations needs one process, got {size}")
-    if size == 1:
-        configs, source = opened(configs)
-        return sweep_table(Sweep(configs, source, command.out), command.resume)
+        if size > 1:
+            check_groups(len(configs), size, axes.size)
     with joined(f"data={size}", next(iter(configs.values())).device) as shards:
+        group = shards.part(axes.data, axes.latent)
         configs, source = opened_together(configs, shards)
-        table = sweep_table(Sweep(configs, source, command.out, shards=shards), command.resume)
+        sweep = Sweep(configs, source, command.out, shards=shards, group=group)
+        table = sweep_table(sweep, command.resume)
         return "" if shards.rank else table
 
 

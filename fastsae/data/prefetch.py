@@ -123,9 +123,10 @@ class Batches:
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)
         self._error: Exception | None = None
         stop = threading.Event()
-        thread = threading.Thread(
-            target=_run, args=(loader, start, self._queue, stop), name="batches", daemon=True
-        )
+        # A new thread's GPU is the first one, whichever is current here.
+        gpu = torch.cuda.current_device() if loader.pin_memory else None
+        arguments = loader, start, self._queue, stop, gpu
+        thread = threading.Thread(target=_run, args=arguments, name="batches", daemon=True)
         # The thread holds no reference to self: an iterator that is dropped unclosed closes too.
         self._finalizer = weakref.finalize(self, _shut, thread, self._queue, stop)
         thread.start()
@@ -171,7 +172,10 @@ def _run(
     cursor: Cursor,
     ready: "queue.Queue[Batch | Exception]",
     stop: threading.Event,
+    gpu: int | None,
 ) -> None:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     while not stop.is_set():
         try:
             batch = loader.batch(cursor, stop.is_set)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsae.shards import Channel
 
-from .collectives import gather, padded
+from .collectives import gather, new_group, padded
 
 PATIENCE = timedelta(days=7)
 """Longer than anything that one process may do while the others wait. One that ends is noticed at
@@ -20,12 +20,10 @@ once."""
 class GroupChannel(Channel):
     """A group of its own, so that its calls do not meet those of other threads."""
 
-    def __init__(self, rank: int, size: int):
-        """Made by all processes at once."""
-        self.rank, self.size = rank, size
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        assert isinstance(group, dist.ProcessGroup), "it has all processes"
-        self.group = group
+    def __init__(self, ranks: Sequence[int]):
+        """Made by the processes of these ranks at once."""
+        self.rank, self.size = ranks.index(dist.get_rank()), len(ranks)
+        self.group = new_group(ranks, backend="gloo", timeout=PATIENCE)
 
     def largest(self, own: int) -> int:
         return int(gather(torch.tensor(own), self.group).max())

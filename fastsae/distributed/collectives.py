@@ -5,6 +5,7 @@ receives its share of all parts and adds them by rank. In a group of 1 nothing i
 Shapes: R ranks of the group.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -18,6 +19,14 @@ Group = dist.ProcessGroup | None
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """By its name from torch 2.13 on, or the one before."""
+
+
+def new_group(ranks: Sequence[int], **settings: Any) -> dist.ProcessGroup:
+    """A group of these ranks, ascending and this one among them. They make it at once; the others
+    need not take part, if all processes have made as many groups before."""
+    group = dist.new_group(ranks, use_local_synchronization=True, **settings)
+    assert isinstance(group, dist.ProcessGroup), "this process is in it"
+    return group
 
 
 def size_of(group: Group) -> int:

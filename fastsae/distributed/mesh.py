@@ -1,5 +1,6 @@
 """A mesh of processes: how they are arranged, and what they do for each other in a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -11,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastsae.codes import Codes
-from fastsae.shards import Shards
+from fastsae.shards import ONE_PROCESS, Shards
 from fastsae_kernels import By, decode, gather_dot, squared_error
 
 from .channel import GroupChannel
-from .collectives import Group, Spread, Total, gather, sum_shares, total
-from .selection import as_wide_as_all, batch_threshold, kept_counts, longest
+from .collectives import Group, Spread, Total, gather, new_group, sum_shares, total
+from .selection import batch_threshold, kept_counts, longest, widest
 
 Anything = TypeVar("Anything")
 
@@ -42,29 +43,37 @@ class Axes:
 
 
 class Mesh(Shards):
-    """The processes of torch.distributed's default group, arranged on two axes.
+    """Processes of torch.distributed's default group, arranged on two axes.
 
     Rank r has place r // latent on the data axis and r % latent on the latent axis. All processes
     must make the same calls in the same order. Sums have the same bits on every process; those of a
     batch do not depend on `data`.
     """
 
-    def __init__(self, axes: Axes, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        axes: Axes,
+        device: torch.device | str = "cpu",
+        ranks: Sequence[int] | None = None,
+    ):
         """Makes the groups of both axes, for tensors on `device`; ValueError unless there are as
-        many processes."""
-        self.size = dist.get_world_size()
+        many processes. They are those of the ascending `ranks` (default: all), which make the mesh
+        at once; its own ranks count from 0."""
+        self.ranks = [*range(dist.get_world_size())] if ranks is None else [*ranks]
+        self.size = len(self.ranks)
         if axes.size != self.size:
             raise ValueError(
                 f"a mesh of {axes} takes {axes.size} processes, but there are {self.size}"
             )
-        self.axes, self.rank, self.device = axes, dist.get_rank(), device
+        self.axes, self.rank, self.device = axes, self.ranks.index(dist.get_rank()), device
         self.data, self.latent = axes.data, axes.latent
         self.data_rank, self.latent_rank = divmod(self.rank, axes.latent)
-        ranks = torch.arange(self.size).view(axes.data, axes.latent)
-        self.along_latent = _group_of(ranks.tolist())
-        self.along_data = _group_of(ranks.T.tolist())
-        self.control = GroupChannel(self.rank, self.size)
-        """For small things in the memory of the CPU; here, processes may wait for long."""
+        grid = torch.tensor(self.ranks).view(axes.data, axes.latent)
+        self.along_latent = _group_of(grid[self.data_rank].tolist())
+        self.along_data = _group_of(grid[:, self.latent_rank].tolist())
+        # In the memory of the CPU; here, processes may wait for long.
+        self.control = channel = GroupChannel(self.ranks)
+        self.everyone = channel.group
 
     def rows(self, d_sae: int) -> slice:
         if d_sae % self.latent:
@@ -83,12 +92,17 @@ class Mesh(Shards):
     def own_tokens(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
         return x.chunk(self.data)[self.data_rank] if self.data > 1 else x
 
-    def gather_data(
-        self, own: Shaped[Tensor, "M ..."], widths_differ: bool = True
-    ) -> Shaped[Tensor, "N ..."]:
-        if own.dim() == 2 and widths_differ:
-            own = as_wide_as_all(own, self.along_data)
+    def gather_data(self, own: Shaped[Tensor, "M ..."]) -> Shaped[Tensor, "N ..."]:
         return gather(own, self.along_data).flatten(0, 1)
+
+    def gather_entries(self, *own: Shaped[Tensor, "M K"]) -> tuple[Shaped[Tensor, "N widest"], ...]:
+        if self.data == 1:
+            return own
+        width = widest(own[0], self.along_data)
+        return tuple(self.gather_data(pad(x, (0, width - x.shape[1]))) for x in own)
+
+    def sum_data(self, part: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        return total(part, self.along_data)
 
     # --- latents -----------------------------------------------------------------------------
 
@@ -126,7 +140,7 @@ class Mesh(Shards):
 
     def count(self, own: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
         """The sum of everyone's integers."""
-        return total(total(own, self.along_latent), self.along_data)
+        return self.sum_data(total(own, self.along_latent))
 
     def smallest(self, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
         return gather(own, self.along_latent).amin(0)
@@ -153,7 +167,7 @@ class Mesh(Shards):
         """Every process decodes its own entries, adds up a share of the tokens, and tells all."""
         if self.latent == 1:
             sse, error, dots = squared_error(codes.values, codes.latents(), W_dec, b_dec, target)
-            return self.gather_data(sse), self.gather_data(error, widths_differ=False), dots
+            return self.gather_data(sse), self.gather_data(error), dots
         part = decode(codes.values, codes.latents(), W_dec)
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         own = sum_shares(part, self.along_latent) + b_dec
@@ -173,21 +187,25 @@ class Mesh(Shards):
 
     def all_of(self, value: Anything) -> list[Anything]:
         found: list = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control.group)
+        dist.all_gather_object(found, value, group=self.everyone)
         return found
 
-    def largest(self, own: int) -> int:
-        return self.control.largest(own)
-
     def channel(self) -> GroupChannel:
-        return GroupChannel(self.rank, self.size)
+        return GroupChannel(self.ranks)
+
+    def part(self, data: int, latent: int) -> Shards:
+        axes = Axes(data, latent)
+        if self.size % axes.size:
+            raise ValueError(
+                f"meshes of {axes} must divide the processes, got {self.size}, which "
+                f"{axes.size} does not divide"
+            )
+        if axes.size == 1:
+            return ONE_PROCESS
+        start = self.rank - self.rank % axes.size
+        return Mesh(axes, self.device, self.ranks[start:][: axes.size])
 
 
-def _group_of(every: list[list[int]]) -> Group:
-    """The process group that this process is in, out of a partition; None if it is alone in it."""
-    found: Group = None
-    for ranks in every:
-        group = dist.new_group(ranks) if len(ranks) > 1 else None  # all processes make all groups
-        if isinstance(group, dist.ProcessGroup):  # else it has others, or this process alone
-            found = group
-    return found
+def _group_of(ranks: list[int]) -> Group:
+    """The process group of these ranks; None if this process is alone."""
+    return new_group(ranks) if len(ranks) > 1 else None

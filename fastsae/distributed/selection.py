@@ -9,9 +9,8 @@ many as the processes with lower latents leave.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .collectives import Group, exchange, gather, shares, size_of
 
@@ -47,12 +46,9 @@ def longest(counts: Int[Tensor, " N"]) -> int:
     return max(int(counts.max()) if len(counts) else 0, 1)
 
 
-def as_wide_as_all(x: Tensor, group: Group) -> Tensor:
-    """x [N, K] with columns of zeros, to the largest K in the group."""
-    if group is None:
-        return x
-    width = int(gather(torch.tensor(x.shape[1], device=x.device), group).max())
-    return pad(x, (0, width - x.shape[1]))
+def widest(x: Shaped[Tensor, "N K"], group: Group) -> int:
+    """The largest K in the group. Waits for a GPU."""
+    return int(gather(torch.tensor(x.shape[1], device=x.device), group).max())
 
 
 DIGIT = 11

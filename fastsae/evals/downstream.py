@@ -16,6 +16,7 @@ from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
 from fastsae.data.source import TextActivations
 from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
+from fastsae.shards import Shards
 
 from .reconstruction import check_fits, evaluation_mode
 from .windows import stored_batches
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Replace = Callable[[Tensor], Tensor]
 Read = Callable[[Any, TokenBatch], Tensor]
-Measure = Callable[[Tensor, Tensor, TokenBatch], Tensor]
+Measure = Callable[[Tensor, Tensor, TokenBatch], Float64[Tensor, " sums"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,9 @@ def downstream(
         max_norm_ratio: tokens that are further from the data's mean than this multiple of the
             median distance keep their activations; None replaces all.
 
+    Of processes that share an SAE, each place on the data axis runs the model on batches of its
+    own, and all get the numbers of all.
+
     Padding and special tokens, which the SAE was not trained on, keep their activations too; so
     they do in the two ablations, which set the others to zero and to the mean of ordinary tokens. A
     causal language model is measured by its next-token predictions, an encoder by its sentence
@@ -140,13 +144,21 @@ def downstream(
     (hookpoint,) = hookpoints_at(model, [data.hookpoint])
     tokenizer = load_tokenizer(data.model, files)
     batches = list(stored_batches(data, tokenizer, max_windows, batch_size))
-    shown = progress_bar("downstream", "batch", len(batches), shown=progress, over=batches)
+    own = batches[sae.shards.data_rank :: sae.shards.data]
+    shown = progress_bar("downstream", "batch", len(own), shown=progress, over=own)
     ordinary = Ordinary.of(data.sample(SAMPLE_TOKENS), max_norm_ratio)
     compare = partial(_compare, model, hookpoint, shown, _replacements(sae, ordinary))
     with evaluation_mode(sae):
         if model.can_generate() and runner(model, [hookpoint]) is model:
-            return _causal_effect(compare(log_probabilities, _losses), batches)
-        return _encoder_effect(compare(_embeddings, _cosine), batches)
+            losses = compare(log_probabilities, _losses, torch.zeros(2, dtype=torch.float64))
+            return _causal_effect(_of_all(losses, sae.shards), batches)
+        cosines = compare(_embeddings, _cosine, torch.zeros(1, dtype=torch.float64))
+        return _encoder_effect(_of_all(cosines, sae.shards), batches)
+
+
+def _of_all(sums: dict[str, Tensor], shards: Shards) -> dict[str, Tensor]:
+    """Sums over the batches of all places on the data axis."""
+    return {name: shards.sum_data(own) for name, own in sums.items()}
 
 
 def _replacements(sae: SAE, ordinary: Ordinary) -> dict[str, Replace]:
@@ -174,21 +186,23 @@ def _compare(
     replacements: dict[str, Replace],
     read: Read,
     measure: Measure,
+    zero: Float64[Tensor, " sums"],
 ) -> dict[str, Tensor]:
     """measure(clean, changed) summed over batches, for each replacement and for the original model,
-    where clean and changed are what `read` takes from the model's outputs."""
-    sums: dict[str, Any] = dict.fromkeys(["clean", *replacements], 0)
+    where clean and changed are what `read` takes from the model's outputs. `zero` is the sum of
+    none."""
+    sums = dict.fromkeys(["clean", *replacements], zero.to(model.device))
     run = runner(model, [hookpoint])
     for batch in batches:
         batch = TokenBatch(*(tensor.to(model.device) for tensor in batch))
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         clean = read(run(**inputs), batch)
-        sums["clean"] += measure(clean, clean, batch)
+        sums["clean"] = sums["clean"] + measure(clean, clean, batch)
         for name, replace in replacements.items():
             replaced = partial(replace_text, batch.keep, replace)
             with splice(hookpoint, replaced, len(batch.keep)):
                 changed = read(run(**inputs), batch)
-            sums[name] += measure(clean, changed, batch)
+            sums[name] = sums[name] + measure(clean, changed, batch)
     return sums
 
 
@@ -208,8 +222,8 @@ def _embeddings(output: Any, batch: TokenBatch) -> Float64[Tensor, "B D"]:
 
 def _cosine(
     clean: Float64[Tensor, "B D"], changed: Float64[Tensor, "B D"], batch: TokenBatch
-) -> Float64[Tensor, ""]:
-    return (clean * changed).sum()
+) -> Float64[Tensor, "1"]:
+    return (clean * changed).sum()[None]
 
 
 def _encoder_effect(cosines: dict[str, Tensor], batches: list[TokenBatch]) -> EncoderEffect:

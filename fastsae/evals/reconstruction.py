@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float32, Float64, Int64
@@ -14,8 +15,10 @@ from fastsae.data.joined import Joined
 from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
 from fastsae.data.prefetch import checked
 from fastsae.data.source import ActivationSource, StoredActivations
+from fastsae.meeting import everywhere
 from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
+from fastsae.shards import Shards
 
 DENSE = 0.1  # a latent active on more than this fraction of the tokens is dense
 
@@ -89,8 +92,9 @@ def reconstruction(
             median distance, in any of several sources; None keeps all.
 
     Takes one pass over the data. Memory is a batch and two covariances; sums are in float64, so the
-    batch size only affects rounding. ValueError for data of another width, without rows, with NaN
-    or Inf, or with all rows equal.
+    batch size only affects rounding. Of processes that share an SAE, the places on the data axis
+    read different batches, and all get the numbers of all. ValueError for data of another width,
+    without rows, with NaN or Inf, or with all rows equal.
     """
     check_fits(sae, data)
     width = len(sae.b_dec)
@@ -109,18 +113,18 @@ def reconstruction(
     bar = progress_bar("reconstruction", "token", tokens, shown=progress)
     ends = [sae.d_in, width]
     with evaluation_mode(sae), bar:
-        for x in _in_order(data, tokens, batch_size):
+        for x in _in_order(data, tokens, batch_size, sae.shards):
             x = x.to(sae.b_dec)
             parts = zip(ordinary, x.split(widths, dim=1), strict=True)
             kept = torch.stack([one.has(part) for one, part in parts]).all(0)
-            bar.update(len(x))
+            bar.update(min(batch_size * sae.shards.data, tokens - bar.n))
             for rows, add in ((x[kept], totals.add), (x[~kept], totals.leave_out)):
                 if not len(rows):
                     continue
                 seen, target = (rows, rows) if sae.d_out is None else rows.split(ends, 1)
                 codes = sae.encode(seen)
                 add(target.double(), sae.decode(codes, seen).double(), codes)
-    totals.fired = sae.shards.gather_latents(totals.fired)
+    totals.join(sae.shards)
     return totals.summary(ranks)
 
 
@@ -191,10 +195,22 @@ class _Totals:
         self.outlying_square += x.square().sum()
         self.outlying_error += (x - recon).square().sum()
 
+    def join(self, shards: Shards) -> None:
+        """Of this process's latents and tokens, become those of all processes."""
+        self.inputs.join(shards)
+        self.residuals.join(shards)
+        counts = torch.tensor([self.tokens, self.left_out], device=self.fired.device)
+        self.tokens, self.left_out = shards.sum_data(counts).tolist()
+        sums = self.error, self.cosine, self.norm, self.outlying_square, self.outlying_error
+        self.error, self.cosine, self.norm, *outlying = shards.sum_data(torch.stack(sums))
+        self.outlying_square, self.outlying_error = outlying
+        self.outlying = shards.sum_data(self.outlying)
+        self.fired = shards.gather_latents(shards.sum_data(self.fired))
+
     def fvu_all(self, variance: float) -> float:
         """From the variance of the ordinary tokens, by Steiner's theorem."""
         n, more = self.tokens, self.left_out
-        own = self.inputs.mean()
+        own = self.inputs.mean
         mean = (n * own + self.outlying) / (n + more)
         square = n * (variance + (own - mean).square().sum()) + self.outlying_square
         square += more * mean.square().sum() - 2 * mean @ self.outlying
@@ -207,7 +223,7 @@ class _Totals:
             )
         n, cov = self.tokens, self.inputs.value()
         variance = float(cov.trace())
-        same = torch.finfo(torch.float64).eps * float(self.inputs.shift.square().sum())
+        same = torch.finfo(torch.float64).eps * float(self.inputs.mean.square().sum())
         if variance <= same:
             raise ValueError(f"the {n} tokens are all the same: their variance is 0")
         return Reconstruction(
@@ -241,35 +257,46 @@ def _utilization(fired: Int64[Tensor, " d_sae"]) -> float:
 
 
 class _Covariance:
-    """Covariance of a stream of rows, shifted by the first batch's mean to avoid cancellation."""
+    """Covariance of a stream of rows. Products are of distances from the mean, which move with it
+    (Steiner's theorem), to avoid cancellation."""
 
     def __init__(self, d_in: int, device: torch.device):
         self.tokens = 0
-        self.shift = torch.zeros(d_in, dtype=torch.float64, device=device)
-        self.sum = torch.zeros_like(self.shift)
-        self.products = self.sum.new_zeros(d_in, d_in)
+        self.mean = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.products = self.mean.new_zeros(d_in, d_in)
 
     def add(self, x: Float64[Tensor, "N D"]) -> None:
-        if not self.tokens:
-            self.shift = x.mean(0)
-        x = x - self.shift
-        self.tokens += len(x)
-        self.sum += x.sum(0)
-        self.products.addmm_(x.T, x)
+        before, n = self.tokens, len(x)
+        self.tokens += n
+        mean = x.mean(0)
+        x, move = x - mean, mean - self.mean
+        self.products.addmm_(x.T, x).addr_(move, move, alpha=before * n / self.tokens)
+        self.mean += move * (n / self.tokens)
 
-    def mean(self) -> Float64[Tensor, " D"]:
-        return self.shift + self.sum / self.tokens
+    def join(self, shards: Shards) -> None:
+        """Of the tokens of this process, become that of the tokens of all."""
+        own, before = self.tokens, self.mean
+        self.tokens = int(shards.sum_data(torch.tensor(own, device=before.device)))
+        self.mean = shards.sum_data(before * own) / max(self.tokens, 1)
+        move = before - self.mean
+        self.products = shards.sum_data(self.products.addr_(move, move, alpha=own))
 
     def value(self) -> Float64[Tensor, "D D"]:
-        mean = self.sum / self.tokens
-        return self.products / self.tokens - mean.outer(mean)
+        return self.products / self.tokens
 
 
 def _in_order(
-    data: StoredActivations, tokens: int, batch_size: int
+    data: StoredActivations, tokens: int, batch_size: int, shards: Shards
 ) -> Iterator[Float32[Tensor, "N d_in"]]:
-    for start in range(0, tokens, batch_size):
-        rows = torch.arange(start, min(start + batch_size, tokens))
-        x = data.rows(rows)
+    """Batches of the first tokens. Places on the data axis take turns, so that each batch is that
+    of one process; in the last round, some may have an empty one. Where one process cannot read,
+    all raise."""
+
+    def read(start: int) -> Float32[Tensor, "N d_in"]:
+        rows = torch.arange(start, max(min(start + batch_size, tokens), start))
+        x = data.rows(rows) if len(rows) else torch.empty(0, data.d_in, dtype=torch.float32)
         checked(x.numpy(), rows.numpy(), data.where)
-        yield x
+        return x
+
+    for first in range(0, tokens, batch_size * shards.data):
+        yield everywhere(shards, partial(read, first + batch_size * shards.data_rank))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsae.distributed.parallelize import parallelize
 from fastsae.files import read_json, write_files
 from fastsae.nn import SAE
 from fastsae.shards import Shards
@@ -69,8 +70,6 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
     path = Path(source)
     if not path.exists():
         path = download(str(source), {name for form in FORMATS.values() for name in form.files})
-    if (path / "sae").is_dir() and not candidates(path):
-        path = path / "sae"
     form, files = detect(path)
     try:
         return form.read(*map(read_file, files)).to(device)
@@ -81,21 +80,23 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
 
 
 def load_divided(source: Path, shards: Shards) -> SAE:
-    """What `load` returns of fastsae's own files; where processes share the latents, each one reads
-    its own. ValueError for another library's."""
-    folder = source / "sae" if (source / "sae").is_dir() and not candidates(source) else source
-    if shards.size == 1:
-        return load(folder)
-    form, _ = detect(folder)
+    """What `load` returns, with each process's latents; where they are divided, each one reads its
+    own. ValueError for another library's files then."""
+    if shards.latent == 1:
+        return parallelize(load(source), shards)
+    form, (config, *_) = detect(source)
     if form is not FORMATS["fastsae"]:
-        raise ValueError(f"{folder} is not fastsae's own: only one process can read it")
-    return native.read_divided(folder, shards)
+        raise ValueError(f"{source} is not fastsae's own: processes cannot divide its latents")
+    return native.read_divided(config.parent, shards)
 
 
 def detect(path: Path) -> tuple[Format, list[Path]]:
-    """The format of a file or directory, and its files; ValueError lists the supported formats, or
-    those that the directory has files of."""
+    """The format of a file or directory, which may be a run's, and its files; ValueError lists the
+    supported formats, or those that the directory has files of."""
     found = candidates(path)
+    if not found and (path / "sae").is_dir():
+        path = path / "sae"
+        found = candidates(path)
     if len(found) > 1:
         found = {name: files for name, files in found.items() if has_setting(name, files[0])}
     if len(found) > 1:

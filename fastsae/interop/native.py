@@ -77,7 +77,7 @@ def read_divided(folder: Path, shards: Shards) -> SAE:
     tensors, contents = read_rows(path, names, shards)
     if not is_sealed(found.values, contents):
         raise ValueError(f"{path} or {found.path} was changed after it was saved")
-    sae.load_state_dict(tensors)
+    sae.load_state_dict(tensors, assign=True)  # in the dtype that was saved
     return sae.eval()
 
 

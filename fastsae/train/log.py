@@ -103,6 +103,7 @@ class Unlogged(Log):
 
     def __init__(self):
         self._tensorboard = self._wandb = None
+        self.last = {}
         self._bar = progress_bar("train", "step", 0, shown=False)
 
     def write(self, line: dict[str, Any]) -> None:

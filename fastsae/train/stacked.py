@@ -28,16 +28,17 @@ class Stack(NamedTuple):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "N d_in"]) -> dict[str, Codes]:
-        """The codes of a batch in each SAE."""
+        """The codes of a batch in each SAE, as `TopK.encode` returns them."""
         saes = [state.sae for state in self.states.values()]
-        x = saes[0].tokens(x)
+        shards, own = saes[0].shards, len(saes[0].W_enc)
+        x = shards.own_tokens(saes[0].tokens(x))
         bias = torch.cat([torch.addmv(s.b_enc, s.W_enc, s.b_dec, alpha=-1) for s in saes])
         choices = [(s.activation.cfg.k, s.activation.cfg.by) for s in saes]
         with tf32_products(self.tf32):
-            found = encode_topk_each(x, self.W_enc, bias, choices)
+            found = encode_topk_each(x, self.W_enc, bias, [(min(k, own), by) for k, by in choices])
         return {
-            name: Codes(*codes, state.sae.d_sae)
-            for (name, state), codes in zip(self.states.items(), found, strict=True)
+            name: shards.keep_best(Codes(*codes, own), *choice)
+            for name, codes, choice in zip(self.states, found, choices, strict=True)
         }
 
 

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fastsae.checkpoint import list_checkpoints, newest_intact
 from fastsae.codes import Codes
 from fastsae.config import to_dict
 from fastsae.data import Batch, Stream, as_source
@@ -27,11 +26,12 @@ from fastsae.version import __version__, written_by
 from .comparison import compare
 from .config import TrainConfig, read_config
 from .describe import describe
-from .interrupt import Interrupted, Interrupts
+from .interrupt import Interrupts
 from .log import Log
 from .run_folder import claimed_run, resolved
 from .stacked import Stack, stacks
 from .state import TrainState
+from .together import check_same_run, latest, take_together
 from .trainer import Trainer
 
 FORMAT = "fastsae.sweep.1"
@@ -45,8 +45,9 @@ class Sweep:
     """Trains the SAEs of several configs and leaves a comparison of them in `out`.
 
     `out` then holds a run's folder for each, comparison.json and, with matplotlib, comparison.png.
-    With `shards`, a `fastsae.distributed.Mesh`, every process trains an equal part of them, each of
-    them whole and on its own; process 0 compares them at the end.
+    With `shards`, a `fastsae.distributed.Mesh`, the processes share the SAEs out: each is trained
+    by one process, or by those of `group`, which is a `shards.part(data, latent)`, and the others
+    are not waited for. Process 0 compares them at the end.
     """
 
     def __init__(
@@ -56,48 +57,49 @@ class Sweep:
         out: Path,
         progress: bool = True,
         shards: Shards = ONE_PROCESS,
+        group: Shards = ONE_PROCESS,
     ):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
-        order of the first one's seed. ValueError unless there are some, and they share SHARED and
-        have no patience. Without `progress`, nothing but warnings is shown on stderr."""
+        order of the first one's seed. ValueError unless there are some, as many as groups, and they
+        share SHARED and have no patience. Without `progress`, nothing but warnings is shown on
+        stderr."""
         check_together(configs)
-        if len(configs) < shards.size:
-            raise ValueError(
-                f"a sweep in {shards.size} processes needs as many SAEs, got {len(configs)}"
-            )
+        check_groups(len(configs), shards.size, group.size)
         first = next(iter(configs.values()))
         seed = first.seed if first.data_seed is None else first.data_seed
         self.source = source = as_source(source)
-        self.out, self.shards, self.progress = out, shards, progress and shards.rank == 0
+        self.out, self.shards, self.group = out, shards, group
+        self.progress = progress and shards.rank == 0
         self.configs = {
             name: dataclasses.replace(config, out=out / name, data_seed=seed)
             for name, config in configs.items()
         }
         """Of all SAEs; `trainers` are those of this process."""
         self.trainers: dict[str, Trainer] = {}
-        for name in [*configs][shards.rank :: shards.size]:
+        for name in [*configs][shards.rank // group.size :: shards.size // group.size]:
             own, config = source, self.configs[name]
             if isinstance(source, Stream) and config.stream is not None:
                 own = source.select(*config.hookpoints)
-            self.trainers[name] = Trainer(config, own, progress=self.progress)
+            self.trainers[name] = Trainer(config, own, progress=self.progress, shards=group)
         self.first = next(iter(self.trainers))
 
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
         keep_freed_memory()
+        settled = {"settings": self.configs, "--resume": resume}
+        check_same_run(self.shards, settled, self.source, seed=0)
         with claimed_run(self.out, self.shards), ExitStack() as stack:
             if not resume:
                 for first, *_ in self.sites:
                     self.trainers[first].standardization()  # a failed start leaves no files
                 on_first(self.shards, lambda: begin(self.out, self.configs))
             for trainer in self.trainers.values():
-                stack.enter_context(claimed_run(trainer.config.out))
+                stack.enter_context(claimed_run(trainer.config.out, self.group))
             states = self.start(resume)
             interrupts = stack.enter_context(Interrupts())
             logs = {}
             for name, trainer in self.trainers.items():
-                step = states[name].step
-                log = Log(trainer.config, trainer.plan.steps, step, shown=False)
+                log = trainer.log(states[name], shown=False)
                 logs[name] = stack.enter_context(log)
                 trainer.say(f"{name}: {describe(trainer, states[name].sae)}")
             self.loop(states, logs, interrupts)
@@ -109,54 +111,45 @@ class Sweep:
         return saes
 
     def start(self, resume: bool) -> dict[str, TrainState]:
-        """All states at the newest step for which every SAE has an intact checkpoint."""
-        outs = {name: trainer.config.out for name, trainer in self.trainers.items()}
-        begun = {name: resume and (out / "config.json").exists() for name, out in outs.items()}
-        found = None
-        if all(begun.values()):
-            folders = [out / "checkpoints" for out in outs.values()]
-            found = newest_intact(folders)
-            if found is None and all(map(list_checkpoints, folders)):
-                raise ValueError(
-                    f"SAEs in {self.out} have no checkpoint of the same step: resume them in as "
-                    f"many processes as before"
-                )
-        checkpoints = found or [None] * len(outs)
-        return {
-            name: trainer.start(begun[name], checkpoint)
-            for (name, trainer), checkpoint in zip(self.trainers.items(), checkpoints, strict=True)
-        }
+        """All states at the newest step for which every SAE has an intact checkpoint. If there is
+        none, because other groups trained them before, each is at the newest of its own."""
+        trainers = [*self.trainers.values()]
+        outs = [trainer.config.out for trainer in trainers]
+        begun = on_first(
+            self.group, lambda: [resume and (out / "config.json").exists() for out in outs]
+        )
+        checkpoints = latest(trainers) if all(begun) else [None] * len(outs)
+        states = map(Trainer.start, trainers, begun, checkpoints)
+        return dict(zip(self.trainers, states, strict=True))
 
     def loop(
         self, states: dict[str, TrainState], logs: dict[str, Log], interrupts: Interrupts
     ) -> None:
-        """Take every batch to every SAE."""
-        trainer, state = self.trainers[self.first], states[self.first]
+        """Take every batch to every SAE that has not had it yet."""
+        # The run that is furthest behind takes the batches.
+        runs = sorted(
+            ((self.trainers[name], state) for name, state in states.items()),
+            key=lambda run: run[1].step,
+        )
+        trainer, state = runs[0]
         steps, every = trainer.plan.steps, trainer.config.log_every
         shared = [stacks({n: self.trainers[n] for n in names}, states) for names in self.sites]
         bar = progress_bar("sweep", "step", steps, state.step, shown=self.progress)
         with trainer.batches(state, self.source) as batches, bar:
             while state.step < steps:
-                batch = trainer.take(batches, state, interrupts)
-                if batch is not None:
-                    for names, stacked in zip(self.sites, shared, strict=True):
-                        self.advance(names, stacked, batch, states, logs)
-                    bar.update()
-                if batch is not None and (state.step % every == 0 or state.step == steps):
-                    lines = {name: log.last["fvu"] for name, log in logs.items()}
+                batch, step = take_together(runs, batches, interrupts, self.out), state.step
+                for names, stacked in zip(self.sites, shared, strict=True):
+                    due = [name for name in names if states[name].step == step]
+                    if due:
+                        self.advance(due, stacked, batch, states, logs)
+                bar.update()
+                if state.step % every == 0 or state.step == steps:
+                    lines = {name: log.last["fvu"] for name, log in logs.items() if log.last}
                     best = min(lines, key=lambda name: lines[name])
                     text = f"best FVU {lines[best]:.4f} ({printable(best, 60)})"
                     bar.set_postfix_str(text)
                     if not shows_bars():
                         trainer.say(f"step {state.step}/{steps}  {text}")
-                if interrupts.signum and state.step < steps:
-                    for name, one in self.trainers.items():
-                        one.save(states[name])
-                    raise Interrupted(
-                        interrupts.signum,
-                        f"stopped at step {state.step} of {steps}, saved; "
-                        f"continue with --resume --out {self.out}",
-                    )
 
     @property
     def sites(self) -> list[list[str]]:
@@ -174,7 +167,7 @@ class Sweep:
         states: dict[str, TrainState],
         logs: dict[str, Log],
     ) -> None:
-        """Take a batch to the SAEs of a site."""
+        """Take a batch to these SAEs of a site."""
         first, codes = self.trainers[names[0]], dict[str, Codes]()
         if isinstance(self.source, Stream) and first.config.stream is not None:
             x = self.source.part(batch.x, first.config.hookpoints)
@@ -204,6 +197,17 @@ def check_together(configs: dict[str, TrainConfig]) -> None:
                 raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
     if any(config.patience is not None for config in configs.values()):
         raise ValueError("patience must be none where several SAEs train on the same tokens")
+
+
+def check_groups(saes: int, processes: int, group: int) -> None:
+    """ValueError unless each group of so many processes has an SAE to train."""
+    if saes * group < processes:
+        sizes = (n for n in range(group, processes + 1) if processes % n == 0)
+        enough = next(n for n in sizes if saes * n >= processes)
+        raise ValueError(
+            f"{processes // group} groups of processes cannot share {saes} SAEs out: --mesh "
+            f"latent={enough} lets {enough} processes train each SAE, and uses all {processes}"
+        )
 
 
 def shared(config: TrainConfig, name: str) -> Any:

@@ -99,9 +99,10 @@ class Trainer:
         """
         config = self.config
         keep_freed_memory()
-        check_same_run(self, resume)
+        settled = {"settings": config, "what follows from them": self.plan, "--resume": resume}
+        check_same_run(self.shards, settled, self.source, config.seed)
         with claimed_run(config.out, self.shards):
-            state = self.start(resume, latest(self) if resume else None)
+            state = self.start(resume, latest([self])[0] if resume else None)
             with (
                 Interrupts() as interrupts,
                 self.log(state) as log,
@@ -112,7 +113,7 @@ class Trainer:
                 self.say(describe_data(self))
                 while not self.ended(state):
                     start = time.perf_counter()
-                    batch = take_together(self, batches, state, interrupts)
+                    batch = take_together([(self, state)], batches, interrupts, config.out)
                     self.advance(state, self.standardized(batch, state), log, start)
             if isinstance(self.source, Stream):
                 self.say(self.source.report(state.tokens))
@@ -282,7 +283,7 @@ class Trainer:
 
     def save(self, state: TrainState) -> None:
         finite = all(weight.isfinite().all() for weight in state.sae.parameters())
-        if self.shards.largest(not finite):
+        if self.shards.control.largest(not finite):
             raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
         folder, keep = self.config.out / "checkpoints", self.config.keep_checkpoints
         names = names_per_latent(per_latent(state.sae))
@@ -297,11 +298,11 @@ class Trainer:
         state.adam.flush_copy(sae)
         return self.columns.fold_(sae.cpu().eval(), state.units)
 
-    def log(self, state: TrainState) -> Log:
+    def log(self, state: TrainState, shown: bool = True) -> Log:
         """Where lines go from here: nowhere, except of process 0."""
         if self.shards.rank:
             return Unlogged()
-        return Log(self.config, self.plan.steps, state.step, self.progress)
+        return Log(self.config, self.plan.steps, state.step, shown and self.progress)
 
     def say(self, text: str) -> None:
         if self.progress:

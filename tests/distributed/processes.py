@@ -1,11 +1,15 @@
 """Four processes that stay for a whole test session, and run functions as a mesh of any size."""
 
+import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -57,6 +61,24 @@ class Processes:
         for worker in self.workers:
             worker.kill()
         self.folder.cleanup()
+
+
+def as_started(processes: Processes, size: int, *words: str | Path) -> list[str]:
+    """What `fastsae ...` returns in each of so many processes, as torchrun would start them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return processes.run((1, size), _command, str(port), [*map(str, words)])
+
+
+def _command(mesh: Mesh, port: str, words: list[str]) -> str:
+    dist.destroy_process_group()  # the command makes its own
+    own = dict.fromkeys(("RANK", "LOCAL_RANK"), str(mesh.rank))
+    every = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(mesh.size))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with patch.dict(os.environ, own | every | where):
+        command, *options = words
+        return import_module(f"fastsae.cli.{command}").main(options)
 
 
 def _work(rank: int, pipe: Connection) -> None:

@@ -10,7 +10,8 @@ from fastsae.data import ModelProducer, Stream
 from fastsae.distributed import Mesh
 from fastsae.shards import ONE_PROCESS, Shards
 from fastsae.train import TrainConfig, Trainer
-from tests.distributed.test_trainer import config, results
+from tests.distributed.rounding import results
+from tests.distributed.test_trainer import config
 from tests.evals.conftest import gpt2 as gpt2
 
 WORDS = [*"abcdefghijklmnopqrs"]
