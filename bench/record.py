@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fastsae_kernels.product import processor
+from fastsae.environment import cpu_name, source_commit
+from fastsae_kernels.product import has_bf16, processor
 
 from .clock import free
 
@@ -40,12 +41,10 @@ LAST, END = 450, 475
 
 def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
     """Machine, versions and commit of a result."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     found = {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in lines),
+        "bf16_instructions": has_bf16(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit or source_commit(),
@@ -57,13 +56,6 @@ def stamp(device: str = "cpu", commit: str = "") -> dict[str, Any]:
         driver = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         found["driver"] = shell_output(driver)
     return found
-
-
-def source_commit() -> str:
-    """The commit that is checked out, with -dirty if anything except results has changed since."""
-    found = shell_output("git describe --always --exclude '*'")
-    status = "git status --porcelain --untracked-files=no -- ':(top,exclude)bench/results'"
-    return f"{found}-dirty" if shell_output(status) else found or "unknown"
 
 
 def shell_output(command: str) -> str:

@@ -26,11 +26,20 @@ DOCS, README = ROOT / "docs", (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r'--8<-- "docs/examples/(\w+)\.py"\n')
-PEERS = {"sparsify", "sae_lens", "dictionary_learning", "gguf", "transformer_lens", "nnsight"}
+PEERS = {
+    "sparsify",
+    "sae_lens",
+    "dictionary_learning",
+    "gguf",
+    "transformer_lens",
+    "nnsight",
+    "mlflow",
+}
 EXAMPLES = {
     "train_on_your_activations": "--batches 4 --steps 20",
     "transformer_lens_stream": "--batches 40 --steps 20",
     "nnsight_stream": "--batches 40 --steps 20",
+    "mlflow_logger": "--steps 20",
     "accelerate_sparsify": "--tokens 128 --d-in 32 --latents 256 --k 8 --rounds 1",
     "rational_upgrade": "--steps 60 --tuning-steps 30",
     "what_a_latent_means": "--max-tokens 3000 --steps 30 --latents 2",
@@ -118,6 +127,12 @@ def test_nnsight_stream(capsys, monkeypatch):
     printed = printed_by("nnsight_stream", capsys, monkeypatch)
     found = re.fullmatch(r"FVU (\S+), L0 8.0 on 1024 tokens; see \S+\n", printed)
     assert found and 0 < float(found[1]) < 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of MLflow's
+def test_mlflow_logger(capsys, monkeypatch):
+    printed = printed_by("mlflow_logger", capsys, monkeypatch)
+    assert re.fullmatch(r"final FVU 0\.\d{4} in MLflow's run mlflow\n", printed)
 
 
 def test_accelerate_sparsify(capsys, monkeypatch):

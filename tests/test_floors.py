@@ -13,6 +13,7 @@ FLOORS = [
         "fastsae.config",
         "fastsae.codes",
         "fastsae.device",
+        "fastsae.environment",
         "fastsae.files",
         "fastsae.memory",
         "fastsae.progress",

@@ -30,6 +30,7 @@ from bench.clock import summary
 from bench.problem import SHAPES, Size, check_names
 from fastsae.data import ActivationShards, demo_shards
 from fastsae.device import choose_device
+from fastsae.environment import source_commit
 
 from .contender import CONTENDERS, KNOWN, VARIANTS
 from .process import run
@@ -102,7 +103,7 @@ def bench(arguments: argparse.Namespace) -> None:
             tuple(rate or None for rate in rates),
             arguments.seeds,
             known["runs"],
-            {"commit": record.source_commit(), "versions": about["versions"]},
+            {"commit": source_commit(), "versions": about["versions"]},
             lambda runs: keep(name, task, known | {"runs": runs}),
         )
     results = json.loads(path.read_text())

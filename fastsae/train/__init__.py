@@ -1,6 +1,7 @@
 from .callbacks import Callback, EarlyStopping, StopTraining
 from .config import TrainConfig
 from .interrupt import Interrupted
+from .loggers import Logger, RunInfo
 from .optim import Optimizer
 from .recipes import RECIPES, recipe
 from .run_folder import resumed_config, stored_config
@@ -12,7 +13,9 @@ __all__ = [
     "Callback",
     "EarlyStopping",
     "Interrupted",
+    "Logger",
     "Optimizer",
+    "RunInfo",
     "StopTraining",
     "Sweep",
     "TrainConfig",

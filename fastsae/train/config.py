@@ -142,7 +142,10 @@ class TrainConfig:
     """Also log to TensorBoard, in OUT/tensorboard."""
 
     wandb: str | None = None
-    """Also log to this Weights & Biases project."""
+    """Also log to this Weights & Biases project; its files are in OUT/wandb."""
+
+    wandb_artifacts: bool = False
+    """Also store the SAE and the report as artifacts of the W&B run."""
 
     def __post_init__(self):
         at_least_one = ("d_sae", "steps", "batch_size", "checkpoint_every", "keep_checkpoints")

@@ -27,6 +27,7 @@ CONFLICTS: Rules = [
         "patience = {c.patience} needs eval_every",
         lambda c: c.patience is not None and c.eval_every is None,
     ),
+    ("wandb_artifacts has no effect without wandb", lambda c: c.wandb_artifacts and not c.wandb),
     ("skip has no effect without a target", lambda c: c.skip and c.target is None),
     (
         "by_norm has no effect with layers: crosscoders always use it",

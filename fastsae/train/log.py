@@ -1,6 +1,5 @@
-"""Where a run's numbers go: metrics.jsonl, the progress bar, TensorBoard, Weights & Biases."""
+"""Where a run's numbers go: metrics.jsonl, the progress bar, and trackers."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -9,7 +8,7 @@ from fastsae.config import from_json
 from fastsae.files import write_atomically
 from fastsae.progress import progress_bar, say, shows_bars
 
-from .config import TrainConfig
+from .loggers import Loggers
 
 SOMETIMES = {
     "heldout_fvu": ("held-out FVU", "{:.4f}"),
@@ -38,12 +37,10 @@ class Line(TypedDict):
 class Log:
     """Open it with `with`; each line goes to every place that is switched on."""
 
-    def __init__(self, config: TrainConfig, steps: int, first_step: int, shown: bool):
+    def __init__(self, out: Path, steps: int, first_step: int, shown: bool, loggers: Loggers):
         """If it is shown, it has a bar on terminals, and prints lines elsewhere."""
-        self.path = config.out / "metrics.jsonl"
+        self.path, self._loggers = out / "metrics.jsonl", loggers
         keep_lines(self.path, first_step)
-        self._tensorboard = _tensorboard(config, first_step) if config.tensorboard else None
-        self._wandb = _wandb(config) if config.wandb else None
         self._shown, self._live = shown, shows_bars()
         self.last: dict[str, Any] = {}
         self._on_bar: dict[str, str] = {}
@@ -62,12 +59,7 @@ class Log:
         self.last = line
         if self._shown:
             self._show(line)
-        numbers = {name: value for name, value in line.items() if name not in ("step", "tokens")}
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, line["step"])
-        if self._wandb is not None:
-            self._wandb.log({**numbers, "tokens": line["tokens"]}, step=line["step"])
+        self._loggers.log(line)
 
     def _show(self, line: dict[str, Any]) -> None:
         shown = {
@@ -92,17 +84,12 @@ class Log:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
 
 class Unlogged(Log):
     """Of a process that leaves logging to another."""
 
     def __init__(self):
-        self._tensorboard = self._wandb = None
         self.last = {}
         self._bar = progress_bar("train", "step", 0, shown=False)
 
@@ -129,16 +116,3 @@ def keep_lines(path: Path, last_step: int) -> None:
     lines = [line for line in read_lines(path) if line["step"] <= last_step]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _tensorboard(config: TrainConfig, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
-
-
-def _wandb(config: TrainConfig) -> Any:
-    import wandb
-
-    run = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(project=config.wandb, name=config.out.name, id=run, resume="allow")

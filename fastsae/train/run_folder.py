@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastsae.config import to_dict
+from fastsae.environment import environment
 from fastsae.files import claimed, read_json, shown, write_json
 from fastsae.meeting import on_first
 from fastsae.nn import SAE
@@ -50,6 +51,7 @@ def begin(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SAE | N
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     document = {**_document(config, fingerprint), "plan": to_dict(plan)}
     document["threads"] = torch.get_num_threads()
+    document["environment"] = environment(torch.device(plan.device))
     if start_from is not None:
         document["start_from"] = _digest(start_from)
     write_json(out / "config.json", document)

@@ -99,6 +99,8 @@ class Sweep:
             interrupts = stack.enter_context(Interrupts())
             logs = {}
             for name, trainer in self.trainers.items():
+                started = trainer.loggers.started(trainer.config.out, states[name].step)
+                stack.enter_context(started)
                 log = trainer.log(states[name], shown=False)
                 logs[name] = stack.enter_context(log)
                 trainer.say(f"{name}: {describe(trainer, states[name].sae)}")

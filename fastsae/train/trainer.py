@@ -31,6 +31,7 @@ from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupts
 from .log import Log, Unlogged
+from .loggers import Logger, Loggers, loggers_of
 from .optim import schedule
 from .plan import Plan, adam_of, check_batch
 from .results import write_results
@@ -67,6 +68,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
         shards: Shards = ONE_PROCESS,
+        loggers: Sequence[Logger] = (),
     ):
         """Without `progress`, nothing but warnings is shown on stderr."""
         check_mesh(config, shards, start_from)
@@ -76,6 +78,7 @@ class Trainer:
         if isinstance(source, Stream):
             source.divide(shards)
         self.callbacks = Callbacks(callbacks_of(config, source, callbacks))
+        self.loggers = Loggers([] if shards.rank else loggers_of(config, loggers))
         self.progress = progress and shards.rank == 0
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)
@@ -103,21 +106,26 @@ class Trainer:
         check_same_run(self.shards, settled, self.source, config.seed)
         with claimed_run(config.out, self.shards):
             state = self.start(resume, latest([self])[0] if resume else None)
-            with (
-                Interrupts() as interrupts,
-                self.log(state) as log,
-                self.batches(state) as batches,
-            ):
-                resumed = f"; resumed at step {state.step}" if state.step else ""
-                self.say(describe(self, state.sae) + resumed)
-                self.say(describe_data(self))
-                while not self.ended(state):
-                    start = time.perf_counter()
-                    batch = take_together([(self, state)], batches, interrupts, config.out)
-                    self.advance(state, self.standardized(batch, state), log, start)
-            if isinstance(self.source, Stream):
-                self.say(self.source.report(state.tokens))
-            return self.finish(state)
+            with self.loggers.started(config.out, state.step):
+                self.loop(state)
+                if isinstance(self.source, Stream):
+                    self.say(self.source.report(state.tokens))
+                return self.finish(state)
+
+    def loop(self, state: TrainState) -> None:
+        """Take steps to the end of the run."""
+        with (
+            Interrupts() as interrupts,
+            self.log(state) as log,
+            self.batches(state) as batches,
+        ):
+            resumed = f"; resumed at step {state.step}" if state.step else ""
+            self.say(describe(self, state.sae) + resumed)
+            self.say(describe_data(self))
+            while not self.ended(state):
+                start = time.perf_counter()
+                batch = take_together([(self, state)], batches, interrupts, self.config.out)
+                self.advance(state, self.standardized(batch, state), log, start)
 
     def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
         """The initial state, from a sample of the data, or a checkpoint's."""
@@ -302,7 +310,8 @@ class Trainer:
         """Where lines go from here: nowhere, except of process 0."""
         if self.shards.rank:
             return Unlogged()
-        return Log(self.config, self.plan.steps, state.step, shown and self.progress)
+        shown = shown and self.progress
+        return Log(self.config.out, self.plan.steps, state.step, shown, self.loggers)
 
     def say(self, text: str) -> None:
         if self.progress:
@@ -315,4 +324,5 @@ class Trainer:
         sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
         write_results(self, state, sae)
         self.callbacks.on_end(self, sae.cpu())
+        self.loggers.finish(self.config.out)
         return sae

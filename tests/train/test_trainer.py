@@ -377,21 +377,6 @@ def test_a_loss_that_overflows_stops_the_run(config):
     assert_finite(list_checkpoints(run.out / "checkpoints")[-1])
 
 
-def test_tensorboard(config):
-    run = config(tensorboard=True)
-    fit(run)
-    assert list((run.out / "tensorboard").glob("events.*"))
-
-
-def test_wandb_offline(config, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run = config(wandb="fastsae-test")
-    monkeypatch.setenv("WANDB_DIR", str(run.out.parent))
-    fit(run)
-    assert list(run.out.parent.glob("wandb/offline-run-*"))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
