@@ -36,6 +36,21 @@ def available_memory(root: Path = Path("/")) -> int:
     return min([1024 * int(kb) for kb in left] + [int(n) for n in limits], default=sys.maxsize)
 
 
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory; None on other systems than Linux."""
+    return _status("VmRSS")
+
+
+def peak_memory() -> int | None:
+    """The most that resident_memory has been."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    found = _matches(Path("/proc/self/status"), rf"^{name}:\s+(\d+) kB")
+    return 1024 * int(found[0]) if found else None
+
+
 def _matches(path: Path, pattern: str) -> list[str]:
     """What the group of a pattern matches in a file; nothing if it cannot be read."""
     with suppress(OSError):

@@ -36,12 +36,14 @@ def main(words: Sequence[str]) -> str:
     # Under torchrun, all processes divide the latents, and see the same tokens.
     with joined(f"latent={place().size}", command.device) as shards:
         data = eval_data(run, command.data)
-        result = evaluate(load_divided(run, shards), data, command, shards.rank == 0)
+        sae = load_divided(run, shards)
+        result = evaluate(sae, data, command, shards.rank == 0)
         if shards.rank:
             return ""
         write_json(run / "eval.json", to_dict(result))
         about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
-        return f"{about}\n{evaluation_table(result)}\nwritten to {run / 'eval.json'}"
+        table = evaluation_table(result, sae.activation.cfg.name)
+        return f"{about}\n{table}\nwritten to {run / 'eval.json'}"
 
 
 def eval_data(run: Path, data: Path | None) -> StoredActivations:

@@ -31,8 +31,8 @@ class Limits(NamedTuple):
 # million.
 # recovered, of the damage of zero ablation: 94.5 % of the loss in "Towards Monosemanticity"
 # (Bricken et al., 2023) for its larger dictionary, 79 % for its smaller one.
-# dense: latents that are active for over 10 % of tokens; above a few percent, arXiv:2407.14435 and
-# arXiv:2406.04093 find latents hard to interpret.
+# dense, of latents that are active for over 10 % of tokens: our choice; arXiv:2407.14435 counts them
+# and compares methods by them.
 LIMITS: dict[str, Limits] = {
     "fvu": Limits(
         0.2,
@@ -104,3 +104,9 @@ def verdict(name: str, value: float, activation: str) -> tuple[Level, str]:
     levels: tuple[Level, Level, Level] = ("good", "fair", "poor")
     rank = sum(distance > (-limit if above else limit) for limit in (good, fair))
     return levels[rank], sentences[rank]
+
+
+def judgment(name: str, value: float, activation: str) -> str:
+    """The verdict in words: only good, or what to think of it."""
+    level, sentence = verdict(name, value, activation)
+    return level if level == "good" else f"{level}, {sentence}"

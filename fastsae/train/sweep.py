@@ -27,6 +27,7 @@ from fastsae.version import __version__, written_by
 from .comparison import compare
 from .config import TrainConfig, read_config
 from .describe import describe
+from .forecast import check_fits
 from .interrupt import Interrupted, Interrupts
 from .log import Log
 from .run_folder import claimed_run, resolved
@@ -85,6 +86,7 @@ class Sweep:
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
         keep_freed_memory()
+        check_fits([trainer.forecast for trainer in self.trainers.values()])
         with claimed_run(self.out, self.shards), ExitStack() as stack:
             if not resume:
                 for first, *_ in self.sites:
