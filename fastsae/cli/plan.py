@@ -198,7 +198,7 @@ def times(f: Forecast) -> Iterator[str]:
     hours = seconds * w.steps / 3600
     length = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
     yield row("speed", f"{w.tokens / seconds:,.0f} tokens per second")
-    yield row("run time", f"{length} for {w.tokens * w.steps:,} tokens")
+    yield row("total", f"{length} for {w.tokens * w.steps:,} tokens")
     if f.machine.price is not None:
         rate = f"${f.machine.price:.2f} per hour"
         yield row("cost", f"${hours * f.machine.price:,.2f} at {rate}")

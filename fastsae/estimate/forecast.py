@@ -17,7 +17,7 @@ class Machine:
     """Where a run is to train."""
 
     title: str
-    memory: float
+    memory: int | float
     """Bytes that a process can use."""
     gpu: Gpu | None = None
     """The GPU in the table; None for a CPU, and for a GPU that the table does not have."""
@@ -175,7 +175,7 @@ def advice(f: Forecast) -> str:
     return ADVICE.get(f.limit or "", "nothing stands out")
 
 
-def gigabytes(size: float) -> str:
+def gigabytes(size: int | float) -> str:
     """Bytes in a readable unit."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= scale:

@@ -75,7 +75,7 @@ def copy_bytes(w: Workload) -> int:
     return low + (encoder + FLOAT * w.own_latents) * (w.precision == "fp8")
 
 
-def memory_of(w: Workload, gpu_bytes: float = 0) -> Memory:
+def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
     """The memory of a process; on a GPU, `gpu_bytes` is the GPU's memory, of which the buffer for
     pre-activations is a part."""
     step = {
@@ -97,7 +97,7 @@ def data_bytes(w: Workload) -> int:
     return 0 if w.gpu else w.loaded
 
 
-def pre_bytes(w: Workload, gpu_bytes: float) -> int:
+def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     """The chunk of pre-activations and what selects from it."""
     rows = w.tokens // w.axes.data
     if w.gpu:

@@ -31,8 +31,8 @@ class Limits(NamedTuple):
 # million.
 # recovered, of the damage of zero ablation: 94.5 % of the loss in "Towards Monosemanticity"
 # (Bricken et al., 2023) for its larger dictionary, 79 % for its smaller one.
-# dense, of latents that are active for over 10 % of tokens: our choice; arXiv:2407.14435 counts them
-# and compares methods by them.
+# dense, of latents that are active for over 10 % of tokens: our choice; arXiv:2407.14435 compares
+# methods by them.
 LIMITS: dict[str, Limits] = {
     "fvu": Limits(
         0.2,
@@ -87,7 +87,7 @@ SPARSEST = 10
 """L0 below which latents mix correlated features."""
 
 
-def verdict(name: str, value: float, activation: str) -> tuple[Level, str]:
+def verdict(name: str, value: int | float, activation: str) -> tuple[Level, str]:
     """How good a metric is for an SAE of this activation, and in a few words why.
 
     Args:
@@ -106,7 +106,7 @@ def verdict(name: str, value: float, activation: str) -> tuple[Level, str]:
     return levels[rank], sentences[rank]
 
 
-def judgment(name: str, value: float, activation: str) -> str:
+def judgment(name: str, value: int | float, activation: str) -> str:
     """The verdict in words: only good, or what to think of it."""
     level, sentence = verdict(name, value, activation)
     return level if level == "good" else f"{level}, {sentence}"

@@ -49,6 +49,8 @@ def write_numbers(
 ) -> None:
     """Write summary.json and the plot of the training curves."""
     config, source = trainer.config, trainer.source
+    # First: matplotlib takes memory that is not the run's.
+    facts = trainer.memory and facts_of(trainer, state, trainer.memory)
     lines = read_lines(config.out / "metrics.jsonl")
     heldout = {"fvu": result.fvu, "l0": result.l0, "dead_fraction": result.dead_fraction}
     found = heldout if source.heldout else {}
@@ -70,8 +72,8 @@ def write_numbers(
         "sae_lens": exported,
         "activation": config.activation.name,
     }
-    if trainer.memory is not None:
-        summary["facts"] = facts_of(trainer, state, trainer.memory)
+    if facts is not None:
+        summary["facts"] = facts
     if state.stopped is not None:
         summary["ended_early"], _ = state.stopped
     write_json(config.out / "summary.json", summary)
