@@ -22,6 +22,14 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def release_freed_memory() -> None:
+    """Hand what is freed back to the system, so that it does not count as in use."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can use: those that Linux has left, or the smallest limit of its
     control groups; no limit on other systems. `root` is where the system's files are."""

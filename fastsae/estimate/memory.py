@@ -18,8 +18,8 @@ from .workload import Workload
 FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
-EVALUATED = 4096
-"""Tokens that are evaluated at a time."""
+EVALUATED, SAMPLE_TOKENS = 4096, 8192
+"""Tokens that are evaluated at a time, and of the sample that a run starts from."""
 
 
 class Memory(NamedTuple):
@@ -30,7 +30,8 @@ class Memory(NamedTuple):
     step: dict[str, int]
     """What a step needs on top."""
     end: dict[str, int]
-    """What saving, exporting and evaluating the SAE needs on top of the state."""
+    """What exporting or evaluating the SAE needs at the end, one after the other; of what steps
+    have freed, they find little that is large enough."""
 
     @property
     def kept(self) -> int:
@@ -39,13 +40,13 @@ class Memory(NamedTuple):
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return self.kept + max(sum(self.step.values()), sum(self.end.values()))
+        return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, int]:
         """What adds up to the peak."""
-        on_top = max(self.step, self.end, key=lambda part: sum(part.values()))
-        return {**self.state, **on_top}
+        last = max(self.end, key=self.end.__getitem__)
+        return {**self.state, **self.step, last: self.end[last]}
 
 
 def state_bytes(w: Workload) -> dict[str, int]:
@@ -97,6 +98,11 @@ def data_bytes(w: Workload) -> int:
     return 0 if w.gpu else w.loaded
 
 
+def sample_bytes(w: Workload) -> int:
+    """The sample of the data that a run starts from: freed, but kept by the process."""
+    return 0 if w.gpu else FLOAT * SAMPLE_TOKENS * w.row_width * 3 // 2
+
+
 def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     """The chunk of pre-activations and what selects from it."""
     rows = w.tokens // w.axes.data
@@ -128,7 +134,7 @@ def end_bytes(w: Workload) -> dict[str, int]:
     encoder = FLOAT * w.own_latents * w.d_in
     D = w.d_out
     # The squared sums are in float64: tokens, reconstructions, residuals and two covariances.
-    evaluation = 2 * INT * D * D + 6 * INT * min(EVALUATED, 1 << 30) * D
+    evaluation = 2 * INT * D * D + 6 * INT * EVALUATED * D
     return {"export to SAELens": encoder * (not w.gpu), "evaluation": evaluation}
 
 

@@ -19,7 +19,12 @@ from fastsae.estimate import (
     gpu_like,
     refusal,
 )
-from fastsae.memory import available_memory, peak_memory, resident_memory
+from fastsae.memory import (
+    available_memory,
+    peak_memory,
+    release_freed_memory,
+    resident_memory,
+)
 from fastsae.nn import ActivationConfig
 
 from .config import TrainConfig
@@ -112,7 +117,9 @@ def timed(found: Forecast) -> Forecast:
     w = found.workload
     if w.gpu or not w.fused or w.streamed or w.axes.size > 1 or not found.fits:
         return found
-    return replace(found, seconds=cpu_step_seconds(w), how="from this machine's speed")
+    seconds = cpu_step_seconds(w)
+    release_freed_memory()  # the run's own is measured beyond what there is before
+    return replace(found, seconds=seconds, how="from this machine's speed")
 
 
 def check_fits(forecasts: Sequence[Forecast]) -> None:
