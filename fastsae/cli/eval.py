@@ -8,6 +8,7 @@ from fastsae.config import to_dict
 from fastsae.data import ActivationArray, Joined, StoredActivations, open_path, stored
 from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
+from fastsae.evals.verdict import LIMITS, remarks
 from fastsae.files import write_json
 from fastsae.interop import load_divided
 from fastsae.train.run_folder import stored_fingerprint
@@ -42,8 +43,10 @@ def main(words: Sequence[str]) -> str:
             return ""
         write_json(run / "eval.json", to_dict(result))
         about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
-        table = evaluation_table(result, sae.activation.cfg.name)
-        return f"{about}\n{table}\nwritten to {run / 'eval.json'}"
+        activation, parts = sae.activation.cfg.name, (result.reconstruction, result.downstream)
+        values = {n: getattr(part, n) for part in parts for n in LIMITS if hasattr(part, n)}
+        lines = [about, evaluation_table(result, activation), *remarks(values, activation)]
+        return "\n".join([*lines, f"written to {run / 'eval.json'}"])
 
 
 def eval_data(run: Path, data: Path | None) -> StoredActivations:

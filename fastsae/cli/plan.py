@@ -31,14 +31,11 @@ from .parse import filled, read_words, training_start
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRun:
-    """Predict the memory, disk space, time and cost of a training run before it starts.
+    """Predict the memory, disk space, time and cost of a training run.
 
-    It takes the options of `fastsae train`, and needs neither the data nor a GPU. Without --gpu it
-    plans for this machine, whose speed it measures in about a second. It ends with exit code 2 if
-    the run does not fit into memory, and says what would.
-
-    The time of a model that produces activations (--model) and the aux-k loss of dead latents are
-    not included. Numbers for a GPU are estimates: no step has been timed on one yet.
+    It takes the options of `fastsae train`, and needs neither data nor a GPU. Exit code 2: the run
+    does not fit into memory. The time of a model (--model) and of dead latents' aux-k loss is not
+    included. Numbers for a GPU are estimates: no step has been timed on one yet.
     """
 
     activation: str = "topk"

@@ -131,10 +131,11 @@ def gradient_bytes(w: Workload) -> int:
 
 def end_bytes(w: Workload) -> dict[str, int]:
     """What saving checks, what SAELens' file is written from, and what evaluation needs."""
-    encoder = FLOAT * w.own_latents * w.d_in
-    D = w.d_out
+    encoder, D = FLOAT * w.own_latents * w.d_in, w.d_out
     # The squared sums are in float64: tokens, reconstructions, residuals and two covariances.
     evaluation = 2 * INT * D * D + 6 * INT * EVALUATED * D
+    if data_bytes(w) > evaluation:  # then it fits where the window of data was
+        evaluation = 0
     return {"export to SAELens": encoder * (not w.gpu), "evaluation": evaluation}
 
 

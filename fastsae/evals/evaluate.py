@@ -12,7 +12,7 @@ from fastsae.nn.sae import SAE
 
 from .downstream import Downstream, EncoderEffect, downstream
 from .reconstruction import Reconstruction, reconstruction
-from .verdict import LIMITS, judgment
+from .verdict import LIMITS, verdict
 
 Row = tuple[str, str, str, str]
 """Name, field of the result, format and meaning."""
@@ -197,6 +197,6 @@ def _rows(result: object, table: tuple[Row, ...], activation: str) -> list[tuple
     for name, field, form, text in table:
         value = getattr(result, field)
         if value is not None and field in LIMITS:
-            text = f"{text}: {judgment(field, value, activation)}"
+            text += f": {verdict(field, value, activation)[0]}"
         rows.append((name, "-" if value is None else format(value, form), text))
     return rows

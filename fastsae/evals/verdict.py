@@ -4,6 +4,7 @@ They are rules of thumb for SAEs on a language model's activations, not laws. Th
 what good published SAEs reach, the upper one what published SAEs that were found useful still had.
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 Level = Literal["good", "fair", "poor"]
@@ -15,6 +16,7 @@ FIXED_L0 = "topk", "abstopk", "batchtopk", "batchabstopk", "variational"
 class Limits(NamedTuple):
     """A metric is good up to one value, fair up to another; both are from below where `above`."""
 
+    title: str
     good: float
     fair: float
     sentences: tuple[str, str, str]
@@ -35,6 +37,7 @@ class Limits(NamedTuple):
 # methods by them.
 LIMITS: dict[str, Limits] = {
     "fvu": Limits(
+        "FVU",
         0.2,
         0.35,
         (
@@ -44,6 +47,7 @@ LIMITS: dict[str, Limits] = {
         ),
     ),
     "l0": Limits(
+        "L0",
         100,
         300,
         (
@@ -53,6 +57,7 @@ LIMITS: dict[str, Limits] = {
         ),
     ),
     "dead_fraction": Limits(
+        "dead",
         0.07,
         0.35,
         (
@@ -62,6 +67,7 @@ LIMITS: dict[str, Limits] = {
         ),
     ),
     "dense_fraction": Limits(
+        "dense",
         0.01,
         0.05,
         (
@@ -71,6 +77,7 @@ LIMITS: dict[str, Limits] = {
         ),
     ),
     "recovered_zero": Limits(
+        "recovered",
         0.945,
         0.79,
         (
@@ -95,7 +102,7 @@ def verdict(name: str, value: int | float, activation: str) -> tuple[Level, str]
         value: of the metric, on data that the SAE was not trained on.
         activation: name of the activation, as in `--activation`.
     """
-    good, fair, sentences, above = LIMITS[name]
+    _, good, fair, sentences, above = LIMITS[name]
     if name == "l0" and value < SPARSEST:
         return "fair", "very sparse: latents may mix features that occur together"
     if name == "l0" and activation in FIXED_L0 and value <= good:
@@ -106,7 +113,12 @@ def verdict(name: str, value: int | float, activation: str) -> tuple[Level, str]
     return levels[rank], sentences[rank]
 
 
-def judgment(name: str, value: int | float, activation: str) -> str:
-    """The verdict in words: only good, or what to think of it."""
-    level, sentence = verdict(name, value, activation)
-    return level if level == "good" else f"{level}, {sentence}"
+def remarks(values: Mapping[str, int | float | None], activation: str) -> list[str]:
+    """A line on each metric, among those that there is a verdict on, that is fair or poor."""
+    found = []
+    for name, value in values.items():
+        if name in LIMITS and value is not None:
+            level, sentence = verdict(name, value, activation)
+            if level != "good":
+                found.append(f"{LIMITS[name].title} is {level}: {sentence}")
+    return found

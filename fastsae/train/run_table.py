@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastsae.estimate import gigabytes
-from fastsae.evals.verdict import judgment
+from fastsae.evals.verdict import remarks, verdict
 
 from .forecast import Facts
 from .summary import Summary, read_results
@@ -24,7 +24,7 @@ def run_table(out: Path) -> str:
         ),
     }
     judged = {
-        title: f"{found[name]:{form}}  ({meaning}): {judgment(name, found[name], activation)}"
+        title: f"{found[name]:{form}}  ({meaning}): {verdict(name, found[name], activation)[0]}"
         for name, (title, form, meaning) in about.items()
     }
     facts = found.get("facts", {})
@@ -40,7 +40,8 @@ def run_table(out: Path) -> str:
         "curves": str(curves) if curves.exists() else "none: pip install 'fastsae-triton[report]'",
         "next": f"fastsae eval {out}",
     }
-    return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+    notes = [("note", text) for text in remarks(found, activation)]
+    return "\n".join(f"  {name:<8} {text}" for name, text in [*rows.items(), *notes])
 
 
 def plan_against_fact(facts: Facts) -> str:
