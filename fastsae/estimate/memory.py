@@ -81,6 +81,7 @@ def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
     pre-activations is a part."""
     step = {
         "data": data_bytes(w),
+        "sample": sample_bytes(w),
         "batches": batch_bytes(w),
         "pre-activations": pre_bytes(w, gpu_bytes),
     }

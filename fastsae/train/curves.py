@@ -15,7 +15,10 @@ PANELS = {
 """The first one is always plotted, others if they are not flat."""
 
 FLAT = 0.1
-"""A curve is flat if its values differ by less than this part of the largest one."""
+"""A curve is flat if its values differ by less than this part of the largest one,"""
+
+LEAST = {"dead_fraction": 0.005}
+"""or by less than this, where small values differ by more than they mean."""
 
 AT_END = ":", "tab:gray"
 """Style of the saved SAE's held-out value."""
@@ -34,7 +37,10 @@ def plot_curves(
     from matplotlib.figure import Figure
 
     first, *others = PANELS
-    shown = [first, *(name for name in others if not is_flat(values_of(name, lines, heldout)))]
+    shown = [
+        first,
+        *(name for name in others if not is_flat(name, values_of(name, lines, heldout))),
+    ]
     figure = Figure(figsize=(4.5 * len(shown), 3.8), layout="constrained")
     figure.suptitle(title.replace("$", r"\$"), fontsize=9)
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
@@ -51,15 +57,17 @@ def values_of(
     return [*found, heldout[name]] if name in heldout else found
 
 
-def is_flat(values: Sequence[float]) -> bool:
-    """Whether there is nothing to see in a curve."""
-    return max(values) - min(values) <= FLAT * max(map(abs, values))
+def is_flat(name: str, values: Sequence[float]) -> bool:
+    """Whether there is nothing to see in a metric's curve."""
+    return max(values) - min(values) <= max(FLAT * max(map(abs, values)), LEAST.get(name, 0.0))
 
 
 def plot_panel(
     axes: Any, lines: Sequence[Mapping[str, Any]], name: str, at_end: float | None
 ) -> None:
     """One metric over the steps."""
+    from matplotlib.ticker import PercentFormatter
+
     steps = [line["step"] for line in lines]
     axes.plot(steps, [line[name] for line in lines], linewidth=1.2, label="training")
     evaluated = [line for line in lines if f"heldout_{name}" in line]
@@ -78,7 +86,7 @@ def plot_panel(
     if name == "fvu":
         plain_log_ticks(axes.yaxis)
     elif name == "dead_fraction":
-        axes.yaxis.set_major_formatter("{x:.3%}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(bottom=0)
     else:
         axes.set_ylim(bottom=0)

@@ -28,8 +28,9 @@ def test_ticks_are_plain_numbers():
 
 
 def test_what_is_flat():
-    assert is_flat([32.0, 32.0]) and is_flat([0.0, 0.0]) and is_flat([95.0, 100.0])
-    assert not is_flat([0.0, 0.02]) and not is_flat([10.0, 100.0])
+    assert is_flat("l0", [32.0, 32.0]) and is_flat("tokens_per_second", [95.0, 100.0])
+    assert is_flat("dead_fraction", [0.0, 0.001]) and not is_flat("dead_fraction", [0.0, 0.02])
+    assert not is_flat("l0", [10.0, 100.0])
 
 
 def test_labels_overlap_neither_each_other_nor_points():
