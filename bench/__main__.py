@@ -6,6 +6,7 @@ from importlib import import_module
 
 COMMANDS = {
     "step": ("bench.step", "time a training step on the CPU against dense PyTorch and a floor"),
+    "plan": ("bench.plan", "compare planned with measured memory and time of CPU runs"),
     "kernels": ("bench.kernels", "time any op against the roof, PyTorch and torch.compile"),
     "peers": ("bench.peers.race", "compare step time and error with other SAE trainers"),
     "mixing": ("bench.mixing", "compare sizes of the buffer that mixes a stream's documents"),

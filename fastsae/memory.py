@@ -32,6 +32,14 @@ def memory_left(device: str, processes: int) -> int:
     return free // -(-processes // torch.cuda.device_count())
 
 
+def release_freed_memory() -> None:
+    """Hand what is freed back to the system, so that it does not count as in use."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can use: those that Linux has left, or the smallest limit of its
     control groups; no limit on other systems. `root` is where the system's files are."""
@@ -44,6 +52,21 @@ def available_memory(root: Path = Path("/")) -> int:
             limits += _matches(groups / group / "memory.max", r"^(\d+)$")
             limits += _matches(groups / "memory" / group / "memory.limit_in_bytes", r"^(\d+)$")
     return min([1024 * int(kb) for kb in left] + [int(n) for n in limits], default=sys.maxsize)
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory; None on other systems than Linux."""
+    return _status("VmRSS")
+
+
+def peak_memory() -> int | None:
+    """The most that resident_memory has been."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    found = _matches(Path("/proc/self/status"), rf"^{name}:\s+(\d+) kB")
+    return 1024 * int(found[0]) if found else None
 
 
 def _matches(path: Path, pattern: str) -> list[str]:

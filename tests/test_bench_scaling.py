@@ -7,8 +7,7 @@ import pytest
 
 from bench import record, scaling
 from fastsae.distributed import Axes
-
-pytest.importorskip("triton", reason="the predictions read what kernels compile to")
+from fastsae.estimate.exchange import LATENCY, Received, network_seconds
 
 
 def test_the_simulation(monkeypatch, tmp_path, capsys):
@@ -45,9 +44,9 @@ def test_the_simulation(monkeypatch, tmp_path, capsys):
 
 def test_the_network_of_a_simulated_gpu():
     """Along each axis, all peers send as much; those of the same node send it faster."""
-    latent, data = scaling.Received("", "latent", 1500), scaling.Received("", "data", 300)
-    time, near, far = scaling.seconds([latent, data], Axes(4, 16))
+    latent, data = Received("", "latent", 1500), Received("", "data", 300)
+    time, near, far = network_seconds([latent, data], Axes(4, 16))
     assert (near, far) == (700, 800 + 300)
-    assert time == pytest.approx(700 / 450e9 + 1100 / 50e9 + 2 * scaling.LATENCY)
-    _, near, far = scaling.seconds([latent._replace(bytes=300), data], Axes(4, 4))
+    assert time == pytest.approx(700 / 450e9 + 1100 / 50e9 + 2 * LATENCY)
+    _, near, far = network_seconds([latent._replace(bytes=300), data], Axes(4, 4))
     assert (near, far) == (300 + 100, 200)

@@ -22,7 +22,7 @@ FLOORS = [
     {"fastsae.nn", "fastsae.meeting"},
     {"fastsae.losses", "fastsae.distributed", "fastsae.sharded"},
     {"fastsae.data", "fastsae.checkpoint", "fastsae.interop", "fastsae.dropin"},
-    {"fastsae.evals"},
+    {"fastsae.evals", "fastsae.estimate"},
     {"fastsae.train"},
     {"fastsae.upgrade"},
     {"fastsae.cli", "fastsae"},

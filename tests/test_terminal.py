@@ -202,6 +202,7 @@ def test_a_traceback_is_harmless(monkeypatch, capsys):
 
 def test_a_failed_allocation_is_one_line(arguments, monkeypatch, capsys):
     monkeypatch.setattr("fastsae.nn.sae.LARGEST", 2**60)  # smaller ones might be allocated
+    monkeypatch.setattr("fastsae.train.trainer.check_fits", lambda forecasts: None)
     sizes = ["--d-sae", "99999999999999"]
     assert command(monkeypatch, *arguments, *sizes) == 2
     text = capsys.readouterr().err

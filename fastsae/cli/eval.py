@@ -9,6 +9,7 @@ from fastsae.data import ActivationArray, Joined, StoredActivations, open_path, 
 from fastsae.device import choose_device
 from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
+from fastsae.evals.verdict import LIMITS, remarks
 from fastsae.files import write_json
 from fastsae.interop import detect, load_divided
 from fastsae.memory import memory_left
@@ -46,12 +47,16 @@ def main(words: Sequence[str]) -> str:
         if command.mesh is None:
             shards = divided_if_large(run, choose_device(command.device), shards)
         data = eval_data(run, command.data)
-        result = evaluate(load_divided(run, shards), data, command, shards.rank == 0)
+        sae = load_divided(run, shards)
+        result = evaluate(sae, data, command, shards.rank == 0)
         if shards.rank:
             return ""
         write_json(run / "eval.json", to_dict(result))
         about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
-        return f"{about}\n{evaluation_table(result)}\nwritten to {run / 'eval.json'}"
+        activation, parts = sae.activation.cfg.name, (result.reconstruction, result.downstream)
+        values = {n: getattr(part, n) for part in parts for n in LIMITS if hasattr(part, n)}
+        lines = [about, evaluation_table(result, activation), *remarks(values, activation)]
+        return "\n".join([*lines, f"written to {run / 'eval.json'}"])
 
 
 def divided_if_large(run: Path, device: str, shards: Shards) -> Shards:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "harvest": ("HarvestConfig",),
+    "plan": ("PlanRun",),
     "train": ("Train",),
     "sweep": ("SweepCommand", "saes"),
     "upgrade": ("Upgrade", "teacher"),
@@ -43,6 +44,7 @@ MAIN = {
         "steps",
     ),
     *("batch_size", "lr", "seed", "device", "wandb"),
+    *("d_in", "tokens", "gpu", "price", "probe"),
 }
 """Of the many options of training, those that --help shows; --help-all shows all."""
 
@@ -71,7 +73,7 @@ def command_help(name: str, words: Sequence[str]) -> str:
     """The help of a command: its main options, or with --help-all all of them."""
     arguments, named = COMMANDS[name][1:], re.search(r"--activation[= ](\S+)", " ".join(words))
     activation = named[1] if named else "topk"
-    brief = name in ("train", "sweep") and "--help-all" not in words
+    brief = name in ("plan", "train", "sweep") and "--help-all" not in words
     seen: set[str] = set()
     lines = [" ".join(["usage: fastsae", name, *map(str.upper, arguments), "[options]"])]
     for paragraph in paragraphs(name):

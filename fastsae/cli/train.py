@@ -23,6 +23,8 @@ from fastsae.train import (
     stored_config,
 )
 from fastsae.train.comparison import comparison_table
+from fastsae.train.forecast import timed
+from fastsae.train.run_table import run_table
 from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import stored_sweep
 from fastsae.upgrade import constraint_of
@@ -159,7 +161,9 @@ def main(words: Sequence[str]) -> str:
             raise ValueError(f"--start-from needs one hookpoint, got {len(configs)}")
         return sweep_table(Sweep(configs, source, command.config.out), command.resume)
     (config,) = configs.values()
-    Trainer(config, source, sae).fit(command.resume)
+    trainer = Trainer(config, source, sae)
+    trainer.forecast = timed(trainer.forecast)
+    trainer.fit(command.resume)
     return run_table(config.out)
 
 
@@ -257,25 +261,3 @@ def trained_with(folder: Path) -> TrainConfig | None:
     path = folder / "config.json"
     stored = read_json(path) if path.exists() else None
     return stored_config(folder) if isinstance(stored, dict) and stored.get("config") else None
-
-
-def run_table(out: Path) -> str:
-    """A finished run in a few lines: its metrics and where its files are."""
-    found = read_results(Summary, out / "summary.json")
-    curves = out / "curves.png"
-    rows = {
-        "FVU": f"{found['fvu']:.4f}  (fraction of variance unexplained, "
-        f"on {found['evaluated_on']})",
-        "L0": f"{found['l0']:.1f}  (active latents per token)",
-        "dead": f"{found['dead_fraction']:.2%}  (latents never active on these "
-        f"{found['evaluated_tokens']:,} tokens)",
-        "tokens": f"{found['tokens']:,}, {found['tokens_per_second']:,.0f} per second",
-        "time": f"{found['seconds']:.0f} s  ({found['step_path']} step)",
-        **({"ended": f"early: {found['ended_early']}"} if "ended_early" in found else {}),
-        "SAE": f"{out / 'sae'}  (fastsae.load({str(out / 'sae')!r}))",
-        "SAELens": found["sae_lens"],
-        "metrics": f"{out / 'summary.json'}, {out / 'metrics.jsonl'}",
-        "curves": str(curves) if curves.exists() else "none: pip install 'fastsae-triton[report]'",
-        "next": f"fastsae eval {out}",
-    }
-    return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())

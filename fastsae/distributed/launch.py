@@ -49,17 +49,22 @@ def place() -> Place:
     return Place(int(rank), int(size), int(local_rank or 0), int(local_size or size))
 
 
+def named_axes(mesh: str) -> Axes:
+    """The axes that `mesh` names, such as data=2,latent=8; ValueError if it does not."""
+    parts = [part.partition("=") for part in mesh.split(",")]
+    sizes = {name: int(size) for name, _, size in parts if size.isdecimal()}
+    if len(sizes) != len(parts) or not sizes.keys() <= {"data", "latent"}:
+        raise ValueError(f"mesh must be like data=1,latent=8, got {mesh!r}")
+    return Axes(**sizes)
+
+
 def axes_of(mesh: str | None, own: Place, several: bool = False) -> Axes:
     """The axes that `mesh` names, such as data=2,latent=8. By default the processes of a machine
     divide the latents, and machines the tokens. ValueError unless they fit the processes, which may
     make several such meshes if that is asked for."""
     if mesh is None:
         return Axes(own.size // own.local_size, own.local_size)
-    parts = [part.partition("=") for part in mesh.split(",")]
-    sizes = {name: int(size) for name, _, size in parts if size.isdecimal()}
-    if len(sizes) != len(parts) or not sizes.keys() <= {"data", "latent"}:
-        raise ValueError(f"mesh must be like data=1,latent=8, got {mesh!r}")
-    axes = Axes(**sizes)
+    axes = named_axes(mesh)
     if own.size % axes.size if several else own.size != axes.size:
         started = f"there are {own.size}" if own.size > 1 else "there is one"
         taken = f"a multiple of {axes.size}" if several else axes.size

@@ -12,6 +12,7 @@ from fastsae.nn.sae import SAE
 
 from .downstream import Downstream, EncoderEffect, downstream
 from .reconstruction import Reconstruction, reconstruction
+from .verdict import LIMITS, verdict
 
 Row = tuple[str, str, str, str]
 """Name, field of the result, format and meaning."""
@@ -172,27 +173,30 @@ def _not_run(data: StoredActivations, config: EvalConfig) -> str | None:
     return None
 
 
-def evaluation_table(result: Evaluation) -> str:
-    """The results in aligned columns: name, value, meaning."""
+def evaluation_table(result: Evaluation, activation: str = "") -> str:
+    """The results of an SAE of this activation in aligned columns: name, value, meaning, and for
+    some of them whether it is good."""
     found, effect = result.reconstruction, result.downstream
     left_out = LEFT_OUT if found.left_out else ()
-    rows = _rows(found, RECONSTRUCTION + left_out) + [
+    rows = _rows(found, RECONSTRUCTION + left_out, activation) + [
         (f"PC retention {rank}", f"{value:.4f}", f"of the {rank} leading principal components")
         for rank, value in found.pc_retention.items()
     ]
     if effect is None:
         rows.append(("model", "-", f"not run: {result.not_run}"))
     else:
-        rows += _rows(effect, ENCODER if isinstance(effect, EncoderEffect) else CAUSAL)
+        rows += _rows(effect, ENCODER if isinstance(effect, EncoderEffect) else CAUSAL, activation)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(
         f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {text}" for name, value, text in rows
     )
 
 
-def _rows(result: object, table: tuple[Row, ...]) -> list[tuple[str, str, str]]:
-    values = [getattr(result, field) for _, field, _, _ in table]
-    return [
-        (name, "-" if value is None else format(value, spec), text)
-        for (name, _, spec, text), value in zip(table, values, strict=True)
-    ]
+def _rows(result: object, table: tuple[Row, ...], activation: str) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, field, form, text in table:
+        value = getattr(result, field)
+        if value is not None and field in LIMITS:
+            text += f": {verdict(field, value, activation)[0]}"
+        rows.append((name, "-" if value is None else format(value, form), text))
+    return rows

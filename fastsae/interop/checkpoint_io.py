@@ -131,12 +131,14 @@ def shift_bias(b_enc: Tensor, W_enc: Tensor, shift: Tensor) -> Tensor:
 
 
 def exportable(sae: SAE, form: str, *, layer_norm: bool = False) -> SAE:
-    """A CPU copy with decoder norms folded into the weights; ValueError for a crosscoder, and for
-    an SAE with layer_norm unless the format supports that."""
+    """The SAE on the CPU, with decoder norms folded into the weights, to be read only; ValueError
+    for a crosscoder, and for an SAE with layer_norm unless the format supports that."""
     if sae.layers > 1:
         raise ValueError(f"{form} does not support crosscoders")
     if sae.layer_norm and not layer_norm:
         raise ValueError(f"{form} does not support layer_norm")
+    if not (sae.by_norm or sae.training) and sae.W_enc.device.type == "cpu":
+        return sae  # a copy would add its size to the peak memory of a run
     sae = copy.deepcopy(sae).cpu().eval()
     sae.fold_decoder_norms_()
     return sae

@@ -2,10 +2,14 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
+from fastsae.evals.verdict import verdict
 from fastsae.files import write_json
 from fastsae.progress import printable
 
+from .curves import plain_log_ticks
+from .labels import label_points
 from .log import read_lines
 from .summary import Summary, read_results
 
@@ -28,7 +32,8 @@ def compare(out: Path, names: list[str]) -> dict[str, Summary]:
 
 
 def comparison_table(found: dict[str, Summary]) -> str:
-    """A row for each run, best FVU first, and a note if no held-out data was evaluated on."""
+    """A row for each run, best FVU first, and notes: what is poor, and whether no held-out data was
+    evaluated on."""
     ranked = sorted(found.items(), key=lambda item: item[1]["fvu"])
     rows = [["SAE", *(title for title, _ in COLUMNS.values())]]
     for name, run in ranked:
@@ -39,6 +44,12 @@ def comparison_table(found: dict[str, Summary]) -> str:
     for name, *cells in rows:
         numbers = (f"{c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
         lines.append("  ".join([f"  {name:<{widths[0]}}", *numbers]))
+    for name, run in ranked:
+        for field in ("fvu", "l0", "dead_fraction"):
+            level, sentence = verdict(field, run[field], run.get("activation", ""))
+            if level == "poor":
+                title, form = COLUMNS[field]
+                lines.append(f"  {printable(name)}: {title} {form.format(run[field])}: {sentence}")
     if any(run["evaluated_on"] == "training data" for run in found.values()):
         lines.append("  evaluated on training data")
     return "\n".join(lines)
@@ -50,16 +61,21 @@ def _plot(out: Path, found: dict[str, Summary]) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     curves, results = figure.subplots(1, 2)
+    points: dict[str, tuple[float, float, Any]] = {}
     for name, summary in found.items():
         lines = read_lines(out / name / "metrics.jsonl")
         steps, fvu = ([line[key] for line in lines] for key in ("step", "fvu"))
-        (drawn,) = curves.plot(steps, fvu, linewidth=1.2, label=name)
-        results.scatter([summary["l0"]], [summary["fvu"]], color=drawn.get_color(), zorder=3)
+        (drawn,) = curves.plot(steps, fvu, linewidth=1.2)
+        points[name] = summary["l0"], summary["fvu"], drawn.get_color()
+        results.scatter(summary["l0"], summary["fvu"], color=drawn.get_color(), zorder=3)
     curves.set_xlabel("step")
-    results.set_xlabel("active latents per token, at the end")
+    curves.set_title("in training", fontsize=10)
+    results.set_xlabel("active latents per token")
+    results.set_title("saved SAEs (lower left is better)", fontsize=10)
+    results.margins(0.25)
     for axes in (curves, results):
         axes.set_ylabel("fraction of variance unexplained")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
-    curves.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+        plain_log_ticks(axes.yaxis)
+    label_points(results, points)
     figure.savefig(out / "comparison.png", dpi=120)

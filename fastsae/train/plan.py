@@ -12,6 +12,7 @@ from fastsae.device import choose_device
 from fastsae.memory import available_memory
 from fastsae.nn import SAE, TopKConfig
 from fastsae_kernels import WIDEST, balance, float8_pays, has_bf16, why_not_float8, why_not_int8
+from fastsae_kernels.float8 import ALIGNMENT
 
 from .config import TrainConfig
 from .optim import Adam, default_lr
@@ -130,6 +131,23 @@ def encoder_precision(
             f"encoder_precision {precision}{where} is for topk, got {activation.name}: {others}"
         )
     return precision
+
+
+def precision_on(config: TrainConfig, d_in: int, latents: int, *, fp8: bool) -> Resolved:
+    """What `encoder_precision` resolves to on a GPU that is not here, with or without fp8;
+    ValueError if it is not for such a GPU."""
+    precision, activation = config.encoder_precision, config.activation
+    k = activation.k if isinstance(activation, TopKConfig) else None
+    if precision == "int8":
+        raise ValueError("encoder_precision int8 is for CPUs: take bf16, tf32 or fp32")
+    if precision == "fp8" and not (fp8 and k is not None):
+        raise ValueError("encoder_precision fp8 is for topk on a GPU with fp8: take bf16 or fp32")
+    if precision != "auto":
+        return precision
+    if config.not_fused:
+        return "fp32"
+    whole = not (latents % ALIGNMENT or d_in % ALIGNMENT)
+    return "fp8" if fp8 and whole and k is not None and float8_pays(latents, k) else "bf16"
 
 
 class Copies(TypedDict):

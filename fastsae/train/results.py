@@ -13,6 +13,7 @@ from fastsae.sharded import save_sharded
 
 from .curves import plot_curves
 from .describe import describe
+from .forecast import facts_of
 from .log import read_lines
 from .state import TrainState
 from .summary import Summary
@@ -48,8 +49,12 @@ def write_numbers(
 ) -> None:
     """Write summary.json and the plot of the training curves."""
     config, source = trainer.config, trainer.source
+    # First: matplotlib takes memory that is not the run's.
+    facts = trainer.memory and facts_of(trainer, state, trainer.memory)
     lines = read_lines(config.out / "metrics.jsonl")
-    plot_curves(lines, config.out / "curves.png", describe(trainer, sae))
+    heldout = {"fvu": result.fvu, "l0": result.l0, "dead_fraction": result.dead_fraction}
+    found = heldout if source.heldout else {}
+    plot_curves(lines, config.out / "curves.png", describe(trainer, sae), found)
     summary: Summary = {
         "fvu": result.fvu,
         "fvu_all": result.fvu_all,
@@ -65,7 +70,10 @@ def write_numbers(
         "seconds": state.seconds,
         "step_path": trainer.plan.step,
         "sae_lens": exported,
+        "activation": config.activation.name,
     }
+    if facts is not None:
+        summary["facts"] = facts
     if state.stopped is not None:
         summary["ended_early"], _ = state.stopped
     write_json(config.out / "summary.json", summary)

@@ -7,6 +7,8 @@ from typing import NotRequired, TypedDict, TypeVar
 from fastsae.config import from_json
 from fastsae.files import read_json
 
+from .forecast import Facts
+
 T = TypeVar("T")
 
 
@@ -33,6 +35,10 @@ class Summary(TypedDict):
     """The folder of the SAE for SAELens, or why there is none."""
     ended_early: NotRequired[str]
     """Why a callback ended the run, if one did."""
+    activation: NotRequired[str]
+    """Its name; older versions did not store it."""
+    facts: NotRequired[Facts]
+    """What was planned, and what it took; not in a sweep, where SAEs share memory and time."""
 
 
 def read_results(kind: Callable[..., T], path: Path) -> T:

@@ -26,6 +26,7 @@ from fastsae.version import __version__, written_by
 from .comparison import compare
 from .config import TrainConfig, read_config
 from .describe import describe
+from .forecast import check_fits
 from .interrupt import Interrupts
 from .log import Log
 from .run_folder import claimed_run, resolved
@@ -88,6 +89,7 @@ class Sweep:
         keep_freed_memory()
         settled = {"settings": self.configs, "--resume": resume}
         check_same_run(self.shards, settled, self.source, seed=0)
+        check_fits([trainer.forecast for trainer in self.trainers.values()])
         with claimed_run(self.out, self.shards), ExitStack() as stack:
             if not resume:
                 for first, *_ in self.sites:

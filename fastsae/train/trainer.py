@@ -27,6 +27,7 @@ from .config import TrainConfig
 from .conflicts import check_mesh
 from .describe import describe, describe_data
 from .end_to_end import EndToEnd
+from .forecast import MemoryMeter, check_fits, describe_forecast, forecast_of
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupts
@@ -86,6 +87,9 @@ class Trainer:
         self.plan = Plan.of(config, self.columns.width_out, source.n_tokens, shards.latent)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
+        self.memory: MemoryMeter | None = None
+        self.forecast = forecast_of(self)
+        """What the run needs. `fastsae.train.forecast.timed` adds the time of a step."""
         self.captured: CapturedStep | None = None
         self.ordinary: list[Ordinary] = []
         self.left_out = 0.0
@@ -104,6 +108,8 @@ class Trainer:
         keep_freed_memory()
         settled = {"settings": config, "what follows from them": self.plan, "--resume": resume}
         check_same_run(self.shards, settled, self.source, config.seed)
+        check_fits([self.forecast])
+        self.memory = MemoryMeter(self.device)
         with claimed_run(config.out, self.shards):
             state = self.start(resume, latest([self])[0] if resume else None)
             with self.loggers.started(config.out, state.step):
@@ -122,6 +128,7 @@ class Trainer:
             resumed = f"; resumed at step {state.step}" if state.step else ""
             self.say(describe(self, state.sae) + resumed)
             self.say(describe_data(self))
+            self.say(describe_forecast(self.forecast))
             while not self.ended(state):
                 start = time.perf_counter()
                 batch = take_together([(self, state)], batches, interrupts, self.config.out)
@@ -290,7 +297,9 @@ class Trainer:
             )
 
     def save(self, state: TrainState) -> None:
-        finite = all(weight.isfinite().all() for weight in state.sae.parameters())
+        # By extremes, which are NaN if a weight is: isfinite makes temporaries of a weight's size.
+        extremes = [torch.stack(weight.aminmax()) for weight in state.sae.parameters()]
+        finite = torch.stack(extremes).isfinite().all()
         if self.shards.control.largest(not finite):
             raise ValueError(f"the weights are NaN or Inf after step {state.step}: not saved")
         folder, keep = self.config.out / "checkpoints", self.config.keep_checkpoints

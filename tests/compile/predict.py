@@ -11,81 +11,22 @@ other rates are assumptions. Run it, as table.py, in a process without TRITON_IN
 
 import argparse
 import json
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from cases import A, B, C, D
 from table import measured, recorded
+
+from fastsae.estimate.gpu_step import H200, SMALL, step_work
 
 SHAPES = {"A": A, "B": B, "C": C, "D": D}
 GOALS = {"A": (17.6, 16.0), "B": (2.75, None), "C": (1.85, None), "D": (63.0, 50.0)}
 """Milliseconds of the step in bf16, and with fp8 candidates."""
 
-MEMORY, BF16 = 4.3e12, 780e12
-"""Bytes per second of a copy and FLOP per second of a GEMM, as measured."""
-
-L2, FP8, CACHED = 6.5e12, 1300e12, 30e6
-"""Assumed: bytes per second of the L2, FLOP per second in fp8, and bytes of rows that L2 keeps."""
-
 ROUND_TRIP = 0.8e-6
 """Assumed seconds from a load to its use while memory is busy."""
 
-SMALL = 40 * 3e-6
-"""Assumed seconds of the step's small launches: sorting, biases, sums."""
-
 SMS = 132
-WINDOW = 8
-
-
-class Work(NamedTuple):
-    """What one kernel does in a step."""
-
-    kernel: str
-    memory: float
-    """Bytes of device memory that it reads and writes."""
-    cached: float
-    """Bytes that it reads of rows that are in the L2 by then."""
-    trips: float
-    """Round trips to memory, of all programs together."""
-
-    def seconds(self, ctas: int) -> float:
-        waiting = self.trips * ROUND_TRIP / (SMS * ctas)
-        return max(self.memory / MEMORY, (self.memory + self.cached) / L2, waiting)
-
-
-def busy_latents(N: int, F: int, K: int) -> float:
-    """Latents that fire on some of N tokens where frequencies fall as 1 / rank."""
-    members = F // K
-    rank = torch.arange(1, members + 1, dtype=torch.float64)
-    share = (1 + 1 / rank).log() / math.log(members + 1)
-    return K * float((1 - (1 - share) ** N).sum())
-
-
-def cached_share(D: int, F: int, K: int) -> float:
-    """Share of the picked rows that are among the most frequent ones, which stay in the L2."""
-    rank = min(CACHED / (2 * D * K), F // K)
-    return math.log(rank + 1) / math.log(F // K + 1)
-
-
-def step_work(N: int, D: int, F: int, K: int, fp8: bool) -> Iterator[Work]:
-    """The step in bf16, with moments in bf16 and rows that wait up to WINDOW steps."""
-    busy, share = busy_latents(N, F, K), cached_share(D, F, K)
-    visited = busy + (F - busy) / WINDOW
-    picked = 2 * N * K * D  # bytes of bf16 rows, as often as they are picked
-    yield Work("_center_kernel", 6 * N * D, 0, N)
-    yield Work("_topk_kernel", 2 * N * F, 0, 3 * N)
-    if fp8:
-        yield Work("_quantize_kernel", 3 * N * D, 0, N)
-        yield Work("_rescore_kernel", 2 * picked * (1 - share), 2 * picked * share, 6 * N)
-    rows = max(picked * (1 - share), 2 * busy * D)
-    yield Work("_squared_error_kernel", rows + 6 * N * D, picked - rows, 3 * N)
-    state = (18 + fp8 / 2) * visited * D  # per weight: itself, both moments, the shadows
-    together = 8 if D <= 2048 else 4  # rows of x or of the error that a program waits for
-    gathers = visited * (2 + N * K / busy / together)
-    yield Work("_adam_kernel", 2 * (state + 2 * N * D), 2 * picked, 2 * gathers)
 
 
 def resident(table: list[dict], kernel: str, shape: str) -> int:
@@ -99,9 +40,10 @@ def resident(table: list[dict], kernel: str, shape: str) -> int:
 def predict(table: list[dict], shape: str, fp8: bool) -> dict[str, float]:
     """Milliseconds of each part of the step."""
     N, D, F, K = SHAPES[shape]
-    found: dict[str, float] = {"encoder GEMM": 2e3 * N * F * D / (FP8 if fp8 else BF16)}
+    found: dict[str, float] = {"encoder GEMM": 2e3 * N * F * D / (H200.fp8 if fp8 else H200.bf16)}
     for work in step_work(N, D, F, K, fp8):
-        found[work.kernel] = work.seconds(resident(table, work.kernel, shape)) * 1e3
+        waiting = work.trips * ROUND_TRIP / (SMS * resident(table, work.kernel, shape))
+        found[work.kernel] = work.seconds(H200, waiting) * 1e3
     found["small launches"] = SMALL * 1e3
     return found | {"step": sum(found.values())}
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.scaling import received
 from fastsae import SAE, TopK
 from fastsae.distributed import Axes, Mesh, collectives, mesh, parallelize
+from fastsae.estimate.exchange import received
 from fastsae.losses import Objective
 from fastsae.train.optim import Adam, Optimizer
 from fastsae.train.step import fused_step

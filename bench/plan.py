@@ -1,0 +1,69 @@
+"""Compares what `fastsae train` plans of its memory and time with what it takes.
+
+Each run trains at a shape for some steps on random activations in a file, in a process of its own,
+and leaves both in its summary.json. columns: planned and measured milliseconds per step, planned
+and measured peak memory in MB beyond what the process had before, and the relative errors.
+
+Results go to bench/results/plan-amd.json or plan-intel.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from .clock import significant
+from .problem import SHAPES
+from .record import machine, markdown, write
+
+ROWS = 16384
+"""Random activations to train on."""
+
+
+def run(shape: str, steps: int, options: list[str]) -> dict[str, Any]:
+    """Train at a shape; plan and facts."""
+    N, d, F, k = SHAPES[shape]
+    with TemporaryDirectory() as folder:
+        data, out = Path(folder) / "acts.npy", Path(folder) / "run"
+        np.save(data, np.random.default_rng(0).standard_normal((ROWS, d), np.float32))
+        command = [
+            *(sys.executable, "-m", "fastsae", "train", "--data", data, "--out", out),
+            *("--d-sae", F, "--k", k, "--batch-size", N, "--steps", steps, "--device", "cpu"),
+            *("--dead-after", 1 << 40, *options),
+        ]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        subprocess.run([*map(str, command)], check=True, env=environment, capture_output=True)
+        facts = json.loads((out / "summary.json").read_text())["facts"]
+    time, memory = "step_seconds", "peak_bytes"
+    row = {}
+    for name, unit, scale in ((time, "ms", 1e3), (memory, "MB", 1e-6)):
+        planned, taken = (scale * facts[key] for key in (f"planned_{name}", name))
+        row |= {f"planned {unit}": significant(planned), unit: significant(taken)}
+        row[f"{unit} error"] = f"{planned / taken - 1:+.1%}"
+    return row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, shapes = parser.add_argument, list("abcd")
+    add("--shapes", nargs="+", choices=shapes, default=shapes, help="shapes (default: all)")
+    add("--steps", type=int, default=40, help="steps of each run (default: 40)")
+    add("--options", nargs="*", default=[], help="further words for fastsae train, quoted")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Print a table, and write it to the results."""
+    options = [word for text in arguments.options for word in text.split()]
+    rows = {}
+    for shape in arguments.shapes:
+        rows[shape] = run(shape, arguments.steps, options)
+        print(shape, rows[shape], flush=True)
+    titles = ["shape", *next(iter(rows.values()))]
+    print(markdown(titles, [(shape, *row.values()) for shape, row in rows.items()]))
+    name = " ".join(["fp32" if not options else "", *options]).strip()
+    print(write(f"plan-{machine()}", {name: {"steps": arguments.steps, "rows": rows}}))

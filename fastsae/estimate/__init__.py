@@ -1,0 +1,28 @@
+"""Estimates of a run's memory, disk space, time and cost, from its shapes."""
+
+from .cpu_step import cpu_step_seconds
+from .forecast import Forecast, Machine, advice, forecast, gigabytes, refusal, remedies
+from .gpus import GPUS, PRICED, Gpu, gpu_like, gpu_named
+from .memory import Memory, disk_bytes, memory_of, state_bytes
+from .workload import Workload
+
+__all__ = [
+    "GPUS",
+    "PRICED",
+    "Forecast",
+    "Gpu",
+    "Machine",
+    "Memory",
+    "Workload",
+    "advice",
+    "cpu_step_seconds",
+    "disk_bytes",
+    "forecast",
+    "gigabytes",
+    "gpu_like",
+    "gpu_named",
+    "memory_of",
+    "refusal",
+    "remedies",
+    "state_bytes",
+]

@@ -1,0 +1,182 @@
+"""Times the parts of a fused TopK step on this CPU, each on a part of its work.
+
+The operations are the step's own, at the run's width and on memory of its size. What grows in
+proportion to tokens or latents is timed on some of them and scaled. It takes about a second, where
+steps of the run itself would take many.
+Shapes: N tokens, K active, F latents, D width.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels import (
+    AdamStep,
+    RowGradients,
+    Rows,
+    Window,
+    adam_,
+    center,
+    encode_topk,
+    latent_major,
+    quantize_int8,
+    squared_error,
+)
+from fastsae_kernels.latent_major import LatentMajor
+from fastsae_kernels.product import tokens_at_a_time
+
+from .workload import Workload
+
+TABLE_BYTES = 1 << 28
+"""Size of a weight whose rows are gathered: larger ones miss the caches just as often."""
+
+UPDATED_BYTES = 1 << 24
+"""Size of the rows of a weight that Adam is timed on; with gradients and moments, far more than
+caches hold."""
+
+DECODED = 1024
+"""Tokens that decoding is timed on."""
+
+SECONDS, ROUNDS = 0.15, 2
+"""Each part is repeated for this long, and at least as often, after a first time that does not
+count."""
+
+
+class Sample(NamedTuple):
+    """The part of a run's work that is timed."""
+
+    w: Workload
+    generator: torch.Generator
+    x: Tensor
+    """[N, D]"""
+    W: Tensor
+    """[F', D]: as many rows as TABLE_BYTES has room for."""
+
+    @classmethod
+    def of(cls, w: Workload) -> "Sample":
+        generator = torch.Generator().manual_seed(0)
+        rows = min(w.own_latents, max(TABLE_BYTES // (4 * w.d_in), 1))
+        return cls(
+            w,
+            generator,
+            normal(w.tokens // w.axes.data, w.d_in, generator),
+            normal(rows, w.d_in, generator),
+        )
+
+
+def normal(rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers that repeat after a prime number of them, so that rows differ: drawing all of
+    a large weight would take longer than what is timed."""
+    few = torch.randn(min(1_000_003, rows * width), generator=generator)
+    return few.repeat(-(-rows * width // len(few)))[: rows * width].view(rows, width)
+
+
+def cpu_step_seconds(w: Workload) -> dict[str, float]:
+    """Seconds of each part of a fused step, without dead latents; they add up to the step.
+
+    Takes up to a second, and 600 MB at most; no global random state is used.
+    """
+    sample = Sample.of(w)
+    with torch.no_grad():
+        encode, codes = timed_encoder(sample)
+        return {
+            "encoder": encode,
+            "decode": timed_decoder(sample, *codes),
+            "optimizer": timed_update(sample),
+            "data and counters": timed_rest(sample),
+        }
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Median seconds of a call."""
+    run()
+    times, end = [], time.perf_counter() + SECONDS
+    while len(times) < ROUNDS or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def timed_encoder(s: Sample) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The encoder GEMM with top-k, on one chunk of tokens; and codes."""
+    x, b, k = s.x[: tokens_at_a_time(s.x, s.w.own_latents)], torch.zeros(len(s.W)), s.w.active
+    low = {"bf16": lambda: s.W.bfloat16(), "int8": lambda: quantize_int8(s.W)}
+    shadow = low.get(s.w.precision, lambda: None)()
+
+    def run() -> tuple[Tensor, Tensor]:
+        return encode_topk(x, s.W, b, min(k, len(s.W)), shadow=shadow)
+
+    seconds = timed(run)
+    return seconds * len(s.x) / len(x) * s.w.own_latents / len(s.W), run()
+
+
+def timed_decoder(s: Sample, values: Tensor, indices: Tensor) -> float:
+    """Reconstructions, errors and the gradients of values, on some tokens."""
+    values, indices = values[:DECODED], indices[:DECODED]
+    x, bias = s.x[: len(values)], s.x.new_zeros(s.W.shape[1])
+    seconds = timed(lambda: squared_error(values, indices, s.W, bias, x))
+    return seconds * len(s.x) / len(values)
+
+
+def timed_update(s: Sample) -> float:
+    """Weight gradients and Adam, on some rows and on as large a part of all entries."""
+    w, width = s.w, s.w.d_in
+    rows = min(w.own_latents, max(UPDATED_BYTES // (4 * width), 1))
+    part = rows / w.own_latents
+    count = max(int(part * w.tokens * w.active), 1)
+    latent = torch.randint(rows, (count,), generator=s.generator, dtype=torch.int32).sort().values
+    token = torch.randint(w.tokens, (count,), generator=s.generator, dtype=torch.int32)
+    start = torch.searchsorted(latent, torch.arange(rows + 1, dtype=torch.int32), out_int32=True)
+    runs = LatentMajor(torch.arange(count), token, latent, start)
+    x = s.x if len(s.x) == w.tokens else normal(w.tokens, width, s.generator)
+    values = torch.full((count,), 1e-3)
+    gradients = RowGradients(runs, values, x, values, x)
+    decoder, encoder = (rows_of(s, rows, name) for name in ("W_dec", "W_enc"))
+    window = None
+    if w.window > 1:
+        window = Window(torch.zeros(rows, dtype=torch.int32), torch.zeros(w.window))
+    at = AdamStep(0, 0.0)
+
+    def run() -> None:
+        nonlocal at
+        at = at._replace(step=at.step + 1, lr=1e-5)
+        adam_(decoder, encoder, gradients, at, window)
+
+    return timed(run) / part
+
+
+def rows_of(s: Sample, rows: int, name: str) -> Rows:
+    """Rows of a weight, of norm 1, with moments and copies as the run keeps them."""
+    w = s.w
+    weight = torch.nn.functional.normalize(normal(rows, w.d_in, s.generator), dim=1)
+    first = torch.zeros_like(weight, dtype=torch.bfloat16 if w.low_moments else None)
+    second = weight.new_zeros(rows, 1) if w.row_second else torch.zeros_like(first)
+    own = name == "W_enc"
+    shadow = weight.bfloat16() if own and w.precision == "bf16" else None
+    quantized = quantize_int8(weight) if own and w.precision == "int8" else None
+    return Rows(weight, first, second, shadow, quantized)
+
+
+def timed_rest(s: Sample) -> float:
+    """Standardizing and centering tokens, sorting codes, and counting what fired."""
+    w, N = s.w, s.w.tokens
+    batch, zero = s.x.clone(), s.x.new_zeros(s.x.shape[1])
+    indices = torch.randint(w.own_latents, (N, w.active), generator=s.generator)
+    entries = torch.ones(2, N * w.active)
+    counters = torch.zeros(w.own_latents, dtype=torch.int64)
+
+    def run() -> None:
+        batch.sub_(zero).mul_(zero + 1)
+        torch.linalg.vector_norm(batch, dim=1)
+        center(batch, zero, torch.float32)
+        runs = latent_major(indices, w.own_latents)
+        entries.mul_(1.0)[:, runs.entry]
+        counters.add_(N).masked_fill_(runs.start[1:] > runs.start[:-1], 0)
+        batch.sum(0)
+
+    return timed(run)

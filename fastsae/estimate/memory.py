@@ -1,0 +1,155 @@
+"""Predicts a run's memory and disk space from its shapes.
+
+What a process keeps (weights, moments, copies, counters) is known to the byte. What a step, a
+checkpoint and the end of the run need on top is a formula of the tensors that exist at the same
+time, fitted to runs on CPUs: `python -m bench plan` compares the two.
+Sizes: N tokens, D widths, F latents of this process, K active latents per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fastsae_kernels._launch import buffer_bytes, rows_at_a_time
+from fastsae_kernels.product import cpu_product
+
+from .workload import Workload
+
+FLOAT, INT, LOW = 4, 8, 2
+"""Bytes of a number in fp32, int64 and bf16."""
+
+EVALUATED, SAMPLE_TOKENS = 4096, 8192
+"""Tokens that are evaluated at a time, and of the sample that a run starts from."""
+
+
+class Memory(NamedTuple):
+    """Bytes on one device, or in one process on a CPU."""
+
+    state: dict[str, int]
+    """What is there all the time."""
+    step: dict[str, int]
+    """What a step needs on top."""
+    end: dict[str, int]
+    """What exporting or evaluating the SAE needs at the end, one after the other; of what steps
+    have freed, they find little that is large enough."""
+
+    @property
+    def kept(self) -> int:
+        return sum(self.state.values())
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What adds up to the peak."""
+        last = max(self.end, key=self.end.__getitem__)
+        return {**self.state, **self.step, last: self.end[last]}
+
+
+def state_bytes(w: Workload) -> dict[str, int]:
+    """What a process keeps during the whole run, to the byte but for a few scalars."""
+    F, entries = w.own_latents, w.entries
+    biases = F + w.d_out
+    first = (LOW if w.low_moments else FLOAT) * entries
+    second = FLOAT * 2 * F if w.row_second else first
+    found = {
+        "weights": FLOAT * (entries + biases),
+        "Adam's moments": first + second + 2 * FLOAT * biases,
+        "low-precision copies": copy_bytes(w),
+        "averaged weights": FLOAT * (entries + biases) * w.ema,
+        "counters": (INT + (w.window > 1) * 4) * F,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def copy_bytes(w: Workload) -> int:
+    """Copies of weights that GEMMs read."""
+    encoder = w.own_latents * w.d_in
+    if w.precision == "int8":
+        return encoder + FLOAT * w.own_latents
+    if w.precision not in ("bf16", "fp8") or not w.fused:
+        return 0
+    low = LOW * (w.entries if w.gpu else encoder)
+    return low + (encoder + FLOAT * w.own_latents) * (w.precision == "fp8")
+
+
+def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
+    """The memory of a process; on a GPU, `gpu_bytes` is the GPU's memory, of which the buffer for
+    pre-activations is a part."""
+    step = {
+        "data": data_bytes(w),
+        "sample": sample_bytes(w),
+        "batches": batch_bytes(w),
+        "pre-activations": pre_bytes(w, gpu_bytes),
+    }
+    step |= {"codes and errors": code_bytes(w)} if w.fused else {"gradients": gradient_bytes(w)}
+    return Memory(state_bytes(w), step, end_bytes(w))
+
+
+def batch_bytes(w: Workload) -> int:
+    """Batches that are loaded ahead, the one that is trained on, and one in the loader's hands."""
+    return FLOAT * w.tokens * w.row_width * (1 if w.gpu else 4)
+
+
+def data_bytes(w: Workload) -> int:
+    """The window of stored data that batches are drawn from, which no GPU holds."""
+    return 0 if w.gpu else w.loaded
+
+
+def sample_bytes(w: Workload) -> int:
+    """The sample of the data that a run starts from: freed, but kept by the process."""
+    return 0 if w.gpu else FLOAT * SAMPLE_TOKENS * w.row_width * 3 // 2
+
+
+def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
+    """The chunk of pre-activations and what selects from it."""
+    rows = w.tokens // w.axes.data
+    if w.gpu:
+        budget = max(512 << 20, int(gpu_bytes) // 32)
+        return min(budget, LOW * rows * w.own_latents)
+    x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.precision == "bf16" else torch.float32)
+    chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
+    return min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
+
+
+def code_bytes(w: Workload) -> int:
+    """Of a fused step: centered tokens and errors, codes and their order by latent."""
+    wide = LOW if w.gpu and w.precision in ("bf16", "fp8") else FLOAT
+    entries = w.tokens * min(w.active, w.own_latents)
+    # values, indices, dots; sorted entries, tokens, latents; weights of both gradients
+    order = entries * (2 * FLOAT + INT + 2 * INT + 2 * 4 + 2 * FLOAT)
+    return w.tokens * (wide * w.d_in + (wide + FLOAT) * w.d_out) + order
+
+
+def gradient_bytes(w: Workload) -> int:
+    """Of a step through autograd: dense gradients, and what Adam makes of one of them."""
+    weights = FLOAT * w.entries
+    return weights + weights // 2 + 4 * FLOAT * w.tokens * (w.d_in + w.d_out)
+
+
+def end_bytes(w: Workload) -> dict[str, int]:
+    """What saving checks, what SAELens' file is written from, and what evaluation needs."""
+    encoder, D = FLOAT * w.own_latents * w.d_in, w.d_out
+    # The squared sums are in float64: tokens, reconstructions, residuals and two covariances.
+    evaluation = 2 * INT * D * D + 6 * INT * EVALUATED * D
+    if data_bytes(w) > evaluation:  # then it fits where the window of data was
+        evaluation = 0
+    return {"export to SAELens": encoder * (not w.gpu), "evaluation": evaluation}
+
+
+def disk_bytes(w: Workload) -> dict[str, int]:
+    """What the run directory holds at most, of all processes."""
+    whole = Workload(**{**vars(w), "axes": type(w.axes)()})
+    kept = state_bytes(whole)
+    checkpoint = sum(size for name, size in kept.items() if name != "low-precision copies")
+    sae = kept["weights"]
+    lines = 400 * max(w.steps // 10, 1)
+    return {
+        f"{w.checkpoints} checkpoints and one being written": (w.checkpoints + 1) * checkpoint,
+        "SAE": sae,
+        "SAE for SAELens": sae * (w.axes.latent == 1),
+        "metrics": lines,
+    }

@@ -1,0 +1,181 @@
+"""What a run is expected to need, and what it needed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+
+from fastsae.data import ActivationSource, Joined, Stream
+from fastsae.data.shards import WINDOW_BYTES
+from fastsae.distributed import Axes
+from fastsae.estimate import (
+    Forecast,
+    Machine,
+    Workload,
+    cpu_step_seconds,
+    forecast,
+    gigabytes,
+    gpu_like,
+    refusal,
+)
+from fastsae.memory import (
+    available_memory,
+    peak_memory,
+    release_freed_memory,
+    resident_memory,
+)
+from fastsae.nn import ActivationConfig
+
+from .config import TrainConfig
+from .plan import Plan
+from .state import TrainState
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+USUAL_L0 = 32
+"""Active latents per token of an activation that neither fixes nor targets their number."""
+
+
+class Facts(TypedDict, total=False):
+    """Part of summary.json: what was planned, and what it took. What is not known is left out."""
+
+    planned_step_seconds: float
+    """Of a training step, with the time to wait for its data."""
+    step_seconds: float
+    planned_peak_bytes: int
+    """Most memory on the GPU, or of the process on a CPU, beyond what it had before the run."""
+    peak_bytes: int
+
+
+def active_latents(activation: ActivationConfig, latents: int) -> int:
+    """Latents that are active per token: k, or the target L0."""
+    known = getattr(activation, "k", None) or getattr(activation, "target_l0", None)
+    return max(1, min(round(known or USUAL_L0), latents))
+
+
+def workload_of(
+    config: TrainConfig, plan: Plan, d_in: int, d_out: int, axes: Axes | None = None
+) -> Workload:
+    """The run, as far as memory and time depend on it, with an SAE of these widths."""
+    optimizer = config.optimizer
+    return Workload(
+        tokens=config.batch_size,
+        d_in=d_in,
+        d_out=d_out,
+        row_width=d_in + d_out * (config.target is not None),
+        latents=config.d_sae,
+        active=active_latents(config.activation, config.d_sae),
+        steps=plan.steps,
+        gpu=plan.device != "cpu",
+        fused=plan.step == "fused",
+        precision=plan.encoder_precision,
+        low_moments=optimizer.adam_moments == "bf16",
+        row_second=optimizer.adam_second == "row",
+        window=optimizer.adam_window,
+        ema=optimizer.ema is not None,
+        checkpoints=config.keep_checkpoints,
+        streamed=config.stream is not None,
+        axes=axes or Axes(),
+    )
+
+
+def loaded_bytes(source: ActivationSource) -> int:
+    """Memory that the data take in windows: none if they are in memory already."""
+    if isinstance(source, Joined):
+        return sum(map(loaded_bytes, source.sources))
+    if isinstance(source, Stream) or getattr(source, "path", None) is None:
+        return 0
+    return min(WINDOW_BYTES, 4 * (source.n_tokens or 0) * source.d_in)
+
+
+def this_machine(device: str) -> Machine:
+    """What a process can get here: the free memory of the GPU, or that which Linux has left."""
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        return Machine(title="this machine", memory=available_memory())
+    free, _ = torch.cuda.mem_get_info(kind)
+    kept = torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
+    name = torch.cuda.get_device_name(kind)
+    return Machine(title=f"this GPU ({name})", memory=free + kept, gpu=gpu_like(name))
+
+
+def forecast_of(trainer: "Trainer") -> Forecast:
+    """What a trainer's run needs here."""
+    columns, shards = trainer.columns, trainer.shards
+    axes = Axes(shards.data, shards.latent)
+    widths = columns.width_in, columns.width_out
+    workload = workload_of(trainer.config, trainer.plan, *widths, axes)
+    workload = replace(workload, loaded=loaded_bytes(trainer.source))
+    return forecast(workload, this_machine(trainer.plan.device))
+
+
+def timed(found: Forecast) -> Forecast:
+    """The same with the time of a step: on a CPU measured in about a second, if that is possible;
+    on a GPU as predicted."""
+    w = found.workload
+    if w.gpu or not w.fused or w.streamed or w.axes.size > 1 or not found.fits:
+        return found
+    seconds = cpu_step_seconds(w)
+    release_freed_memory()  # the run's own is measured beyond what there is before
+    return replace(found, seconds=seconds, how="from this machine's speed")
+
+
+def check_fits(forecasts: Sequence[Forecast]) -> None:
+    """ValueError unless all runs, which train at the same time, have room for what is certain."""
+    *_, last = forecasts
+    others = sum(one.memory.kept for one in forecasts) - last.memory.kept
+    machine = replace(last.machine, memory=last.machine.memory - others)
+    if (whole := replace(last, machine=machine)).cannot_fit:
+        raise ValueError(refusal(whole))
+
+
+def describe_forecast(found: Forecast) -> str:
+    """One line for the beginning of a run."""
+    memory = gigabytes(found.memory.peak)
+    text = f"plan: {memory} of memory, {gigabytes(sum(found.disk.values()))} of disk"
+    if found.step_seconds is not None:
+        seconds = found.step_seconds
+        whole = seconds * found.workload.steps
+        length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
+        text += f", {1e3 * seconds:.3g} ms per step, {length} ({found.how})"
+    if not found.fits:
+        text += f"; only {gigabytes(found.machine.memory)} of memory is free: it may run out"
+    return text
+
+
+class MemoryMeter:
+    """The most memory that is used from its construction on."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            self.before, self.peak_before = resident_memory(), peak_memory()
+
+    def read(self) -> int | None:
+        """Bytes beyond those at its construction; None where it cannot be known, or where the
+        process had needed more before."""
+        if self.before is None:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        peak = peak_memory()
+        return None if peak is None or peak == self.peak_before else peak - self.before
+
+
+def facts_of(trainer: "Trainer", state: TrainState, meter: MemoryMeter) -> Facts:
+    """What was planned of a run, and what it took."""
+    found = trainer.forecast
+    facts: Facts = {
+        "planned_peak_bytes": found.memory.peak,
+        "step_seconds": state.seconds / max(state.step, 1),
+    }
+    if found.step_seconds is not None:
+        facts["planned_step_seconds"] = found.step_seconds
+    if (peak := meter.read()) is not None:
+        facts["peak_bytes"] = peak
+    return facts

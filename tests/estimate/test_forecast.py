@@ -1,0 +1,128 @@
+"""Forecasts say what fits, what would fit instead, and which part of a step takes longest."""
+
+from dataclasses import replace
+
+import pytest
+
+from fastsae.distributed import Axes
+from fastsae.estimate import (
+    GPUS,
+    Machine,
+    Workload,
+    advice,
+    cpu_step_seconds,
+    forecast,
+    gigabytes,
+    gpu_like,
+    gpu_named,
+    refusal,
+)
+from fastsae.estimate.forecast import smaller
+
+D = Workload(
+    tokens=4096,
+    d_in=4096,
+    d_out=4096,
+    row_width=4096,
+    latents=1 << 20,
+    active=128,
+    steps=1000,
+    gpu=True,
+    precision="fp8",
+)
+
+
+def on(name: str, workload: Workload = D):
+    return forecast(workload, Machine.of_gpu(gpu_named(name), workload.axes.size))
+
+
+def test_a_million_latents_fit_an_h200_but_no_card_of_24_gb():
+    assert on("h200").fits
+    small = on("rtx4090")
+    assert small.cannot_fit and not small.fits
+    text = refusal(small)
+    assert text.startswith("does not fit") and "--mesh latent=8" in text and "H200" in text
+
+
+def test_what_is_said_to_fit_fits():
+    small = on("l4")
+    changes = {change.split(" (")[0]: workload for change, workload in smaller(small)}
+    said = refusal(small).partition("what would fit: ")[2].split("; ")
+    found = [text.split(" (")[0] for text in said if text.startswith("--")]
+    assert found
+    for text in found:
+        assert forecast(changes[text], small.machine).fits, text
+    assert not forecast(changes["--adam-moments bf16"], small.machine).fits
+    assert not any(text.startswith("--adam") for text in found)
+
+
+def test_moments_are_the_remedy_where_they_are_enough():
+    weights = on("h200").memory.state
+    room = sum(weights.values()) - weights["Adam's moments"] // 4
+    tight = forecast(D, Machine(title="a GPU", memory=room + 6e9))
+    assert not tight.fits
+    assert advice(tight).startswith("--adam-moments bf16 (needs ")
+
+
+def test_a_mesh_needs_less_memory_and_more_network():
+    alone, together = on("h200"), on("h200", replace(D, axes=Axes(1, 8)))
+    assert together.memory.kept < alone.memory.kept / 7
+    assert "network" in (together.seconds or {}) and "network" not in (alone.seconds or {})
+    assert together.step_seconds is not None and alone.step_seconds is not None
+    assert alone.step_seconds / 8 < together.step_seconds < alone.step_seconds
+    assert together.machine.price == pytest.approx(8 * GPUS["h200"].price)
+
+
+def test_the_part_that_takes_longest_limits():
+    assert on("h200").limit == "optimizer"
+    assert on("h200", replace(D, low_moments=True, window=8)).limit == "encoder GEMM"
+    few = replace(D, tokens=256, latents=1 << 18, precision="bf16")
+    assert on("a100-80", few).limit == "optimizer"
+    lazy = on("a100-80", replace(few, low_moments=True, window=8))
+    assert (lazy.step_seconds or 0) < (on("a100-80", few).step_seconds or 0)
+
+
+def test_faster_gpus_are_faster():
+    seconds = [on(name, replace(D, precision="bf16")).step_seconds or 0 for name in GPUS]
+    assert all(gpu.source and gpu.price > 0 for gpu in GPUS.values())
+    assert on("h100").step_seconds and seconds[0] == min(seconds)
+    assert seconds[[*GPUS].index("l4")] > seconds[[*GPUS].index("h100")]
+
+
+@pytest.mark.parametrize(
+    "device, name",
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("Some other", None),
+    ],
+)
+def test_a_device_is_found_by_its_name(device, name):
+    assert gpu_like(device) is (name and GPUS[name])
+
+
+def test_an_unknown_gpu_is_an_error():
+    with pytest.raises(ValueError, match="gpu must be one of b200, h200, .* got 'voodoo'"):
+        gpu_named("voodoo")
+
+
+def test_more_work_takes_more_time_on_a_cpu():
+    """Measured on this machine: 8 times the latents take at least 3 times as long."""
+    w = replace(
+        D, gpu=False, precision="fp32", tokens=512, d_in=64, d_out=64, latents=1024, active=8
+    )
+    one, eight = (sum(cpu_step_seconds(replace(w, latents=n)).values()) for n in (1024, 8192))
+    assert 0 < 3 * one < eight
+
+
+def test_sizes_are_readable():
+    assert [gigabytes(size) for size in (1.5e12, 24e9, 307e6, 9000)] == [
+        "1.5 TB",
+        "24 GB",
+        "307 MB",
+        "9 kB",
+    ]

@@ -1,0 +1,61 @@
+"""A run says what it will need, refuses what cannot fit, and records plan and fact."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fastsae.train import Sweep, Trainer
+from fastsae.train.forecast import check_fits, describe_forecast, timed
+from fastsae.train.run_table import run_table
+from fastsae.train.summary import Summary, read_results
+from tests.train.conftest import train_config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+SHAPE: dict[str, Any] = dict(d_sae=256, k=4, batch_size=64, steps=20, device="cpu")
+
+
+def test_the_summary_holds_plan_and_fact(activations, tmp_path):
+    config = train_config(out=str(tmp_path / "run"), **SHAPE)
+    trainer = Trainer(config, activations, progress=False)
+    trainer.forecast = timed(trainer.forecast)
+    trainer.fit()
+    facts = read_results(Summary, config.out / "summary.json").get("facts", {})
+    assert facts.keys() >= {"planned_step_seconds", "step_seconds", "planned_peak_bytes"}
+    assert facts.get("planned_step_seconds") == trainer.forecast.step_seconds
+    assert "  planned  " in run_table(config.out) and " ms per step, took " in run_table(config.out)
+    assert " ms per step, " in describe_forecast(trainer.forecast)
+
+
+def test_a_run_without_room_leaves_nothing(activations, tmp_path, monkeypatch):
+    large = SHAPE | {"d_sae": 1 << 18}
+    config = train_config(out=str(tmp_path / "run"), **large)
+    memory = Trainer(config, activations, progress=False).forecast.memory
+    monkeypatch.setattr("fastsae.train.forecast.available_memory", lambda: memory.kept)
+    with pytest.raises(ValueError, match=r"does not fit: .* what would fit: --d-sae 131072"):
+        Trainer(config, activations, progress=False).fit()
+    assert not config.out.exists()
+    room = memory.kept + memory.step["batches"]
+    monkeypatch.setattr("fastsae.train.forecast.available_memory", lambda: room)
+    close = Trainer(config, activations, progress=False).forecast
+    check_fits([close])  # no estimate refuses a run
+    assert not close.fits and "it may run out" in describe_forecast(close)
+
+
+def test_the_saes_of_a_sweep_need_memory_together(activations, tmp_path, monkeypatch):
+    config = train_config(out=str(tmp_path), **SHAPE)
+    configs = {name: config for name in "abc"}
+    need = Trainer(config, activations, progress=False).forecast.memory
+    room = 2 * need.kept + need.step["batches"] + 1
+    monkeypatch.setattr("fastsae.train.forecast.available_memory", lambda: room)
+    with pytest.raises(ValueError, match="does not fit"):
+        Sweep(configs, activations, tmp_path / "three", progress=False).fit()
+    assert not (tmp_path / "three").exists()
+
+
+def test_no_time_is_planned_where_it_is_not_known(activations, tmp_path):
+    config = train_config(out=str(tmp_path / "run"), step="autograd", **SHAPE)
+    trainer = Trainer(config, activations, progress=False)
+    assert timed(trainer.forecast).seconds is None
+    streamed = replace(trainer.forecast.workload, streamed=True, fused=True)
+    assert timed(replace(trainer.forecast, workload=streamed)).seconds is None
