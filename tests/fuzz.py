@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 import fastsae
 from fastsae import SAE, ActivationShards, Gated, TopK, TrainConfig, interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
-from fastsae.cli.train import run_table
+from fastsae.cli.finished import run_table
 from fastsae.cli.upgrade import upgrade_table
 from fastsae.data import ShardWriter, VllmHiddenStates, as_source
 from fastsae.data.ordinary import Ordinary

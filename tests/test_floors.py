@@ -24,6 +24,7 @@ FLOORS = [
     {"fastsae.evals"},
     {"fastsae.train"},
     {"fastsae.upgrade"},
+    {"fastsae.report"},
     {"fastsae.cli", "fastsae"},
 ]
 POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "sweep": ("SweepCommand", "saes"),
     "upgrade": ("Upgrade", "teacher"),
     "eval": ("Eval", "run"),
+    "report": ("Report", "run"),
     "convert": ("Convert", "source", "out"),
 }
 """For each command, the class of its options, and those that are positional arguments."""
@@ -42,7 +43,7 @@ MAIN = {
         "k",
         "steps",
     ),
-    *("batch_size", "lr", "seed", "device", "wandb"),
+    *("batch_size", "lr", "seed", "device", "wandb", "report"),
 }
 """Of the many options of training, those that --help shows; --help-all shows all."""
 

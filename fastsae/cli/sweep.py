@@ -11,6 +11,7 @@ from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.train import Sweep, TrainConfig
 from fastsae.train.sweep import check_together, stored_sweep
 
+from .finished import sweep_table
 from .parse import (
     Settings,
     choice,
@@ -21,7 +22,7 @@ from .parse import (
     types_in,
     updated,
 )
-from .train import opened, opened_together, sweep_table
+from .train import opened, opened_together
 
 STREAM = tuple(field.name for field in dataclasses.fields(StreamConfig))
 NOT_OWN = ("activation", "recipe", "resume", "out", "seed", "data_seed", *STREAM)
@@ -57,6 +58,9 @@ class SweepCommand:
     resume: bool = False
     """Resume the sweep in --out from the last checkpoint that all its SAEs have."""
 
+    report: bool = True
+    """Write a page that compares the SAEs to report.html at the end."""
+
     config: TrainConfig = field(default_factory=TrainConfig)
     """Settings of all SAEs."""
 
@@ -70,7 +74,7 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
     command = SweepCommand(**{name: v for name, v in values.items() if name in fields})
     if not command.resume:
         return command, swept(command, start, values)
-    if values.keys() - {"resume", "out"}:
+    if values.keys() - {"resume", "out", "report"}:
         raise ValueError(
             f"--resume takes the SAEs and settings of {command.out}: give nothing but --out"
         )
@@ -86,10 +90,12 @@ def main(words: Sequence[str]) -> str:
             raise ValueError(f"a sweep on a model's activations needs one process, got {size}")
     if size == 1:
         configs, source = opened(configs)
-        return sweep_table(Sweep(configs, source, command.out), command.resume)
+        sweep = Sweep(configs, source, command.out)
+        return sweep_table(sweep, command.resume, command.report)
     with joined(f"data={size}", next(iter(configs.values())).device) as shards:
         configs, source = opened_together(configs, shards)
-        table = sweep_table(Sweep(configs, source, command.out, shards=shards), command.resume)
+        sweep = Sweep(configs, source, command.out, shards=shards)
+        table = sweep_table(sweep, command.resume, command.report)
         return "" if shards.rank else table
 
 

@@ -88,6 +88,27 @@ def _with_head(transformers: Any, name: str, options: dict[str, Any]) -> Any:
     return model if named or not info["missing_keys"] else None
 
 
+def load_causal(name: str, files: ModelFiles | None = None) -> "PreTrainedModel | None":
+    """Load a causal language model with its head in float32; None, and nothing is loaded, if it is
+    another kind of model. ValueError if it cannot be loaded."""
+    options = {"dtype": torch.float32, **asdict(files or ModelFiles())}
+    with _transformers() as transformers, _loading(name):
+        return _with_head(transformers, name, options)
+
+
+def count_parameters(name: str, files: ModelFiles | None = None) -> int:
+    """The number of a model's parameters, of which none is loaded; ValueError if there is no
+    config."""
+    files = files or ModelFiles()
+    with _transformers() as transformers, _loading(name):
+        config = transformers.AutoConfig.from_pretrained(name, **asdict(files))
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(
+                config, trust_remote_code=files.trust_remote_code
+            )
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def own_dtype(name: str, files: ModelFiles | None = None) -> str:
     """The dtype of a model's own weights, as its config says; float32 if it names no or another
     one. ValueError if there is no config."""
