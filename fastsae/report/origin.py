@@ -5,7 +5,6 @@ from pathlib import Path
 
 from fastsae.data import Joined, StoredActivations
 from fastsae.nn import SAE
-from fastsae.progress import printable
 from fastsae.train import TrainConfig
 from fastsae.train.describe import describe_activation
 from fastsae.train.run_folder import weights_digest
@@ -39,15 +38,23 @@ def describe(sae: SAE, data: StoredActivations) -> str:
         f"{sae.d_sae:,} latents of width {sae.d_in}"
         + (f" to {sae.d_out}" if sae.d_out is not None else ""),
     ]
-    return " · ".join([*kinds, *filter(None, [place(data)])])
+    return " · ".join([*kinds, *filter(None, [model_name(data), hookpoints(data)])])
 
 
-def place(data: StoredActivations) -> str:
-    """The model and hookpoints of data, as far as they are known."""
-    parts = data.sources if isinstance(data, Joined) else (data,)
-    hookpoints = [found for part in parts if (found := getattr(part, "hookpoint", None))]
+def sources_of(data: StoredActivations) -> tuple[StoredActivations, ...]:
+    return data.sources if isinstance(data, Joined) else (data,)
+
+
+def hookpoints(data: StoredActivations) -> str:
+    """Where in the model the data is from, as far as it is known."""
+    found = (getattr(source, "hookpoint", None) for source in sources_of(data))
+    return " + ".join(filter(None, found))
+
+
+def model_name(data: StoredActivations) -> str:
+    """The model's hub id, or the end of its path; empty if it is unknown."""
     model = getattr(data, "model", None)
-    return " ".join([*([Path(model).name] if model else []), " + ".join(hookpoints)]).strip()
+    return "/".join(Path(model).parts[-2:]) if model else ""
 
 
 def provenance(
@@ -55,14 +62,13 @@ def provenance(
 ) -> list[tuple[str, str]]:
     """Names and values of what there is to know, in the order to be shown."""
     found, config = firings.found, origin.trained
-    parts = data.sources if isinstance(data, Joined) else (data,)
-    where = " + ".join(str(getattr(part, "path", None) or part) for part in parts)
+    where = " + ".join(str(getattr(part, "path", None) or part) for part in sources_of(data))
     left = f"; {found.left_out:,} of extreme norm left out" if found.left_out else ""
     rows = {
         "SAE": str(origin.run or origin.title),
         "activation": describe_activation(sae.activation.cfg),
         "model": getattr(data, "model", None) or "unknown",
-        "hookpoint": place(data) or "unknown",
+        "hookpoint": hookpoints(data) or "unknown",
         "shown on": f"{found.tokens:,} of {data.n_tokens:,} tokens of {where}{left}",
         "weights": f"{weights_digest(sae)} (BLAKE2b)",
     }
@@ -71,7 +77,7 @@ def provenance(
         rows["seed"] = str(config.seed)
         rows["batch size"] = f"{config.batch_size:,} tokens"
         rows |= training(origin.run)
-    return [(name, printable(str(value))) for name, value in rows.items()]
+    return [*rows.items()]
 
 
 def trained_on(config: TrainConfig) -> str:

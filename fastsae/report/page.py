@@ -20,13 +20,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_page(
-    path: Path,
-    template: str,
-    scripts: Sequence[str],
-    data: dict[str, Any],
-    title: str,
-    subtitle: str,
-    **texts: Any,
+    path: Path, template: str, scripts: Sequence[str], data: dict[str, Any], **texts: Any
 ) -> None:
     """Render a template to a file, which depends on nothing else; the same for the same arguments.
 
@@ -35,23 +29,18 @@ def write_page(
     """
     style = (ASSETS / "style.css").read_text(encoding="utf-8")
     script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in scripts)
-    page = (
-        _templates()
-        .get_template(template)
-        .render(
-            title=printable(title),
-            subtitle=printable(subtitle),
-            version=__version__,
-            style=Markup(style),
-            style_hash=hash_of(style),
-            script=Markup(script),
-            script_hash=hash_of(script),
-            data=packed(data),
-            **texts,
-        )
+    page = _templates().get_template(template)
+    rendered = page.render(
+        version=__version__,
+        style=Markup(style),
+        style_hash=hash_of(style),
+        script=Markup(script),
+        script_hash=hash_of(script),
+        data=Markup(packed(data)),
+        **texts,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(rendered, "utf-8", newline="\n"))
 
 
 @cache
@@ -59,10 +48,16 @@ def _templates() -> Environment:
     return Environment(
         loader=FileSystemLoader(ASSETS, encoding="utf-8"),
         autoescape=True,
+        finalize=visible_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def visible_text(value: Any) -> Any:
+    """What a template shows of a value: names in files and of files may hold anything."""
+    return printable(value) if type(value) is str else value
 
 
 def hash_of(text: str) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 from fastsae.data import StoredActivations
 from fastsae.device import choose_device
 from fastsae.nn import SAE
-from fastsae.progress import printable
 
 from .cards import make_cards
 from .config import ReportConfig
@@ -67,5 +66,5 @@ def write_report(
         verdicts=verdicts(sae, firings.found, origin.run),
         provenance=provenance(sae, data, firings, origin),
         about_cards=some if len(latents) < sae.d_sae else "Every latent has a card.",
-        notes=[printable(note) for note in notes],
+        notes=notes,
     )

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from fastsae.progress import printable
 from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import stored_sweep
 
@@ -48,5 +47,5 @@ def write_comparison(folder: Path, out: Path) -> None:
         {"runs": runs},
         title=folder.resolve().name,
         subtitle=f"Sweep of {len(runs)} SAEs",
-        about_table=printable(about),
+        about_table=about,
     )

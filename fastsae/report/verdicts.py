@@ -146,12 +146,15 @@ def measured(sae: SAE, run: Path | None) -> tuple[Effect | None, str]:
     """The effect that `fastsae eval` measured of this SAE, or why it is unknown."""
     path = run and run / "eval.json"
     if path is None or not path.exists():
-        return None, f"Run: fastsae eval {run or 'RUN'}"
+        return None, f"Run fastsae eval {run or 'RUN'}, then fastsae report again"
     try:
         found = read_results(Measured, path)
     except ValueError as error:
         return None, str(error)
     if found.get("sae") != weights_digest(sae):
-        return None, f"eval.json is of another SAE. Run: fastsae eval {run}"
+        return (
+            None,
+            f"eval.json is of another SAE. Run fastsae eval {run}, then fastsae report again",
+        )
     reason: Any = found.get("not_run")
     return found["downstream"], f"The model was not run: {shown(reason)}"

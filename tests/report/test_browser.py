@@ -109,6 +109,7 @@ def test_search_sort_and_filter(page):
 
 
 def test_activations_are_shown_on_hover(page):
+    page.locator("[data-latents] a").first.click()
     page.locator(".text .token.on").first.hover()
     assert ": " in page.inner_text("#tip")
     assert page.locator("#curves p.soft, [data-charts=frequencies] svg, #map svg").count() == 3
