@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fastsae.data import StoredActivations
-from fastsae.data.model import ModelFiles, count_parameters, load_causal
+from fastsae.data.model import ModelFiles, load_causal
 from fastsae.memory import available_memory
 from fastsae.nn import SAE
 
@@ -68,10 +68,7 @@ def causal_model(sae: SAE, data: StoredActivations, trust_remote_code: bool) -> 
         raise NoLens("a crosscoder's decoder rows are of several layers")
     files = ModelFiles.of(getattr(data, "harvest", {}), trust_remote_code)
     try:
-        wanted, most = 4 * count_parameters(name, files), available_memory() // 2
-        if wanted > most:
-            raise NoLens(f"the model takes {wanted / 1e9:,.1f} GB, half of the memory is less")
-        model = load_causal(name, files)
+        model = load_causal(name, files, available_memory() // 2)
     except ValueError as error:
         raise NoLens(str(error)) from None
     if model is None:

@@ -17,6 +17,7 @@ from fastsae.progress import printable
 from fastsae.version import __version__
 
 ASSETS = Path(__file__).parent / "assets"
+STYLES = ("base.css", "overview.css", "latents.css")
 
 
 def write_page(
@@ -27,8 +28,7 @@ def write_page(
     The page's policy runs this script and loads nothing. What comes from data is escaped by the
     template or set as text by the script.
     """
-    style = (ASSETS / "style.css").read_text(encoding="utf-8")
-    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in scripts)
+    style, script = inlined(STYLES), inlined(scripts)
     page = _templates().get_template(template)
     rendered = page.render(
         version=__version__,
@@ -41,6 +41,11 @@ def write_page(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(rendered, "utf-8", newline="\n"))
+
+
+def inlined(names: Sequence[str]) -> str:
+    """The contents of some assets, one after the other."""
+    return "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in names)
 
 
 @cache

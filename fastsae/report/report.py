@@ -17,7 +17,7 @@ from .page import write_page
 from .text import Strings
 from .verdicts import verdicts
 
-SCRIPTS = ("common.js", "latents.js", "run.js")
+SCRIPTS = ("page.js", "charts.js", "card.js", "latents.js", "run.js")
 
 
 def write_report(

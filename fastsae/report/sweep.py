@@ -8,7 +8,7 @@ from fastsae.train.sweep import stored_sweep
 from .curves import curves_of
 from .page import write_page
 
-SCRIPTS = ("common.js", "sweep.js")
+SCRIPTS = ("page.js", "charts.js", "sweep.js")
 
 
 def write_comparison(folder: Path, out: Path) -> None:

@@ -94,7 +94,7 @@ def verdicts(sae: SAE, found: Reconstruction, run: Path | None) -> list[Verdict]
             name="dense",
             value=f"{found.dense_fraction:.2%}",
             grade=DENSE.grade(found.dense_fraction),
-            about="Latents that are active for more than 10 % of the tokens.",
+            about="Latents that are active for more than 10% of the tokens.",
             good=f"Good up to {DENSE.good:.0%}, poor above {DENSE.poor:.0%}. Dense latents rarely "
             "have one meaning.",
         ),

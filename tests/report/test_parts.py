@@ -142,7 +142,7 @@ def test_where_there_is_no_lens(world, monkeypatch):
     gone = ActivationArray(torch.randn(9, WIDTH), model="no/such-model")
     assert "cannot load" in why(world.sae, gone)
     monkeypatch.setattr("fastsae.report.lens.available_memory", lambda: 1000)
-    assert "memory" in why(world.sae, world.heldout)
+    assert "it takes" in why(world.sae, world.heldout)
 
 
 def test_limits_are_those_that_are_said():

@@ -3,7 +3,7 @@
 const PANELS = [
   ['fvu', 'FVU: variance unexplained', { log: true }],
   ['l0', 'L0: active latents per token', {}],
-  ['dead_fraction', 'Dead latents', { form: percent }],
+  ['dead_fraction', 'Dead latents', { form: percent, atLeast: 0.05 }],
   ['downstream', 'Downstream loss, nats per token', {}],
 ];
 
@@ -69,7 +69,7 @@ function showFrequencies(data) {
   });
   const marks = edges.filter((edge) => Number.isInteger(edge));
   const form = (value) => (value === left + gap / 2 ? 'dead' : percent(10 ** value));
-  const size = innerWidth < 640 ? WIDE : { ...WIDE, width: 1100, height: 230 };
+  const size = PHONE ? WIDE : { ...WIDE, width: 1100, height: 230 };
   const box = barChart({
     name: 'Histogram of frequencies',
     bars,
@@ -104,10 +104,10 @@ function showFrequencies(data) {
 }
 
 const CLASSES = [
-  [MEDIUM, 'under 0.1 %', 1],
-  [COMMON, '0.1 % to 1 %', 2],
-  [DENSE, '1 % to 10 %', 3],
-  [Infinity, 'over 10 %', 4],
+  [MEDIUM, 'under 0.1%', 1],
+  [COMMON, '0.1% to 1%', 2],
+  [DENSE, '1% to 10%', 3],
+  [Infinity, 'over 10%', 4],
 ];
 function colorOf(share) {
   if (!share) return 'var(--f0)';
@@ -115,9 +115,9 @@ function colorOf(share) {
   return `var(--f${number})`;
 }
 
-function showMap(data, cards) {
+function showMap(data, latents) {
   const { ids, x, y, counts, grid, about } = data.map;
-  const [width, height, pad] = innerWidth < 640 ? [400, 400, 10] : [1100, 620, 16];
+  const [width, height, pad] = PHONE ? [340, 360, 10] : [1100, 620, 16];
   const node = svg('svg', {
     class: 'map',
     viewBox: `0 0 ${width} ${height}`,
@@ -128,13 +128,13 @@ function showMap(data, cards) {
     large = [];
   ids.forEach((id, i) => {
     const share = counts[i] / data.tokens,
-      card = cards.byId.get(id);
+      card = latents.cards.get(id);
     const place = {
       cx: pad + (x[i] / grid) * (width - 2 * pad),
       cy: height - pad - (y[i] / grid) * (height - 2 * pad),
       fill: colorOf(share),
     };
-    const words = card?.words.length ? `\n${card.words.join('  ')}` : '';
+    const words = card?.words.length ? `\n${card.words.map(isolated).join('  ')}` : '';
     const text = `latent ${id}: ${share ? percent(share) : 'dead'}${words}`;
     if (!card)
       small.push(svg('circle', { ...place, r: 2.2, opacity: 0.5, 'data-tip': `${text}\nno card` }));
@@ -161,11 +161,11 @@ function showMap(data, cards) {
       { name: 'dead', color: 'var(--f0)', kind: 'dot' },
     ]),
   );
-  cards.mark();
+  latents.mark();
 }
 
 start((data) => {
   showCurves(data);
   showFrequencies(data);
-  showMap(data, new Cards(data));
+  showMap(data, new Latents(data));
 });

@@ -9,7 +9,7 @@ const COLUMNS = [
   ['speed', 'tokens/s', (x) => group(Math.round(x))],
   ['seconds', 'seconds', (x) => group(Math.round(x))],
 ];
-const SIZE = { width: 420, height: 280, left: 52, right: 14, top: 10, bottom: 36 };
+const SIZE = { ...WIDE, width: PHONE ? 340 : 580, height: PHONE ? 260 : 320, left: 52 };
 
 function showTable(runs) {
   const head = el('tr'),
@@ -64,7 +64,7 @@ function scatter(runs, { title, key, log, form = digits }) {
   const spread = runs.map((run) => run.l0);
   const wide = Math.min(...spread) > 0 && Math.max(...spread) / Math.min(...spread) > 8;
   const x = scale(
-    wide ? spread : [0, ...spread.map((l0) => 1.05 * l0)],
+    wide ? spread.flatMap((l0) => [0.9 * l0, 1.1 * l0]) : [0, ...spread.map((l0) => 1.05 * l0)],
     SIZE.left,
     SIZE.width - SIZE.right,
     { log: wide },
@@ -106,7 +106,7 @@ start(({ runs }) => {
   const panels = [
     ['fvu', 'FVU: variance unexplained', { log: true }],
     ['l0', 'L0: active latents per token', {}],
-    ['dead_fraction', 'Dead latents', { form: percent }],
+    ['dead_fraction', 'Dead latents', { form: percent, atLeast: 0.05 }],
   ];
   const curves = panels.map(([key, title, options]) => {
     const series = runs.flatMap(({ name, color, training }) =>

@@ -1,90 +1,12 @@
-'use strict';
-// What both kinds of page use: elements, numbers, the tooltip and the plots. All that comes from the
-// data is set as text or as a number: nothing is ever parsed as HTML.
-
-const SVG = 'http://www.w3.org/2000/svg';
-
-function filled(node, properties, children) {
-  for (const [name, value] of Object.entries(properties)) {
-    if (name === 'text') node.textContent = value;
-    else if (name === 'vars')
-      for (const [key, v] of Object.entries(value)) node.style.setProperty(key, v);
-    else if (value !== null && value !== false)
-      node.setAttribute(name, value === true ? '' : value);
-  }
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
-const el = (tag, properties = {}, ...children) =>
-  filled(document.createElement(tag), properties, children);
-const svg = (tag, properties = {}, ...children) =>
-  filled(document.createElementNS(SVG, tag), properties, children);
-const find = (selector) => document.querySelector(selector);
-
-async function decoded() {
-  const bytes = Uint8Array.from(atob(find('#data').textContent.trim()), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
-  return JSON.parse(await new Response(stream).text());
-}
-
-async function start(show) {
-  try {
-    show(await decoded());
-  } catch (error) {
-    const old = typeof DecompressionStream === 'undefined';
-    find('#failure').textContent = old
-      ? 'This browser is too old to unpack the data of this page: it needs DecompressionStream (Chrome 80, Safari 16.4, Firefox 113).'
-      : `The data of this page cannot be shown: ${error}`;
-    find('#failure').hidden = false;
-    throw error;
-  }
-}
-
-// Numbers
-const group = (n) => n.toLocaleString('en-US');
-function digits(x) {
-  const size = Math.abs(x);
-  if (size >= 10000) return group(Math.round(x));
-  if (size !== 0 && size < 0.001) return x.toExponential(1);
-  return String(Number(x.toPrecision(3)));
-}
-const percent = (x) =>
-  x === 0
-    ? '0 %'
-    : x < 0.0001
-      ? `${(100 * x).toPrecision(1)} %`
-      : `${Number((100 * x).toPrecision(x < 0.001 ? 2 : 3))} %`;
-
-// The tooltip, for the mouse, the keyboard and touch
-const tip = find('#tip');
-function showTip(text, x, y) {
-  tip.textContent = text;
-  tip.hidden = false;
-  const { width, height } = tip.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, Math.min(x - width / 2, innerWidth - width - 4))}px`;
-  tip.style.top = `${y - height - 10 < 4 ? y + 16 : y - height - 10}px`;
-}
-const hideTip = () => {
-  tip.hidden = true;
-};
-function tipOf(event) {
-  const node = event.target.closest?.('[data-tip]');
-  if (!node) return hideTip();
-  const box = node.getBoundingClientRect();
-  return showTip(node.dataset.tip, box.left + box.width / 2, box.top);
-}
-document.addEventListener('pointerover', tipOf);
-document.addEventListener('focusin', tipOf);
-document.addEventListener('scroll', hideTip, { passive: true, capture: true });
-
-// Plots
-const WIDE = { width: 420, height: 210, left: 46, right: 10, top: 8, bottom: 34 };
+// Lines, bars and points, drawn as SVG with axes and tooltips.
+const PHONE = innerWidth < 640;
+const WIDE = { width: PHONE ? 340 : 420, height: 210, left: 46, right: 10, top: 8, bottom: 34 };
 
 function ticks(low, high, log) {
   if (!log) {
     const rough = (high - low) / 4 || 1;
     const power = 10 ** Math.floor(Math.log10(rough));
-    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
+    const step = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough);
     const found = [];
     for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
       found.push(i * step + 0);
@@ -97,13 +19,13 @@ function ticks(low, high, log) {
         if (f * 10 ** e >= low * 0.999 && f * 10 ** e <= high * 1.001) found.push(f * 10 ** e);
     if (found.length >= 3) return found;
   }
-  return [low, high];
+  return ticks(low, high, false).filter((value) => value >= low);
 }
 
-function scale(values, from, to, { log = false, zero = false } = {}) {
+function scale(values, from, to, { log = false, zero = false, air = 1 } = {}) {
   let low = Math.min(...values),
     high = Math.max(...values);
-  if (zero) low = Math.min(0, low);
+  if (zero) [low, high] = [Math.min(0, low), air * high];
   if (low === high) {
     if (log) {
       low /= 1.5;
@@ -162,7 +84,7 @@ function chart(title, size, name) {
 }
 
 // series: {name, color, dashed, dots, x: [], y: []}
-function lineChart({ title, series, log, form = digits, label = 'step' }) {
+function lineChart({ title, series, log, atLeast = 0, form = digits, label = 'step' }) {
   const [box, node] = chart(title, WIDE);
   const drawn = series
     .map((one) => ({
@@ -182,10 +104,10 @@ function lineChart({ title, series, log, form = digits, label = 'step' }) {
     { zero: true },
   );
   const y = scale(
-    all.map((p) => p[1]),
+    [...all.map((p) => p[1]), ...(log ? [] : [atLeast])],
     WIDE.height - WIDE.bottom,
     WIDE.top,
-    { log, zero: !log },
+    { log, zero: !log, air: 1.04 },
   );
   axes(node, WIDE, x, y, { label, form });
   for (const one of drawn) {
