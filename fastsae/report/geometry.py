@@ -1,6 +1,7 @@
 """Directions of latents: which ones are alike, and a map of all of them."""
 
 import importlib.util
+import warnings
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,9 @@ def umap(rows: Float[Tensor, "n D"], seed: int) -> tuple[Float[np.ndarray, "n 2"
         raise ValueError("projection umap needs umap-learn: pip install umap-learn, or use pca")
     if len(rows) < 16:
         raise ValueError(f"projection umap needs at least 16 latents, got {len(rows)}: use pca")
-    from umap import UMAP
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts that need TensorFlow, and of a single thread
+        from umap import UMAP
 
-    fitted = UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(rows.numpy())
+        fitted = UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(rows.numpy())
     return np.asarray(fitted, np.float64), "UMAP by cosine; distances between clusters mean little"

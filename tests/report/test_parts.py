@@ -1,6 +1,7 @@
 """The parts of a report that are numbers: which latents have a card, frequencies, directions, the
 logit lens, verdicts."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from fastsae.report.config import ReportConfig
 from fastsae.report.contexts import number
 from fastsae.report.firings import collect
 from fastsae.report.frequencies import choose, frequencies
-from fastsae.report.geometry import encoder_decoder_cosines, latent_map, neighbors, pca
+from fastsae.report.geometry import encoder_decoder_cosines, latent_map, neighbors, pca, umap
 from fastsae.report.lens import NoLens, logit_lens
 from fastsae.report.text import Strings, token_text
 from fastsae.report.verdicts import RECOVERED, Limits, verdicts
@@ -100,6 +101,20 @@ def test_pca_finds_the_plane_of_the_data():
     np.testing.assert_allclose(torch.cdist(again, again), wanted, atol=1e-4)
     assert "100%" in about
     assert pca(torch.ones(3, 1))[0].shape == (3, 2)
+
+
+def test_a_map_by_umap():
+    if importlib.util.find_spec("umap") is None:
+        with pytest.raises(ValueError, match="needs umap-learn"):
+            umap(torch.randn(20, 4), 0)
+        pytest.skip("umap-learn is not installed")
+    rows = torch.randn(2, 1, 8) + 0.1 * torch.randn(2, 30, 8)  # two clusters
+    flat, again = (umap(rows.flatten(0, 1), 0)[0].reshape(2, 30, 2) for _ in range(2))
+    np.testing.assert_array_equal(flat, again)
+    within = flat.std(1).max()
+    assert np.linalg.norm(flat[0].mean(0) - flat[1].mean(0)) > 2 * within
+    with pytest.raises(ValueError, match="at least 16"):
+        umap(torch.randn(9, 4), 0)
 
 
 @pytest.fixture(scope="module")
