@@ -1,7 +1,7 @@
 """Directions of latents: which ones are alike, and a map of all of them."""
 
-import importlib.util
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def latent_map(
     shown = np.sort(np.concatenate([own, alive]))
     rows = normalize(sae.W_dec.detach()[torch.from_numpy(shown)].float().cpu(), dim=1)
     if projection == "auto":
-        projection = "umap" if importlib.util.find_spec("umap") else "pca"
+        projection = "umap" if has_umap() else "pca"
     flat, about = umap(rows, seed) if projection == "umap" else pca(rows)
     low, high = flat.min(0), flat.max(0)
     whole = np.rint((flat - low) / np.maximum(high - low, 1e-12) * GRID).astype(int)
@@ -87,9 +87,17 @@ def pca(rows: Float[Tensor, "n D"]) -> tuple[Float[np.ndarray, "n 2"], str]:
     return scores.numpy(), f"PCA; the two components hold {share:.0%} of the variance"
 
 
+def has_umap() -> bool:
+    """Whether umap-learn is installed: another package has the name that is imported."""
+    try:
+        return bool(version("umap-learn"))
+    except PackageNotFoundError:
+        return False
+
+
 def umap(rows: Float[Tensor, "n D"], seed: int) -> tuple[Float[np.ndarray, "n 2"], str]:
     """UMAP by cosine; ValueError if it is not installed, or there are too few rows."""
-    if importlib.util.find_spec("umap") is None:
+    if not has_umap():
         raise ValueError("projection umap needs umap-learn: pip install umap-learn, or use pca")
     if len(rows) < 16:
         raise ValueError(f"projection umap needs at least 16 latents, got {len(rows)}: use pca")

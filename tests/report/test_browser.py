@@ -53,7 +53,7 @@ def page(browser, report) -> Iterator[Any]:
 
 def opens(page: Any, latent: int) -> bool:
     """Whether that card is open, or comes to be: addresses are followed a moment later."""
-    return page.wait_for_selector(f"#card h3:text-is('Latent {latent}')") is not None
+    return page.wait_for_selector(f"#card h3 a:text-is('Latent {latent}')") is not None
 
 
 def test_hostile_tokens_are_text(page):

@@ -1,7 +1,6 @@
 """The parts of a report that are numbers: which latents have a card, frequencies, directions, the
 logit lens, verdicts."""
 
-import importlib.util
 import json
 from dataclasses import replace
 
@@ -18,7 +17,14 @@ from fastsae.report.config import ReportConfig
 from fastsae.report.contexts import number
 from fastsae.report.firings import collect
 from fastsae.report.frequencies import choose, frequencies
-from fastsae.report.geometry import encoder_decoder_cosines, latent_map, neighbors, pca, umap
+from fastsae.report.geometry import (
+    encoder_decoder_cosines,
+    has_umap,
+    latent_map,
+    neighbors,
+    pca,
+    umap,
+)
 from fastsae.report.lens import NoLens, logit_lens
 from fastsae.report.text import Strings, token_text
 from fastsae.report.verdicts import RECOVERED, Limits, verdicts
@@ -104,7 +110,7 @@ def test_pca_finds_the_plane_of_the_data():
 
 
 def test_a_map_by_umap():
-    if importlib.util.find_spec("umap") is None:
+    if not has_umap():
         with pytest.raises(ValueError, match="needs umap-learn"):
             umap(torch.randn(20, 4), 0)
         pytest.skip("umap-learn is not installed")
