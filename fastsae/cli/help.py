@@ -43,7 +43,7 @@ MAIN = {
         "k",
         "steps",
     ),
-    *("batch_size", "lr", "seed", "device", "wandb", "report"),
+    *("batch_size", "lr", "seed", "device", "wandb"),
 }
 """Of the many options of training, those that --help shows; --help-all shows all."""
 

@@ -103,7 +103,7 @@ def umap(rows: Float[Tensor, "n D"], seed: int) -> tuple[Float[np.ndarray, "n 2"
         raise ValueError(f"projection umap needs at least 16 latents, got {len(rows)}: use pca")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parts that need TensorFlow, and of a single thread
-        from umap import UMAP
+        from umap import UMAP  # pyright: ignore[reportMissingImports]
 
         fitted = UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(rows.numpy())
     return np.asarray(fitted, np.float64), "UMAP by cosine; distances between clusters mean little"

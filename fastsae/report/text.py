@@ -103,8 +103,9 @@ class Windows:
 
 def windows_of(data: StoredActivations, rows: Int64[Tensor, " N"]) -> Windows | None:
     """The windows of text of some rows; None if their tokens are unknown."""
-    known = isinstance(data, TextActivations) and data.has_contexts
-    return Windows.of(data, rows) if known else None
+    if isinstance(data, TextActivations) and data.has_contexts:
+        return Windows.of(data, rows)
+    return None
 
 
 def token_text(data: StoredActivations, trust_remote_code: bool) -> tuple[TokenText, str | None]:

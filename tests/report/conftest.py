@@ -72,8 +72,7 @@ def write(folder: Path, directions: torch.Tensor, model: Path, seed: int) -> Non
     x = x + 0.02 * torch.randn(TOKENS, WIDTH, generator=generator)
     places = torch.arange(TOKENS)
     labels = (labels.int() for labels in (tokens, places % WINDOW, places // (5 * WINDOW)))
-    settings = {"dtype": "float32", "model": str(model), "hookpoint": "transformer.h.0"}
-    writer = ShardWriter(folder, WIDTH, harvest={}, **settings)
+    writer = ShardWriter(folder, WIDTH, model=str(model), hookpoint="transformer.h.0", harvest={})
     writer.append(x, *labels)
     writer.finish()
 

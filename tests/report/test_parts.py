@@ -83,6 +83,7 @@ def test_neighbors_have_the_largest_cosines(activation):
 def test_encoder_and_decoder_rows_are_compared_in_one_space():
     sae = SAE(8, 20, TopK(2))
     found = encoder_decoder_cosines(sae, torch.tensor([1, 4]))
+    assert found is not None
     np.testing.assert_allclose(found, [1.0, 1.0], rtol=1e-5)
     assert encoder_decoder_cosines(SAE(8, 20, TopK(2), d_out=8), torch.tensor([1])) is None
 
@@ -186,6 +187,7 @@ def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):
     assert (recovered().value, recovered().grade) == ("not measured", "none")
     assert f"fastsae eval {tmp_path}" in recovered().about
     result = evaluate(sae, data, EvalConfig(windows=4), progress=False)
+    assert result.downstream is not None
     written = {"sae": weights_digest(sae)} | to_dict(result)
     (tmp_path / "eval.json").write_text(json.dumps(written))
     assert recovered().value == f"{result.downstream.recovered_zero:.1%}"
