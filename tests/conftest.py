@@ -79,9 +79,11 @@ def fast_interpreter() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
-    """Runs leave no plot of their curves: drawing it takes several times as long as a small run."""
+    """Runs leave no plot of their curves and no report: these take several times as long as a small
+    run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastsae.train.results.plot_curves", lambda *arguments: False)
+        patch.setattr("fastsae.cli.finished.ReportAtEnd.on_end", lambda *arguments: None)
         yield
 
 

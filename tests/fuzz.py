@@ -33,7 +33,6 @@ from safetensors.torch import save_file
 import fastsae
 from fastsae import SAE, ActivationShards, Gated, TopK, TrainConfig, interop
 from fastsae.checkpoint import load_checkpoint, save_checkpoint
-from fastsae.cli.train import run_table
 from fastsae.cli.upgrade import upgrade_table
 from fastsae.data import ShardWriter, VllmHiddenStates, as_source
 from fastsae.data.ordinary import Ordinary
@@ -46,6 +45,7 @@ from fastsae.train.log import read_lines
 from fastsae.train.optim import Adam
 from fastsae.train.plan import Plan
 from fastsae.train.run_folder import begin, check_same
+from fastsae.train.run_table import run_table
 from fastsae.train.standardization import Standardization
 from fastsae.train.state import TrainState
 from fastsae.train.summary import Summary, read_results

@@ -25,6 +25,7 @@ FLOORS = [
     {"fastsae.evals", "fastsae.estimate"},
     {"fastsae.train"},
     {"fastsae.upgrade"},
+    {"fastsae.report"},
     {"fastsae.cli", "fastsae"},
 ]
 POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}

@@ -1,4 +1,4 @@
-"""The command line: fastsae plan | train | sweep | harvest | upgrade | eval | convert."""
+"""The command line: fastsae plan | train | sweep | harvest | upgrade | eval | report | convert."""
 
 import logging
 import os

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsae.config import to_dict
-from fastsae.data import ActivationArray, Joined, StoredActivations, open_path, stored
+from fastsae.data import StoredActivations, open_path, stored
 from fastsae.device import choose_device
 from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.evals import EvalConfig, evaluate, evaluation_table
@@ -15,10 +15,11 @@ from fastsae.interop import detect, load_divided
 from fastsae.memory import memory_left
 from fastsae.progress import say
 from fastsae.shards import Shards
-from fastsae.train.run_folder import stored_fingerprint
+from fastsae.train.run_folder import stored_fingerprint, weights_digest
 
+from .finished import trained_on, trained_with
 from .parse import filled, read_words
-from .train import opened, trained_with
+from .train import opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,8 @@ def main(words: Sequence[str]) -> str:
         result = evaluate(sae, data, command, shards.rank == 0)
         if shards.rank:
             return ""
-        write_json(run / "eval.json", to_dict(result))
+        whole = {"sae": weights_digest(sae)} if shards.latent == 1 else {}
+        write_json(run / "eval.json", whole | to_dict(result))
         about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
         activation, parts = sae.activation.cfg.name, (result.reconstruction, result.downstream)
         values = {n: getattr(part, n) for part in parts for n in LIMITS if hasattr(part, n)}
@@ -92,15 +94,3 @@ def eval_data(run: Path, data: Path | None) -> StoredActivations:
     else:
         raise ValueError(f"{run} is not a run's folder: say which --data to evaluate on")
     return source.heldout or stored(source)
-
-
-def trained_on(run: Path, data: StoredActivations) -> bool:
-    """Whether the run was trained on just these rows."""
-    config = trained_with(run)
-    if config is not None and config.stream is not None:
-        return isinstance(data, ActivationArray) and not data.has_contexts  # not what is held out
-    first = data.sources[0] if isinstance(data, Joined) else data
-    path = getattr(first, "path", None)
-    if config is None or config.data is None or path is None:
-        return False
-    return path.resolve() == config.data.resolve()

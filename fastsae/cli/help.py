@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "sweep": ("SweepCommand", "saes"),
     "upgrade": ("Upgrade", "teacher"),
     "eval": ("Eval", "run"),
+    "report": ("Report", "run"),
     "convert": ("Convert", "source", "out"),
 }
 """For each command, the class of its options, and those that are positional arguments."""

@@ -11,6 +11,7 @@ from fastsae.distributed.launch import axes_of, joined, one_voice, place
 from fastsae.train import Sweep, TrainConfig
 from fastsae.train.sweep import check_groups, check_together, stored_sweep
 
+from .finished import sweep_table
 from .parse import (
     Settings,
     choice,
@@ -21,7 +22,7 @@ from .parse import (
     types_in,
     updated,
 )
-from .train import opened_together, sweep_table
+from .train import opened_together
 
 STREAM = tuple(field.name for field in dataclasses.fields(StreamConfig))
 NOT_OWN = ("activation", "recipe", "resume", "out", "mesh", "seed", "data_seed", *STREAM)
@@ -62,6 +63,9 @@ class SweepCommand:
     makes pairs of processes that divide the latents (default: each SAE is trained by one process).
     Groups share the SAEs out; any division resumes the sweep of another."""
 
+    report: bool = True
+    """Write a page that compares the SAEs to report.html at the end."""
+
     config: TrainConfig = field(default_factory=TrainConfig)
     """Settings of all SAEs."""
 
@@ -75,7 +79,7 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
     command = SweepCommand(**{name: v for name, v in values.items() if name in fields})
     if not command.resume:
         return command, swept(command, start, values)
-    if values.keys() - {"resume", "out", "mesh"}:
+    if values.keys() - {"resume", "out", "mesh", "report"}:
         raise ValueError(
             f"--resume takes the SAEs and settings of {command.out}: give nothing but --out and "
             f"--mesh"
@@ -97,7 +101,7 @@ def main(words: Sequence[str]) -> str:
         group = shards.part(axes.data, axes.latent)
         configs, source = opened_together(configs, shards)
         sweep = Sweep(configs, source, command.out, shards=shards, group=group)
-        table = sweep_table(sweep, command.resume)
+        table = sweep_table(sweep, command.resume, command.report)
         return "" if shards.rank else table
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from fastsae.data import Joined, StoredActivations, Stream, demo_shards, open_path
 from fastsae.device import choose_device
 from fastsae.distributed.launch import joined, one_voice, place
-from fastsae.files import read_json
 from fastsae.interop import load
 from fastsae.meeting import everywhere
 from fastsae.nn import SAE, ActivationConfig, Init
@@ -22,13 +21,12 @@ from fastsae.train import (
     resumed_config,
     stored_config,
 )
-from fastsae.train.comparison import comparison_table
 from fastsae.train.forecast import timed
 from fastsae.train.run_table import run_table
-from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import stored_sweep
 from fastsae.upgrade import constraint_of
 
+from .finished import ReportAtEnd, sweep_table
 from .parse import (
     Given,
     Settings,
@@ -68,6 +66,10 @@ class Train:
     """Resume the run in --out from its last checkpoint, with its settings (auto: start it if there
     is none). With --steps N, it trains to step N: Adam's state is kept, and the learning rate's
     schedule is that of N steps, so that a decayed rate rises again."""
+
+    report: bool = True
+    """Write a report on the SAE to report.html at the end, as `fastsae report` does, which also
+    writes it later."""
 
     mesh: str | None = None
     """Under torchrun, how many processes divide the tokens of a batch, and the latents:
@@ -152,16 +154,18 @@ def main(words: Sequence[str]) -> str:
     out = resumed_sweep(given)
     if out is not None:
         configs, source = opened(stored_sweep(out))
-        return sweep_table(Sweep(configs, source, out), resume=True)
+        return sweep_table(Sweep(configs, source, out), True)
     sae = start_from(given)
     command = read_train(words, sae)
     configs, source = opened({"": command.config})
     if len(configs) > 1:
         if sae is not None:
             raise ValueError(f"--start-from needs one hookpoint, got {len(configs)}")
-        return sweep_table(Sweep(configs, source, command.config.out), command.resume)
+        sweep = Sweep(configs, source, command.config.out)
+        return sweep_table(sweep, command.resume, command.report)
     (config,) = configs.values()
-    trainer = Trainer(config, source, sae)
+    callbacks = [ReportAtEnd()] if command.report else []
+    trainer = Trainer(config, source, sae, callbacks)
     trainer.forecast = timed(trainer.forecast)
     trainer.fit(command.resume)
     return run_table(config.out)
@@ -200,17 +204,6 @@ def resumed_sweep(given: Given) -> Path | None:
     if values.keys() - {"", "resume", "out"}:
         raise ValueError(f"--resume takes the settings of {out}: give nothing but --out")
     return out
-
-
-def sweep_table(sweep: Sweep, resume: bool) -> str:
-    """Train several SAEs; the comparison of them."""
-    out = sweep.out
-    sweep.fit(resume)
-    table = comparison_table(read_results(dict[str, Summary], out / "comparison.json"))
-    return (
-        f"{table}\nwritten to {out / 'comparison.json'}; "
-        f"evaluate an SAE with: fastsae eval {out}/..."
-    )
 
 
 def opened(
@@ -254,10 +247,3 @@ def source_of(config: TrainConfig) -> StoredActivations:
     target = () if config.target is None else (config.target,)
     further = [open_path(path) for path in (*target, *config.layers)]
     return Joined(first, *further) if further else first
-
-
-def trained_with(folder: Path) -> TrainConfig | None:
-    """The config of the run in a folder; None where there is another's SAE."""
-    path = folder / "config.json"
-    stored = read_json(path) if path.exists() else None
-    return stored_config(folder) if isinstance(stored, dict) and stored.get("config") else None

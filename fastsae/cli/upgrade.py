@@ -10,8 +10,9 @@ from fastsae.interop import load
 from fastsae.train.summary import read_results
 from fastsae.upgrade import UpgradeConfig, upgrade
 
+from .finished import trained_with
 from .parse import filled, read_words
-from .train import source_of, trained_with
+from .train import source_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,21 +71,43 @@ def _with_head(transformers: Any, name: str, options: dict[str, Any]) -> Any:
     Some configs, such as those of GGUF files, name no architecture. Then the model must be of a
     type that has no masked language models, and its weights must include the head.
     """
-    from transformers.models.auto import modeling_auto
-
     config = transformers.AutoConfig.from_pretrained(name, **options)
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if named := config.architectures:
-        own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-        if not own_code and set(causal.values()).isdisjoint(named):
-            return None
-    elif config.model_type not in causal.keys() - masked.keys():
+    if not _may_be_causal(config):
         return None
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         name, output_loading_info=True, **options
     )
-    return model if named or not info["missing_keys"] else None
+    return model if config.architectures or not info["missing_keys"] else None
+
+
+def _may_be_causal(config: Any) -> bool:
+    """Whether a model of this config predicts next tokens, as far as the config tells."""
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if named := config.architectures:
+        own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        return own_code or not set(causal.values()).isdisjoint(named)
+    return config.model_type in causal.keys() - masked.keys()
+
+
+def load_causal(name: str, files: ModelFiles | None, most_bytes: int) -> "PreTrainedModel | None":
+    """Load a causal language model with its head in float32; None, and nothing is loaded, if it is
+    another kind of model. ValueError if it cannot be loaded, or takes more than so many bytes."""
+    files = files or ModelFiles()
+    options = {"dtype": torch.float32, **asdict(files)}
+    with _transformers() as transformers, _loading(name):
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        if not _may_be_causal(config):
+            return None
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=files.trust_remote_code
+            )
+        if (size := 4 * empty.num_parameters()) > most_bytes:
+            raise ValueError(f"it takes {size:,} bytes, of which there are {most_bytes:,} for it")
+        return _with_head(transformers, name, options)
 
 
 def own_dtype(name: str, files: ModelFiles | None = None) -> str:

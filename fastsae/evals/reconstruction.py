@@ -1,12 +1,12 @@
 """Reconstruction quality of an SAE, and how it uses its dictionary."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int, Int64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -20,6 +20,7 @@ from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
 from fastsae.shards import Shards
 
+Observe = Callable[[Int64[Tensor, " N"], Codes], object]
 DENSE = 0.1  # a latent active on more than this fraction of the tokens is dense
 
 
@@ -74,11 +75,13 @@ def reconstruction(
     data: StoredActivations,
     *,
     max_tokens: int | None = None,
+    rows: Int[Tensor, " N"] | None = None,
     batch_size: int = 4096,
     device: str | torch.device | None = None,
     pc_ranks: Sequence[int] | None = None,
     max_norm_ratio: float | None = MAX_NORM_RATIO,
     progress: bool = False,
+    observe: Observe | None = None,
 ) -> Reconstruction:
     """Reconstruct rows of data and measure the error.
 
@@ -86,10 +89,13 @@ def reconstruction(
         sae: moved to `device` if that is given.
         data: for a transcoder, `Joined` rows of inputs and targets; measures the predicted targets.
         max_tokens: use only the first rows (default: all).
+        rows: use these rows instead, by their numbers.
         pc_ranks: ranks for `pc_retention`, clamped to the output's width; by default 16, 64 and
             half that width.
         max_norm_ratio: leave out tokens that are further from the mean than this multiple of the
             median distance, in any of several sources; None keeps all.
+        observe: called with the places of a batch's ordinary tokens among those used, and their
+            codes.
 
     Takes one pass over the data. Memory is a batch and two covariances; sums are in float64, so the
     batch size only affects rounding. Of processes that share an SAE, the places on the data axis
@@ -99,31 +105,35 @@ def reconstruction(
     check_fits(sae, data)
     width = len(sae.b_dec)
     ranks = (16, 64, max(width // 2, 1)) if pc_ranks is None else tuple(pc_ranks)
-    tokens = data.n_tokens if max_tokens is None else min(max_tokens, data.n_tokens)
+    if rows is None:
+        rows = torch.arange(min(data.n_tokens if max_tokens is None else max_tokens, data.n_tokens))
+    tokens = len(rows)
     if min(tokens, batch_size, *ranks) < 1:
         raise ValueError(
             f"tokens, batch_size and pc_ranks must be at least 1, "
             f"got {tokens}, {batch_size} and {ranks}"
         )
     sae = sae.to(device or sae.b_dec.device)
-    totals = _Totals(width, len(sae.W_dec), sae.b_dec.device)
+    totals = _Totals(width, len(sae.W_dec), sae.b_dec.device, bool(ranks))
     sources = data.sources if isinstance(data, Joined) else (data,)
     ordinary = [Ordinary.of(s.sample(SAMPLE_TOKENS), max_norm_ratio) for s in sources]
     widths = [source.d_in for source in sources]
     bar = progress_bar("reconstruction", "token", tokens, shown=progress)
     ends = [sae.d_in, width]
     with evaluation_mode(sae), bar:
-        for x in _in_order(data, tokens, batch_size, sae.shards):
+        for places, x in _in_order(data, rows, batch_size, sae.shards):
             x = x.to(sae.b_dec)
             parts = zip(ordinary, x.split(widths, dim=1), strict=True)
             kept = torch.stack([one.has(part) for one, part in parts]).all(0)
             bar.update(min(batch_size * sae.shards.data, tokens - bar.n))
-            for rows, add in ((x[kept], totals.add), (x[~kept], totals.leave_out)):
-                if not len(rows):
+            for some, add in ((kept, totals.add), (~kept, totals.leave_out)):
+                if not some.any():
                     continue
-                seen, target = (rows, rows) if sae.d_out is None else rows.split(ends, 1)
+                seen, target = (x[some],) * 2 if sae.d_out is None else x[some].split(ends, 1)
                 codes = sae.encode(seen)
                 add(target.double(), sae.decode(codes, seen).double(), codes)
+                if observe is not None and some is kept:
+                    observe(places[kept.cpu()], codes)
     totals.join(sae.shards)
     return totals.summary(ranks)
 
@@ -151,8 +161,6 @@ def pc_retention(
 ) -> dict[str, float]:
     """Mean retention of the r leading principal components, for each r in ranks, without those in
     which the data does not vary."""
-    if not ranks:
-        return {}  # eigenvectors take time
     variance, components = torch.linalg.eigh(cov)
     variance, components = variance.flip(0), components.flip(1)
     lost = torch.einsum("di,di->i", components, residual_cov @ components).clamp_min(0)
@@ -165,10 +173,10 @@ def pc_retention(
 class _Totals:
     """Sums over tokens, kept on the device, from which the metrics are computed at the end."""
 
-    def __init__(self, d_in: int, d_sae: int, device: torch.device):
+    def __init__(self, d_in: int, d_sae: int, device: torch.device, whole: bool):
         self.tokens = 0
-        self.inputs = _Covariance(d_in, device)
-        self.residuals = _Covariance(d_in, device)
+        self.inputs = _Covariance(d_in, device, whole)
+        self.residuals = _Covariance(d_in, device, whole)
         self.error, self.cosine, self.norm = torch.zeros(3, dtype=torch.float64, device=device)
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.left_out = 0
@@ -222,7 +230,7 @@ class _Totals:
                 f"all {self.left_out} tokens have an extreme norm: raise max_norm_ratio"
             )
         n, cov = self.tokens, self.inputs.value()
-        variance = float(cov.trace())
+        variance = float(cov.trace() if cov.ndim == 2 else cov.sum())
         same = torch.finfo(torch.float64).eps * float(self.inputs.mean.square().sum())
         if variance <= same:
             raise ValueError(f"the {n} tokens are all the same: their variance is 0")
@@ -238,7 +246,7 @@ class _Totals:
             utilization=_utilization(self.fired),
             cosine=float(self.cosine) / n,
             relative_norm=float(self.norm) / n,
-            pc_retention=pc_retention(cov, self.residuals.value(), ranks),
+            pc_retention=pc_retention(cov, self.residuals.value(), ranks) if ranks else {},
         )
 
 
@@ -257,20 +265,25 @@ def _utilization(fired: Int64[Tensor, " d_sae"]) -> float:
 
 
 class _Covariance:
-    """Covariance of a stream of rows. Products are of distances from the mean, which move with it
-    (Steiner's theorem), to avoid cancellation."""
+    """Covariance of a stream of rows, or its diagonal alone if that is all that is needed. Products
+    are of distances from the mean, which move with it (Steiner's theorem), to avoid
+    cancellation."""
 
-    def __init__(self, d_in: int, device: torch.device):
+    def __init__(self, d_in: int, device: torch.device, whole: bool):
         self.tokens = 0
         self.mean = torch.zeros(d_in, dtype=torch.float64, device=device)
-        self.products = self.mean.new_zeros(d_in, d_in)
+        self.products = self.mean.new_zeros(*([d_in] * (2 if whole else 1)))
 
     def add(self, x: Float64[Tensor, "N D"]) -> None:
         before, n = self.tokens, len(x)
         self.tokens += n
         mean = x.mean(0)
         x, move = x - mean, mean - self.mean
-        self.products.addmm_(x.T, x).addr_(move, move, alpha=before * n / self.tokens)
+        if self.products.ndim == 2:
+            self.products.addmm_(x.T, x)
+        else:
+            self.products += x.square().sum(0)
+        self.shift_(move, before * n / self.tokens)
         self.mean += move * (n / self.tokens)
 
     def join(self, shards: Shards) -> None:
@@ -279,24 +292,34 @@ class _Covariance:
         self.tokens = int(shards.sum_data(torch.tensor(own, device=before.device)))
         self.mean = shards.sum_data(before * own) / max(self.tokens, 1)
         move = before - self.mean
-        self.products = shards.sum_data(self.products.addr_(move, move, alpha=own))
+        self.shift_(move, own)
+        self.products = shards.sum_data(self.products)
 
-    def value(self) -> Float64[Tensor, "D D"]:
+    def shift_(self, move: Float64[Tensor, " D"], tokens: float) -> None:
+        """Add the product of a distance with itself, as often as there are tokens."""
+        if self.products.ndim == 2:
+            self.products.addr_(move, move, alpha=tokens)
+        else:
+            self.products += move.square() * tokens
+
+    def value(self) -> Float64[Tensor, "..."]:
         return self.products / self.tokens
 
 
 def _in_order(
-    data: StoredActivations, tokens: int, batch_size: int, shards: Shards
-) -> Iterator[Float32[Tensor, "N d_in"]]:
-    """Batches of the first tokens. Places on the data axis take turns, so that each batch is that
-    of one process; in the last round, some may have an empty one. Where one process cannot read,
-    all raise."""
+    data: StoredActivations, rows: Int64[Tensor, " tokens"], batch_size: int, shards: Shards
+) -> Iterator[tuple[Int64[Tensor, " N"], Float32[Tensor, "N d_in"]]]:
+    """Batches of rows, with their places among these rows. Places on the data axis take turns, so
+    that each batch is that of one process; in the last round, some may have an empty one. Where one
+    process cannot read, all raise."""
 
-    def read(start: int) -> Float32[Tensor, "N d_in"]:
-        rows = torch.arange(start, max(min(start + batch_size, tokens), start))
-        x = data.rows(rows) if len(rows) else torch.empty(0, data.d_in, dtype=torch.float32)
-        checked(x.numpy(), rows.numpy(), data.where)
+    def read(places: Int64[Tensor, " N"]) -> Float32[Tensor, "N d_in"]:
+        own = rows[places]
+        x = data.rows(own) if len(own) else torch.empty(0, data.d_in, dtype=torch.float32)
+        checked(x.numpy(), own.numpy(), data.where)
         return x
 
-    for first in range(0, tokens, batch_size * shards.data):
-        yield everywhere(shards, partial(read, first + batch_size * shards.data_rank))
+    for first in range(0, len(rows), batch_size * shards.data):
+        start = min(first + batch_size * shards.data_rank, len(rows))
+        places = torch.arange(start, min(start + batch_size, len(rows)))
+        yield places, everywhere(shards, partial(read, places))

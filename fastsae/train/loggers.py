@@ -13,6 +13,7 @@ from fastsae.files import read_json
 from fastsae.progress import printable, say
 
 from .config import TrainConfig
+from .run_table import REPORT
 
 Setting = str | int | float | bool
 
@@ -163,8 +164,8 @@ class WandB:
         self.run.summary.update(final_numbers(results))
         if results is not None and self.artifacts:
             self.store("sae", "model")
-            if (self.out / "report.html").exists():
-                self.store("report.html", "report")
+            if (self.out / REPORT).exists():
+                self.store(REPORT, "report")
         self.run.finish()
 
     def store(self, name: str, kind: str) -> None:

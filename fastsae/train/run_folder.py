@@ -53,7 +53,7 @@ def begin(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SAE | N
     document["threads"] = torch.get_num_threads()
     document["environment"] = environment(torch.device(plan.device))
     if start_from is not None:
-        document["start_from"] = _digest(start_from)
+        document["start_from"] = weights_digest(start_from)
     write_json(out / "config.json", document)
 
 
@@ -64,7 +64,7 @@ def check_same(config: TrainConfig, plan: Plan, fingerprint: str, start_from: SA
     found, wanted = _read(config.out), _document(config, fingerprint)
     if found.get("fingerprint") != fingerprint:
         raise ValueError(f"{path} was written for other data: {named_data(config)} differ")
-    if start_from is not None and found.get("start_from") != _digest(start_from):
+    if start_from is not None and found.get("start_from") != weights_digest(start_from):
         raise ValueError(f"{path} was written for a run that began from another SAE")
     # A setting that the run's version did not have yet has its default.
     kept = _settings(to_dict(resolved(stored_config(config.out)))) | {"steps": config.steps}
@@ -179,8 +179,9 @@ def named_data(config: TrainConfig) -> str:
     return f"those in {config.data}" if config.data else "these activations"
 
 
-def _digest(sae: SAE) -> str:
-    """Of the weights; what an activation has besides may be fitted, and off by a rounding."""
+def weights_digest(sae: SAE) -> str:
+    """A hash of an SAE's weights. What an activation has besides may be fitted, and be off by a
+    rounding."""
     found = hashlib.blake2b(digest_size=16)
     for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec):
         found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -8,11 +8,14 @@ from fastsae.evals.verdict import remarks, verdict
 from .forecast import Facts
 from .summary import Summary, read_results
 
+REPORT = "report.html"
+"""The report on a run, in its directory."""
+
 
 def run_table(out: Path) -> str:
     """A finished run in a few lines: its metrics and where its files are."""
     found = read_results(Summary, out / "summary.json")
-    curves = out / "curves.png"
+    curves, report = out / "curves.png", out / REPORT
     activation = found.get("activation", "")
     about = {
         "fvu": ("FVU", ".4f", f"fraction of variance unexplained, on {found['evaluated_on']}"),
@@ -38,6 +41,7 @@ def run_table(out: Path) -> str:
         "SAELens": found["sae_lens"],
         "metrics": f"{out / 'summary.json'}, {out / 'metrics.jsonl'}",
         "curves": str(curves) if curves.exists() else "none: pip install 'fastsae-triton[report]'",
+        "report": str(report) if report.exists() else f"none yet: fastsae report {out}",
         "next": f"fastsae eval {out}",
     }
     notes = [("note", text) for text in remarks(found, activation)]

@@ -1,0 +1,70 @@
+"""The report on one SAE."""
+
+from pathlib import Path
+
+from fastsae.data import StoredActivations
+from fastsae.device import choose_device
+from fastsae.nn import SAE
+
+from .cards import make_cards
+from .config import ReportConfig
+from .curves import curves_of
+from .firings import collect
+from .frequencies import choose, frequencies
+from .geometry import latent_map
+from .origin import Origin, describe, provenance
+from .page import write_page
+from .text import Strings
+from .verdicts import verdicts
+
+SCRIPTS = ("page.js", "charts.js", "card.js", "latents.js", "run.js")
+
+
+def write_report(
+    sae: SAE,
+    data: StoredActivations,
+    config: ReportConfig,
+    out: Path,
+    origin: Origin | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the report on an SAE to the HTML file `out`: its metrics on `data`, its training, and
+    what its latents are active on.
+
+    `sae` is moved to `config.device`, and left on the CPU. `config.data` and `config.out` are not
+    read here; the command line opens them. The same arguments give the same file. ValueError if the
+    data does not fit the SAE, or for a latent to include that it does not have.
+    """
+    origin = origin or Origin(title=out.stem)
+    if wrong := [latent for latent in config.include if not 0 <= latent < sae.d_sae]:
+        raise ValueError(f"latents to include must be from 0 to {sae.d_sae - 1}, got {wrong[0]}")
+    firings = collect(sae.to(choose_device(config.device)), data, config, progress)
+    sae, strings = sae.cpu(), Strings()
+    latents = choose(firings.counts, config)
+    cards, notes = make_cards(sae, data, config, firings, latents, strings)
+    if origin.on_training_data:
+        notes.insert(0, "There is no held-out data: latents are shown on training data.")
+    compared = [curves_of(run) for run in (origin.run, config.compare) if run is not None]
+    contents = {
+        "d_sae": sae.d_sae,
+        "tokens": firings.found.tokens,
+        "signed": bool((firings.values < 0).any()),
+        "strings": strings.texts,
+        "curves": compared,
+        "frequencies": frequencies(firings),
+        "map": latent_map(sae, firings.counts, latents, config.projection, config.seed),
+        "latents": cards,
+    }
+    some = f"{len(latents):,} of {sae.d_sae:,} latents, drawn from all frequencies, have a card."
+    write_page(
+        out,
+        "run.html",
+        SCRIPTS,
+        contents,
+        title=origin.title,
+        subtitle=describe(sae, data),
+        verdicts=verdicts(sae, firings.found, origin.run),
+        provenance=provenance(sae, data, firings, origin),
+        about_cards=some if len(latents) < sae.d_sae else "Every latent has a card.",
+        notes=notes,
+    )

@@ -1,0 +1,51 @@
+"""The page that compares the SAEs of a sweep."""
+
+from pathlib import Path
+
+from fastsae.train.summary import Summary, read_results
+from fastsae.train.sweep import stored_sweep
+
+from .curves import curves_of
+from .page import write_page
+
+SCRIPTS = ("page.js", "charts.js", "sweep.js")
+
+
+def write_comparison(folder: Path, out: Path) -> None:
+    """Write the page on a finished sweep to the HTML file `out`: a table, the frontier, and the
+    curves of its runs. ValueError if the folder holds no sweep that has ended."""
+    configs = stored_sweep(folder)
+    path = folder / "comparison.json"
+    if not path.exists():
+        raise ValueError(f"the sweep in {folder} has not ended: {path} does not exist")
+    results = read_results(dict[str, Summary], path)
+    if missing := results.keys() - configs:
+        raise ValueError(f"{path} has {sorted(missing)[0]!r}, which sweep.json does not")
+    runs = [
+        {
+            **curves_of(folder / name, name),
+            "folder": name,
+            "report": (folder / name / "report.html").exists(),
+            **{key: found[key] for key in ("fvu", "l0", "seconds")},
+            "dead": found["dead_fraction"],
+            "speed": found["tokens_per_second"],
+            "d_sae": configs[name].d_sae,
+        }
+        for name, found in results.items()
+    ]
+    evaluated = sorted({found["evaluated_on"] for found in results.values()})
+    links = sum(run["report"] for run in runs)
+    about = f"Evaluated on {' and '.join(evaluated)}. Click a column's name to sort by it."
+    if links:
+        about += " A name leads to that SAE's own report."
+    else:
+        about += f" For an SAE's own report, run: fastsae report {folder}/NAME."
+    write_page(
+        out,
+        "sweep.html",
+        SCRIPTS,
+        {"runs": runs},
+        title=folder.resolve().name,
+        subtitle=f"Sweep of {len(runs)} SAEs",
+        about_table=about,
+    )

@@ -1,0 +1,128 @@
+"""The page in a real browser, without a network: what it shows, and that nothing in it runs."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsae.report import Origin, ReportConfig, write_report
+from fastsae.report.text import visible
+
+from .conftest import HOSTILE, VOCABULARY
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+DESKTOP, MOBILE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def report(world, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    origin = Origin(title='<img src=x onerror="window.hacked=6">')
+    write_report(world.sae, world.heldout, ReportConfig(latents=30), out, origin, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(browser, report) -> Iterator[Any]:
+    """Open, offline; what it logs as an error, or asks of a network, fails the test."""
+    context = browser.new_context(offline=True, viewport=DESKTOP)
+    opened, faults = context.new_page(), []
+    opened.on("console", lambda message: message.type == "error" and faults.append(message.text))
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("request", lambda asked: asked.url.startswith("file:") or faults.append(asked.url))
+    opened.goto(report.as_uri())
+    opened.wait_for_selector("#card h3")
+    yield opened
+    assert not faults
+    context.close()
+
+
+def opens(page: Any, latent: int) -> bool:
+    """Whether that card is open, or comes to be: addresses are followed a moment later."""
+    return page.wait_for_selector(f"#card h3 a:text-is('Latent {latent}')") is not None
+
+
+def test_hostile_tokens_are_text(page):
+    """The latent of each token shows it as its own, and nothing that is in it has run."""
+    for latent in range(len(VOCABULARY) - len(HOSTILE), len(VOCABULARY)):
+        page.evaluate(f"location.hash = 'latent={latent}'")
+        if page.locator(f"[data-latents] a[data-id='{latent}']").count():  # it has a card
+            assert opens(page, latent)
+            shown = page.locator("#card .chips .token").first.text_content()
+            assert shown.strip() == visible(VOCABULARY[latent]).strip()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img, iframe, object, embed, link").count() == 0
+    assert page.locator("script").count() == 2
+    assert page.inner_text("h1") == '<img src=x onerror="window.hacked=6">'
+    bidi = "getComputedStyle(document.querySelector('.text .token')).unicodeBidi"
+    assert page.evaluate(bidi) == "isolate"
+
+
+def test_a_permalink_the_list_keys_and_the_map_open_cards(page, report):
+    ids = [
+        int(text) for text in page.locator("[data-latents] a span:first-child").all_inner_texts()
+    ]
+    assert len(ids) == 30
+    page.goto(f"{report.as_uri()}#latent={ids[4]}")
+    assert opens(page, ids[4])
+    page.keyboard.press("j")
+    assert opens(page, ids[5]) and page.url.endswith(f"#latent={ids[5]}")
+    page.keyboard.press("ArrowLeft")
+    page.get_by_label("Previous latent").click()
+    assert opens(page, ids[3])
+    page.locator(f"[data-latents] a[data-id='{ids[7]}']").focus()
+    page.keyboard.press("Enter")
+    assert opens(page, ids[7])
+    page.locator(f".map a[data-id='{ids[2]}'] circle").dispatch_event("click")
+    assert opens(page, ids[2])
+    page.evaluate("location.hash = 'latent=123456'")
+    assert page.wait_for_selector("#card > p:text('There is no latent 123456')")
+
+
+def test_search_sort_and_filter(page):
+    found = lambda: page.locator("[data-latents] a span:first-child").all_inner_texts()  # noqa: E731
+    page.fill("[name=query]", "WORD3")
+    assert "3" in found() or len(found()) < 30
+    page.fill("[name=query]", "#5")
+    assert found() in (["5"], [])
+    page.fill("[name=query]", "no such token")
+    assert found() == [] and "No latent" in page.inner_text("[data-found]")
+    page.fill("[name=query]", "")
+    page.select_option("[name=sort]", "id")
+    assert found() == sorted(found(), key=int)
+    page.select_option("[name=filter]", "rare")
+    assert found() == []
+    page.select_option("[name=filter]", "all")
+    assert len(found()) == 30
+
+
+def test_activations_are_shown_on_hover(page):
+    page.locator("[data-latents] a").first.click()
+    page.locator(".text .token.on").first.hover()
+    assert ": " in page.inner_text("#tip")
+    assert page.locator("#curves p.soft, [data-charts=frequencies] svg, #map svg").count() == 3
+
+
+def test_it_fits_a_phone_and_paper(page):
+    page.set_viewport_size(MOBILE)
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) == 0
+    page.emulate_media(media="print")
+    assert page.locator("form.tools").is_hidden() and page.locator("#card").is_visible()
+    page.emulate_media(media="screen")
+    page.set_viewport_size(DESKTOP)
+    assert page.evaluate(wide) == 0

@@ -1,0 +1,98 @@
+"""Contexts show the text around a latent's activations, with the activations of its tokens."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastsae.data import ActivationArray, Contexts
+from fastsae.nn import SAE, AbsTopK
+from fastsae.report.config import ReportConfig
+from fastsae.report.contexts import AFTER, BANDS, BEFORE, PER_BAND, TOP, Shown
+from fastsae.report.firings import collect
+from fastsae.report.text import Strings, TokenText, windows_of
+
+WINDOW, TOKENS = 40, 2000
+
+
+@pytest.fixture(scope="module")
+def shown() -> Shown:
+    """Signed codes of random activations; a token's text is its number."""
+    torch.manual_seed(0)
+    places = torch.arange(TOKENS)
+    labels = torch.randint(100, (TOKENS,)), places % WINDOW, places // WINDOW
+    data = ActivationArray(torch.randn(TOKENS, 8), Contexts(*labels))
+    firings = collect(SAE(8, 16, AbsTopK(4)).eval(), data, ReportConfig(), progress=False)
+    windows = windows_of(data, firings.rows)
+    return Shown(firings=firings, windows=windows, text=TokenText(None), strings=Strings(), seed=0)
+
+
+def peaks(contexts: list) -> list[float]:
+    values = []
+    for context in contexts:
+        active = dict(zip(context["active"][::2], context["active"][1::2], strict=True))
+        assert len(active) == len(context["active"]) / 2
+        values.append(active[context["peak"]])
+    return values
+
+
+def test_the_strongest_of_each_sign_come_first(shown):
+    for latent in range(16):
+        card, (_, values) = shown.card(latent), shown.firings.of(latent)
+        top, low = peaks(card["top"]), peaks(card["low"])
+        assert top == sorted(top, reverse=True) and len(top) == TOP
+        assert low == sorted(low) and max(low) < 0 < min(top)
+        assert top[0] == pytest.approx(values.max(), rel=1e-3)
+        assert low[0] == pytest.approx(values.min(), rel=1e-3)
+        assert sum(card["histogram"]["counts"]) == card["count"] == len(values)
+
+
+def test_a_context_is_the_text_of_one_window(shown):
+    windows, firings = shown.windows, shown.firings
+    for entry, place in enumerate(firings.of(3)[0].tolist()):
+        context = shown.context(windows, 3, entry)
+        start = place - context["peak"]
+        end = start + len(context["text"])
+        assert place // WINDOW == start // WINDOW == (end - 1) // WINDOW
+        assert place - start <= BEFORE and end - place <= AFTER + 1
+        assert context["cut"] == [int(start % WINDOW > 0), int(end % WINDOW > 0)]
+        texts = [shown.strings.texts[number] for number in context["text"]]
+        assert texts == [f"#{token} " for token in windows.tokens[start:end]]
+        places, values = firings.of(3)
+        inside = (places >= start) & (places < end)
+        assert context["active"][::2] == (places[inside] - start).tolist()
+        np.testing.assert_allclose(context["active"][1::2], values[inside], rtol=1e-3)
+
+
+def test_bands_are_equal_parts_of_all_strengths(shown):
+    bands = shown.card(5)["bands"]
+    assert len(bands) == BANDS and all(len(band["contexts"]) == PER_BAND for band in bands)
+    for stronger, weaker in zip(bands, bands[1:], strict=False):
+        assert stronger["range"][0] >= weaker["range"][1] * 0.999
+    for band in bands:
+        low, high = band["range"]
+        assert all(low * 0.999 <= abs(v) <= high * 1.001 for v in peaks(band["contexts"]))
+
+
+def test_no_window_or_text_is_shown_twice(shown):
+    order = np.arange(shown.firings.counts[0])
+    chosen = shown.different(shown.windows, shown.firings.of(0)[0], order)
+    windows = shown.firings.of(0)[0][chosen] // WINDOW
+    assert len(set(windows.tolist())) == len(chosen) == TOP
+
+
+def test_the_tokens_that_it_is_active_on(shown):
+    places, values = shown.firings.of(2)
+    ids = shown.windows.tokens[places]
+    sums = {token: np.abs(values[ids == token]).sum() for token in set(ids.tolist())}
+    for number, share, of in shown.card(2)["tokens"]:
+        token = int(shown.strings.texts[number][1:])
+        assert share == pytest.approx((ids == token).mean(), rel=1e-3)
+        assert of == pytest.approx(
+            (ids == token).sum() / (shown.windows.tokens == token).sum(), 1e-3
+        )
+        assert sums[token] >= sorted(sums.values())[-8]
+
+
+def test_without_text_a_card_has_numbers_only(shown):
+    plain = Shown(firings=shown.firings, windows=None, text=shown.text, strings=Strings(), seed=0)
+    assert plain.card(1).keys() == {"count", "histogram"}
