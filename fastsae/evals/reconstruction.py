@@ -292,7 +292,7 @@ class _Covariance:
         self.tokens = int(shards.sum_data(torch.tensor(own, device=before.device)))
         self.mean = shards.sum_data(before * own) / max(self.tokens, 1)
         move = before - self.mean
-        self.shift_(move, own)
+        self.shift_(move, float(own))
         self.products = shards.sum_data(self.products)
 
     def shift_(self, move: Float64[Tensor, " D"], tokens: float) -> None:
