@@ -26,8 +26,12 @@ ROWS = 16384
 """Random activations to train on."""
 
 
-def run(shape: str, steps: int, options: list[str]) -> dict[str, Any]:
-    """Train at a shape; plan and facts."""
+COMPARED = (("step_seconds", "ms", 1e3), ("peak_bytes", "MB", 1e-6))
+"""What facts have, in which unit."""
+
+
+def run(shape: str, steps: int, options: list[str], memory: bool) -> dict[str, Any]:
+    """Train at a shape; plan and facts, or those of memory alone."""
     N, d, F, k = SHAPES[shape]
     with TemporaryDirectory() as folder:
         data, out = Path(folder) / "acts.npy", Path(folder) / "run"
@@ -40,9 +44,8 @@ def run(shape: str, steps: int, options: list[str]) -> dict[str, Any]:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         subprocess.run([*map(str, command)], check=True, env=environment, capture_output=True)
         facts = json.loads((out / "summary.json").read_text())["facts"]
-    time, memory = "step_seconds", "peak_bytes"
     row = {}
-    for name, unit, scale in ((time, "ms", 1e3), (memory, "MB", 1e-6)):
+    for name, unit, scale in COMPARED[memory:]:
         planned, taken = (scale * facts[key] for key in (f"planned_{name}", name))
         row |= {f"planned {unit}": significant(planned), unit: significant(taken)}
         row[f"{unit} error"] = f"{planned / taken - 1:+.1%}"
@@ -53,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, shapes = parser.add_argument, list("abcd")
     add("--shapes", nargs="+", choices=shapes, default=shapes, help="shapes (default: all)")
     add("--steps", type=int, default=40, help="steps of each run (default: 40)")
+    text = "compare memory alone: on a busy machine, times mean nothing"
+    add("--memory", action="store_true", help=text)
     add("--options", nargs="*", default=[], help="further words for fastsae train, quoted")
 
 
@@ -61,7 +66,7 @@ def bench(arguments: argparse.Namespace) -> None:
     options = [word for text in arguments.options for word in text.split()]
     rows = {}
     for shape in arguments.shapes:
-        rows[shape] = run(shape, arguments.steps, options)
+        rows[shape] = run(shape, arguments.steps, options, arguments.memory)
         print(shape, rows[shape], flush=True)
     titles = ["shape", *next(iter(rows.values()))]
     print(markdown(titles, [(shape, *row.values()) for shape, row in rows.items()]))

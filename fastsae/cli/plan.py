@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fastsae.data import open_path
 from fastsae.data.demo import DEMO_TOKENS, DEMO_WIDTH
+from fastsae.data.shards import WINDOW_BYTES
 from fastsae.distributed import Axes
 from fastsae.distributed.launch import named_axes
 from fastsae.estimate import (
@@ -18,6 +19,7 @@ from fastsae.estimate import (
     forecast,
     gigabytes,
     gpu_named,
+    milliseconds,
     refusal,
 )
 from fastsae.train import TrainConfig
@@ -82,6 +84,22 @@ class PlanRun:
             raise ValueError("--probe measures this machine alone: give neither --gpu nor --mesh")
 
 
+def resolved(command: PlanRun, d_out: int, tokens: int | None, axes: Axes) -> tuple[Plan, Machine]:
+    """What the run resolves to on the machine it is planned for."""
+    config = command.config
+    gpu = None if command.gpu is None else gpu_named(command.gpu)
+    if gpu is None:
+        plan = Plan.of(config, d_out, tokens, axes.latent)
+        machine = this_machine(plan.device)
+        share = machine.memory / (1 if plan.device != "cpu" else axes.size)
+        machine = dataclasses.replace(machine, memory=share, price=command.price)
+    else:
+        plan = plan_on(gpu, config, d_out, tokens, axes)
+        price = None if command.price is None else command.price * axes.size
+        machine = Machine.of_gpu(gpu, axes.size, price)
+    return plan, machine
+
+
 class Data(NamedTuple):
     """What matters of the data, which need not exist."""
 
@@ -110,17 +128,12 @@ def planned(command: PlanRun) -> Forecast:
             f"a mesh of {axes} must divide d_sae = {config.d_sae} by its latent axis and "
             f"batch_size = {config.batch_size} by its processes"
         )
-    gpu = None if command.gpu is None else gpu_named(command.gpu)
-    if gpu is None:
-        plan = Plan.of(config, d_out, data.tokens, axes.latent)
-        machine = this_machine(plan.device)
-        share = machine.memory / (1 if plan.device != "cpu" else axes.size)
-        machine = dataclasses.replace(machine, memory=share, price=command.price)
-    else:
-        plan = plan_on(gpu, config, d_out, data.tokens, axes)
-        price = None if command.price is None else command.price * axes.size
-        machine = Machine.of_gpu(gpu, axes.size, price)
-    found = forecast(workload_of(config, plan, width, d_out, axes), machine)
+    plan, machine = resolved(command, d_out, data.tokens, axes)
+    workload = workload_of(config, plan, width, d_out, axes)
+    if not workload.streamed:
+        loaded = min(WINDOW_BYTES, 4 * (data.tokens or WINDOW_BYTES) * workload.row_width)
+        workload = dataclasses.replace(workload, loaded=loaded)
+    found = forecast(workload, machine)
     if not command.probe or not found.fits:
         return timed(found)
     seconds = probe(config, data.d_in, d_out)
@@ -134,7 +147,7 @@ def data_of(command: PlanRun) -> Data:
     if config.stream is not None and command.d_in is None:
         raise ValueError("with --model, give the width of its activations: --d-in N")
     if config.stream is not None or command.d_in is not None:
-        return Data(command.d_in or 0, command.tokens or (config.data is None and 0) or None)
+        return Data(command.d_in or 0, command.tokens)
     if config.data is None:
         return Data(DEMO_WIDTH, command.tokens or DEMO_TOKENS)
     source = open_path(config.data)
@@ -163,7 +176,6 @@ def table(f: Forecast) -> Iterator[str]:
     yield row(
         "memory",
         f"{gigabytes(f.memory.peak)} of {gigabytes(machine.memory)}"
-        + "" * f.fits
         + ": does not fit" * (not f.fits),
     )
     for name, size in f.memory.parts.items():
@@ -186,10 +198,10 @@ def times(f: Forecast) -> Iterator[str]:
         hint = ": --probe measures it on this machine" if f.fits and f.machine.gpu is None else ""
         yield row("time", f"not estimated, as {why}{hint}")
         return
-    yield row("time", f"{1e3 * seconds:.3g} ms per step ({f.how})")
+    yield row("time", f"{milliseconds(seconds)} per step ({f.how})")
     if len(f.seconds) > 1:
         for name, share in sorted(f.seconds.items(), key=lambda item: -item[1]):
-            yield part(f"{1e3 * share:.3g} ms", f"{name}  ({share / seconds:.0%})")
+            yield part(milliseconds(share), f"{name}  ({share / seconds:.0%})")
     if w.streamed:
         yield part("", "and the time of the model, which produces the activations")
     hours = seconds * w.steps / 3600

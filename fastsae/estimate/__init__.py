@@ -1,7 +1,16 @@
 """Estimates of a run's memory, disk space, time and cost, from its shapes."""
 
 from .cpu_step import cpu_step_seconds
-from .forecast import Forecast, Machine, advice, forecast, gigabytes, refusal, remedies
+from .forecast import (
+    Forecast,
+    Machine,
+    advice,
+    forecast,
+    gigabytes,
+    milliseconds,
+    refusal,
+    remedies,
+)
 from .gpus import GPUS, PRICED, Gpu, gpu_like, gpu_named
 from .memory import Memory, disk_bytes, memory_of, state_bytes
 from .workload import Workload
@@ -22,6 +31,7 @@ __all__ = [
     "gpu_like",
     "gpu_named",
     "memory_of",
+    "milliseconds",
     "refusal",
     "remedies",
     "state_bytes",

@@ -106,10 +106,8 @@ def smaller(f: Forecast) -> Iterator[tuple[str, Workload]]:
     if w.fused and w.gpu:
         for latent in (2, 4, 8, 16, 32, 64):
             if latent > w.axes.latent and not w.latents % latent:
-                yield (
-                    f"--mesh latent={latent} ({latent} such GPUs)",
-                    replace(f.workload, axes=Axes(w.axes.data, latent)),
-                )
+                axes = Axes(w.axes.data, latent)
+                yield f"--mesh {axes}", replace(f.workload, axes=axes)
     for factor in (2, 4, 8):
         if w.tokens // factor >= 512:
             yield (
@@ -133,7 +131,8 @@ def remedies(f: Forecast) -> list[str]:
         tried += [change] * together
         if other.fits and kind not in found and not (together and "--adam-moments" in found):
             text = " ".join(tried) if together else change
-            found[kind] = f"{text} (needs {gigabytes(other.memory.peak)})"
+            each = f" on each of {workload.axes.size} such GPUs" * (kind == "--mesh")
+            found[kind] = f"{text} (needs {gigabytes(other.memory.peak)}{each})"
     cards = sorted(
         (g for g in GPUS.values() if f.workload.gpu and f.memory.peak <= g.memory - RESERVED),
         key=lambda g: g.memory,
@@ -173,6 +172,12 @@ def advice(f: Forecast) -> str:
             return "--encoder-precision int8 or bf16, where the CPU supports it, speeds it up"
         return "it is the only dense operation: its time is proportional to --d-sae"
     return ADVICE.get(f.limit or "", "nothing stands out")
+
+
+def milliseconds(seconds: float) -> str:
+    """A time per step in a readable form."""
+    ms = 1e3 * seconds
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
 def gigabytes(size: int | float) -> str:

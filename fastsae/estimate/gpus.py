@@ -40,7 +40,7 @@ REACHED_BY_COPY, REACHED_BY_BF16 = 4.3 / 4.8, 780 / 989.5
 REACHED_BY_FP8, L2_PER_COPY = 1300 / 1979, 6.5 / 4.3
 """Assumed, of every GPU as of an H200."""
 
-PRICED = "November 2025"
+PRICED = "2025"
 """When the prices were typical of rented GPUs on demand, per GPU; they differ a lot and change."""
 
 # bf16 and fp8 are half of what the data sheets give with sparsity.

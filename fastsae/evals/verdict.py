@@ -5,7 +5,7 @@ what good published SAEs reach, the upper one what published SAEs that were foun
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Level = Literal["good", "fair", "poor"]
 
@@ -113,7 +113,7 @@ def verdict(name: str, value: int | float, activation: str) -> tuple[Level, str]
     return levels[rank], sentences[rank]
 
 
-def remarks(values: Mapping[str, int | float | None], activation: str) -> list[str]:
+def remarks(values: Mapping[str, Any], activation: str) -> list[str]:
     """A line on each metric, among those that there is a verdict on, that is fair or poor."""
     found = []
     for name, value in values.items():

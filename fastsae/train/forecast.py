@@ -17,6 +17,7 @@ from fastsae.estimate import (
     forecast,
     gigabytes,
     gpu_like,
+    milliseconds,
     refusal,
 )
 from fastsae.memory import (
@@ -94,7 +95,9 @@ def this_machine(device: str) -> Machine:
     """What a process can get here: the free memory of the GPU, or that which Linux has left."""
     kind = torch.device(device)
     if kind.type == "cpu":
-        return Machine(title="this machine", memory=available_memory())
+        return Machine(
+            title=f"this machine ({torch.get_num_threads()} threads)", memory=available_memory()
+        )
     free, _ = torch.cuda.mem_get_info(kind)
     kept = torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
     name = torch.cuda.get_device_name(kind)
@@ -139,7 +142,7 @@ def describe_forecast(found: Forecast) -> str:
         seconds = found.step_seconds
         whole = seconds * found.workload.steps
         length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
-        text += f", {1e3 * seconds:.3g} ms per step, {length} ({found.how})"
+        text += f", {milliseconds(seconds)} per step, {length} ({found.how})"
     if not found.fits:
         text += f"; only {gigabytes(found.machine.memory)} of memory is free: it may run out"
     return text

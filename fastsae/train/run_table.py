@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastsae.estimate import gigabytes
+from fastsae.estimate import gigabytes, milliseconds
 from fastsae.evals.verdict import remarks, verdict
 
 from .forecast import Facts
@@ -52,8 +52,8 @@ def plan_against_fact(facts: Facts) -> str:
     """What was planned next to what it took, as far as both are known."""
     parts = []
     if "planned_step_seconds" in facts and "step_seconds" in facts:
-        planned, taken = 1e3 * facts["planned_step_seconds"], 1e3 * facts["step_seconds"]
-        parts.append(f"{planned:.3g} ms per step, took {taken:.3g}")
+        planned, taken = (facts[key] for key in ("planned_step_seconds", "step_seconds"))
+        parts.append(f"{milliseconds(planned)} per step, took {milliseconds(taken)}")
     if "planned_peak_bytes" in facts and "peak_bytes" in facts:
         planned, taken = gigabytes(facts["planned_peak_bytes"]), gigabytes(facts["peak_bytes"])
         parts.append(f"{planned} of memory, took {taken}")

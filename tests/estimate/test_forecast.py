@@ -41,7 +41,7 @@ def test_a_million_latents_fit_an_h200_but_no_card_of_24_gb():
     small = on("rtx4090")
     assert small.cannot_fit and not small.fits
     text = refusal(small)
-    assert text.startswith("does not fit") and "--mesh latent=8" in text and "H200" in text
+    assert text.startswith("does not fit") and "--mesh data=1,latent=8" in text and "H200" in text
 
 
 def test_what_is_said_to_fit_fits():

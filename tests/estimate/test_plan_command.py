@@ -25,7 +25,7 @@ def test_shape_d_on_a_card_of_24_gb(monkeypatch, capsys):
     assert stopped.value.code == 2
     assert "does not fit" in printed.out and "weights" in printed.out
     assert printed.err.count("\n") == 1
-    assert "what would fit: --mesh latent=" in printed.err and "--d-sae" in printed.err
+    assert "what would fit: --mesh data=1,latent=8" in printed.err and "--d-sae" in printed.err
 
 
 def test_a_mesh_of_gpus(capsys):

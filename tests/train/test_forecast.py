@@ -28,7 +28,7 @@ def test_the_summary_holds_plan_and_fact(activations, tmp_path):
 
 
 def test_a_run_without_room_leaves_nothing(activations, tmp_path, monkeypatch):
-    large = SHAPE | {"d_sae": 1 << 18}
+    large: dict[str, Any] = {**SHAPE, "d_sae": 1 << 18}
     config = train_config(out=str(tmp_path / "run"), **large)
     memory = Trainer(config, activations, progress=False).forecast.memory
     monkeypatch.setattr("fastsae.train.forecast.available_memory", lambda: memory.kept)

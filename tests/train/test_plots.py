@@ -14,10 +14,11 @@ def test_ticks_are_plain_numbers():
     from matplotlib.figure import Figure
 
     for low, high in ((0.0886, 0.41), (0.003, 3.0), (0.11, 0.13)):
-        axes = Figure().subplots()
+        figure = Figure()
+        axes = figure.subplots()
         axes.plot([0, 1], [high, low])
         plain_log_ticks(axes.yaxis)
-        axes.figure.draw_without_rendering()
+        figure.draw_without_rendering()
         bottom, top = axes.get_ylim()
         shown = [
             label.get_text()
