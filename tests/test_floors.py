@@ -23,7 +23,7 @@ FLOORS = [
     {"fastsae.data", "fastsae.checkpoint", "fastsae.interop", "fastsae.dropin"},
     {"fastsae.evals"},
     {"fastsae.train"},
-    {"fastsae.upgrade"},
+    {"fastsae.upgrade", "fastsae.hub"},
     {"fastsae.cli", "fastsae"},
 ]
 POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}

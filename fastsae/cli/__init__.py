@@ -1,4 +1,4 @@
-"""The command line: fastsae train | sweep | harvest | upgrade | eval | convert."""
+"""The command line: fastsae train | sweep | harvest | upgrade | eval | convert | push."""
 
 import logging
 import os

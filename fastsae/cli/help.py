@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "upgrade": ("Upgrade", "teacher"),
     "eval": ("Eval", "run"),
     "convert": ("Convert", "source", "out"),
+    "push": ("Push", "run", "repository"),
 }
 """For each command, the class of its options, and those that are positional arguments."""
 

@@ -4,6 +4,7 @@ from .interrupt import Interrupted
 from .optim import Optimizer
 from .recipes import RECIPES, recipe
 from .run_folder import resumed_config, stored_config
+from .summary import Origin
 from .sweep import Sweep
 from .trainer import Trainer
 
@@ -13,6 +14,7 @@ __all__ = [
     "EarlyStopping",
     "Interrupted",
     "Optimizer",
+    "Origin",
     "StopTraining",
     "Sweep",
     "TrainConfig",

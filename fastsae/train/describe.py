@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from fastsae.data import Stream
-from fastsae.nn import SAE
+from fastsae.nn import SAE, ActivationConfig
 from fastsae.shards import Shards
 
 if TYPE_CHECKING:
@@ -14,19 +14,24 @@ if TYPE_CHECKING:
 def describe(trainer: "Trainer", sae: SAE) -> str:
     """The run, in one line."""
     config, plan = trainer.config, trainer.plan
-    own = ", ".join(
-        f"{field.name} = {value}"
-        for field in fields(config.activation)
-        if (value := getattr(config.activation, field.name)) not in (field.default, None)
-        or (field.name == "k" and value)
-    )
     return (
-        f"{config.activation.name} ({own or 'defaults'}), {config.d_sae} latents of width "
+        f"{described(config.activation)}, {config.d_sae} latents of width "
         f"{sae.d_in}, {plan.steps} steps of {config.batch_size} tokens on {plan.device}"
         f"{in_processes(trainer.shards)}, "
         f"{plan.step} step{' as a CUDA graph' * trainer.captures}, "
         f"{plan.encoder_precision} encoder"
     )
+
+
+def described(activation: ActivationConfig) -> str:
+    """Its name, with k and the settings that are not the defaults."""
+    own = ", ".join(
+        f"{field.name} = {value}"
+        for field in fields(activation)
+        if (value := getattr(activation, field.name)) not in (field.default, None)
+        or (field.name == "k" and value)
+    )
+    return f"{activation.name} ({own or 'defaults'})"
 
 
 def in_processes(shards: Shards) -> str:
