@@ -10,7 +10,8 @@ bench/results/sae-lens-eval.json.
 
 It needs sae-lens and sae-bench, in an environment of their own:
 
-    pip install -c constraints.txt -e '.[peers]' && pip install --no-deps sae-bench==0.6.0
+    pip install -c constraints.txt -e '.[peers]' seaborn tabulate && pip uninstall torchvision
+    pip install --no-deps sae-bench==0.6.0 # it asks for older versions of datasets and numpy
 """
 
 import argparse
@@ -29,14 +30,24 @@ from .record import markdown, write
 PROMPTS = 8
 """Contexts per batch."""
 
+KINDS = "exported", "accelerated"
 LIBRARIES = "sae-lens", "sae-bench", "transformer-lens", "transformers", "fastsae-triton"
 
 
 def load(run: Path) -> Any:
-    """The exported SAE, by SAELens."""
-    from sae_lens import SAE
+    """The exported SAE, by SAELens.
 
-    return SAE.load_from_disk(run / "sae_lens", device="cpu")
+    TransformerLens loads the models of a list, by their names on the hub. The directory of a model,
+    which it can load as well, must therefore be in that list.
+    """
+    from sae_lens import SAE
+    from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
+
+    sae = SAE.load_from_disk(run / "sae_lens", device="cpu")
+    name = sae.cfg.metadata.model_name
+    if Path(name).is_dir() and name not in OFFICIAL_MODEL_NAMES:
+        OFFICIAL_MODEL_NAMES.append(name)
+    return sae
 
 
 def sae_lens(sae: Any, texts: Path, batches: int) -> dict[str, dict[str, float]]:
@@ -90,16 +101,14 @@ def flat(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def compare(evaluate: Callable[..., Any], run: Path, texts: Path, batches: int) -> dict[str, Any]:
     """The metrics as exported and accelerated, and the largest relative difference."""
-    exported = flat(evaluate(load(run), texts, batches))
-    accelerated = flat(evaluate(fastsae.accelerate(load(run)), texts, batches))
-    assert exported.keys() == accelerated.keys()
-    differences = {
-        name: abs(accelerated[name] - value) / max(abs(value), 1e-12)
+    saes = load(run), fastsae.accelerate(load(run))
+    exported, accelerated = (flat(evaluate(sae, texts, batches)) for sae in saes)
+    difference, name = max(
+        (abs(accelerated[name] - value) / max(abs(value), 1e-12), name)
         for name, value in exported.items()
-    }
-    largest = max(differences, key=lambda name: differences[name])
-    about = {"largest relative difference": differences[largest], "of": largest}
-    return {"exported": exported, "accelerated": accelerated, **about}
+    )
+    found = dict(zip(KINDS, (exported, accelerated), strict=True))
+    return {**found, "largest relative difference": difference, "of": name}
 
 
 def write_texts(patterns: tuple[str, ...], folder: Path) -> None:
@@ -117,21 +126,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="batches of contexts (default: 8)")
     args = parser.parse_args()
     metadata = json.loads((args.run / "sae_lens" / "cfg.json").read_text())["metadata"]
+    metadata["model_name"] = Path(metadata["model_name"]).name  # not where it is on this machine
     about: dict[str, Any] = {"metadata": metadata, "prompts": PROMPTS, "batches": args.batches}
     about["versions"] = {name: version(name) for name in LIBRARIES}
     with tempfile.TemporaryDirectory() as folder:
         write_texts(tuple(args.text), Path(folder))
         for name, evaluate in EVALUATIONS.items():
             about[name] = found = compare(evaluate, args.run, Path(folder), args.batches)
-            rows = [
-                (key, *(f"{found[kind][key]:.6g}" for kind in found if kind in KINDS))
-                for key in found["exported"]
-            ]
+            names = found["exported"]
+            rows = ((key, *(f"{found[kind][key]:.6g}" for kind in KINDS)) for key in names)
             print(markdown([name, *KINDS], rows), flush=True)
     write("sae-lens-eval", {args.name or args.run.name: about})
 
-
-KINDS = "exported", "accelerated"
 
 if __name__ == "__main__":
     main()

@@ -114,8 +114,6 @@ def write(
         "act_fn": rule.kind if rule.threshold is None else "jumprelu",
         "norm_activation": "inference",
         "sparsity_include_decoder_norm": False,
-        "dtype": str(sae.W_enc.dtype),
-        "device": "cpu",
     }
     config |= {} if rule.kind != "topk" else {"top_k": rule.k}
     return config, tensors_of(sae, rule)
@@ -123,7 +121,10 @@ def write(
 
 def tensors_of(sae: SAE, rule: Rule) -> dict[str, Tensor]:
     """Its tensors under llamascopium's names."""
-    b_enc = sae.b_enc if sae.d_out is not None else shift_bias(sae.b_enc, sae.W_enc, -sae.b_dec)
+    b_enc = sae.b_enc
+    if sae.d_out is None:  # in float32, as they are loaded: in bfloat16, the shift would be rounded
+        exact = torch.promote_types(b_enc.dtype, torch.float32)
+        b_enc = shift_bias(b_enc.to(exact), sae.W_enc, -sae.b_dec)
     tensors = {"W_E": sae.W_enc.T, "b_E": b_enc, "W_D": sae.W_dec, "b_D": sae.b_dec}
     tensors |= {} if rule.threshold is None else {LOG_THRESHOLD: thresholds(rule, sae).log()}
     return tensors
