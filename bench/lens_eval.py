@@ -14,6 +14,7 @@ It needs sae-lens and sae-bench, in an environment of their own:
     pip install --no-deps sae-bench==0.6.0 # it asks for older versions of datasets and numpy
 """
 
+# pyright: reportMissingImports=false
 import argparse
 import json
 import tempfile

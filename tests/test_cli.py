@@ -387,6 +387,6 @@ def test_convert(whole, tmp_path):
 
 
 def test_an_unknown_command():
-    choices = "harvest, train, sweep, upgrade, eval, convert"
+    choices = "harvest, train, sweep, upgrade, eval, convert, push"
     message = one_line_error("fly", run=in_process)
     assert f"must be one of {choices}, got 'fly'" in message

@@ -49,4 +49,5 @@ def listing(folder: Path, missing: dict[str, str]) -> str:
 
 
 def size(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:,.2f} MB"
+    length = path.stat().st_size
+    return f"{length / 1e6:,.1f} MB" if length >= 1e6 else f"{length / 1e3:,.1f} kB"

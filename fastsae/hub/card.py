@@ -1,7 +1,6 @@
 """The model card of an SAE: what it is, its numbers, and how each library loads it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import fastsae.interop as interop
@@ -75,14 +74,14 @@ def model_card(
     """The text of README.md.
 
     Args:
-        origin: where its activations come from.
+        origin: where its activations come from; without paths of a machine.
         layouts: formats of other libraries in directories of their names.
         curves: whether there is a curves.png.
     """
     parts = [*front_matter(config, origin, layouts), *description(sae, config, origin)]
     if results is not None:
         parts += ["", "## Results", "", f"Measured on {results.measured_on}."]
-        parts += [f"Training took {results.training}."] if results.training else []
+        parts += [f"Training: {results.training}."] if results.training else []
         parts += table(("", "", ""), results.rows)
     parts += ["", "![Training curves](curves.png)"] if curves else []
     parts += ["", "## Usage", "", f"With `x` activations of shape [tokens, {sae.d_in}]:"]
@@ -96,16 +95,11 @@ def front_matter(config: PushConfig, origin: Origin, layouts: tuple[str, ...]) -
     """The metadata that the Hub reads, as YAML."""
     yield from ("---", "library_name: fastsae", "tags:")
     yield from (f"- {tag}" for tag in (*TAGS, *(LIBRARY_TAGS[name] for name in layouts)))
-    if base := config.base_model or hub_id(origin.get("model_name", "")):
+    if HUB_ID.fullmatch(base := origin.get("model_name", "")):
         yield f"base_model: {base}"
     if config.license is not None:
         yield f"license: {config.license}"
     yield from ("---", "")
-
-
-def hub_id(model: str) -> str | None:
-    """The model's name if it is an id on the Hub, and not a directory."""
-    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else None
 
 
 def description(sae: SAE, config: PushConfig, origin: Origin) -> Iterator[str]:

@@ -50,7 +50,9 @@ def upload(folder: Path, config: PushConfig) -> str:
     name = config.repository
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HTTPError
+        from huggingface_hub.errors import (
+            HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of its HTTP library
+        )
     except ImportError:
         raise ValueError("the Hub needs a package: pip install 'fastsae-triton[hf]'") from None
     api = HfApi(library_name="fastsae", library_version=__version__)

@@ -8,7 +8,7 @@ from fastsae.evals import evaluation_rows, read_evaluation
 from fastsae.files import write_atomically
 from fastsae.nn import SAE
 from fastsae.train.origin import stored_origin
-from fastsae.train.summary import Summary, read_results
+from fastsae.train.summary import Origin, Summary, read_results
 
 from .card import Results, model_card
 from .config import PushConfig
@@ -36,7 +36,8 @@ def write_repository(
         Why a layout was left out, by its name.
     """
     sae.save(folder)
-    origin, missing = stored_origin(run) if run else {}, {}
+    origin = published(stored_origin(run) if run else {}, config)
+    missing: dict[str, str] = {}
     for name in () if config.native_only else LAYOUTS:
         try:
             interop.save(sae, folder / name, name, **origin)
@@ -55,6 +56,19 @@ def write_repository(
     )
     write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     return missing
+
+
+def published(origin: Origin, config: PushConfig) -> Origin:
+    """The origin without paths of this machine, of which the last part is kept, and with the base
+    model's id, if it is given."""
+    found = origin.copy()
+    for name in ("model_name", "dataset_path"):
+        value = origin.get(name)
+        if value is not None and (Path(value).is_absolute() or Path(value).exists()):
+            found[name] = Path(value).name
+    if config.base_model is not None:
+        found["model_name"] = config.base_model
+    return found
 
 
 def results_of(run: Path) -> Results | None:

@@ -119,6 +119,9 @@ def test_what_the_hub_refuses_is_one_line(hub, monkeypatch):
     with pytest.raises(ValueError, match="cannot push to org/name: .*401") as caught:
         sae.push_to_hub("org/name")
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(ValueError, match="cannot push to org/name: .*[Cc]onnect"):
+        sae.push_to_hub("org/name")
 
 
 @pytest.mark.parametrize(
@@ -139,10 +142,11 @@ def test_settings_that_make_no_push(settings, message):
 
 def card(folder: Path) -> tuple[dict, str]:
     """The metadata of a model card, and its text as a page."""
-    head, text = re.fullmatch(
-        r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(), re.DOTALL
-    ).groups()
-    return yaml.safe_load(head), markdown.markdown(text, extensions=["tables", "fenced_code"])
+    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    return yaml.safe_load(found[1]), markdown.markdown(
+        found[2], extensions=["tables", "fenced_code"]
+    )
 
 
 def test_the_card_of_a_run(finished, tmp_path):
@@ -155,10 +159,27 @@ def test_the_card_of_a_run(finished, tmp_path):
     assert "<h1>name</h1>" in page and 'src="curves.png"' in page
     cells = [re.sub("<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", page)]
     assert {"0.0886", "5.0", "1.49%", "topk (k = 5)", "transformer.h.6"} <= {*cells}
-    assert "26,324 tokens of held-out data" in page and "2,457,600 tokens in 113 s" in page
+    assert (
+        "26,324 tokens of held-out data" in page and "Training: 2,457,600 tokens in 113 s" in page
+    )
     titles = re.findall(r"<h3>(.*?)</h3>", page)
     assert titles == ["fastsae", "SAELens", "sparsify", "dictionary_learning"]
     assert len(re.findall(r'<code class="language-python">', page)) == len(titles)
+
+
+def test_no_path_of_this_machine_is_published(finished, tmp_path):
+    """Unless the model has an id on the hub, only the name of its directory is."""
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["origin"] |= {"model_name": str(tmp_path / "mine"), "dataset_path": str(tmp_path)}
+    (finished / "summary.json").write_text(json.dumps(summary))
+    for base, wanted in ((None, "mine"), ("org/model", "org/model")):
+        config = PushConfig(repository="org/name", base_model=base)
+        out = tmp_path / f"card of {wanted}".replace("/", "-")
+        write_repository(fastsae.load(finished), out, config, finished)
+        written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+        assert not [content for content in written if str(tmp_path).encode() in content]
+        metadata = json.loads((out / "sae_lens" / "cfg.json").read_text())["metadata"]
+        assert metadata["model_name"] == wanted and card(out)[0].get("base_model") == base
 
 
 def test_a_card_shows_text_of_others_as_text(tmp_path):
