@@ -126,9 +126,10 @@ def main() -> None:
     parser.add_argument("--name", help="name in the results (default: the run's)")
     parser.add_argument("--batches", type=int, default=8, help="batches of contexts (default: 8)")
     args = parser.parse_args()
-    metadata = json.loads((args.run / "sae_lens" / "cfg.json").read_text())["metadata"]
+    config = json.loads((args.run / "sae_lens" / "cfg.json").read_text())
+    metadata = config["metadata"]
     metadata["model_name"] = Path(metadata["model_name"]).name  # not where it is on this machine
-    about: dict[str, Any] = {"metadata": metadata, "prompts": PROMPTS, "batches": args.batches}
+    about: dict[str, Any] = {"config": config, "prompts": PROMPTS, "batches": args.batches}
     about["versions"] = {name: version(name) for name in LIBRARIES}
     with tempfile.TemporaryDirectory() as folder:
         write_texts(tuple(args.text), Path(folder))
