@@ -1,12 +1,25 @@
 """Runs SAELens' own evaluation and SAEBench's core on an SAE as fastsae exported it.
 
-    fastsae train --data smol/model.layers.15 --out runs/smol ...
-    python -m bench.lens_eval runs/smol --text topics --name "SmolLM2 layer 15"
+    python -m bench.lens_eval RUN --text DIRECTORY
 
 Both load RUN/sae_lens and run the model that its metadata name at the hookpoint that they name, on
 contexts of the length that they give. They do so twice, the second time after `fastsae.accelerate`,
 which must not change a number by more than rounding. Results go to
 bench/results/sae-lens-eval.json.
+
+The committed results are of SmolLM2 (docs/smollm.md), saved as TransformerLens reads it:
+
+    model = AutoModelForCausalLM.from_pretrained("smollm", gguf_file=NAME)
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained("model")  # likewise the tokenizer
+
+    fastsae harvest --model model --text topics --hookpoint model.layers.15 --prepend-bos yes \\
+      --drop-first --max-tokens 12000 --heldout-fraction 0.1 --out smol
+    fastsae train --data smol --out runs/smol --d-sae 1152 --k 32 --steps 120 --batch-size 512
+    python -m bench.lens_eval runs/smol --text topics --name "SmolLM2-135M layer 15" --batches 1
 
 It needs sae-lens and sae-bench, in an environment of their own:
 

@@ -223,6 +223,14 @@ def test_metadata_says_where_activations_came_from(tmp_path):
     assert found == {"sae_lens_version": "6.0.0", "model_from_pretrained_kwargs": {}, **about}
 
 
+def test_where_the_model_has_heads_sae_lens_is_told_to_concatenate_them(tmp_path):
+    sae = SAE(D_IN, D_SAE, TopK(K))
+    for name, reshaped in (("attn.hook_z", "hook_z"), ("hook_resid_post", "none")):
+        interop.save(sae, tmp_path, "sae_lens", hook_name=f"blocks.3.{name}")
+        config = json.loads((tmp_path / "cfg.json").read_text())
+        assert config["reshape_activations"] == reshaped
+
+
 def test_a_directory_of_several_formats_is_told_apart_by_settings_or_refused(tmp_path):
     sae = SAE(D_IN, D_SAE, TopK(K))
     interop.save(sae, tmp_path, "sae_lens")
