@@ -1,5 +1,7 @@
 """The model card of an SAE: what it is, its numbers, and how each library loads it."""
 
+import html
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -80,14 +82,14 @@ def model_card(
     """
     parts = [*front_matter(config, origin, layouts), *description(sae, config, origin)]
     if results is not None:
-        parts += ["", "## Results", "", f"Measured on {results.measured_on}."]
+        parts += ["", "## Results", "", f"Measured on {plain(results.measured_on)}."]
         parts += [f"Training: {results.training}."] if results.training else []
-        parts += table(("", "", ""), results.rows)
+        parts += table(("", "", ""), [tuple(map(plain, row)) for row in results.rows])
     parts += ["", "![Training curves](curves.png)"] if curves else []
     parts += ["", "## Usage", "", f"With `x` activations of shape [tokens, {sae.d_in}]:"]
     for name in ("fastsae", *layouts, *convertible(sae)):
-        code = USAGE[name].strip().format(repository=config.repository)
-        parts += ["", f"### {NAMES.get(name, name)}", "", "```python", code, "```"]
+        lines = USAGE[name].strip().format(repository=config.repository)
+        parts += ["", f"### {NAMES.get(name, name)}", "", "```python", lines, "```"]
     return "\n".join(parts) + "\n"
 
 
@@ -98,7 +100,7 @@ def front_matter(config: PushConfig, origin: Origin, layouts: tuple[str, ...]) -
     if HUB_ID.fullmatch(base := origin.get("model_name", "")):
         yield f"base_model: {base}"
     if config.license is not None:
-        yield f"license: {config.license}"
+        yield f"license: {json.dumps(config.license)}"  # quoted, or it may be read as a number
     yield from ("---", "")
 
 
@@ -111,7 +113,7 @@ def description(sae: SAE, config: PushConfig, origin: Origin) -> Iterator[str]:
     yield ""
     yield (
         f"A sparse {kind} of activations{of}: it rewrites them as a few active latents of "
-        f"a dictionary of {sae.d_sae:,}. Trained with fastsae {__version__}."
+        f"a dictionary of {sae.d_sae:,}. Saved by fastsae {__version__}."
     )
     yield from table(("", ""), [*facts(sae), *places(origin)])
 
@@ -147,6 +149,11 @@ def places(origin: Origin) -> Iterator[tuple[str, str]]:
 def code(text: str) -> str:
     """Text of unknown origin as a code span, which cannot end it or begin another cell."""
     return f"`{printable(text, 200).replace('`', '_').replace('|', '_')}`"
+
+
+def plain(text: str) -> str:
+    """Text of files as it is: neither markup nor another cell."""
+    return html.escape(printable(text)).replace("|", "&#124;")
 
 
 def table(head: tuple[str, ...], rows: "list[tuple[str, ...]]") -> Iterator[str]:
