@@ -3,6 +3,7 @@
 from .codes import Codes
 from .data import ActivationShards
 from .dropin import accelerate, restore
+from .hub import push_to_hub
 from .interop import load
 from .nn import (
     SAE,
@@ -35,5 +36,6 @@ __all__ = [
     "Variational",
     "accelerate",
     "load",
+    "push_to_hub",
     "restore",
 ]

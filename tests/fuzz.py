@@ -62,7 +62,8 @@ MAX_MEGABYTES = 64
 EXPECTED = ValueError, FileNotFoundError, PermissionError
 D_IN, D_SAE, N = 6, 10, 40
 
-FORMS = "sae_lens", "sparsify", "dictionary_learning", "gemma_scope", "openai"
+FORMS = *interop.WRITABLE[1:], *(form for form in interop.FORMATS if form not in interop.WRITABLE)
+"""Of other libraries."""
 
 
 def sound(form: str, folder: Path) -> Path:
@@ -74,6 +75,20 @@ def sound(form: str, folder: Path) -> Path:
         arrays["threshold"] = torch.ones(D_SAE)
         np.savez(folder / "params.npz", **{n: t.detach().numpy() for n, t in arrays.items()})
         return folder
+    if form == "gemma_scope_2":
+        tensors = {"w_enc": sae.W_enc.T, "b_enc": sae.b_enc, "w_dec": sae.W_dec, "b_dec": sae.b_dec}
+        tensors["threshold"] = torch.ones(D_SAE)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "params.safetensors")
+        about = {"type": "sae", "architecture": "jump_relu", "width": D_SAE, "l0": 3}
+        write_json(folder / "config.json", about | {"affine_connection": False})
+        return folder
+    if form == "qwen_scope":
+        path = folder / "L0_3" / "layer0.sae.pt"
+        path.parent.mkdir()
+        names = {"W_enc": sae.W_enc, "W_dec": sae.W_dec.T.contiguous()}
+        names |= {"b_enc": sae.b_enc, "b_dec": sae.b_dec}
+        torch.save({n: t.detach() for n, t in names.items()}, path)
+        return path
     if form == "openai":
         names = {"encoder.weight": sae.W_enc, "decoder.weight": sae.W_dec.T.contiguous()}
         names |= {"latent_bias": sae.b_enc, "pre_bias": sae.b_dec}
@@ -106,8 +121,8 @@ def save_older_native(folder: Path) -> None:
 
 
 def read_foreign(folder: Path) -> None:
-    single = folder / "sae.pt"
-    fastsae.load(single if single.exists() else folder)
+    single = [*folder.glob("sae.pt"), *folder.rglob("*.sae.pt")]
+    fastsae.load(single[0] if single else folder)
 
 
 def state() -> TrainState:

@@ -25,6 +25,7 @@ import torch
 
 from fastsae import SAE, AbsTopK, TopK
 from fastsae.cli import main
+from fastsae.cli.help import COMMANDS
 from fastsae.data import ActivationShards, ShardWriter
 from fastsae.files import claimed
 from fastsae.train.log import read_lines
@@ -387,6 +388,6 @@ def test_convert(whole, tmp_path):
 
 
 def test_an_unknown_command():
-    choices = "harvest, train, sweep, upgrade, eval, report, convert"
+    choices = ", ".join(COMMANDS)
     message = one_line_error("fly", run=in_process)
     assert f"must be one of {choices}, got 'fly'" in message

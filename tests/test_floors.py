@@ -24,7 +24,7 @@ FLOORS = [
     {"fastsae.data", "fastsae.checkpoint", "fastsae.interop", "fastsae.dropin"},
     {"fastsae.evals", "fastsae.estimate"},
     {"fastsae.train"},
-    {"fastsae.upgrade"},
+    {"fastsae.upgrade", "fastsae.hub"},
     {"fastsae.report"},
     {"fastsae.cli", "fastsae"},
 ]

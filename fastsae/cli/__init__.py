@@ -1,4 +1,4 @@
-"""The command line: fastsae plan | train | sweep | harvest | upgrade | eval | report | convert."""
+"""The command line: fastsae train, harvest, eval, report and others, as in help.COMMANDS."""
 
 import logging
 import os

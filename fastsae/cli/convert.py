@@ -7,6 +7,7 @@ from typing import Literal
 
 from fastsae.files import claimed, write_files
 from fastsae.interop import FORMATS, contents, load
+from fastsae.train.origin import stored_origin
 
 from .parse import filled, read_words
 
@@ -18,8 +19,9 @@ UNFINISHED = ".converting"
 class Convert:
     """Convert a trained SAE to another library's files.
 
-    The source is recognized by its files: fastsae, SAELens, sparsify, dictionary_learning, Gemma
-    Scope's params.npz, or OpenAI's state dict; or it is an id on the Hugging Face hub.
+    The source is recognized by its files: fastsae, SAELens, sparsify, dictionary_learning,
+    llamascopium, Gemma Scope 1 or 2, Qwen-Scope, or OpenAI's state dict; or it is an id on the
+    Hugging Face hub.
     """
 
     source: str
@@ -28,7 +30,7 @@ class Convert:
     out: Path
     """Output directory; it must be new or empty."""
 
-    to: Literal["fastsae", "sae_lens", "sparsify", "dictionary_learning"]
+    to: Literal["fastsae", "sae_lens", "sparsify", "dictionary_learning", "llamascopium"]
     """Library whose files to write."""
 
 
@@ -37,7 +39,7 @@ def main(words: Sequence[str]) -> str:
     out = command.out
     check_free(out)
     sae = load(command.source)
-    files = contents(sae, command.to)
+    files = contents(sae, command.to, **stored_origin(Path(command.source)))
     with claimed(out) as mine:
         if not mine:
             raise ValueError(f"another process is writing to {out}")

@@ -52,8 +52,9 @@ def main(words: Sequence[str]) -> str:
         result = evaluate(sae, data, command, shards.rank == 0)
         if shards.rank:
             return ""
-        whole = {"sae": weights_digest(sae)} if shards.latent == 1 else {}
-        write_json(run / "eval.json", whole | to_dict(result))
+        if shards.latent == 1:  # else no process has all weights
+            result = replace(result, sae=weights_digest(sae))
+        write_json(run / "eval.json", to_dict(result))
         about = f"{run} on {result.data}{', its training data' * trained_on(run, data)}:"
         activation, parts = sae.activation.cfg.name, (result.reconstruction, result.downstream)
         values = {n: getattr(part, n) for part in parts for n in LIMITS if hasattr(part, n)}

@@ -9,7 +9,7 @@ from fastsae.data import ActivationArray, Joined, StoredActivations, stored
 from fastsae.files import read_json
 from fastsae.nn import SAE
 from fastsae.progress import say
-from fastsae.report import Origin, ReportConfig, write_comparison, write_report
+from fastsae.report import ReportConfig, Subject, write_comparison, write_report
 from fastsae.train import Callback, Sweep, TrainConfig, Trainer, stored_config
 from fastsae.train.comparison import comparison_table
 from fastsae.train.run_table import REPORT
@@ -35,9 +35,9 @@ def trained_on(run: Path, data: StoredActivations) -> bool:
     return path.resolve() == config.data.resolve()
 
 
-def origin_of(run: Path, data: StoredActivations) -> Origin:
+def subject_of(run: Path, data: StoredActivations) -> Subject:
     """What a report says of the SAE in a directory or file, and of the data it is shown on."""
-    return Origin(
+    return Subject(
         title=run.resolve().name,
         run=run if run.is_dir() else None,
         trained=trained_with(run),
@@ -67,7 +67,7 @@ class ReportAtEnd(Callback):
         with without_fail(f"fastsae report {config.out}"):
             data = source.heldout or stored(source)
             settings = ReportConfig(device=config.device, max_norm_ratio=config.max_norm_ratio)
-            write_report(sae, data, settings, config.out / REPORT, origin_of(config.out, data))
+            write_report(sae, data, settings, config.out / REPORT, subject_of(config.out, data))
 
 
 def sweep_table(sweep: Sweep, resume: bool, report: bool = True) -> str:

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "eval": ("Eval", "run"),
     "report": ("Report", "run"),
     "convert": ("Convert", "source", "out"),
+    "push": ("Push", "run", "repository"),
 }
 """For each command, the class of its options, and those that are positional arguments."""
 

@@ -9,7 +9,7 @@ from fastsae.report import ReportConfig, write_comparison, write_report
 from fastsae.train.run_table import REPORT
 
 from .eval import eval_data
-from .finished import origin_of, trained_with
+from .finished import subject_of, trained_with
 from .parse import Given, filled, option, read_words
 
 
@@ -58,4 +58,4 @@ def report(command: Report, out: Path, given: Given) -> None:
         command = replace(command, max_norm_ratio=config.max_norm_ratio)
     sae = load(run)
     data = eval_data(run, command.data)
-    write_report(sae, data, command, out, origin_of(run, data))
+    write_report(sae, data, command, out, subject_of(run, data))

@@ -12,7 +12,7 @@ from fastsae.data.harvest_config import HarvestConfig
 from fastsae.data.hook_names import is_path, module_paths
 from fastsae.data.index import INDEX, read_index
 from fastsae.data.model import own_dtype
-from fastsae.data.open_producer import loaded, open_producer, read_files, request
+from fastsae.data.open_producer import facts, loaded, open_producer, read_files, request
 from fastsae.data.producer import NotFinite
 from fastsae.data.shards import ActivationShards
 from fastsae.data.writer import ShardWriter
@@ -84,7 +84,7 @@ def _harvest(
                 for x, (name, request) in zip(rows, requests.items(), strict=True):
                     if (heldout, name) not in writers:
                         folder = config.folders[name] / ("heldout" if heldout else "")
-                        stored = request | {"dtype": config.dtype}
+                        stored = request | {"dtype": config.dtype} | facts(producer, [name])
                         writers[heldout, name] = _writer(folder, x.shape[1], stored)
                     writers[heldout, name].append(x, *contexts)
                 bar.update(0 if heldout else len(contexts.positions))

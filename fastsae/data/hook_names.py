@@ -3,6 +3,7 @@
 import glob
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -98,6 +99,9 @@ _OPT_350M = BLOCKS["opt"]._replace(
 )
 """It normalizes after each addition, as BERT does."""
 
+_OWNERS = {"z": "attn.", "post": "mlp."}
+"""Modules of a block that have a hook, in TransformerLens; others are the block's own."""
+
 _HOOK = re.compile(r"blocks\.(\d+|\*)\.(?:attn\.|mlp\.)?hook_(\w+)")
 
 
@@ -161,3 +165,17 @@ def _translated(model: nn.Module, name: str) -> str:
     if place not in places:
         raise ValueError(f"{kind} has no hook {place!r} in its blocks, only {', '.join(places)}")
     return f"{blocks}.{number}{places[place]}"
+
+
+def lens_name(model: nn.Module, path: str) -> str | None:
+    """The TransformerLens name of a hookpoint's path; None if it has none, or if names of this
+    model's type are not known."""
+    number = re.search(r"\.(\d+)(?=[.:]|$)", path)
+    if number is None:
+        return None
+    for place in ("resid_pre", *Block._fields[1:]):
+        name = f"blocks.{number[1]}.{_OWNERS.get(place, '')}hook_{place}"
+        with suppress(ValueError):  # the model has no such hook
+            if _translated(model, name) == path:
+                return name
+    return None

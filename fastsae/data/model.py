@@ -237,6 +237,11 @@ class TextWindows:
             ids = ids[before:]
         return ids[:-after] if after and ids[-after:] == self.suffix else ids
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether every window begins with the BOS token."""
+        return self.prefix[:1] == [self._tokenizer.bos_token_id]
+
     def rows(self, window: list[int]) -> list[int]:
         """The positions in a window whose activations are rows: those of text tokens."""
         start = int(self._drop_first)

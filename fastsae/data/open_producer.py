@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastsae.config import to_dict
+from fastsae.data.hook_names import lens_name
 from fastsae.data.model import load_model, load_tokenizer
 from fastsae.data.producer import ModelProducer
 from fastsae.data.producer_config import ProducerConfig
@@ -80,6 +82,14 @@ def open_producer(
         fingerprint=hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16],
     )
     return producer, documents
+
+
+def facts(producer: ModelProducer, paths: Iterable[str]) -> dict[str, Any]:
+    """What the settings leave open, for libraries that run the model themselves: whether windows
+    begin with the BOS token, and the TransformerLens names of hookpoints, where they have one."""
+    names = {path: lens_name(producer.model, path) for path in paths}
+    known = {path: name for path, name in names.items() if name is not None}
+    return {"begins_with_bos": producer.begins_with_bos, "lens_names": known}
 
 
 def _documents(config: ProducerConfig, files: list[Path], tokenizer: Any, model: Any) -> Documents:

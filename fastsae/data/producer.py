@@ -152,6 +152,11 @@ class ModelProducer:
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
         self.channels: dict[Part, Channel] = {}
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether every window begins with the BOS token."""
+        return self._windows.begins_with_bos
+
     def divide(self, shards: Shards) -> None:
         """Run a part of each group's windows in each of the processes, which all get all rows. From
         then on, all must take the same groups in the same order, of each part in one thread."""

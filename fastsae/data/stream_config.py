@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsae.data.hook_names import is_path, module_paths
-from fastsae.data.open_producer import loaded, open_producer, read_files, request
+from fastsae.data.open_producer import facts, loaded, open_producer, read_files, request
 from fastsae.data.producer_config import ProducerConfig
 from fastsae.data.stream import BUFFER_CONTEXTS, BUFFER_TOKENS, Stream
 from fastsae.device import check_device, same_gpu
@@ -53,7 +53,8 @@ class StreamConfig(ProducerConfig):
         producer, _ = open_producer(replace(config, hookpoint=names), files, model)
         row_bytes = sum(producer.widths.values()) * model.dtype.itemsize
         tokens = None if fill else self.buffer_tokens
-        tokens, about = tokens or config.fitting(row_bytes), request(config, files, "any")
+        tokens = tokens or config.fitting(row_bytes)
+        about = request(config, files, "any") | facts(producer, names)
         # A buffer takes whole groups.
         producer.group_tokens = min(producer.group_tokens, max(self.batch_tokens, tokens // 8))
         stream = Stream(producer, tokens, model=config.model, harvest=about)

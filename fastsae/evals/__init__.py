@@ -1,7 +1,14 @@
 """Evaluation of trained SAEs: reconstruction, downstream effect on the model, probing."""
 
 from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
-from .evaluate import EvalConfig, Evaluation, evaluate, evaluation_table
+from .evaluate import (
+    EvalConfig,
+    Evaluation,
+    evaluate,
+    evaluation_rows,
+    evaluation_table,
+    read_evaluation,
+)
 from .probing import Probing, sparse_probing
 from .reconstruction import Reconstruction, reconstruction
 
@@ -15,7 +22,9 @@ __all__ = [
     "Reconstruction",
     "downstream",
     "evaluate",
+    "evaluation_rows",
     "evaluation_table",
+    "read_evaluation",
     "reconstruction",
     "sparse_probing",
 ]

@@ -1,16 +1,18 @@
 """All evaluations of a trained SAE on some data, as one value and as a table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from fastsae.config import from_dict
 from fastsae.data.joined import Joined
 from fastsae.data.ordinary import MAX_NORM_RATIO, check_max_norm_ratio
 from fastsae.data.source import StoredActivations, TextActivations
 from fastsae.device import check_device, choose_device
+from fastsae.files import read_json
 from fastsae.nn.sae import SAE
 
-from .downstream import Downstream, EncoderEffect, downstream
+from .downstream import CausalEffect, Downstream, EncoderEffect, downstream
 from .reconstruction import Reconstruction, reconstruction
 from .verdict import LIMITS, verdict
 
@@ -123,6 +125,9 @@ class Evaluation:
     not_run: str | None = None
     """Why the model was not run."""
 
+    sae: str | None = None
+    """Digest of the SAE's weights, if it was given."""
+
 
 def evaluate(
     sae: SAE, data: StoredActivations, config: EvalConfig, progress: bool = True
@@ -173,9 +178,31 @@ def _not_run(data: StoredActivations, config: EvalConfig) -> str | None:
     return None
 
 
+def read_evaluation(path: Path) -> Evaluation:
+    """The evaluation that `fastsae eval` wrote to a JSON file; ValueError names what is invalid."""
+    values = read_json(path)
+    found = values.get("downstream") if isinstance(values, dict) else None
+    if not isinstance(found, dict):
+        return from_dict(Evaluation, values, str(path))
+    kind = CausalEffect if "ce" in found else EncoderEffect
+    effect = from_dict(kind, found, f"{path}: downstream")
+    return replace(
+        from_dict(Evaluation, {**values, "downstream": None}, str(path)), downstream=effect
+    )
+
+
 def evaluation_table(result: Evaluation, activation: str = "") -> str:
     """The results of an SAE of this activation in aligned columns: name, value, meaning, and for
     some of them whether it is good."""
+    rows = evaluation_rows(result, activation)
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(
+        f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {text}" for name, value, text in rows
+    )
+
+
+def evaluation_rows(result: Evaluation, activation: str = "") -> list[tuple[str, str, str]]:
+    """Name, value and meaning of each result, and for some of them whether it is good."""
     found, effect = result.reconstruction, result.downstream
     left_out = LEFT_OUT if found.left_out else ()
     rows = _rows(found, RECONSTRUCTION + left_out, activation) + [
@@ -186,10 +213,7 @@ def evaluation_table(result: Evaluation, activation: str = "") -> str:
         rows.append(("model", "-", f"not run: {result.not_run}"))
     else:
         rows += _rows(effect, ENCODER if isinstance(effect, EncoderEffect) else CAUSAL, activation)
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(
-        f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {text}" for name, value, text in rows
-    )
+    return rows
 
 
 def _rows(result: object, table: tuple[Row, ...], activation: str) -> list[tuple[str, str, str]]:

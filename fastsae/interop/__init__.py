@@ -1,7 +1,8 @@
 """SAE files of fastsae and other libraries: `load` detects the format, `save` writes one.
 
-Supports SAELens, sparsify and dictionary_learning; reads Gemma Scope and OpenAI files too. Nothing
-is unpickled, and sizes are checked before memory is allocated.
+Supports SAELens, sparsify, dictionary_learning and llamascopium; reads the files of Gemma Scope,
+Gemma Scope 2, Qwen-Scope and OpenAI too. Nothing is unpickled, and sizes are checked before memory
+is allocated.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,17 @@ from fastsae.files import read_json, write_files
 from fastsae.nn import SAE
 from fastsae.shards import Shards
 
-from . import dictionary_learning, gemma_scope, native, openai, sae_lens, sparsify
+from . import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llamascopium,
+    native,
+    openai,
+    qwen_scope,
+    sae_lens,
+    sparsify,
+)
 from .checkpoint_io import read_file
 from .hub import download
 
@@ -26,7 +37,7 @@ class Format(NamedTuple):
     """How one library stores an SAE."""
 
     files: tuple[str, ...]
-    """Names of the files in its directory; empty if it is a single .pt file of any name."""
+    """Names of the files in its directory; empty if it is a single file of any name."""
 
     read: Callable[..., SAE]
     """The SAE from the contents of those files, in this order."""
@@ -37,11 +48,21 @@ class Format(NamedTuple):
     setting: str = ""
     """A setting by which its config is told from that of another format with the same name."""
 
+    suffix: str = ""
+    """How the name of a single file ends."""
+
+    describes: bool = False
+    """Whether its config says where the activations come from."""
+
 
 FORMATS = {
     "fastsae": Format(("config.json", "sae.safetensors"), native.read, native.write, "format"),
     "sae_lens": Format(
-        ("cfg.json", "sae_weights.safetensors"), sae_lens.read, sae_lens.write, "d_sae"
+        ("cfg.json", "sae_weights.safetensors"),
+        sae_lens.read,
+        sae_lens.write,
+        "d_sae",
+        describes=True,
     ),
     "sparsify": Format(
         ("cfg.json", "sae.safetensors"), sparsify.read, sparsify.write, "num_latents"
@@ -49,8 +70,19 @@ FORMATS = {
     "dictionary_learning": Format(
         ("config.json", "ae.pt"), dictionary_learning.read, dictionary_learning.write, "trainer"
     ),
+    "llamascopium": Format(
+        ("config.json", "sae_weights.safetensors"),
+        llamascopium.read,
+        llamascopium.write,
+        "sae_type",
+        describes=True,
+    ),
     "gemma_scope": Format(("params.npz",), gemma_scope.read),
-    "openai": Format((), openai.read),
+    "gemma_scope_2": Format(
+        ("config.json", "params.safetensors"), gemma_scope_2.read, None, "architecture"
+    ),
+    "qwen_scope": Format((), qwen_scope.read, suffix=".sae.pt"),
+    "openai": Format((), openai.read, suffix=".pt"),
 }
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write)
 
@@ -59,9 +91,10 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Load an SAE in evaluation mode from fastsae's files or those of another library.
 
     Args:
-        source: a directory written by fastsae, SAELens, sparsify or dictionary_learning, or a run
-            directory; a Gemma Scope params.npz or its directory; an OpenAI .pt file; or, with the
-            `hf` extra, the id of one of these on the Hugging Face Hub: owner/repository/directory.
+        source: a directory written by fastsae, SAELens, sparsify, dictionary_learning or
+            llamascopium, or a run directory; a Gemma Scope params.npz or params.safetensors, or its
+            directory; an OpenAI .pt or Qwen-Scope .sae.pt file; or, with the `hf` extra, the id of
+            one of these on the Hugging Face Hub: owner/repository/directory.
         device: where to put the SAE.
 
     The SAE takes activations as the library that wrote it does. Raises ValueError for a missing,
@@ -106,10 +139,14 @@ def detect(path: Path) -> tuple[Format, list[Path]]:
         )
     for name, files in found.items():
         return FORMATS[name], files
-    if path.is_file() and path.suffix == ".pt":
-        return FORMATS["openai"], [path]
+    for form in FORMATS.values():
+        if form.suffix and path.is_file() and path.name.endswith(form.suffix):
+            return form, [path]
     known = [f"{' and '.join(form.files)} ({name})" for name, form in FORMATS.items() if form.files]
-    raise ValueError(f"{path} holds no SAE: it must have {', '.join(known)}, or be a .pt (openai)")
+    single = [f"{form.suffix} ({name})" for name, form in FORMATS.items() if form.suffix]
+    raise ValueError(
+        f"{path} holds no SAE: it must have {', '.join(known)}, or be a {' or '.join(single)}"
+    )
 
 
 def candidates(path: Path) -> dict[str, list[Path]]:
@@ -137,8 +174,10 @@ def save(sae: SAE, folder: str | Path, form: str, **metadata: Any) -> None:
     Args:
         sae: the SAE, which is not changed.
         folder: directory to write to, created if needed.
-        form: "fastsae", "sae_lens", "sparsify" or "dictionary_learning".
-        metadata: for "sae_lens": what its config records, such as model_name and hook_name.
+        form: "fastsae", "sae_lens", "sparsify", "dictionary_learning" or "llamascopium".
+        metadata: where the activations come from (see `fastsae.train.Origin`), such as model_name
+            and hook_name; the configs of SAELens and llamascopium record it, others have no place
+            for it.
 
     Raises ValueError if the library does not support the SAE, saying why.
     """
@@ -149,6 +188,7 @@ def contents(sae: SAE, form: str, **metadata: Any) -> dict[str, Any]:
     """What `save` writes, by file name."""
     if form not in WRITABLE:
         raise ValueError(f"the form must be one of {', '.join(WRITABLE)}, got {form!r}")
-    files, _, write, _ = FORMATS[form]
-    assert write is not None
-    return dict(zip(files, write(sae, **metadata), strict=True))
+    found = FORMATS[form]
+    assert found.write is not None
+    written = found.write(sae, **metadata if found.describes else {})
+    return dict(zip(found.files, written, strict=True))

@@ -14,7 +14,8 @@ def read(tensors: Tensors) -> SAE:
     if "latent_bias" not in tensors:
         raise ValueError(
             f"{tensors.path} is not a state dict of OpenAI's, as it lacks latent_bias; "
-            "dictionary_learning's ae.pt needs its config.json in the same directory"
+            "dictionary_learning's ae.pt needs its config.json in the same directory, and names of "
+            "Qwen-Scope's files end in .sae.pt"
         )
     W_enc = tensors.take("encoder.weight", None, None)
     d_sae, d_in = W_enc.shape

@@ -14,8 +14,8 @@ from fastsae.nn import SAE, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from .checkpoint_io import DTYPES, Config, Tensors, build_sae, exportable
 from .inference_rule import Rule, require_rule, thresholds
 
-VERSION = "6.0.0"
-"""SAELens version whose format this is."""
+METADATA = {"sae_lens_version": "6.0.0", "model_from_pretrained_kwargs": {}}
+"""The version of SAELens whose format this is, and what its evaluation passes on to the model."""
 
 KINDS = {
     "standard": "relu",
@@ -134,6 +134,7 @@ def write(sae: SAE, **metadata: Any) -> tuple[dict[str, Any], dict[str, Tensor]]
             sae, "SAELens", "topk", "abstopk", "batchtopk", "jumprelu", "relu", "gated"
         )
     names = {dtype: name for name, dtype in DTYPES.items()}
+    by_head = str(metadata.get("hook_name")).endswith("hook_z")  # the model's have heads
     config = {
         "architecture": architecture_of(sae, rule),
         "d_in": sae.d_in,
@@ -142,8 +143,8 @@ def write(sae: SAE, **metadata: Any) -> tuple[dict[str, Any], dict[str, Tensor]]
         "device": "cpu",
         "apply_b_dec_to_input": sae.d_out is None,
         "normalize_activations": "layer_norm" if sae.layer_norm else "none",
-        "reshape_activations": "none",
-        "metadata": {"sae_lens_version": VERSION, **metadata},
+        "reshape_activations": "hook_z" if by_head else "none",
+        "metadata": {**METADATA, **metadata},
     }
     config |= {} if sae.d_out is None else {"d_out": sae.d_out}
     if rule.kind in ("topk", "abstopk"):

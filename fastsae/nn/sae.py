@@ -1,7 +1,8 @@
 """The sparse autoencoder: a linear encoder, an activation, a linear decoder."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -52,6 +53,9 @@ class SAE(nn.Module):
 
     shards: Shards = ONE_PROCESS
     """The processes among which the latents are divided (see `fastsae.distributed.parallelize`)."""
+
+    push_to_hub: ClassVar[Callable[..., Any]]
+    """Pushes it to the Hugging Face hub; `fastsae.hub` attaches it (see `fastsae.push_to_hub`)."""
 
     def __init__(
         self,

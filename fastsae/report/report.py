@@ -12,8 +12,8 @@ from .curves import curves_of
 from .firings import collect
 from .frequencies import choose, frequencies
 from .geometry import latent_map
-from .origin import Origin, describe, provenance
 from .page import write_page
+from .subject import Subject, describe, provenance
 from .text import Strings
 from .verdicts import verdicts
 
@@ -25,7 +25,7 @@ def write_report(
     data: StoredActivations,
     config: ReportConfig,
     out: Path,
-    origin: Origin | None = None,
+    subject: Subject | None = None,
     progress: bool = True,
 ) -> None:
     """Write the report on an SAE to the HTML file `out`: its metrics on `data`, its training, and
@@ -35,16 +35,16 @@ def write_report(
     read here; the command line opens them. The same arguments give the same file. ValueError if the
     data does not fit the SAE, or for a latent to include that it does not have.
     """
-    origin = origin or Origin(title=out.stem)
+    subject = subject or Subject(title=out.stem)
     if wrong := [latent for latent in config.include if not 0 <= latent < sae.d_sae]:
         raise ValueError(f"latents to include must be from 0 to {sae.d_sae - 1}, got {wrong[0]}")
     firings = collect(sae.to(choose_device(config.device)), data, config, progress)
     sae, strings = sae.cpu(), Strings()
     latents = choose(firings.counts, config)
     cards, notes = make_cards(sae, data, config, firings, latents, strings)
-    if origin.on_training_data:
+    if subject.on_training_data:
         notes.insert(0, "There is no held-out data: latents are shown on training data.")
-    compared = [curves_of(run) for run in (origin.run, config.compare) if run is not None]
+    compared = [curves_of(run) for run in (subject.run, config.compare) if run is not None]
     contents = {
         "d_sae": sae.d_sae,
         "tokens": firings.found.tokens,
@@ -61,10 +61,10 @@ def write_report(
         "run.html",
         SCRIPTS,
         contents,
-        title=origin.title,
+        title=subject.title,
         subtitle=describe(sae, data),
-        verdicts=verdicts(sae, firings.found, origin.run),
-        provenance=provenance(sae, data, firings, origin),
+        verdicts=verdicts(sae, firings.found, subject.run),
+        provenance=provenance(sae, data, firings, subject),
         about_cards=some if len(latents) < sae.d_sae else "Every latent has a card.",
         notes=notes,
     )

@@ -5,6 +5,7 @@ from .loggers import Logger, RunInfo
 from .optim import Optimizer
 from .recipes import RECIPES, recipe
 from .run_folder import resumed_config, stored_config
+from .summary import Origin
 from .sweep import Sweep
 from .trainer import Trainer
 
@@ -15,6 +16,7 @@ __all__ = [
     "Interrupted",
     "Logger",
     "Optimizer",
+    "Origin",
     "RunInfo",
     "StopTraining",
     "Sweep",

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import fastsae.interop as interop
-from fastsae.data import Joined, stored
+from fastsae.data import stored
 from fastsae.distributed.parallelize import per_latent
 from fastsae.evals import Reconstruction, reconstruction
 from fastsae.files import write_json
@@ -15,6 +15,7 @@ from .curves import plot_curves
 from .describe import describe
 from .forecast import facts_of
 from .log import read_lines
+from .origin import origin_of
 from .state import TrainState
 from .summary import Summary
 
@@ -74,6 +75,8 @@ def write_numbers(
     }
     if facts is not None:
         summary["facts"] = facts
+    if origin := origin_of(source):
+        summary["origin"] = origin
     if state.stopped is not None:
         summary["ended_early"], _ = state.stopped
     write_json(config.out / "summary.json", summary)
@@ -81,15 +84,11 @@ def write_numbers(
 
 def export(trainer: "Trainer", sae: SAE) -> str:
     """Also save the SAE for SAELens in sae_lens/: the folder, or why it is not supported."""
-    folder, source = trainer.config.out / "sae_lens", trainer.source
-    first = source.sources[0] if isinstance(source, Joined) else source
-    names = {"model_name": "model", "hook_name": "hookpoint"}
-    about = {name: getattr(first, attribute, None) for name, attribute in names.items()}
+    folder = trainer.config.out / "sae_lens"
     if trainer.shards.latent > 1:
         return "none: no process holds the whole SAE; use fastsae convert"
     try:
-        about = {name: value for name, value in about.items() if value is not None}
-        interop.save(sae, folder, "sae_lens", **about)
+        interop.save(sae, folder, "sae_lens", **origin_of(trainer.source))
     except ValueError as error:
         return f"none: {error}"
     return str(folder)

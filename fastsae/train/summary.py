@@ -12,6 +12,32 @@ from .forecast import Facts
 T = TypeVar("T")
 
 
+class Origin(TypedDict, total=False):
+    """Where the activations of a run come from, as far as it is known, in the terms of SAELens'
+    metadata: its own evaluation and SAEBench's need them to run the model again."""
+
+    model_name: str
+    """Id on the Hugging Face hub, or a directory."""
+    model_class_name: str
+    """HookedTransformer if hook_name is a TransformerLens name, else AutoModelForCausalLM."""
+    hook_name: str
+    """The hookpoint: its TransformerLens name if it has one, else the path of a module."""
+    hf_hook_name: str
+    """The path of the module in the Hugging Face model; with :in, of its input."""
+    hook_name_out: str
+    """The hookpoint of a transcoder's targets."""
+    hf_hook_name_out: str
+    prepend_bos: bool
+    """Whether every context begins with the BOS token."""
+    context_size: int
+    """Tokens per context, special tokens included."""
+    seqpos_slice: tuple[int | None, ...]
+    """First position of a context that was trained on, and the one after the last; None for the
+    end. Absent if all were."""
+    dataset_path: str
+    """Id or directory of the dataset; there is none for text files."""
+
+
 class Summary(TypedDict):
     """The saved SAE on data that it was not trained on, if there is some, and how training went."""
 
@@ -33,6 +59,8 @@ class Summary(TypedDict):
     """fused or autograd."""
     sae_lens: str
     """The folder of the SAE for SAELens, or why there is none."""
+    origin: NotRequired[Origin]
+    """Where the activations come from, if it is known."""
     ended_early: NotRequired[str]
     """Why a callback ended the run, if one did."""
     activation: NotRequired[str]

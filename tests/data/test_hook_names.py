@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from fastsae.data import HarvestConfig, harvest_each
-from fastsae.data.hook_names import BLOCKS, module_paths
+from fastsae.data.hook_names import BLOCKS, lens_name, module_paths
 from fastsae.data.hookpoints import hidden_at, hookpoints_at, module_at
 from fastsae.data.model import TokenBatch
 
@@ -56,6 +56,7 @@ def test_names_fulfil_the_equations_of_a_block(kind: str):
     prefix = {"z": "attn.", "post": "mlp."}
     names = [f"blocks.1.{prefix.get(place, '')}hook_{place}" for place in places]
     paths = module_paths(model, names)
+    assert [lens_name(model, path) for path in paths] == names
     ids = torch.arange(1, 11).view(2, 5)
     batch = TokenBatch(ids, torch.ones_like(ids), ids > 0)
     at = dict(zip(places, hidden_at(model, hookpoints_at(model, paths), batch), strict=True))

@@ -105,9 +105,8 @@ def test_a_run_on_a_stream_and_its_evaluation(gpt2: Path, text: Path, tmp_path: 
     assert "cross-entropy" in report
     found = json.loads((out / "eval.json").read_text())
     assert found["reconstruction"]["fvu"] == pytest.approx(summary["fvu"], rel=1e-6)
-    assert (
-        json.loads((out / "sae_lens" / "cfg.json").read_text())["metadata"]["hook_name"] == HOOKS[0]
-    )
+    metadata = json.loads((out / "sae_lens" / "cfg.json").read_text())["metadata"]
+    assert metadata["hf_hook_name"] == HOOKS[0] and metadata["model_name"] == str(gpt2)
 
 
 def test_a_killed_run_resumes_bit_for_bit(gpt2: Path, text: Path, tmp_path: Path):

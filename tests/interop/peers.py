@@ -39,6 +39,12 @@ def randomized(module: Any) -> Any:
     return module
 
 
+def llamascopium() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("llamascopium.models.sae")
+
+
 class Peer(NamedTuple):
     """How a library makes, writes and reads one kind of SAE, and its reconstruction and codes."""
 
@@ -163,6 +169,46 @@ def dictionary(module: str, name: str, *arguments: Any, threshold: float | None 
     return Peer(make, write, read, lambda sae, x: sae(x), lambda sae, x: sae.encode(x))
 
 
+def scope(act_fn: str, out: str = "resid", **settings: Any) -> Peer:
+    """It scales activations to a mean norm; here, codes are those of activations as they are, times
+    the norm of their decoder row if that decides which are active."""
+    hooks = {"hook_point_in": "resid", "hook_point_out": out}
+    selects = act_fn == "topk" and settings.get("sparsity_include_decoder_norm", True)
+
+    def make() -> Any:
+        library = llamascopium()
+        size = {"d_model": D_IN, "expansion_factor": D_SAE / D_IN, "top_k": K}
+        sae = library.SparseAutoEncoder(
+            library.SAEConfig(act_fn=act_fn, **size, **hooks, **settings)
+        )
+        for parameter in sae.parameters():  # which it leaves uninitialized
+            parameter.data.zero_()
+        sae.set_dataset_average_activation_norm({"resid": 5.0, out: 5.0 if out == "resid" else 2.0})
+        return randomized(sae)
+
+    def write(sae: Any, path: Path) -> None:
+        sae.save_pretrained(path)
+        sae.cfg.save_hyperparameters(path)
+
+    def codes(sae: Any, x: Tensor) -> Tensor:
+        scale = sae.compute_norm_factor(x, "resid")
+        found = sae.encode(x * scale) / scale
+        return found * sae.decoder_norm() if selects else found
+
+    def recon(sae: Any, x: Tensor) -> Tensor:
+        hook = sae.cfg.hook_point_out
+        scale = sae.compute_norm_factor(x, sae.cfg.hook_point_in)
+        return sae(x * scale) / sae.compute_norm_factor(x, hook)
+
+    return Peer(
+        make,
+        write,
+        lambda path: llamascopium().SparseAutoEncoder.from_pretrained(str(path)),
+        recon,
+        codes,
+    )
+
+
 def in_heads(peer: Peer, heads: int) -> Peer:
     """One that SAELens gives activations with a dimension of heads, which are side by side here."""
 
@@ -246,9 +292,17 @@ PEERS = {
     "dictionary_learning relu": dictionary("dictionary", "AutoEncoder"),
     "dictionary_learning new relu": dictionary("dictionary", "AutoEncoderNew"),
     "dictionary_learning gated": dictionary("dictionary", "GatedAutoEncoder"),
+    "llamascopium topk": scope("topk", sparsity_include_decoder_norm=False),
+    "llamascopium topk by norm": scope("topk"),
+    "llamascopium jumprelu": scope("jumprelu"),
+    "llamascopium relu": scope("relu", use_decoder_bias=False),
+    "llamascopium scaled already": scope("jumprelu", norm_activation="inference"),
+    "llamascopium transcoder": scope("relu", "mlp_out"),
+    "llamascopium jumprelu transcoder": scope("jumprelu", "mlp_out"),
 }
 READERS = {
     "sae_lens": PEERS["sae_lens topk"],
     "sparsify": PEERS["sparsify"],
     "dictionary_learning": PEERS["dictionary_learning topk"],
+    "llamascopium": PEERS["llamascopium topk"],
 }

@@ -1,10 +1,9 @@
-"""Formats that need no other library; the hub; what is recognized; and what a run leaves."""
+"""OpenAI's files; what is recognized, kept and refused; and what a config records."""
 
 import json
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,19 +24,6 @@ WEIGHTS = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b
 
 def weights() -> dict[str, torch.Tensor]:
     return {name: 0.4 * torch.randn(size) for name, size in WEIGHTS.items()}
-
-
-def test_gemma_scope(tmp_path):
-    W, x = weights(), torch.randn(50, D_IN)
-    threshold = 0.2 + 0.1 * torch.rand(D_SAE)
-    arrays = {name: value.numpy() for name, value in (W | {"threshold": threshold}).items()}
-    np.savez(tmp_path / "params.npz", allow_pickle=False, **arrays)
-    h = x @ W["W_enc"] + W["b_enc"]
-    expected = (h * (h > threshold)) @ W["W_dec"] + W["b_dec"]
-    for source in (tmp_path, tmp_path / "params.npz"):
-        torch.testing.assert_close(fastsae.load(source)(x), expected)
-    np.savez_compressed(tmp_path / "params.npz", allow_pickle=False, **arrays)
-    torch.testing.assert_close(fastsae.load(tmp_path)(x), expected)
 
 
 def openai_state(W: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -223,37 +209,26 @@ def test_nothing_to_recognize(tmp_path):
         fastsae.load(tmp_path / "notes.txt")
 
 
-def test_the_hub(tmp_path, monkeypatch):
-    """With a folder that stands in for the download."""
-    asked = []
-
-    def snapshot_download(repository, allow_patterns):
-        asked.append((repository, allow_patterns))
-        return str(tmp_path)
-
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    sae = SAE(D_IN, D_SAE, TopK(K))
-    interop.save(sae, tmp_path / "layers.3", "sparsify")
-    again = fastsae.load("EleutherAI/sae-pythia/layers.3")
-    assert torch.equal(again.W_enc, sae.W_enc)
-    ((repository, patterns),) = asked
-    assert repository == "EleutherAI/sae-pythia"
-    assert "layers.3/sae.safetensors" in patterns and "layers.3/cfg.json" in patterns
-    with pytest.raises(ValueError, match="on the Hub has no layers.4"):
-        fastsae.load("EleutherAI/sae-pythia/layers.4")
+def test_a_name_that_is_no_file_or_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # away from the checkout and its neighboring folders
     for name in ("nowhere", "../elsewhere", "/no/such/folder", "a/../b"):
         with pytest.raises(ValueError, match="does not exist"):
             fastsae.load(name)
-    assert len(asked) == 2
 
 
 def test_metadata_says_where_activations_came_from(tmp_path):
     about = {"model_name": "gpt2", "hook_name": "transformer.h.6"}
     interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "sae_lens", **about)
     found = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
-    assert found == {"sae_lens_version": "6.0.0", **about}
+    assert found == {"sae_lens_version": "6.0.0", "model_from_pretrained_kwargs": {}, **about}
+
+
+def test_where_the_model_has_heads_sae_lens_is_told_to_concatenate_them(tmp_path):
+    sae = SAE(D_IN, D_SAE, TopK(K))
+    for name, reshaped in (("attn.hook_z", "hook_z"), ("hook_resid_post", "none")):
+        interop.save(sae, tmp_path, "sae_lens", hook_name=f"blocks.3.{name}")
+        config = json.loads((tmp_path / "cfg.json").read_text())
+        assert config["reshape_activations"] == reshaped
 
 
 def test_a_directory_of_several_formats_is_told_apart_by_settings_or_refused(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastsae.report import Origin, ReportConfig, write_report
+from fastsae.report import ReportConfig, Subject, write_report
 from fastsae.report.text import visible
 
 from .conftest import HOSTILE, VOCABULARY
@@ -31,8 +31,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    origin = Origin(title='<img src=x onerror="window.hacked=6">')
-    write_report(world.sae, world.heldout, ReportConfig(latents=30), out, origin, progress=False)
+    subject = Subject(title='<img src=x onerror="window.hacked=6">')
+    write_report(world.sae, world.heldout, ReportConfig(latents=30), out, subject, progress=False)
     return out
 
 

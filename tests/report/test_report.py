@@ -14,7 +14,7 @@ import torch
 from fastsae.cli import run
 from fastsae.data import ActivationArray, Contexts, Joined
 from fastsae.interop import load, save
-from fastsae.report import Origin, ReportConfig, write_comparison, write_report
+from fastsae.report import ReportConfig, Subject, write_comparison, write_report
 from fastsae.report.text import visible
 
 from .conftest import HOSTILE, VOCABULARY
@@ -64,8 +64,8 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
 
 def test_the_page_is_complete_and_runs_nothing_but_its_own_script(world, tmp_path):
     out = tmp_path / "report.html"
-    origin = Origin(title="</title><script>window.hacked=5</script>\u202e")
-    write_report(world.sae, world.heldout, ReportConfig(), out, origin, progress=False)
+    subject = Subject(title="</title><script>window.hacked=5</script>\u202e")
+    write_report(world.sae, world.heldout, ReportConfig(), out, subject, progress=False)
     page = out.read_text()
     policy = re.search(r'Security-Policy" content="(.*?)"', page)
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)

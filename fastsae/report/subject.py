@@ -14,7 +14,7 @@ from .firings import Firings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class Subject:
     """What is known of an SAE besides itself."""
 
     title: str
@@ -58,14 +58,14 @@ def model_name(data: StoredActivations) -> str:
 
 
 def provenance(
-    sae: SAE, data: StoredActivations, firings: Firings, origin: Origin
+    sae: SAE, data: StoredActivations, firings: Firings, subject: Subject
 ) -> list[tuple[str, str]]:
     """Names and values of what there is to know, in the order to be shown."""
-    found, config = firings.found, origin.trained
+    found, config = firings.found, subject.trained
     where = " + ".join(str(getattr(part, "path", None) or part) for part in sources_of(data))
     left = f"; {found.left_out:,} of extreme norm left out" if found.left_out else ""
     rows = {
-        "SAE": str(origin.run or origin.title),
+        "SAE": str(subject.run or subject.title),
         "activation": describe_activation(sae.activation.cfg),
         "model": getattr(data, "model", None) or "unknown",
         "hookpoint": hookpoints(data) or "unknown",
@@ -76,7 +76,7 @@ def provenance(
         rows["trained on"] = trained_on(config)
         rows["seed"] = str(config.seed)
         rows["batch size"] = f"{config.batch_size:,} tokens"
-        rows |= training(origin.run)
+        rows |= training(subject.run)
     return [*rows.items()]
 
 
