@@ -97,5 +97,6 @@ def restore(target):
         )
     for module, kind in found.items():
         module.__class__ = kind
-        vars(module).pop("exact_compat", None)
+        for name in ("exact_compat", "dense_batches"):
+            vars(module).pop(name, None)
     return target

@@ -25,15 +25,19 @@ MAX_SPARSE = 1 / 4
 MIN_TOKENS = 128
 """Up to this many tokens, a dense matmul costs less than the overhead of the sparse ops."""
 
-MAX_ACTIVE = 1 / 16
+MAX_ACTIVE = 1 / 8
 """Fraction of latents that may be active for the token with the most of them: with more, the
 library's dense matmuls are faster than the sparse ops. Measured by `python -m bench accelerate`."""
 
-WIDEST = 2 * MAX_ACTIVE
-"""The same for a batch whose pre-activations are known: it is less work to go on with them."""
+WIDEST = 3 / 16
+"""The same for a batch that is listed already: it is less work to go on with its lists."""
 
-SAMPLE = 64
-"""Number of tokens, and one in how many, that decide whether a batch is dense, at most."""
+DENSE_BATCHES = 50
+"""Batches that take the library's code without a look at them, after a batch that was listed and
+had a token with too many latents: few of them may hide from a look at few tokens."""
+
+SAMPLE = 32
+"""Tokens that decide whether a batch is dense, at most, and at most one in 4 times as many."""
 
 
 class _PreActivations(Function):
@@ -122,9 +126,9 @@ class Encoder(NamedTuple):
         """Whether so many latents exceed the threshold that the library's own code is faster.
 
         Judged by tokens spread over the batch, so that it depends on the batch alone, and costs
-        1/64 of the encoder GEMM. Synchronizes with a GPU.
+        1/128 of the encoder GEMM. Synchronizes with a GPU.
         """
-        some = self.x[:: max(SAMPLE, len(self.x) // SAMPLE)]
+        some = self.x[:: max(4 * SAMPLE, len(self.x) // SAMPLE)]
         active = linear(some, self.W_enc, self.b_enc) > threshold
         return active.numel() > 0 and int(active.sum(1).max()) > MAX_ACTIVE * len(self.W_enc)
 
@@ -143,6 +147,39 @@ class Encoder(NamedTuple):
         if found.indices.shape[1] > WIDEST * d_sae:
             return SparsePre(pre, None, pre > threshold, d_sae)
         return SparsePre(self.gather(pre, found.indices), found.indices, found.listed, d_sae)
+
+
+class AboveThreshold:
+    """Mixin of classes in which all latents above a threshold are active, be they few or many:
+    while they are many, the library's own code is faster, and runs.
+
+    Which one runs depends on the batches that a module has seen, and never on time.
+    """
+
+    def lowest(self) -> Tensor | float:
+        """The pre-activation that latents must exceed to be listed."""
+        return 0.0
+
+    def is_dense(self, encoder: Encoder) -> bool:
+        """Whether the library's own code is faster for these tokens."""
+        left = vars(self).get("dense_batches", 0)
+        if left:
+            vars(self)["dense_batches"] = left - 1
+        return left > 0 or encoder.is_dense(self.lowest())
+
+    def codes(self, encoder: Encoder) -> Codes:
+        """The codes of the tokens, with sparse gradients."""
+        return self.codes_of(self.noted(encoder.listed(self.lowest())))
+
+    def noted(self, found: SparsePre) -> SparsePre:
+        """The listed pre-activations; the next batches are dense if a token has too many."""
+        if found.indices is None or found.indices.shape[1] > WIDEST * found.d_sae:
+            vars(self)["dense_batches"] = DENSE_BATCHES
+        return found
+
+    def codes_of(self, found: SparsePre) -> Codes:
+        """The codes of the listed pre-activations."""
+        return found.codes(found.pre)
 
 
 def to_dense(codes: Codes, shape: tuple[int, ...]) -> Tensor:

@@ -20,6 +20,7 @@ from fastsae.nn.sparse_pre import SparsePre
 from fastsae_kernels import encode_topk, topk_indices
 
 from .dense import (
+    AboveThreshold,
     Encoder,
     attach,
     has_hooks,
@@ -35,8 +36,7 @@ checkers, something that has all the members of the classes."""
 
 
 class Fast(Library):
-    """Mixin with what all accelerated classes share. Encoder and decoder are matrices, unless the
-    class also has the mixin Layers."""
+    """Mixin with what all accelerated classes share; Matrices and Layers are what it needs."""
 
     @property
     def output_bias(self) -> Tensor:
@@ -46,7 +46,7 @@ class Fast(Library):
     @property
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """W_enc, b_enc and W_dec; the weights have one row per latent."""
-        return self.W_enc.T, self.b_enc, self.W_dec
+        raise NotImplementedError
 
     def centered(self, x: Tensor) -> Tensor:
         """What the encoder sees of x."""
@@ -106,6 +106,15 @@ class Fast(Library):
         return self.decode_codes(self.codes(encoder), x.shape)
 
 
+class Matrices(Fast):
+    """Mixin of classes whose encoder and decoder are matrices. It or Layers must come first among
+    the bases: only then can an object's class be changed."""
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.W_enc.T, self.b_enc, self.W_dec
+
+
 class Layers(Fast):
     """Mixin of classes whose encoder and decoder are linear layers."""
 
@@ -121,23 +130,8 @@ class Layers(Fast):
         return type(self.decoder) is nn.Linear and not has_hooks(self.decoder)
 
 
-class Above(Fast):
-    """Mixin of classes in which all latents above a threshold are active, be they few or many:
-    while they are many, it takes the library's own code."""
-
-    def lowest(self) -> Tensor | float:
-        """The pre-activation that active latents exceed."""
-        return 0.0
-
-    def is_dense(self, encoder: Encoder) -> bool:
-        return encoder.is_dense(self.lowest())
-
-    def codes(self, encoder: Encoder) -> Codes:
-        return self.codes_of(encoder.listed(self.lowest()))
-
-    def codes_of(self, found: SparsePre) -> Codes:
-        """The codes of the listed pre-activations."""
-        return found.codes(found.pre)
+class Above(AboveThreshold, Fast):
+    """Mixin of classes in which all latents above a threshold are active."""
 
 
 class FastAutoEncoder(Layers, Above, AutoEncoder):
@@ -149,10 +143,12 @@ class FastAutoEncoder(Layers, Above, AutoEncoder):
         """Its trainers request the activations, which their loss is of, and decode them here."""
         if not output_features and ghost_mask is None:
             return super().forward(x)
-        fast = ghost_mask is None and self.skips_codes(x)
-        encoder = self.encoder_of(x) if fast else None
-        if encoder is None or self.is_dense(encoder):
+        if ghost_mask is not None or not self.skips_codes(x):
             return AutoEncoder.forward(self, x, output_features, ghost_mask)
+        encoder = self.encoder_of(x)
+        if self.is_dense(encoder):
+            f = AutoEncoder.encode(self, x)
+            return self.decode(f), f
         codes = self.codes(encoder)
         return self.decode_codes(codes, x.shape), to_dense(codes, self.dense_shape(x))
 
@@ -194,14 +190,14 @@ class FastGatedAutoEncoder(Layers, Above, GatedAutoEncoder):
         encoder = self.encoder_of(x) if self.uses_fast_path(x) else None
         if encoder is None or self.is_dense(encoder):
             return GatedAutoEncoder.encode(self, x, True)
-        found, shape = encoder.listed(self.lowest()), self.dense_shape(x)
+        found, shape = self.noted(encoder.listed(self.lowest())), self.dense_shape(x)
         codes = self.codes_of(found)
         gates = found.codes(found.pre + found.pick(self.gate_bias))
         dense = attach(to_dense(codes, shape), codes)  # the trainer decodes it unchanged
         return dense, to_dense(gates, shape)
 
 
-class FastJumpReluAutoEncoder(Above, JumpReluAutoEncoder):
+class FastJumpReluAutoEncoder(Matrices, Above, JumpReluAutoEncoder):
     """Inference only: the library's trainer computes dense pre-activations itself."""
 
     def centered(self, x: Tensor) -> Tensor:
@@ -263,7 +259,7 @@ class FastBatchTopKSAE(Layers, BatchTopK, BatchTopKSAE):
     library_encode = BatchTopKSAE.encode
 
 
-class FastMatryoshkaBatchTopKSAE(BatchTopK, MatryoshkaBatchTopKSAE):
+class FastMatryoshkaBatchTopKSAE(Matrices, BatchTopK, MatryoshkaBatchTopKSAE):
     """The library's trainer decodes each group of latents itself, densely."""
 
     library_encode = MatryoshkaBatchTopKSAE.encode

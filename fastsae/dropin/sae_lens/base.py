@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastsae.codes import Codes, at_latents
 from fastsae.dropin.dense import (
+    AboveThreshold,
     Encoder,
     has_hooks,
     has_overridden_methods,
@@ -114,29 +115,14 @@ class Fast(Library):
         return self.reshape_fn_out(recon, self.d_head)
 
 
-class Above(Fast):
-    """Mixin of classes in which all latents above a threshold are active, be they few or many:
-    while they are many, it takes the library's own code."""
+class Above(AboveThreshold, Fast):
+    """Mixin of classes in which all latents above a threshold are active."""
 
     activation = torch.nn.ReLU
 
     def uses_fast_path(self, x: Tensor) -> bool:
         # a hook must not see the inputs twice, for this code and for the library's
         return super().uses_fast_path(x) and not has_hooks(self.hook_sae_input)
-
-    def lowest(self) -> Tensor | float:
-        """The pre-activation that latents must exceed to be listed."""
-        return 0.0
-
-    def is_dense(self, encoder: Encoder) -> bool:
-        return encoder.is_dense(self.lowest())
-
-    def codes(self, encoder: Encoder) -> Codes:
-        return self.codes_of(encoder.listed(self.lowest()))
-
-    def codes_of(self, found: SparsePre) -> Codes:
-        """The codes of the listed pre-activations."""
-        return found.codes(found.pre)
 
 
 class Gates(Above):

@@ -125,7 +125,7 @@ class AboveTraining(Above, FastTraining):
     """Mixin of classes in which all latents above a threshold are active."""
 
     def codes_among(self, pre: Tensor, encoder: Encoder, hidden_pre: Tensor) -> Codes:
-        found = encoder.above(pre, self.lowest())
+        found = self.noted(encoder.above(pre, self.lowest()))
         attach(hidden_pre, found)
         return self.codes_of(found)
 
