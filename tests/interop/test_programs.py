@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from runpy import run_module
 from typing import Any
@@ -59,7 +60,7 @@ def run_sae_lens(folder: Path) -> dict[str, Tensor]:
         train_batch_size_tokens=N,
         training_tokens=STEPS * N,
         store_batch_size_prompts=8,
-        n_batches_in_buffer=4,
+        n_batches_in_buffer=64,
         device="cpu",
         logger=library.LoggingConfig(log_to_wandb=False),
         output_path=str(folder / "out"),
@@ -96,8 +97,8 @@ PROGRAMS: dict[str, Callable[[Path], dict[str, Any]]] = {
 @pytest.mark.parametrize("library", PROGRAMS)
 def test_a_program_trains_to_the_same_weights(library, tmp_path):
     found = []
-    for patch in (nullcontext(), fastsae.accelerate(library)):
-        with patch:
+    for patch in (nullcontext, partial(fastsae.accelerate, library)):
+        with patch():
             found.append(PROGRAMS[library](tmp_path / str(len(found))))
     theirs, ours = found
     names = [one.pop("class", None) for one in found]

@@ -147,7 +147,13 @@ TRAINED: dict[str, Callable[[Callable, Path], nn.Module]] = {
     "dictionary_learning relu": dictionary("StandardTrainer", "standard", sparsity_warmup_steps=2),
     "dictionary_learning gated": dictionary("GatedSAETrainer", "gdm", sparsity_warmup_steps=2),
     "dictionary_learning p-annealed": dictionary(
-        "PAnnealTrainer", "p_anneal", sparsity_warmup_steps=2, anneal_start=2, n_sparsity_updates=2
+        "PAnnealTrainer",
+        "p_anneal",
+        sparsity_warmup_steps=2,
+        sparsity_function="Lp^p",
+        anneal_start=2,
+        n_sparsity_updates=2,
+        p_end=0.5,
     ),
     "dictionary_learning jumprelu": dictionary(
         "JumpReluTrainer", "jumprelu", sparsity_warmup_steps=2
