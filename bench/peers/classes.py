@@ -79,7 +79,7 @@ def optimized(sae: Any, loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
 
 def sparsify(size: Size, **settings: Any) -> Subject:
-    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
     _, d_in, d_sae, k = size
     coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k, **settings))
@@ -87,9 +87,9 @@ def sparsify(size: Size, **settings: Any) -> Subject:
 
 
 def lens_training(size: Size, name: str, shifted: str | None = None, **settings: Any) -> Subject:
-    from sae_lens import saes
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
+    from sae_lens import saes  # pyright: ignore[reportMissingImports]
+    from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
+    from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 
     tokens, d_in, d_sae, k = size
     settings |= {} if shifted else {"k": k}
@@ -104,7 +104,7 @@ def lens_training(size: Size, name: str, shifted: str | None = None, **settings:
 
 def lens(size: Size, name: str, shifted: str | None = None, **settings: Any) -> Subject:
     """For inference; transcoders, which SAELens has no trainer for, in a training step."""
-    from sae_lens import saes
+    from sae_lens import saes  # pyright: ignore[reportMissingImports]
 
     _, d_in, d_sae, k = size
     settings |= {} if shifted else {"k": k}

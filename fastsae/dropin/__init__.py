@@ -16,9 +16,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @overload
-def accelerate(target: str, *, exact_compat: bool = False) -> Patch: ...
-@overload
 def accelerate(target: Module, *, exact_compat: bool = False) -> Module: ...
+@overload
+def accelerate(target: str, *, exact_compat: bool = False) -> Patch: ...
 def accelerate(target, *, exact_compat=False):
     """Replace encode and decode of another library's SAEs with fastsae's, in place.
 
@@ -78,9 +78,9 @@ def unsupported(kind: type) -> str:
 
 
 @overload
-def restore(target: str) -> None: ...
-@overload
 def restore(target: Module) -> Module: ...
+@overload
+def restore(target: str) -> None: ...
 def restore(target):
     """Undo `accelerate` in place and return the module.
 

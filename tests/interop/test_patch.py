@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from typing import Any, cast
 
 import pytest
 import torch
@@ -98,7 +99,10 @@ def test_an_unknown_library():
         fastsae.accelerate("saelens")
 
 
-class Counting:
+Library = cast(Any, object)
+
+
+class Counting(Library):
     """A mixin of what a user's subclass may do: it counts, and changes the codes."""
 
     calls = 0
@@ -108,7 +112,7 @@ class Counting:
         return 2 * super().encode(x)
 
 
-class Renamed:
+class Renamed(Library):
     """A mixin of a subclass that overrides nothing."""
 
     def norm(self):

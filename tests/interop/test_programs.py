@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from runpy import run_module
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.testing import assert_close
 
 import fastsae
@@ -32,16 +32,14 @@ def token_ids() -> list[list[int]]:
     ).tolist()
 
 
-def run_sae_lens(folder: Path) -> dict[str, Tensor]:
+def run_sae_lens(folder: Path) -> dict[str, Any]:
     """LanguageModelSAETrainingRunner, as its tutorial uses it."""
     sae_lens()
-    import sae_lens as library
-    from datasets import Dataset
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
+    library, lens = import_module("sae_lens"), import_module("transformer_lens")
+    data = import_module("datasets").Dataset.from_dict({"tokens": token_ids()})
     torch.manual_seed(0)
-    model = HookedTransformer(
-        HookedTransformerConfig(
+    model = lens.HookedTransformer(
+        lens.HookedTransformerConfig(
             n_layers=1,
             d_model=D_IN,
             n_ctx=CONTEXT,
@@ -67,7 +65,6 @@ def run_sae_lens(folder: Path) -> dict[str, Tensor]:
         checkpoint_path=str(folder / "checkpoints"),
         lr=1e-2,
     )
-    data = Dataset.from_dict({"tokens": token_ids()})
     torch.manual_seed(0)
     sae = library.LanguageModelSAETrainingRunner(
         cfg, override_dataset=data, override_model=model
