@@ -28,7 +28,9 @@ from fastsae.memory import keep_freed_memory
 
 from .classes import PHASES, SUBJECTS, Phase, Subject
 
-SHAPE = "2048,384,8192,32"
+SHAPE = "1024,256,4096,32"
+
+SIZE = "tokens, d_in, d_sae, k"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +61,17 @@ def bench(arguments: argparse.Namespace) -> None:
         }
         print(f"{name}: {json.dumps(shown[name])}", flush=True)
         if not arguments.active:
-            about = {"tokens, d_in, d_sae, k": size, "rounds": arguments.rounds}
-            machine = record.machine()
-            record.write(f"accelerate-{machine}", {name: about | {"phases": shown[name]}})
+            keep(name, size, shown[name])
     print(table(shown))
+
+
+def keep(name: str, size: Size, phases: dict[str, Any]) -> None:
+    """Record phases of a class; its other phases stay, if they were measured at this size."""
+    stem, about = f"accelerate-{record.machine()}", {SIZE: list(size)}
+    path = record.RESULTS / f"{stem}.json"
+    known = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
+    stored = known["phases"] if known.get(SIZE) == list(size) else {}
+    record.write(stem, {name: about | {"phases": stored | phases}})
 
 
 def batches(size: Size) -> list[Tensor]:
@@ -92,7 +101,8 @@ def compare(name: str, size: Size, phase: Phase, rounds: int) -> dict[str, Any]:
             wall[which].append((time.perf_counter() - start[0]) * 1e3)
             cores[which].append((time.process_time() - start[1]) * 1e3)
     found = {which: {"ms": summary(times[1:])} for which, times in wall.items()}
-    return found | {"wall": ratio(wall, median), "cpu": ratio(cores, min)}
+    ratios = {"wall": ratio(wall, median), "cpu": ratio(cores, min)}
+    return found | ratios | {"rounds": rounds}
 
 
 def ratio(times: dict[str, list[float]], of: Callable[[list[float]], float]) -> float:
