@@ -32,9 +32,13 @@ library's dense matmuls are faster than the sparse ops. Measured by `python -m b
 WIDEST = 3 / 16
 """The same for a batch that is listed already: it is less work to go on with its lists."""
 
-DENSE_BATCHES = 50
-"""Batches that take the library's code without a look at them, after a batch that was listed and
-had a token with too many latents: few of them may hide from a look at few tokens."""
+DENSE_BATCHES = 8
+"""Batches that take the library's code without a look at them, including one that was dense: the
+look takes time, too."""
+
+AFTER_OUTLIERS = 50
+"""The same after a batch that was listed and then had a token with too many latents: such tokens
+may be so few that a look at some tokens misses them."""
 
 SAMPLE = 32
 """Tokens that decide whether a batch is dense, at most, and at most one in 4 times as many."""
@@ -163,9 +167,10 @@ class AboveThreshold:
     def is_dense(self, encoder: Encoder) -> bool:
         """Whether the library's own code is faster for these tokens."""
         left = vars(self).get("dense_batches", 0)
-        if left:
-            vars(self)["dense_batches"] = left - 1
-        return left > 0 or encoder.is_dense(self.lowest())
+        if not left and encoder.is_dense(self.lowest()):
+            left = DENSE_BATCHES
+        vars(self)["dense_batches"] = max(left - 1, 0)
+        return left > 0
 
     def codes(self, encoder: Encoder) -> Codes:
         """The codes of the tokens, with sparse gradients."""
@@ -174,7 +179,7 @@ class AboveThreshold:
     def noted(self, found: SparsePre) -> SparsePre:
         """The listed pre-activations; the next batches are dense if a token has too many."""
         if found.indices is None or found.indices.shape[1] > WIDEST * found.d_sae:
-            vars(self)["dense_batches"] = DENSE_BATCHES
+            vars(self)["dense_batches"] = AFTER_OUTLIERS
         return found
 
     def codes_of(self, found: SparsePre) -> Codes:

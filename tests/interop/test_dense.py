@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from fastsae.codes import Codes
 from fastsae.dropin import dense
-from fastsae.dropin.dense import Encoder, few_latents, lookup, to_dense
+from fastsae.dropin.dense import AboveThreshold, Encoder, few_latents, lookup, to_dense
 from fastsae_kernels.testing import assert_no_worse
 
 N, D, F = 9, 5, 24
@@ -107,3 +107,22 @@ def test_few_latents(latents):
     with torch.no_grad():
         found = few_latents(g)
     assert (None if found is None else found.tolist()) == (None if len(latents) == F else latents)
+
+
+def test_after_a_dense_batch_the_library_runs_for_a_while():
+    """Then the batches are looked at again; after one with outliers it takes longer."""
+    some = AboveThreshold()
+    few, many = (Encoder(torch.ones(4, D), torch.ones(F, D), bias) for bias in biases())
+    assert not some.is_dense(few)
+    assert some.is_dense(many)
+    assert [some.is_dense(few) for _ in range(dense.DENSE_BATCHES)].count(True) == (
+        dense.DENSE_BATCHES - 1
+    )
+    some.codes(many)
+    later = [some.is_dense(few) for _ in range(2 * dense.AFTER_OUTLIERS)]
+    assert later.count(True) == dense.AFTER_OUTLIERS and not later[-1]
+
+
+def biases() -> tuple[torch.Tensor, torch.Tensor]:
+    """With which no latent is active for tokens of ones, and with which all are."""
+    return torch.full((F,), -D - 1.0), torch.zeros(F)
