@@ -9,6 +9,10 @@ COMMANDS = {
     "plan": ("bench.plan", "compare planned with measured memory and time of CPU runs"),
     "kernels": ("bench.kernels", "time any op against the roof, PyTorch and torch.compile"),
     "peers": ("bench.peers.race", "compare step time and error with other SAE trainers"),
+    "accelerate": (
+        "bench.peers.accelerate",
+        "compare other libraries' training steps before and after accelerate",
+    ),
     "mixing": ("bench.mixing", "compare sizes of the buffer that mixes a stream's documents"),
     "study": ("bench.study.run", "compare the error of every method on real and synthetic data"),
     "scaling": ("bench.scaling", "simulate many GPUs; or measure the memory of many processes"),

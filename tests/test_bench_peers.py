@@ -13,7 +13,8 @@ import torch
 
 from bench import record
 from bench.contender import LOW
-from bench.peers import race, training
+from bench.peers import accelerate, race, training
+from bench.peers.classes import PHASES, SUBJECTS
 from bench.peers.contender import CONTENDERS, KNOWN, quality
 from bench.peers.report import colors_of, plain, tables, training_rows
 from bench.peers.task import Task, TimeUp, open_stream
@@ -246,3 +247,27 @@ def test_an_accelerated_run_stands_for_its_library():
         "A, accelerated": 1.0,
         "B": 3.0,
     }
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_class_is_compared_in_every_phase(name):
+    """It has the phase's number of active latents, and both steps run."""
+    pytest.importorskip({"SAELens": "sae_lens"}.get(name.split()[0], name.split()[0]))
+    torch.use_deterministic_algorithms(False)
+    for phase in PHASES.values():
+        found = accelerate.compare(name, TINY, phase, rounds=1)
+        assert found["wall"] > 0 and found["cpu"] > 0
+    subject, x = SUBJECTS[name](TINY), torch.randn(256, 16)
+    if subject.shifted is not None:
+        subject.enter(PHASES["middle"], x)
+        active = subject.sae.encode(x) != 0
+        assert active.float().mean() == pytest.approx(1 / 32, rel=0.05)
+
+
+def test_the_committed_comparison_of_classes_is_whole():
+    for path in record.RESULTS.glob("accelerate-*.json"):
+        results = json.loads(path.read_text())
+        assert results.keys() == SUBJECTS.keys()
+        shown = accelerate.table({name: found["phases"] for name, found in results.items()})
+        assert shown.count("CPU") == len(SUBJECTS) * len(PHASES)

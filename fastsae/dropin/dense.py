@@ -4,7 +4,7 @@ Their encoders return pre-activations and codes of all latents, [N, d_sae]. Call
 tensors; gradients and decoders only touch the active entries.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,14 +14,34 @@ from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsae.codes import Codes
-from fastsae.nn.sparse_pre import WIDEST, SparsePre, is_dense
-from fastsae_kernels import in_rows, list_above, straight_through, topk_batch
+from fastsae.nn.sparse_pre import SparsePre
+from fastsae_kernels import encode_above, in_rows, list_above, straight_through, topk_batch
+
+T = TypeVar("T")
 
 MAX_SPARSE = 1 / 4
 """Fraction of latents with a gradient up to which the backward pass multiplies only those."""
 
 MIN_TOKENS = 128
 """Up to this many tokens, a dense matmul costs less than the overhead of the sparse ops."""
+
+MAX_ACTIVE = 1 / 8
+"""Fraction of latents that may be active for the token with the most of them: with more, the
+library's dense matmuls are faster than the sparse ops. Measured by `python -m bench accelerate`."""
+
+WIDEST = 3 / 16
+"""The same for a batch that is listed already: it is less work to go on with its lists."""
+
+DENSE_BATCHES = 8
+"""Batches that take the library's code without a look at them, including one that was dense: the
+look takes time, too."""
+
+AFTER_OUTLIERS = 50
+"""The same after a batch that was listed and then had a token with too many latents: such tokens
+may be so few that a look at some tokens misses them."""
+
+SAMPLE = 32
+"""Tokens that decide whether a batch is dense, at most, and at most one in 4 times as many."""
 
 
 class _PreActivations(Function):
@@ -37,14 +57,29 @@ class _PreActivations(Function):
     def backward(ctx, *gradients):
         (g,), (x, W_enc) = gradients, ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad
-        latents = torch.arange(W_enc.shape[0], device=g.device)
-        if not torch.is_grad_enabled():  # a zero gradient can have a nonzero derivative
-            some = g.any(0).nonzero()[:, 0]
-            latents = some if len(some) <= MAX_SPARSE * len(W_enc) else latents
-        g = g[:, latents].to(W_enc.dtype)
+        g = g.to(W_enc.dtype)
+        latents = few_latents(g)
+        if latents is None:
+            d_x, d_b_enc = g @ W_enc if need_x else None, g.sum(0) if need_b else None
+            if not need_W:
+                return d_x, None, d_b_enc
+            # as its weight lies in memory, so that autograd need not copy the gradient
+            return d_x, (x.T @ g).T if W_enc.stride(0) == 1 else g.T @ x, d_b_enc
+        g = g[:, latents]
         d_W_enc = torch.zeros_like(W_enc).index_copy_(0, latents, g.T @ x) if need_W else None
         d_b_enc = g.new_zeros(len(W_enc)).index_copy_(0, latents, g.sum(0)) if need_b else None
         return g @ W_enc[latents] if need_x else None, d_W_enc, d_b_enc
+
+
+def few_latents(g: Float[Tensor, "N d_sae"]) -> Int[Tensor, " some"] | None:
+    """The latents with a gradient, or None if these are many, which few tokens mostly show."""
+    if torch.is_grad_enabled():  # a zero gradient can have a nonzero derivative
+        return None
+    for part in g[:SAMPLE], g:
+        some = part.any(0).nonzero()[:, 0]
+        if len(some) > MAX_SPARSE * g.shape[1]:
+            return None
+    return some
 
 
 class _Entries(Function):
@@ -90,43 +125,95 @@ class Encoder(NamedTuple):
         values = self.gather(pre, found.indices).where(found.listed, 0.0)
         return Codes(values, found.indices, d_sae)
 
-    def above(self, pre: Float[Tensor, "N d_sae"], threshold: Float[Tensor, " d_sae"]) -> SparsePre:
-        """Its pre-activations that exceed their latent's threshold, or all if those are many."""
+    @torch.no_grad()
+    def is_dense(self, threshold: Float[Tensor, " d_sae"] | float) -> bool:
+        """Whether so many latents exceed the threshold that the library's own code is faster.
+
+        Judged by tokens spread over the batch, so that it depends on the batch alone, and costs
+        1/128 of the encoder GEMM. Synchronizes with a GPU.
+        """
+        some = self.x[:: max(4 * SAMPLE, len(self.x) // SAMPLE)]
+        active = linear(some, self.W_enc, self.b_enc) > threshold
+        return active.numel() > 0 and int(active.sum(1).max()) > MAX_ACTIVE * len(self.W_enc)
+
+    def listed(self, threshold: Float[Tensor, " d_sae"] | float) -> SparsePre:
+        """Its pre-activations that exceed their latent's threshold; the others are not stored."""
+        return SparsePre.listed(encode_above(*self, threshold), *self)
+
+    def above(
+        self, pre: Float[Tensor, "N d_sae"], threshold: Float[Tensor, " d_sae"] | float
+    ) -> SparsePre:
+        """The same among known pre-activations; all of these, if a token exceeds many."""
         N, d_sae = pre.shape
-        if not is_dense(*self, threshold):
-            wide = threshold.to(torch.promote_types(pre.dtype, torch.float32)).contiguous()
-            found = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
-            if found.indices.shape[1] <= WIDEST * d_sae:
-                values = self.gather(pre, found.indices)
-                return SparsePre(values, found.indices, found.listed, d_sae)
-        return SparsePre(pre, None, pre > threshold, d_sae)
+        wide = torch.promote_types(pre.dtype, torch.float32)
+        wide = torch.as_tensor(threshold, dtype=wide, device=pre.device).expand(d_sae).contiguous()
+        found = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
+        if found.indices.shape[1] > WIDEST * d_sae:
+            return SparsePre(pre, None, pre > threshold, d_sae)
+        return SparsePre(self.gather(pre, found.indices), found.indices, found.listed, d_sae)
+
+
+class AboveThreshold:
+    """Mixin of classes in which all latents above a threshold are active, be they few or many:
+    while they are many, the library's own code is faster, and runs.
+
+    Which one runs depends on the batches that a module has seen, and never on time.
+    """
+
+    def lowest(self) -> Tensor | float:
+        """The pre-activation that latents must exceed to be listed."""
+        return 0.0
+
+    def is_dense(self, encoder: Encoder) -> bool:
+        """Whether the library's own code is faster for these tokens."""
+        left = vars(self).get("dense_batches", 0)
+        if not left and encoder.is_dense(self.lowest()):
+            left = DENSE_BATCHES
+        vars(self)["dense_batches"] = max(left - 1, 0)
+        return left > 0
+
+    def codes(self, encoder: Encoder) -> Codes:
+        """The codes of the tokens, with sparse gradients."""
+        return self.codes_of(self.noted(encoder.listed(self.lowest())))
+
+    def noted(self, found: SparsePre) -> SparsePre:
+        """The listed pre-activations; the next batches are dense if a token has too many."""
+        if found.indices is None or found.indices.shape[1] > WIDEST * found.d_sae:
+            vars(self)["dense_batches"] = AFTER_OUTLIERS
+        return found
+
+    def codes_of(self, found: SparsePre) -> Codes:
+        """The codes of the listed pre-activations."""
+        return found.codes(found.pre)
 
 
 def to_dense(codes: Codes, shape: tuple[int, ...]) -> Tensor:
     """The codes as a dense tensor of that shape. They stay attached only if it has no gradient:
     a caller may ask for the gradient of all its entries."""
     dense = codes.to_dense().view(shape)
-    return dense if dense.requires_grad else attach_codes(dense, codes)
+    return dense if dense.requires_grad else attach(dense, codes)
 
 
 _attached = WeakTensorKeyDictionary()
-"""For dense tensors, their codes, version and requires_grad at the time of attaching."""
+"""For dense tensors, what they were made from, their version and requires_grad at that time."""
 
 
-def attach_codes(dense: Tensor, codes: Codes) -> Tensor:
-    """Let `lookup_codes` find the codes until the tensor is modified in place or its gradient is
-    requested."""
+def attach(dense: Tensor, source: Codes | SparsePre) -> Tensor:
+    """Let `lookup` find the codes, or the listed pre-activations, until the tensor is modified in
+    place or its gradient is requested. They must not refer to this tensor."""
     if not torch.compiler.is_compiling() and not dense.is_inference():  # those have no version
-        _attached[dense] = codes, dense._version, dense.requires_grad
+        _attached[dense] = source, dense._version, dense.requires_grad
     return dense
 
 
-def lookup_codes(dense: Tensor) -> Codes | None:
-    """The codes that a dense tensor was made from; None if unknown or no longer equal to it."""
+def lookup(dense: Tensor, kind: type[T]) -> T | None:
+    """What a dense tensor was made from, if it is of this kind; None if unknown or no longer equal
+    to it."""
     if torch.compiler.is_compiling() or dense not in _attached:
         return None
-    codes, *then = _attached[dense]
-    return codes if then == [dense._version, dense.requires_grad] else None
+    source, *then = _attached[dense]
+    current = then == [dense._version, dense.requires_grad]
+    return source if current and isinstance(source, kind) else None
 
 
 def has_hooks(*modules: nn.Module) -> bool:
@@ -135,14 +222,17 @@ def has_hooks(*modules: nn.Module) -> bool:
     return any(getattr(module, name) for module in modules for name in names)
 
 
-def worth_accelerating(module: object, x: Tensor) -> bool:
-    """Whether fastsae's ops are faster for x and nothing prevents them: enough tokens, no autocast,
-    no overridden method."""
-    enough = x.shape[:-1].numel() > MIN_TOKENS
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return enough and not has_overridden_methods(module) and not autocast
+def worth_accelerating(x: Tensor) -> bool:
+    """Whether fastsae's ops are faster for x: enough tokens, and no autocast."""
+    return x.shape[:-1].numel() > MIN_TOKENS and not torch.is_autocast_enabled(x.device.type)
 
 
-def has_overridden_methods(module: object) -> bool:
-    """Whether methods were assigned to the object itself."""
-    return bool({"encode", "decode", "encode_with_hidden_pre"} & vars(module).keys())
+def has_overridden_methods(module: Any, *names: str) -> bool:
+    """Whether a method was assigned to the object itself, or a subclass of its library's class has
+    its own."""
+    kind = type(module)
+    fast = vars(kind).get("fast", kind)
+    return any(
+        name in vars(module) or getattr(kind, name, None) is not getattr(fast, name, None)
+        for name in names
+    )

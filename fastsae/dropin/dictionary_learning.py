@@ -1,121 +1,273 @@
 """Accelerated classes of dictionary_learning."""
 
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
-from dictionary_learning.dictionary import JumpReluAutoEncoder
+from dictionary_learning.dictionary import (
+    AutoEncoder,
+    AutoEncoderNew,
+    Dictionary,
+    GatedAutoEncoder,
+    JumpReluAutoEncoder,
+)
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsae.codes import Codes
 from fastsae.nn.sparse_pre import SparsePre
 from fastsae_kernels import encode_topk, topk_indices
 
-from . import library_class
-from .dense import Encoder, attach_codes, has_hooks, lookup_codes, to_dense, worth_accelerating
+from .dense import (
+    AboveThreshold,
+    Encoder,
+    attach,
+    has_hooks,
+    has_overridden_methods,
+    lookup,
+    to_dense,
+    worth_accelerating,
+)
 
-Linear: TypeAlias = AutoEncoderTopK | BatchTopKSAE
-"""Classes whose encoder and decoder are linear layers."""
-
-
-def uses_fast_path(sae: Linear, x: Tensor) -> bool:
-    """Whether fastsae's ops can encode x: nothing was customized or hooked."""
-    plain = type(sae.encoder) is type(sae.decoder) is torch.nn.Linear
-    return plain and worth_accelerating(sae, x) and not has_hooks(sae.encoder)
-
-
-def encoder_of(sae: Linear, x: Tensor) -> Encoder:
-    """The encoder with the centered tokens."""
-    seen = (x - sae.b_dec).reshape(-1, x.shape[-1])
-    return Encoder(seen, sae.encoder.weight, sae.encoder.bias)
+Library = cast(Any, Dictionary)
+"""What a mixin derives from, so that an object's class can be changed to one that has it; for type
+checkers, something that has all the members of the classes."""
 
 
-def decode_codes(sae: Linear, codes: Codes, shape: torch.Size) -> Tensor:
-    """Decode the codes of inputs or activations of that shape."""
-    return (codes.decode(sae.decoder.weight.T) + sae.b_dec).view(*shape[:-1], -1)
+class Fast(Library):
+    """Mixin with what all accelerated classes share; Matrices and Layers are what it needs."""
+
+    @property
+    def output_bias(self) -> Tensor:
+        """The bias of the reconstruction."""
+        return self.b_dec
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W_enc, b_enc and W_dec; the weights have one row per latent."""
+        raise NotImplementedError
+
+    def centered(self, x: Tensor) -> Tensor:
+        """What the encoder sees of x."""
+        return x - self.output_bias
+
+    def codes(self, encoder: Encoder) -> Codes:
+        """The codes of the tokens, with sparse gradients; each class implements it."""
+        raise NotImplementedError
+
+    def is_dense(self, encoder: Encoder) -> bool:
+        """Whether the library's own code is faster for these tokens."""
+        return False
+
+    def uses_fast_path(self, x: Tensor) -> bool:
+        """Whether fastsae's ops can encode x: nothing was customized or hooked."""
+        return worth_accelerating(x)
+
+    def can_decode(self) -> bool:
+        """Whether fastsae's ops can decode: nothing was customized or hooked."""
+        return True
+
+    def skips_codes(self, x: Tensor) -> bool:
+        """Whether the codes between x and its reconstruction are for nobody to see."""
+        replaced = has_overridden_methods(self, "encode", "decode")
+        return self.uses_fast_path(x) and self.can_decode() and not replaced
+
+    def encoder_of(self, x: Tensor) -> Encoder:
+        seen = self.centered(x)
+        return Encoder(seen.reshape(-1, seen.shape[-1]), *self.matrices[:2])
+
+    def dense_shape(self, x: Tensor) -> tuple[int, ...]:
+        return *x.shape[:-1], self.dict_size
+
+    def encode(self, x: Tensor, *given: Any, **settings: Any) -> Any:
+        encoder = None if given or settings or not self.uses_fast_path(x) else self.encoder_of(x)
+        if encoder is None or self.is_dense(encoder):
+            return super().encode(x, *given, **settings)
+        return to_dense(self.codes(encoder), self.dense_shape(x))
+
+    def decode(self, f: Tensor, *given: Any, **settings: Any) -> Tensor:
+        codes = lookup(f, Codes) if self.can_decode() and not (given or settings) else None
+        if codes is None:
+            return super().decode(f, *given, **settings)
+        return self.decode_codes(codes, f.shape)
+
+    def decode_codes(self, codes: Codes, shape: torch.Size) -> Tensor:
+        """Decode the codes of inputs or activations of that shape."""
+        return (codes.decode(self.matrices[2]) + self.output_bias).view(*shape[:-1], -1)
+
+    def forward(self, x: Tensor, *given: Any, **settings: Any) -> Any:
+        """Skips dense activations unless they are requested or hooked."""
+        if given or settings or not self.skips_codes(x):
+            return super().forward(x, *given, **settings)
+        encoder = self.encoder_of(x)
+        if self.is_dense(encoder):
+            return self.decode(super().encode(x))
+        return self.decode_codes(self.codes(encoder), x.shape)
 
 
-def decode(self: Linear, x: Tensor) -> Tensor:
-    """Decode activations, through the codes attached to them if there are any."""
-    codes = None if has_hooks(self.decoder) else lookup_codes(x)
-    return self.decoder(x) + self.b_dec if codes is None else decode_codes(self, codes, x.shape)
+class Matrices(Fast):
+    """Mixin of classes whose encoder and decoder are matrices. It or Layers must come first among
+    the bases: only then can an object's class be changed."""
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.W_enc.T, self.b_enc, self.W_dec
 
 
-def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
-    """Skips dense activations unless they are requested or hooked."""
-    if output_features or not uses_fast_path(self, x) or has_hooks(self.decoder):
-        return library_class(self).forward(self, x, output_features)
-    return decode_codes(self, self.codes(x), x.shape)
+class Layers(Fast):
+    """Mixin of classes whose encoder and decoder are linear layers."""
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.encoder.weight, self.encoder.bias, self.decoder.weight.T
+
+    def uses_fast_path(self, x: Tensor) -> bool:
+        plain = type(self.encoder) is nn.Linear and not has_hooks(self.encoder)
+        return plain and super().uses_fast_path(x)
+
+    def can_decode(self) -> bool:
+        return type(self.decoder) is nn.Linear and not has_hooks(self.decoder)
 
 
-class FastAutoEncoderTopK(AutoEncoderTopK):
-    decode, forward = decode, forward
+class Above(AboveThreshold, Fast):
+    """Mixin of classes in which all latents above a threshold are active."""
+
+
+class FastAutoEncoder(Layers, Above, AutoEncoder):
+    @property
+    def output_bias(self) -> Tensor:
+        return self.bias
+
+    def forward(self, x: Tensor, output_features: bool = False, ghost_mask: Any = None) -> Any:
+        """Its trainers request the activations, which their loss is of, and decode them here."""
+        if not output_features and ghost_mask is None:
+            return super().forward(x)
+        if ghost_mask is not None or not self.skips_codes(x):
+            return AutoEncoder.forward(self, x, output_features, ghost_mask)
+        encoder = self.encoder_of(x)
+        if self.is_dense(encoder):
+            f = AutoEncoder.encode(self, x)
+            return self.decode(f), f
+        codes = self.codes(encoder)
+        return self.decode_codes(codes, x.shape), to_dense(codes, self.dense_shape(x))
+
+
+class FastAutoEncoderNew(Layers, Above, AutoEncoderNew):
+    @property
+    def output_bias(self) -> Tensor:
+        return self.decoder.bias
+
+    def centered(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FastGatedAutoEncoder(Layers, Above, GatedAutoEncoder):
+    """One GEMM serves gates and magnitudes, which differ by scale and bias."""
+
+    @property
+    def output_bias(self) -> Tensor:
+        return self.decoder_bias
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.encoder.weight, torch.zeros_like(self.gate_bias), self.decoder.weight.T
+
+    def lowest(self) -> Tensor:
+        return -self.gate_bias.detach()
+
+    def codes_of(self, found: SparsePre) -> Codes:
+        magnitude = found.pre * found.pick(self.r_mag.exp()) + found.pick(self.mag_bias)
+        return found.codes(magnitude.relu())
+
+    def encode(
+        self, x: Tensor, return_gate: bool = False, normalize_decoder: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if not return_gate or normalize_decoder:
+            settings = {"normalize_decoder": True} if normalize_decoder else {}
+            settings |= {"return_gate": True} if return_gate else {}
+            return super().encode(x, **settings)
+        encoder = self.encoder_of(x) if self.uses_fast_path(x) else None
+        if encoder is None or self.is_dense(encoder):
+            return GatedAutoEncoder.encode(self, x, True)
+        found, shape = self.noted(encoder.listed(self.lowest())), self.dense_shape(x)
+        codes = self.codes_of(found)
+        gates = found.codes(found.pre + found.pick(self.gate_bias))
+        dense = attach(to_dense(codes, shape), codes)  # the trainer decodes it unchanged
+        return dense, to_dense(gates, shape)
+
+
+class FastJumpReluAutoEncoder(Matrices, Above, JumpReluAutoEncoder):
+    """Inference only: the library's trainer computes dense pre-activations itself."""
+
+    def centered(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.apply_b_dec_to_input else x
+
+    def lowest(self) -> Tensor:
+        return self.threshold.detach().clamp(min=0)
+
+
+class FastAutoEncoderTopK(Layers, AutoEncoderTopK):
+    def codes(self, encoder: Encoder) -> Codes:
+        return Codes(*encode_topk(*encoder, int(self.k)), self.dict_size)
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        if use_threshold or not uses_fast_path(self, x):
-            return super().encode(x, return_topk, use_threshold)
-        shape = *x.shape[:-1], self.dict_size
+        if use_threshold or not self.uses_fast_path(x):
+            return AutoEncoderTopK.encode(self, x, return_topk, use_threshold)
         if not return_topk:
-            return to_dense(self.codes(x), shape)
-        encoder, k = encoder_of(self, x), int(self.k)
+            return super().encode(x)
+        encoder, k, shape = self.encoder_of(x), int(self.k), self.dense_shape(x)
         post = encoder.pre_activations().relu_()
         indices = topk_indices(post, k)
         values = encoder.gather(post, indices).relu()
         codes = Codes(values, indices, self.dict_size)
-        dense = attach_codes(to_dense(codes, shape), codes)  # the trainer decodes it unchanged
+        dense = attach(to_dense(codes, shape), codes)  # the trainer decodes it unchanged
         top = (part.view(*shape[:-1], k) for part in (values, indices))
         return dense, *top, post.view(shape)
 
-    def codes(self, x: Tensor) -> Codes:
-        return Codes(*encode_topk(*encoder_of(self, x), int(self.k)), self.dict_size)
 
+class BatchTopK(Above):
+    """Mixin of classes that have a threshold for inference, and keep most of a batch in
+    training."""
 
-class FastBatchTopKSAE(BatchTopKSAE):
-    decode, forward = decode, forward
+    def lowest(self) -> Tensor:
+        """The threshold, which is negative until it has been estimated."""
+        return self.threshold.clamp(min=0).expand(self.dict_size)
+
+    def within(self, codes: Codes) -> Codes:
+        """The codes of the latents that are in use."""
+        return codes
+
+    def codes_of(self, found: SparsePre) -> Codes:
+        return self.within(super().codes_of(found))
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         # the library keeps k x.size(0) latents, whatever the other dimensions are
-        if not uses_fast_path(self, x) or use_threshold == return_active or x.dim() != 2:
-            return super().encode(x, return_active, use_threshold)
-        shape = *x.shape[:-1], self.dict_size
+        if not self.uses_fast_path(x) or use_threshold == return_active or x.dim() != 2:
+            return self.library_encode(x, return_active, use_threshold)
         if use_threshold:
-            return to_dense(self.codes(x), shape)
-        encoder = encoder_of(self, x)
+            return super().encode(x)
+        encoder = self.encoder_of(x)
         post = encoder.pre_activations().relu_()
-        codes = encoder.batch_topk(post, int(self.k) * len(x))
-        dense = attach_codes(to_dense(codes, shape), codes)  # the trainer decodes it unchanged
+        codes = self.within(encoder.batch_topk(post, int(self.k) * len(x)))
+        dense = to_dense(codes, self.dense_shape(x))
+        dense = attach(dense, codes)  # the trainer decodes it unchanged
         return dense, dense.sum(0) > 0, post
 
-    def codes(self, x: Tensor) -> Codes:
-        """Codes above the threshold, which is negative until it has been estimated."""
-        threshold = self.threshold.clamp(min=0).expand(self.dict_size)
-        found = SparsePre.above(*encoder_of(self, x), threshold)
-        return found.codes(found.pre)
+
+class FastBatchTopKSAE(Layers, BatchTopK, BatchTopKSAE):
+    library_encode = BatchTopKSAE.encode
 
 
-class FastJumpReluAutoEncoder(JumpReluAutoEncoder):
-    """Inference only: the library's trainer computes dense pre-activations itself."""
+class FastMatryoshkaBatchTopKSAE(Matrices, BatchTopK, MatryoshkaBatchTopKSAE):
+    """The library's trainer decodes each group of latents itself, densely."""
 
-    def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
-        if output_pre_jump or not worth_accelerating(self, x):
-            return super().encode(x, output_pre_jump)
-        return to_dense(self.codes(x), (*x.shape[:-1], self.dict_size))
+    library_encode = MatryoshkaBatchTopKSAE.encode
 
-    def codes(self, x: Tensor) -> Codes:
-        seen = x - self.b_dec if self.apply_b_dec_to_input else x
-        seen, threshold = seen.reshape(-1, self.activation_dim), self.threshold.clamp(min=0)
-        found = SparsePre.above(seen, self.W_enc.T, self.b_enc, threshold)
-        return found.codes(found.pre)
+    def uses_fast_path(self, x: Tensor) -> bool:
+        # it sets columns to 0, of whichever dimension comes second
+        return x.dim() == 2 and super().uses_fast_path(x)
 
-    def decode(self, f: Tensor) -> Tensor:
-        codes = lookup_codes(f)
-        return super().decode(f) if codes is None else self.decode_codes(codes, f.shape)
-
-    def decode_codes(self, codes: Codes, shape: torch.Size) -> Tensor:
-        return (codes.decode(self.W_dec) + self.b_dec).view(*shape[:-1], -1)
-
-    def forward(self, x: Tensor, output_features: bool = False) -> Any:
-        if output_features or not worth_accelerating(self, x):
-            return super().forward(x, output_features)
-        return self.decode_codes(self.codes(x), x.shape)
+    def within(self, codes: Codes) -> Codes:
+        end = int(self.group_indices[self.active_groups])
+        return codes if end == self.dict_size else codes.below(end)

@@ -21,14 +21,23 @@ class FastSparseCoder(SparseCoder):
             return super().encode(x)
         encoder = self.encoder_of(x)
         pre_acts = encoder.pre_activations().relu_()
+        indices = self.selected(pre_acts.detach())
+        values = encoder.gather(pre_acts, indices)
         if self.exact_compat:
-            # sparsify's own op, to break ties among zeros as it does
-            indices = pre_acts.topk(self.cfg.k, sorted=False).indices
-            values = encoder.gather(pre_acts, indices)
             return EncoderOutput(values, indices, pre_acts.detach())
-        indices = topk_indices(pre_acts, self.cfg.k)
-        values = encoder.gather(pre_acts, indices).relu()
+        values = values.relu()
         return EncoderOutput(values, active_only(values, indices), pre_acts)
+
+    def selected(self, pre_acts: Tensor) -> Tensor:
+        """Indices of the k latents of each token that are kept."""
+        k = self.cfg.k
+        if self.cfg.activation == "groupmax":  # the largest of each of k groups of neighbors
+            group = pre_acts.shape[1] // k
+            first = torch.arange(0, pre_acts.shape[1], group, device=pre_acts.device)
+            return first + pre_acts.unflatten(1, (k, group)).max(-1).indices
+        if self.exact_compat:  # sparsify's own op, to break ties among zeros as it does
+            return pre_acts.topk(k, sorted=False).indices
+        return topk_indices(pre_acts, k)
 
     def encoder_of(self, x: Tensor) -> Encoder:
         """The encoder with the tokens as it sees them."""
@@ -48,11 +57,11 @@ class FastSparseCoder(SparseCoder):
         total_variance: Tensor | None = None,
     ) -> ForwardOutput:
         dead = dead_mask is not None and bool(dead_mask.any())
-        if dead or self.cfg.multi_topk or has_overridden_methods(self):
+        if dead or self.cfg.multi_topk or has_overridden_methods(self, "encode", "decode"):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)
         low = torch.cuda.is_bf16_supported()  # sparsify's own condition
         with torch.autocast("cuda", torch.bfloat16, enabled=low):
-            if self.exact_compat:
+            if self.exact_compat or self.cfg.activation != "topk":
                 values, indices, _ = self.encode(x)
             else:
                 values, indices = encode_topk(*self.encoder_of(x), self.cfg.k)
@@ -70,4 +79,4 @@ class FastSparseCoder(SparseCoder):
 def active_only(values: Tensor, indices: Tensor) -> Tensor:
     """Indices whose inactive entries repeat the token's largest latent: sparsify's trainer counts
     every listed latent as fired."""
-    return indices.where(values > 0, indices[:, :1])
+    return indices.where(values > 0, indices.gather(1, values.argmax(1, keepdim=True)))

@@ -6,7 +6,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
 from fastsae.codes import Codes
-from fastsae.dropin.dense import Encoder, lookup_codes, to_dense
+from fastsae.dropin import dense
+from fastsae.dropin.dense import AboveThreshold, Encoder, few_latents, lookup, to_dense
 from fastsae_kernels.testing import assert_no_worse
 
 N, D, F = 9, 5, 24
@@ -59,26 +60,69 @@ def test_largest_of_batch(total):
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("widest", [0.0, 1.0])
 @pytest.mark.parametrize("threshold", [-10.0, 2.0, 100.0])
-def test_above(threshold):
+def test_above(threshold, widest, monkeypatch):
+    monkeypatch.setattr(dense, "WIDEST", widest)
+
     def sparse(*encoder):
         pre = pre_activations(*encoder)
         found = Encoder(*encoder).above(pre, torch.full((F,), threshold, dtype=pre.dtype))
         return found.codes(found.pre).to_dense()
 
-    def dense(*encoder):
+    def plain(*encoder):
         pre = linear(*encoder)
         return pre * (pre > threshold)
 
-    assert_no_worse(sparse, dense, *encoder())
+    assert_no_worse(sparse, plain, *encoder(torch.float32))
 
 
 def test_a_dense_tensor_knows_its_codes_until_it_is_written_into():
     codes = Codes(torch.rand(6, 2) + 1, torch.tensor([[1, 3]] * 6), F)
     dense = to_dense(codes, (2, 3, F))
-    assert dense.shape == (2, 3, F) and lookup_codes(dense) is codes
-    assert lookup_codes(dense.clone()) is None and lookup_codes(dense.detach()) is None
+    assert dense.shape == (2, 3, F) and lookup(dense, Codes) is codes
+    assert lookup(dense.clone(), Codes) is None and lookup(dense.detach(), Codes) is None
     dense[0, 0, 0] = 1
-    assert lookup_codes(dense) is None
+    assert lookup(dense, Codes) is None
     with torch.inference_mode():
-        assert lookup_codes(to_dense(codes, (6, F))) is None
+        assert lookup(to_dense(codes, (6, F)), Codes) is None
+
+
+def test_dense_is_judged_by_the_token_with_the_most_active_latents():
+    """Among those that are looked at, whose number is limited."""
+    x, W_enc, b_enc = torch.zeros(1000, D), torch.ones(F, D), torch.zeros(F)
+    assert not Encoder(x, W_enc, b_enc).is_dense(0.0)
+    assert not Encoder(x[:0], W_enc, b_enc).is_dense(-1.0)
+    assert Encoder(x, W_enc, b_enc).is_dense(-1.0)
+    threshold = torch.arange(F) - 1.5  # two latents exceed it
+    assert Encoder(x, W_enc, b_enc).is_dense(threshold) == (dense.MAX_ACTIVE * F < 2)
+    x[: dense.SAMPLE] = 1
+    assert Encoder(x, W_enc, b_enc).is_dense(0.0)
+
+
+@pytest.mark.parametrize("latents", [[], [3], range(F)])
+def test_few_latents(latents):
+    g = torch.zeros(200, F)
+    g[-1, list(latents)] = 1.0
+    with torch.no_grad():
+        found = few_latents(g)
+    assert (None if found is None else found.tolist()) == (None if len(latents) == F else latents)
+
+
+def test_after_a_dense_batch_the_library_runs_for_a_while():
+    """Then the batches are looked at again; after one with outliers it takes longer."""
+    some = AboveThreshold()
+    few, many = (Encoder(torch.ones(4, D), torch.ones(F, D), bias) for bias in biases())
+    assert not some.is_dense(few)
+    assert some.is_dense(many)
+    assert [some.is_dense(few) for _ in range(dense.DENSE_BATCHES)].count(True) == (
+        dense.DENSE_BATCHES - 1
+    )
+    some.codes(many)
+    later = [some.is_dense(few) for _ in range(2 * dense.AFTER_OUTLIERS)]
+    assert later.count(True) == dense.AFTER_OUTLIERS and not later[-1]
+
+
+def biases() -> tuple[torch.Tensor, torch.Tensor]:
+    """With which no latent is active for tokens of ones, and with which all are."""
+    return torch.full((F,), -D - 1.0), torch.zeros(F)

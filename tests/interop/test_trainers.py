@@ -1,6 +1,7 @@
-"""A few steps of the libraries' own trainers, with accelerated modules and as they were."""
+"""A few steps of the libraries' own trainers, with accelerated SAEs and their own."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastsae
+from fastsae.dropin import dense
 from fastsae.dropin.dense import MIN_TOKENS
 
 from .peers import D_IN, D_SAE, K, dictionary_learning, sae_lens, sparsify
@@ -24,55 +26,61 @@ def batches() -> list[Tensor]:
     return [torch.randn(N, D_IN, generator=generator) for _ in range(STEPS)]
 
 
-def dictionary_trained(name: str, module: str, change: Callable, **settings: Any) -> nn.Module:
-    trainer = getattr(dictionary_learning(f"trainers.{module}"), name)(
-        steps=STEPS,
-        activation_dim=D_IN,
-        dict_size=D_SAE,
-        layer=0,
-        lm_name="none",
-        device="cpu",
-        warmup_steps=1,
-        **settings,
-    )
-    trainer.dead_feature_threshold = N  # so that some are dead
-    change(trainer.ae)
-    for step, x in enumerate(batches()):
-        trainer.update(step, x)
-    return trainer.ae
-
-
-def lens_trained(name: str, change: Callable, **settings: Any) -> nn.Module:
-    saes = sae_lens()
-    training = pytest.importorskip("sae_lens.training.sae_trainer")
-    config = pytest.importorskip("sae_lens.config")
-    cfg = getattr(saes, f"{name}TrainingSAEConfig")(d_in=D_IN, d_sae=D_SAE, **settings)
-    sae = change(getattr(saes, f"{name}TrainingSAE")(cfg))
-    trainer = training.SAETrainer(
-        cfg=config.SAETrainerConfig(
-            total_training_samples=STEPS * N,
-            train_batch_size_samples=N,
-            dead_feature_window=1,
-            feature_sampling_window=1000,
-            n_restart_cycles=1,
-            lr_end=1e-3,
-            lr=1e-2,
-            lr_warm_up_steps=0,
-            lr_decay_steps=0,
-            lr_scheduler_name="constant",
-            adam_beta1=0.9,
-            adam_beta2=0.999,
+def dictionary(name: str, module: str, **settings: Any) -> Callable[[Callable, Path], nn.Module]:
+    def trained(change: Callable, _: Path) -> nn.Module:
+        trainer = getattr(dictionary_learning(f"trainers.{module}"), name)(
+            steps=STEPS,
+            activation_dim=D_IN,
+            dict_size=D_SAE,
+            layer=0,
+            lm_name="none",
             device="cpu",
-            autocast=False,
-            logger=config.LoggingConfig(log_to_wandb=False),
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
-        ),
-        sae=sae,
-        data_provider=iter(batches()),
-    )
-    return trainer.fit()
+            warmup_steps=1,
+            **settings,
+        )
+        trainer.dead_feature_threshold = N  # so that some are dead, where this matters
+        change(trainer.ae)
+        for step, x in enumerate(batches()):
+            trainer.update(step, x)
+        return trainer.ae
+
+    return trained
+
+
+def lens(name: str, **settings: Any) -> Callable[[Callable, Path], nn.Module]:
+    def trained(change: Callable, _: Path) -> nn.Module:
+        saes = sae_lens()
+        training = pytest.importorskip("sae_lens.training.sae_trainer")
+        config = pytest.importorskip("sae_lens.config")
+        cfg = getattr(saes, f"{name}TrainingSAEConfig")(d_in=D_IN, d_sae=D_SAE, **settings)
+        sae = change(getattr(saes, f"{name}TrainingSAE")(cfg))
+        trainer = training.SAETrainer(
+            cfg=config.SAETrainerConfig(
+                total_training_samples=STEPS * N,
+                train_batch_size_samples=N,
+                dead_feature_window=1,
+                feature_sampling_window=1000,
+                n_restart_cycles=1,
+                lr_end=1e-3,
+                lr=1e-2,
+                lr_warm_up_steps=0,
+                lr_decay_steps=0,
+                lr_scheduler_name="constant",
+                adam_beta1=0.9,
+                adam_beta2=0.999,
+                device="cpu",
+                autocast=False,
+                logger=config.LoggingConfig(log_to_wandb=False),
+                n_checkpoints=0,
+                checkpoint_path=None,
+                save_final_checkpoint=False,
+            ),
+            sae=sae,
+            data_provider=iter(batches()),
+        )
+        return trainer.fit()
+
+    return trained
 
 
 def sparsify_trained(change: Callable, folder: Path, **settings: Any) -> nn.Module:
@@ -120,40 +128,57 @@ def sparsify_trained(change: Callable, folder: Path, **settings: Any) -> nn.Modu
     return trainer.saes["layer"]
 
 
+NESTED = {"group_fractions": [0.25, 0.75]}
 TRAINED: dict[str, Callable[[Callable, Path], nn.Module]] = {
     "sparsify": sparsify_trained,
-    "sae_lens topk": lambda change, _: lens_trained("TopK", change, k=K),
-    "sae_lens batchtopk": lambda change, _: lens_trained("BatchTopK", change, k=K),
-    "sae_lens jumprelu": lambda change, _: lens_trained("JumpReLU", change),
-    "dictionary_learning topk": lambda change, _: dictionary_trained(
-        "TopKTrainer", "top_k", change, k=K
+    "sparsify groupmax": partial(sparsify_trained, activation="groupmax"),
+    "sae_lens standard": lens("Standard"),
+    "sae_lens topk": lens("TopK", k=K),
+    "sae_lens abstopk": lens("AbsTopK", k=K),
+    "sae_lens batchtopk": lens("BatchTopK", k=K),
+    "sae_lens matryoshka": lens("MatryoshkaBatchTopK", k=K, matryoshka_widths=[8, D_SAE]),
+    "sae_lens jumprelu": lens("JumpReLU"),
+    "sae_lens gated": lens("Gated"),
+    "dictionary_learning topk": dictionary("TopKTrainer", "top_k", k=K),
+    "dictionary_learning batchtopk": dictionary("BatchTopKTrainer", "batch_top_k", k=K),
+    "dictionary_learning matryoshka": dictionary(
+        "MatryoshkaBatchTopKTrainer", "matryoshka_batch_top_k", k=K, **NESTED
     ),
-    "dictionary_learning batchtopk": lambda change, _: dictionary_trained(
-        "BatchTopKTrainer", "batch_top_k", change, k=K
+    "dictionary_learning relu": dictionary("StandardTrainer", "standard", sparsity_warmup_steps=2),
+    "dictionary_learning gated": dictionary("GatedSAETrainer", "gdm", sparsity_warmup_steps=2),
+    "dictionary_learning p-annealed": dictionary(
+        "PAnnealTrainer",
+        "p_anneal",
+        sparsity_warmup_steps=2,
+        sparsity_function="Lp^p",
+        anneal_start=2,
+        n_sparsity_updates=2,
+        p_end=0.5,
     ),
-    "dictionary_learning jumprelu": lambda change, _: dictionary_trained(
-        "JumpReluTrainer", "jumprelu", change, sparsity_warmup_steps=2
+    "dictionary_learning jumprelu": dictionary(
+        "JumpReluTrainer", "jumprelu", sparsity_warmup_steps=2
     ),
 }
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_they_train_to_the_same_weights(name, tmp_path):
-    def exact(module: nn.Module) -> nn.Module:
-        compat = {"exact_compat": True} if name == "sparsify" else {}
-        return fastsae.accelerate(module, **compat)
-
+def test_they_train_to_the_same_weights(name, tmp_path, monkeypatch):
+    """With all SAEs of the library accelerated, or none."""
+    for limit in ("MAX_ACTIVE", "WIDEST"):  # or the library's own code would run
+        monkeypatch.setattr(dense, limit, 1.0)
     start: dict[str, Tensor] = {}
 
     def watched(module: nn.Module) -> nn.Module:
         start.update({n: p.detach().clone() for n, p in module.named_parameters()})
         return module
 
-    found = []
-    for n, change in enumerate((watched, exact)):
+    def trained() -> nn.Module:
         torch.manual_seed(0)
-        found.append(TRAINED[name](change, tmp_path / str(n)))
-    theirs, ours = found
+        return TRAINED[name](watched, tmp_path)
+
+    theirs, library = trained(), name.split()[0]
+    with fastsae.accelerate(library, exact_compat=library == "sparsify"):
+        ours = trained()
     assert type(ours).__name__ == f"Fast{type(theirs).__name__}"
     for key, parameter in theirs.named_parameters():
         moved = (parameter - start[key]).norm()
