@@ -15,7 +15,7 @@ from fastsae.shards import ONE_PROCESS, Shards
 from tests.evals.conftest import gpt2 as gpt2
 from tests.evals.conftest import gpt2_data as gpt2_data
 
-ACTIVATIONS = {"topk": TopK(4), "batchtopk": BatchTopK(4), "gated": Gated()}
+ACTIVATIONS = {"topk": TopK(4, corrections=2), "batchtopk": BatchTopK(4), "gated": Gated()}
 
 
 def numbers(shards: Shards, folder: Path, data: Path) -> dict[str, Any]:
