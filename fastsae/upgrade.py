@@ -219,7 +219,7 @@ def gate_of(sae: SAE, l0: float) -> tuple[dict[str, Any], Tensor | None]:
             return {"gate": "relu", "l1_coef": l1_coef, "target_l0": l0}, None
         case JumpReLU():
             return {"gate": "jumprelu"}, activation.threshold.clamp(min=0)
-        case TopK() if not activation.signed:
+        case TopK() if not (activation.signed or activation.cfg.corrections):
             return {"gate": "topk", "k": activation.cfg.k}, None
         case BatchTopK() if not activation.signed and activation.threshold >= 0:
             return {"gate": "jumprelu"}, activation.threshold.expand(sae.d_sae)

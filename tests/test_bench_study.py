@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.corrections import NUMBERS, corrections
 from bench.record import RESULTS, ROOT
 from bench.study.claims import CLAIMS, T95, Claim, difference
 from bench.study.measure import pursuit
 from bench.study.plan import DATA, PATHS, Data, Method, Scale, Upgrade
 from bench.study.report import report
 from bench.study.run import Study
+from fastsae import SAE, AbsTopK
 from fastsae.data import Synthetic
+from fastsae.nn import init_from_data
 
 LOWER = Claim("paper", "better", "new", "old")
 STAMP = {"cpu": "none", "torch": "0", "commit": "0"}
@@ -144,3 +147,14 @@ def test_pursuit_finds_the_codes_of_an_orthonormal_dictionary(by):
         left = x - pursuit(x, rows, 4, by)
         orthogonal = (left @ rows.double().T).abs() < 1e-6
         assert orthogonal.sum(1).tolist() == [4] * 5
+
+
+def test_the_more_corrections_the_lower_the_error():
+    data = Synthetic(d_in=16, n_latents=64, active=4, n_tokens=300)
+    sae = init_from_data(SAE(16, 48, AbsTopK(4)), data.sample(300))
+    measured = corrections(sae, data, 300)
+    found = [measured[str(number)] for number in NUMBERS]
+    for metric in ("fvu", "pursuit gap"):
+        values = [part[metric] for part in found]
+        assert values == sorted(values, reverse=True), metric
+        assert values[-1] < values[0], metric

@@ -7,6 +7,7 @@ from torch import Tensor
 import fastsae
 from fastsae import SAE
 from fastsae.losses import training_loss
+from fastsae.nn import TopKConfig
 from fastsae.nn.variational import Variational
 
 from .architectures import (
@@ -18,6 +19,7 @@ from .architectures import (
     TOPK,
     TRANSCODER,
     Architecture,
+    K,
 )
 
 SCALE, OUT = 0.25, 3.0
@@ -27,6 +29,7 @@ ALL = {
     "transcoder by norm": Architecture(TOPK, options=BY_NORM_TRANSCODER),
     "jumprelu transcoder by norm": Architecture(JUMPRELU, options=BY_NORM_TRANSCODER),
     "jumprelu crosscoder": Architecture(JUMPRELU, options=ARCHITECTURES["crosscoder"].options),
+    "corrected abstopk": Architecture(TopKConfig(k=K, by="abs", corrections=2)),
     "relu transcoder": Architecture(RELU, options=TRANSCODER),
 }
 SCALED = {name: a.options for name, a in ALL.items() if "layer_norm" not in a.options}

@@ -38,6 +38,8 @@ ACTIVATION = [
     (TopKConfig, {"gradient": "none"}, "gradient must be one of .*, got 'none'"),
     (TopKConfig, {"gradient": "rotation", "rotation": "full"}, "rotation must be one of .*'full'"),
     (TopKConfig, {"rotation": "dense"}, "rotation = dense has no effect without gradient"),
+    (TopKConfig, {"corrections": -1}, "corrections must be at least 0, got -1"),
+    (TopKConfig, {"corrections": 1, "gradient": "rotation"}, "corrections need gradient"),
     (BatchTopKConfig, {"k": -1}, "k must be at least 1, got -1"),
     (BatchTopKConfig, {"by": "norm"}, "by must be one of .*, got 'norm'"),
     (BatchTopKConfig, {"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
@@ -165,6 +167,8 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     ({"downstream": "kl", "data": X}, 'downstream "kl" needs a model to run, got data: x.npy'),
     ({"downstream": "kl", "target": Y}, 'downstream "kl" needs an autoencoder, got a target'),
     ({"downstream": "ce", "layers": (Y,)}, 'downstream "ce" needs an autoencoder, got layers'),
+    ({"activation": TopKConfig(corrections=1), "target": Y}, "needs an autoencoder, got a trans"),
+    ({"activation": TopKConfig(corrections=1), "layers": (Y,)}, "needs an autoencoder, got a cros"),
     ({"downstream_coef": 2.0}, 'downstream_coef = 2.0 has no effect with downstream "none"'),
     ({"downstream_windows": 4}, 'downstream_windows = 4 has no effect with downstream "none"'),
 ]

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
 def rule_of(sae: SAE) -> Rule:
     """ValueError for an activation that other libraries do not support."""
     match activation := sae.activation:
-        case TopK():
+        case TopK() if not activation.cfg.corrections:
             return Rule("abstopk" if activation.signed else "topk", activation.cfg.k)
         case Variational():  # at inference it adds no noise
             return Rule("topk", activation.cfg.k)
@@ -33,6 +33,8 @@ def rule_of(sae: SAE) -> Rule:
             return Rule("relu")
         case Gated():
             return Rule("gated")
+        case TopK():
+            why = "has corrections"
         case BatchTopK():
             why = "ranks magnitudes" if activation.signed else "has no threshold yet"
         case _:

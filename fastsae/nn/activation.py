@@ -85,6 +85,10 @@ class Activation(nn.Module, ABC):
     decodes: bool = False
     """Whether training decodes by `reconstruct`, one op with a gradient of its own."""
 
+    needs_autoencoder: bool = False
+    """Whether codes are compared with the input, which the decoder must then reconstruct, in the
+    units of the input."""
+
     shards: Shards = ONE_PROCESS
     """The processes among which the latents are divided: codes, and parameters with one row per
     latent, are those of this process; penalties are of all."""

@@ -173,7 +173,8 @@ def fit_encoder_(sae: SAE, x: Float[Tensor, "N d_in"]) -> None:
     overshoot the reconstruction.
     """
     training = sae.training
-    recon, _ = sae.eval().activation.reconstruct(sae.center(x), sae.weights())
+    sae.train(sae.activation.needs_autoencoder)  # without corrections, which training is without
+    recon, _ = sae.activation.reconstruct(sae.center(x), sae.weights())
     sae.train(training)
     recon, wanted = recon - sae.b_dec, x - sae.b_dec
     factor = (recon * wanted).sum() / recon.square().sum()

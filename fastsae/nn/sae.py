@@ -82,6 +82,9 @@ class SAE(nn.Module):
             )
         if layer_norm and d_in == layers:
             raise ValueError(f"layer_norm needs a width of at least 2, got {d_in // layers}")
+        if activation.needs_autoencoder and (d_out is not None or layers > 1):
+            kind = "crosscoder" if layers > 1 else "transcoder"
+            raise ValueError(f"{activation} needs an autoencoder, got a {kind}")
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out
         self.layers, self.by_norm, self.layer_norm = layers, by_norm, layer_norm
         activation.build(d_in, d_sae)
@@ -211,10 +214,13 @@ class SAE(nn.Module):
     def fold_columns_(self, factors: Float[Tensor, " d_in"]) -> "SAE":
         """Turn an autoencoder of factors * x into one of x, with the same codes, not by_norm.
 
-        ValueError with layer_norm: factors change what a token's mean and deviation are.
+        ValueError with layer_norm: factors change what a token's mean and deviation are; and with
+        corrections: factors change which error is least.
         """
         if self.layer_norm:
             raise ValueError("an SAE with layer_norm cannot take on factors of single columns")
+        if self.activation.needs_autoencoder:
+            raise ValueError(f"{self.activation} cannot take on factors of single columns")
         self.fold_decoder_norms_()
         self.W_enc.mul_(factors)
         self.W_dec.div_(factors)

@@ -16,6 +16,7 @@ from fastsae.config import check_choices
 from fastsae_kernels import By, Shadow, encode_decode, encode_topk
 
 from .activation import Activation, ActivationConfig, Weights
+from .correction import corrected
 
 Gradient = Literal["straight_through", "rotation"]
 Rotation = Literal["support", "dense"]
@@ -43,8 +44,16 @@ class TopKConfig(ActivationConfig):
     """Which latents the rotation reaches: the active ones (support, the default), or all (dense),
     from the gradient that their codes would get."""
 
+    corrections: int = 0
+    """Outside training, correct the values of the active latents this many times by what their
+    reconstruction leaves of the input: lower error with the same latents. Autoencoders only."""
+
     def __post_init__(self):
         check_k(self.k)
+        if self.corrections < 0:
+            raise ValueError(f"corrections must be at least 0, got {self.corrections}")
+        if self.corrections and self.gradient == "rotation":
+            raise ValueError('corrections need gradient "straight_through", got "rotation"')
         check_choices(self, by=By, gradient=Gradient)
         if self.rotation not in (None, *get_args(Rotation)):
             raise ValueError(f"rotation must be one of {get_args(Rotation)}, got {self.rotation!r}")
@@ -58,6 +67,7 @@ class TopK(Activation, config=TopKConfig):
     """Keeps the k largest pre-activations of each token; ties go to the lowest latent.
 
     `TopK(k=32)` sets those below 0 to 0; `TopK(k=32, by="abs")` ranks magnitudes and keeps signs.
+    With `corrections`, values are corrected in evaluation mode (`sae.eval()`, and after `load`).
     The arguments are those of TopKConfig.
     """
 
@@ -69,6 +79,7 @@ class TopK(Activation, config=TopKConfig):
         self.signed = self.cfg.by == "abs"
         self.decodes = self.cfg.gradient == "rotation"
         self.supports_fused_step = not self.decodes
+        self.needs_autoencoder = self.cfg.corrections > 0
 
     def build(self, d_in: int, d_sae: int) -> None:
         check_k(self.cfg.k, d_sae)
@@ -80,14 +91,18 @@ class TopK(Activation, config=TopKConfig):
         shadow: Shadow | None = None,
         k: int | None = None,
     ) -> Codes:
-        """The codes of centered inputs, largest first, without a tensor of all pre-activations.
+        """The codes of centered inputs, without a tensor of all pre-activations; largest first, but
+        for corrections.
 
-        `shadow` is a low-precision copy of W_enc that finds candidates; `k` replaces the config's.
+        `shadow` is a low-precision copy of W_enc that finds candidates; `k` replaces the config's,
+        without corrections.
         """
+        steps = 0 if self.training or k is not None else self.cfg.corrections
         W_enc, b_enc, k, by = weights.W_enc, weights.b_enc, k or self.cfg.k, self.cfg.by
         own = min(k, len(W_enc))
         values, indices = encode_topk(x, W_enc, b_enc, own, by, shadow=shadow)
-        return self.shards.keep_best(Codes(values, indices, len(W_enc)), k, by)
+        codes = self.shards.keep_best(Codes(values, indices, len(W_enc)), k, by)
+        return corrected(codes, x, weights, steps, self.signed) if steps else codes
 
     def reconstruct(
         self, x: Float[Tensor, "N d_in"], weights: Weights

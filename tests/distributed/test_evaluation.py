@@ -23,7 +23,7 @@ from tests.evals.conftest import gpt2 as gpt2
 from tests.evals.conftest import gpt2_data as gpt2_data
 
 CASES: dict[str, tuple[tuple[int, int], Activation]] = {
-    "topk": ((1, 4), TopK(4)),
+    "topk": ((1, 4), TopK(4, corrections=2)),
     "batchtopk": ((2, 2), BatchTopK(4)),
     "gated": ((1, 2), Gated()),
     "rational": ((4, 1), Rational()),

@@ -27,7 +27,7 @@ from fastsae.report.geometry import (
 )
 from fastsae.report.lens import NoLens, logit_lens
 from fastsae.report.text import Strings, token_text
-from fastsae.report.verdicts import RECOVERED, Limits, verdicts
+from fastsae.report.verdicts import verdicts
 from fastsae.train.run_folder import weights_digest
 
 from .conftest import WIDTH
@@ -165,16 +165,6 @@ def test_where_there_is_no_lens(world, monkeypatch):
     assert "cannot load" in why(world.sae, gone)
     monkeypatch.setattr("fastsae.report.lens.available_memory", lambda: 1000)
     assert "it takes" in why(world.sae, world.heldout)
-
-
-def test_limits_are_those_that_are_said():
-    limits = Limits(good=0.1, poor=0.2)
-    assert [limits.grade(x) for x in (0.0, 0.1, 0.15, 0.2, 0.21)] == [
-        *("good", "good", "fair", "fair", "poor")
-    ]
-    assert [RECOVERED.grade(x) for x in (1.0, 0.95, 0.9, 0.8, 0.5)] == [
-        *("good", "good", "fair", "fair", "poor")
-    ]
 
 
 def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):
