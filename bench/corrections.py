@@ -41,7 +41,8 @@ def corrections(sae: SAE, data: StoredActivations, tokens: int) -> dict[str, Any
     if cfg.k <= PURSUIT_K:
         best = squared_error(few, pursuit(few - sae.b_dec, sae.W_dec, cfg.k, cfg.by) + sae.b_dec)
     for number in NUMBERS:
-        sae.activation = replace(cfg, corrections=number).build().eval()
+        sae.activation = replace(cfg, corrections=number).build()
+        sae.eval()
         metrics = reconstruction(sae, data, max_tokens=tokens, pc_ranks=())
         gap = squared_error(few, sae(few)) / best - 1 if best else None
         found[str(number)] = {"fvu": metrics.fvu, "l0": metrics.l0, "pursuit gap": gap}
