@@ -18,8 +18,9 @@ from .workload import Workload
 FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
-EVALUATED, SAMPLE_TOKENS = 4096, 8192
-"""Tokens that are evaluated at a time, and of the sample that a run starts from."""
+EVALUATED, COPIES, BESIDES = 4096, 8, 46_000_000
+"""Tokens that are evaluated at a time, copies of them in float64 that exist at the same time, and
+bytes of all else on a CPU (fitted)."""
 
 
 class Memory(NamedTuple):
@@ -30,8 +31,7 @@ class Memory(NamedTuple):
     step: dict[str, int]
     """What a step needs on top."""
     end: dict[str, int]
-    """What exporting or evaluating the SAE needs at the end, one after the other; of what steps
-    have freed, they find little that is large enough."""
+    """What exporting and evaluating the SAE needs at the end, on top of the state."""
 
     @property
     def kept(self) -> int:
@@ -45,8 +45,8 @@ class Memory(NamedTuple):
     @property
     def parts(self) -> dict[str, int]:
         """What adds up to the peak."""
-        last = max(self.end, key=self.end.__getitem__)
-        return {**self.state, **self.step, last: self.end[last]}
+        on_top = max(self.step, self.end, key=lambda part: sum(part.values()))
+        return {**self.state, **on_top}
 
 
 def state_bytes(w: Workload) -> dict[str, int]:
@@ -81,7 +81,6 @@ def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
     pre-activations is a part."""
     step = {
         "data": data_bytes(w),
-        "sample": sample_bytes(w),
         "batches": batch_bytes(w),
         "pre-activations": pre_bytes(w, gpu_bytes),
     }
@@ -97,11 +96,6 @@ def batch_bytes(w: Workload) -> int:
 def data_bytes(w: Workload) -> int:
     """The window of stored data that batches are drawn from, which no GPU holds."""
     return 0 if w.gpu else w.loaded
-
-
-def sample_bytes(w: Workload) -> int:
-    """The sample of the data that a run starts from: freed, but kept by the process."""
-    return 0 if w.gpu else FLOAT * SAMPLE_TOKENS * w.row_width * 3 // 2
 
 
 def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
@@ -131,13 +125,16 @@ def gradient_bytes(w: Workload) -> int:
 
 
 def end_bytes(w: Workload) -> dict[str, int]:
-    """What saving checks, what SAELens' file is written from, and what evaluation needs."""
-    encoder, D = FLOAT * w.own_latents * w.d_in, w.d_out
-    # The squared sums are in float64: tokens, reconstructions, residuals and two covariances.
-    evaluation = 2 * INT * D * D + 6 * INT * EVALUATED * D
-    if data_bytes(w) > evaluation:  # then it fits where the window of data was
-        evaluation = 0
-    return {"export to SAELens": encoder * (not w.gpu), "evaluation": evaluation}
+    """What SAELens' file is written from, what evaluation needs, and the last batches.
+
+    Evaluation's tensors find room where the export's was, as far as they fit into it.
+    """
+    export = FLOAT * w.own_latents * w.d_in * (not w.gpu)
+    block = INT * EVALUATED * w.d_out
+    room = export // block * block
+    evaluation = max(COPIES * block - room, 0) + 2 * INT * w.d_out**2
+    found = {"export to SAELens": export, "evaluation": evaluation + BESIDES * (not w.gpu)}
+    return {**found, "last batches": batch_bytes(w) * 4 // 5}
 
 
 def disk_bytes(w: Workload) -> dict[str, int]:

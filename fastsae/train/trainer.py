@@ -15,7 +15,7 @@ from fastsae.device import tf32_products
 from fastsae.distributed.parallelize import parallelize, per_latent
 from fastsae.losses import TrainingLoss
 from fastsae.meeting import on_first
-from fastsae.memory import keep_freed_memory
+from fastsae.memory import keep_freed_memory, release_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
 from fastsae.shards import ONE_PROCESS, Shards
@@ -153,6 +153,7 @@ class Trainer:
             init_from_data(sae, x, generator, target, config.init)
         else:
             copy_weights_(sae, columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units))
+        release_freed_memory()  # of drawing weights; moments do not fit into all of its holes
         sae.to(self.device)
         downstream = self.end_to_end is not None
         state = TrainState.fresh(sae, adam_of(sae, config, self.plan, x), units, downstream)
@@ -329,6 +330,7 @@ class Trainer:
     def finish(self, state: TrainState) -> SAE:
         """Leave the run's results, and return the SAE for activations as they are."""
         self.captured = None  # frees the graph's memory
+        release_freed_memory()  # of steps
         state.adam.flush()
         sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
         write_results(self, state, sae)
