@@ -28,9 +28,9 @@ class Verdict:
 
 def good_and_poor(name: str, form: str) -> str:
     """The limits of a metric, in words."""
-    good, fair, _, above = LIMITS[name]
-    to, beyond = ("from", "below") if above else ("up to", "above")
-    return f"Good {to} {good:{form}}, poor {beyond} {fair:{form}}."
+    limits = LIMITS[name]
+    to, beyond = ("from", "below") if limits.above else ("up to", "above")
+    return f"Good {to} {limits.good:{form}}, poor {beyond} {limits.fair:{form}}."
 
 
 def verdicts(sae: SAE, found: Reconstruction, run: Path | None) -> list[Verdict]:
