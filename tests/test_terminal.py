@@ -20,6 +20,7 @@ from fastsae.train import Trainer
 from fastsae.train.comparison import comparison_table
 from fastsae.train.interrupt import Interrupts
 from fastsae.train.log import Log
+from fastsae.train.loggers import Loggers
 
 from .train.conftest import train_config
 
@@ -108,7 +109,7 @@ def test_a_result_that_cannot_be_printed(stream, code, arguments, tmp_path, monk
 
 
 def test_a_full_disk_names_the_metrics(tmp_path):
-    with Log(train_config(out=str(tmp_path)), 10, 0, shown=False) as log:
+    with Log(tmp_path, 10, 0, shown=False, loggers=Loggers([])) as log:
         log.path.unlink()
         log.path.symlink_to("/dev/full")
         with pytest.raises(OSError, match=r"metrics.jsonl cannot be written: No space left"):

@@ -3,6 +3,7 @@
 import json
 import logging
 import struct
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,8 @@ class Recorder:
 @pytest.fixture
 def config(activations, tmp_path):
     def make(name="run", **settings):
-        given = {"d_sae": 64, "k": 4, "steps": 4, "batch_size": 32, "log_every": 2} | settings
+        given: dict[str, Any] = {"d_sae": 64, "k": 4, "steps": 4, "batch_size": 32, "log_every": 2}
+        given |= settings
         return train_config(data=str(activations), out=str(tmp_path / name), device="cpu", **given)
 
     return make
@@ -121,8 +123,9 @@ BLOCK, HEADER = 32768, 7
 def records(out):
     """What the file of the offline run in a directory holds: a log in the format of LevelDB, whose
     records are cut where blocks end."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    kinds: Any = wandb_internal_pb2
     (path,) = out.glob("wandb/offline-run-*/*.wandb")
     data, place, whole = path.read_bytes(), HEADER, b""
     while place + HEADER <= len(data):
@@ -133,7 +136,7 @@ def records(out):
         place += HEADER + length
         whole += data[place - length : place]
         if kind in (1, 4):  # all of a record, or its last part
-            yield Record.FromString(whole)
+            yield kinds.Record.FromString(whole)
             whole = b""
 
 
