@@ -125,16 +125,14 @@ def gradient_bytes(w: Workload) -> int:
 
 
 def end_bytes(w: Workload) -> dict[str, int]:
-    """What SAELens' file is written from, what evaluation needs, and the last batches.
-
-    Evaluation's tensors find room where the export's was, as far as they fit into it.
-    """
-    export = FLOAT * w.own_latents * w.d_in * (not w.gpu)
-    block = INT * EVALUATED * w.d_out
-    room = export // block * block
-    evaluation = max(COPIES * block - room, 0) + 2 * INT * w.d_out**2
-    found = {"export to SAELens": export, "evaluation": evaluation + BESIDES * (not w.gpu)}
-    return {**found, "last batches": batch_bytes(w) * 4 // 5}
+    """What SAELens' file is written from, what evaluation needs, and the last batches. The process
+    keeps what the export has freed, in pieces that evaluation finds no room in."""
+    evaluation = COPIES * INT * EVALUATED * w.d_out + 2 * INT * w.d_out**2
+    return {
+        "export to SAELens": FLOAT * w.own_latents * w.d_in * (not w.gpu),
+        "evaluation": evaluation + BESIDES * (not w.gpu),
+        "last batches": batch_bytes(w) * 4 // 5,
+    }
 
 
 def disk_bytes(w: Workload) -> dict[str, int]:

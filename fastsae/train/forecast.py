@@ -95,9 +95,9 @@ def this_machine(device: str) -> Machine:
     """What a process can get here: the free memory of the GPU, or that which Linux has left."""
     kind = torch.device(device)
     if kind.type == "cpu":
-        return Machine(
-            title=f"this machine ({torch.get_num_threads()} threads)", memory=available_memory()
-        )
+        threads = torch.get_num_threads()
+        title = f"this machine ({threads} thread{'s' * (threads != 1)})"
+        return Machine(title=title, memory=available_memory())
     free, _ = torch.cuda.mem_get_info(kind)
     kept = torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
     name = torch.cuda.get_device_name(kind)
