@@ -96,7 +96,7 @@ class Shards:
         says whether the places on the data axis have different tokens."""
         return codes
 
-    def smallest(self, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def smallest(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The smallest of what the places on the latent axis have."""
         return own
 

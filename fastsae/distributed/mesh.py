@@ -142,7 +142,7 @@ class Mesh(Shards):
         """The sum of everyone's integers."""
         return self.sum_data(total(own, self.along_latent))
 
-    def smallest(self, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def smallest(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return gather(own, self.along_latent).amin(0)
 
     def gather_latents(self, own: Shaped[Tensor, "share ..."]) -> Shaped[Tensor, "d_sae ..."]:

@@ -7,8 +7,10 @@ descent on the squared error in the values of the active latents, as far as the 
     r = x - z W_dec        g = r W_dec^T on active latents, else 0
     z <- z + |g|^2 / |g W_dec|^2 g
 
-Latents and weights stay as they are. It costs two decodes and a gather_dot, and many corrections
-lead to the least-squares values of the active latents.
+Values that may not be negative go as far along g as all stay at least 0, and one that is 0 only
+up: clipping afterwards could raise the error. Latents and weights stay as they are. It costs two
+decodes and a gather_dot, and many corrections lead to the least-squares values of the active
+latents.
 """
 
 import torch
@@ -22,8 +24,8 @@ from .activation import Inputs, Weights
 
 
 def corrected(codes: Codes, x: Inputs, weights: Weights, steps: int, signed: bool) -> Codes:
-    """Codes after so many corrections towards centered inputs; unless signed, values that a
-    correction makes negative are set to 0. The codes are sparse."""
+    """Codes after so many corrections towards centered inputs; unless signed, values stay at least
+    0, and some may become it. The codes are sparse."""
     shards, latents, active = weights.shards, codes.latents(), codes.active
 
     def decoded(values: Tensor) -> Tensor:
@@ -33,11 +35,18 @@ def corrected(codes: Codes, x: Inputs, weights: Weights, steps: int, signed: boo
     for _ in range(steps):
         left = x - decoded(values)
         step = gather_dot(left, latents, weights.W_dec).where(active, 0.0)
+        if not signed:
+            step = step.where((values > 0) | (step > 0), 0.0)
         change = decoded(step)
         steepness, curvature = shards.spread(shards.total(squares(step))), squares(change)
         length = steepness / curvature.where(curvature > 0, 1.0)  # if it is 0, so is the other
-        values = values + length.to(values) * step
-        values = values if signed else values.relu()
+        if not signed:
+            room = (values / -step.where(step < 0, -1.0)).where(step < 0, torch.inf)
+            length = length.minimum(shards.smallest(room.amin(1, keepdim=True)))
+        before, values = values, values + length.to(values) * step
+        if not signed:  # what rounding leaves of a value that becomes 0 would end the next step
+            least = 4 * torch.finfo(values.dtype).eps * before
+            values = values.where(values > least, 0.0)
     return codes._replace(values=values)
 
 

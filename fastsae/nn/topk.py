@@ -46,7 +46,8 @@ class TopKConfig(ActivationConfig):
 
     corrections: int = 0
     """Outside training, correct the values of the active latents this many times by what their
-    reconstruction leaves of the input: lower error with the same latents. Autoencoders only."""
+    reconstruction leaves of the input: lower error with the same latents or fewer. Autoencoders
+    only."""
 
     def __post_init__(self):
         check_k(self.k)

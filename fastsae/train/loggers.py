@@ -1,8 +1,8 @@
-"""Experiment trackers that a run's numbers go to besides its directory."""
+"""Experiment trackers, which get a run's numbers as its directory does."""
 
-import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class RunInfo:
 class Logger(Protocol):
     """A tracker, for `Trainer(config, source, loggers=[...])`.
 
-    A run that it cannot start for does not start. If it fails later, the run warns and continues
+    If `start` raises, the run does not start. If it fails later, the run warns and continues
     without it. Of many processes that make one run, only process 0 calls it.
     """
 
@@ -75,11 +75,14 @@ class Loggers:
         try:
             for one in self._working:
                 assert run is not None, "there are loggers"
-                begun.append(one)
                 try:
                     one.start(run)
                 except Exception as error:  # of any library; its user can mend most of them
-                    raise ValueError(f"{_name(one)} did not start: {error}") from error
+                    raise ValueError(
+                        f"{_name(one)} did not start: {error}; start the run in {out} again with "
+                        f"--resume"
+                    ) from error
+                begun.append(one)
             yield
         finally:
             self._working = [one for one in self._working if one in begun]
@@ -101,7 +104,7 @@ class Loggers:
                 hook(one)
             except Exception as error:  # a tracker's failure must not end hours of training
                 self._working.remove(one)
-                text = printable(f"{_name(one)} failed and gets no more numbers: {error}", 300)
+                text = printable(f"{_name(one)} failed; logging to it stops: {error}", 300)
                 say(text, logging.WARNING)
 
 
@@ -150,12 +153,21 @@ class WandB:
         self.run = wandb.init(
             project=self.project,
             name=run.out.name,
-            id=hashlib.sha256(str(run.out.resolve()).encode()).hexdigest()[:16],
+            id=self.id_of(run.out),
             resume="allow",
             dir=str(run.out),
             config=run.settings,
             reinit="create_new",  # the SAEs of a sweep are runs side by side
         )
+
+    @staticmethod
+    def id_of(out: Path) -> str:
+        """The id of the run in a directory, drawn when it starts and kept there."""
+        path = out / "wandb" / "id"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(secrets.token_hex(8))
+        return path.read_text()
 
     def log(self, step: int, numbers: Mapping[str, int | float]) -> None:
         self.run.log(dict(numbers), step=step)

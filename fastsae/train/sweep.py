@@ -122,7 +122,9 @@ class Sweep:
         begun = on_first(
             self.group, lambda: [resume and (out / "config.json").exists() for out in outs]
         )
-        checkpoints = latest(trainers) if all(begun) else [None] * len(outs)
+        resumed = [trainer for trainer, has in zip(trainers, begun, strict=True) if has]
+        found = iter(latest(resumed) if resumed else [])
+        checkpoints = [next(found) if has else None for has in begun]
         states = map(Trainer.start, trainers, begun, checkpoints)
         return dict(zip(self.trainers, states, strict=True))
 

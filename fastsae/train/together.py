@@ -49,7 +49,7 @@ def check_same_run(
 
 def latest(trainers: Sequence["Trainer"]) -> Sequence[Checkpoint | None]:
     """The newest intact checkpoints of runs that take the same batches, with the rows of this
-    process. They are of the same step, unless each run has one, but no step has one of each."""
+    process; None for a run that has none. They are of the same step if a step has one of each."""
     folders = dict[Path, Collection[str]]()
     for trainer in trainers:
         with torch.device("meta"):
@@ -59,7 +59,7 @@ def latest(trainers: Sequence["Trainer"]) -> Sequence[Checkpoint | None]:
     if found := newest_intact(folders, shards):
         return found
     each = [newest_intact({folder: names}, shards) for folder, names in folders.items()]
-    return [one[0] for one in each if one] if all(each) else [None] * len(each)
+    return [one[0] if one else None for one in each]
 
 
 def take_together(

@@ -37,8 +37,13 @@ def test_the_formula(by):
     active = z != 0
     for _ in range(3):
         g = (x - sae.b_dec - z @ sae.W_dec) @ sae.W_dec.T * active
-        z = z + g.square().sum(1, True) / (g @ sae.W_dec).square().sum(1, True) * g
-        z = z.relu() if by == "value" else z
+        room = torch.tensor(torch.inf)
+        if by == "value":
+            g = torch.where((z > 0) | (g > 0), g, 0)
+            room = torch.where(g < 0, z / -g, torch.inf).amin(1, keepdim=True)
+        length = g.square().sum(1, True) / (g @ sae.W_dec).square().sum(1, True)
+        z = z + length.minimum(room) * g
+        z = z.where(z.abs() > 1e-12, 0)
     torch.testing.assert_close(sae.encode(x).to_dense(), z)
     assert not ((z != 0) & ~active).any()
 
@@ -52,6 +57,22 @@ def test_every_gradient(by):
         return functional_call(sae, dict(zip(names, parameters, strict=True)), (x,))
 
     assert gradcheck(recon, (x[:3].requires_grad_(), *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("corrections", [1, 2, 5])
+def test_none_raises_an_error(corrections):
+    """Also of latents whose decoder rows are nearly the same, among which errors are flat."""
+    torch.manual_seed(0)
+    rows = torch.randn(32, D)
+    sae = SAE(D, 64, TopK(4, corrections=corrections)).double().eval()
+    with torch.no_grad():
+        near = torch.cat([rows, rows + 0.01 * torch.randn(32, D)]).double()
+        sae.W_dec.copy_(torch.nn.functional.normalize(near, dim=1))
+        sae.W_enc.copy_(sae.W_dec)
+    x = torch.randn(500, D).double()
+    after = errors(sae, x)
+    sae.activation = TopKConfig(k=4).build()
+    assert (after <= errors(sae, x) * (1 + 1e-9)).all()
 
 
 def test_many_lead_to_the_least_squares_values():

@@ -37,9 +37,8 @@ def config(activations, tmp_path):
     return make
 
 
-def fit(config, *loggers):
-    trainer = Trainer(config, config.data, loggers=loggers, progress=False)
-    return trainer.fit()
+def fit(config, *loggers, resume=False):
+    return Trainer(config, config.data, loggers=loggers, progress=False).fit(resume)
 
 
 def test_a_logger_gets_settings_lines_and_results(config):
@@ -83,6 +82,8 @@ def test_a_run_does_not_start_without_its_logger(config):
         fit(run, other, Absent())
     assert not (run.out / "metrics.jsonl").exists()
     assert [kind for kind, *_ in other.calls] == ["start", "end"]
+    fit(run, other, resume=True)
+    assert other.calls[-1][1] is not None
 
 
 def test_an_interrupted_run_ends_without_results_and_resumes(config, monkeypatch):
