@@ -22,7 +22,7 @@ Anything = TypeVar("Anything")
 
 
 class Channel:
-    """One process, with nobody to talk to beside the arithmetic of a step."""
+    """One process, which exchanges no messages outside the arithmetic of a step."""
 
     rank: int = 0
     size: int = 1

@@ -1,4 +1,4 @@
-"""Talk between processes beside the training step: from the thread that loads batches."""
+"""Messages between processes outside the training step, such as from the loader thread."""
 
 from collections.abc import Sequence
 from datetime import timedelta

@@ -72,8 +72,7 @@ class Mesh(Shards):
         self.along_latent = _group_of(grid[self.data_rank].tolist())
         self.along_data = _group_of(grid[:, self.latent_rank].tolist())
         # In the memory of the CPU; here, processes may wait for long.
-        self.control = channel = GroupChannel(self.ranks)
-        self.everyone = channel.group
+        self.control = GroupChannel(self.ranks)
 
     def rows(self, d_sae: int) -> slice:
         if d_sae % self.latent:
@@ -187,7 +186,7 @@ class Mesh(Shards):
 
     def all_of(self, value: Anything) -> list[Anything]:
         found: list = [None] * self.size
-        dist.all_gather_object(found, value, group=self.everyone)
+        dist.all_gather_object(found, value, group=self.control.group)
         return found
 
     def channel(self) -> GroupChannel:

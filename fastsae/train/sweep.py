@@ -211,7 +211,7 @@ def check_groups(saes: int, processes: int, group: int) -> None:
         sizes = (n for n in range(group, processes + 1) if processes % n == 0)
         enough = next(n for n in sizes if saes * n >= processes)
         raise ValueError(
-            f"{processes // group} groups of processes cannot share {saes} SAEs out: --mesh "
+            f"{saes} SAEs are too few for {processes // group} groups of processes: --mesh "
             f"latent={enough} lets {enough} processes train each SAE, and uses all {processes}"
         )
 
