@@ -78,10 +78,10 @@ def test_lines_of_a_run_go_where_python_logging_sends_them(tmp_path, capsys):
         Trainer(train_config(**settings), source, progress=progress).fit()
         return capsys.readouterr().err
 
-    assert len(run("default").splitlines()) == 3
+    assert len(run("default").splitlines()) == 4
     try:
         logger.handlers = [own]
-        assert run("own") == "" and len(lines.getvalue().splitlines()) == 3
+        assert run("own") == "" and len(lines.getvalue().splitlines()) == 4
         assert lines.getvalue().startswith("fastsae INFO: topk (k = 2), 16 latents of width 8")
     finally:
         logger.handlers = before

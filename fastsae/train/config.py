@@ -142,7 +142,7 @@ class TrainConfig:
     """Also log to TensorBoard, in OUT/tensorboard."""
 
     wandb: str | None = None
-    """Also log to this Weights & Biases project; its files are in OUT/wandb."""
+    """Also log to this Weights & Biases project."""
 
     wandb_artifacts: bool = False
     """Also store the SAE and the report as artifacts of the W&B run."""

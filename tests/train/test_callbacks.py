@@ -86,7 +86,7 @@ def test_evaluating_changes_no_bit_and_evaluates_what_would_be_saved(
     assert [line["step"] for line in lines if "heldout_fvu" in line] == [7, 14]
     heldout = ActivationShards(data).heldout
     assert heldout is not None and heldout.n_tokens < HELDOUT_TOKENS
-    found = reconstruction(fastsae.load(whole.out), heldout)
+    found = reconstruction(fastsae.load(whole.out), heldout, pc_ranks=())
     for name in ("fvu", "l0", "dead_fraction"):
         assert lines[-1][f"heldout_{name}"] == getattr(found, name)
 
@@ -101,7 +101,8 @@ def test_the_saes_of_a_sweep_are_evaluated_too(config, data, tmp_path, monkeypat
     for name, sae in saes[None].items():
         assert torch.equal(sae.W_enc, saes[7][name].W_enc)
         (*_, last) = read_lines(tmp_path / "7" / name / "metrics.jsonl")
-        assert last["heldout_fvu"] == reconstruction(sae, source.heldout or source).fvu
+        heldout = source.heldout or source
+        assert last["heldout_fvu"] == reconstruction(sae, heldout, pc_ranks=()).fvu
     patient = {"k2": config(eval_every=7, patience=1)}
     with pytest.raises(ValueError, match="patience must be none where several SAEs"):
         Sweep(patient, source, tmp_path / "patient")
