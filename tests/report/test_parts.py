@@ -178,7 +178,7 @@ def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):
     assert f"fastsae eval {tmp_path}" in recovered().about
     result = evaluate(sae, data, EvalConfig(windows=4), progress=False)
     assert result.downstream is not None
-    written = {"sae": weights_digest(sae)} | to_dict(result)
+    written = to_dict(result) | {"sae": weights_digest(sae)}
     (tmp_path / "eval.json").write_text(json.dumps(written))
     assert recovered().value == f"{result.downstream.recovered_zero:.1%}"
     assert "Cross-entropy" in recovered().about
