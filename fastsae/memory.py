@@ -28,7 +28,7 @@ def memory_left(device: str, processes: int) -> int:
     """Bytes that one of so many processes of this machine can use on its device."""
     if device == "cpu":
         return available_memory() // processes
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(device)
     return free // -(-processes // torch.cuda.device_count())
 
 

@@ -1,6 +1,7 @@
 """fastsae plan: what a run will need, before it starts."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,11 +12,13 @@ from fastsae.data.shards import WINDOW_BYTES
 from fastsae.distributed import Axes
 from fastsae.distributed.launch import named_axes
 from fastsae.estimate import (
+    LOWER_BOUND,
     PRICED,
     Forecast,
     Gpu,
     Machine,
     advice,
+    duration,
     forecast,
     gigabytes,
     gpu_named,
@@ -41,10 +44,10 @@ class PlanRun:
     """
 
     activation: str = "topk"
-    """Activation, as of `fastsae train`."""
+    """Activation, as in `fastsae train`."""
 
     recipe: str | None = None
-    """Settings of another trainer, as of `fastsae train`."""
+    """Settings of another trainer, as in `fastsae train`."""
 
     d_in: int | None = None
     """Width of the activations (default: that of --data, or of the demo's)."""
@@ -78,6 +81,8 @@ class PlanRun:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.d_out is not None and self.config.target is None:
+            raise ValueError("--d-out is the width of a transcoder's targets: give --target too")
         if self.price is not None and self.price < 0:
             raise ValueError(f"price must be at least 0, got {self.price}")
         if self.probe and (self.gpu is not None or self.mesh is not None):
@@ -90,9 +95,8 @@ def resolved(command: PlanRun, d_out: int, tokens: int | None, axes: Axes) -> tu
     gpu = None if command.gpu is None else gpu_named(command.gpu)
     if gpu is None:
         plan = Plan.of(config, d_out, tokens, axes.latent)
-        machine = this_machine(plan.device)
-        share = machine.memory / (1 if plan.device != "cpu" else axes.size)
-        machine = dataclasses.replace(machine, memory=share, price=command.price)
+        machine = this_machine(plan.device, axes.size if plan.device == "cpu" else 1)
+        machine = dataclasses.replace(machine, price=command.price)
     else:
         plan = plan_on(gpu, config, d_out, tokens, axes)
         price = None if command.price is None else command.price * axes.size
@@ -175,9 +179,12 @@ def table(f: Forecast) -> Iterator[str]:
     yield row("machine", machine.title + processes)
     yield row(
         "memory",
-        f"{gigabytes(f.memory.peak)} of {gigabytes(machine.memory)}"
+        gigabytes(f.memory.peak)
+        + (f" of {gigabytes(machine.memory)}" if math.isfinite(machine.memory) else "")
         + ": does not fit" * (not f.fits),
     )
+    if not w.fused:
+        yield part("", LOWER_BOUND)
     for name, size in f.memory.parts.items():
         if size:
             yield part(gigabytes(size), name)
@@ -193,10 +200,9 @@ def times(f: Forecast) -> Iterator[str]:
     """Time and cost."""
     w, seconds = f.workload, f.step_seconds
     if seconds is None or f.seconds is None:
-        why = "the autograd step is not modeled" if not w.fused else "it does not fit"
-        why = "a model produces the activations" if w.streamed else why
-        hint = ": --probe measures it on this machine" if f.fits and f.machine.gpu is None else ""
-        yield row("time", f"not estimated, as {why}{hint}")
+        can_probe = f.fits and w.axes.size == 1 and f.machine.here
+        hint = ": --probe measures it on this machine" * can_probe
+        yield row("time", f"not estimated, as {why_untimed(f)}{hint}")
         return
     yield row("time", f"{milliseconds(seconds)} per step ({f.how})")
     if len(f.seconds) > 1:
@@ -205,16 +211,31 @@ def times(f: Forecast) -> Iterator[str]:
     if w.streamed:
         yield part("", "and the time of the model, which produces the activations")
     hours = seconds * w.steps / 3600
-    length = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
     yield row("speed", f"{w.tokens / seconds:,.0f} tokens per second")
-    yield row("total", f"{length} for {w.tokens * w.steps:,} tokens")
+    yield row("total", f"{duration(seconds * w.steps)} for {w.tokens * w.steps:,} tokens")
     if f.machine.price is not None:
         rate = f"${f.machine.price:.2f} per hour"
         yield row("cost", f"${hours * f.machine.price:,.2f} at {rate}")
-        if f.machine.gpu is not None:
-            yield part("", f"by default an example price of {PRICED}: give yours with --price")
+        if f.machine.example:
+            yield part("", f"an example price from {PRICED}; set yours with --price")
     if len(f.seconds) > 1:
         yield row("limit", f"{f.limit}: {f.seconds[f.limit or ''] / seconds:.0%} of a step")
+
+
+def why_untimed(f: Forecast) -> str:
+    """Why there is no time."""
+    w = f.workload
+    if w.streamed:
+        return "a model produces the activations"
+    if not w.fused:
+        return "the autograd step is not modeled"
+    if not f.fits:
+        return "it does not fit"
+    if w.axes.size > 1 and f.machine.here:
+        return "a mesh on this machine is not modeled"
+    if w.gpu and not w.low_encoder:
+        return f"an encoder in {w.precision} is not modeled on a GPU"
+    return "this GPU is not in the table"
 
 
 def row(name: str, text: str) -> str:

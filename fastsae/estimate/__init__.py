@@ -5,6 +5,7 @@ from .forecast import (
     Forecast,
     Machine,
     advice,
+    duration,
     forecast,
     gigabytes,
     milliseconds,
@@ -12,11 +13,12 @@ from .forecast import (
     remedies,
 )
 from .gpus import GPUS, PRICED, Gpu, gpu_like, gpu_named
-from .memory import Memory, disk_bytes, memory_of, state_bytes
+from .memory import LOWER_BOUND, Memory, disk_bytes, memory_of, state_bytes
 from .workload import Workload
 
 __all__ = [
     "GPUS",
+    "LOWER_BOUND",
     "PRICED",
     "Forecast",
     "Gpu",
@@ -26,6 +28,7 @@ __all__ = [
     "advice",
     "cpu_step_seconds",
     "disk_bytes",
+    "duration",
     "forecast",
     "gigabytes",
     "gpu_like",

@@ -78,7 +78,8 @@ def normal(rows: int, width: int, generator: torch.Generator) -> Tensor:
 def cpu_step_seconds(w: Workload) -> dict[str, float]:
     """Seconds of each part of a fused step, without dead latents; they add up to the step.
 
-    Takes up to a second, and 600 MB at most; no global random state is used.
+    Takes about a second. Its memory is up to about 600 MB for weights, and a few copies of a batch
+    and of its codes. No global random state is used.
     """
     sample = Sample.of(w)
     with torch.no_grad():

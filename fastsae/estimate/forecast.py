@@ -8,7 +8,7 @@ from fastsae.distributed import Axes
 from .exchange import network_seconds, received, widest
 from .gpu_step import Update, kernel_seconds
 from .gpus import GPUS, RESERVED, Gpu
-from .memory import Memory, disk_bytes, memory_of
+from .memory import LOWER_BOUND, Memory, disk_bytes, memory_of
 from .workload import Workload
 
 
@@ -18,16 +18,21 @@ class Machine:
 
     title: str
     memory: int | float
-    """Bytes that a process can use."""
+    """Bytes that a process can use; infinite where that is unknown."""
     gpu: Gpu | None = None
     """The GPU in the table; None for a CPU, and for a GPU that the table does not have."""
     price: float | None = None
     """US dollars per hour of all processes together."""
+    example: bool = False
+    """Whether the price is the table's."""
+    here: bool = False
+    """Whether it is this machine, which a probe can measure."""
 
     @classmethod
     def of_gpu(cls, gpu: Gpu, count: int = 1, price: float | None = None) -> "Machine":
         per_hour = count * gpu.price if price is None else price
-        return cls(title=gpu.title, memory=gpu.memory - RESERVED, gpu=gpu, price=per_hour)
+        memory, example = gpu.memory - RESERVED, price is None
+        return cls(title=gpu.title, memory=memory, gpu=gpu, price=per_hour, example=example)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +70,10 @@ class Forecast:
 def forecast(
     workload: Workload, machine: Machine, seconds: dict[str, float] | None = None, how: str = ""
 ) -> Forecast:
-    """The forecast; the times of a fused step on a GPU in the table are predicted, if they are not
-    given."""
-    if seconds is None and machine.gpu is not None and workload.fused:
+    """The forecast; the times of a fused step in bf16 or fp8 on a GPU in the table are predicted,
+    if they are not given."""
+    modeled = workload.fused and workload.low_encoder
+    if seconds is None and machine.gpu is not None and modeled:
         seconds, how = gpu_step_seconds(workload, machine.gpu), "predicted, not measured"
     memory = memory_of(workload, machine.memory if workload.gpu else 0)
     return Forecast(
@@ -105,11 +111,12 @@ def smaller(f: Forecast) -> Iterator[tuple[str, Workload]]:
         yield "--adam-second row", (w := replace(w, row_second=True))
     if w.fused and w.gpu:
         for latent in (2, 4, 8, 16, 32, 64):
-            if latent > w.axes.latent and not w.latents % latent:
-                axes = Axes(w.axes.data, latent)
+            axes = Axes(w.axes.data, latent)
+            divided = not w.latents % latent and not w.tokens % axes.size
+            if latent > w.axes.latent and divided:
                 yield f"--mesh {axes}", replace(f.workload, axes=axes)
     for factor in (2, 4, 8):
-        if w.tokens // factor >= 512:
+        if w.tokens // factor >= 512 and not w.tokens // factor % w.axes.size:
             yield (
                 f"--batch-size {w.tokens // factor}",
                 replace(f.workload, tokens=w.tokens // factor),
@@ -142,18 +149,19 @@ def remedies(f: Forecast) -> list[str]:
 
 def refusal(f: Forecast) -> str:
     """Why the run cannot be, and what would."""
-    need = gigabytes(f.memory.kept + f.memory.step["batches"])
-    text = (
-        f"does not fit: weights, optimizer and one step need at least {need} of the "
-        f"{gigabytes(f.machine.memory)} that {f.machine.title} has"
-    )
-    fits = remedies(f)
-    return f"{text}; what would fit: {'; '.join(fits)}" if fits else text
+    if f.cannot_fit:
+        certain = gigabytes(f.memory.kept + f.memory.step["batches"])
+        need = f"weights, optimizer and batches need at least {certain}"
+    else:
+        about = "about" if f.workload.fused else "at least"
+        need = f"it needs {about} {gigabytes(f.memory.peak)}"
+    text = f"does not fit: {need} of the {gigabytes(f.machine.memory)} that {f.machine.title} has"
+    if fits := remedies(f):
+        text += f"; what would fit: {'; '.join(fits)}"
+    return text if f.workload.fused else f"{text}; {LOWER_BOUND}"
 
 
 ADVICE = {
-    "optimizer": "--adam-moments bf16 and --adam-window 8 read and write less, a larger "
-    "--batch-size updates less often",
     "network": "a mesh with fewer processes along latent, or a larger --batch-size, sends less",
     "decode": "a smaller --k reads fewer rows",
     "rescore": "a smaller --k reads fewer candidates",
@@ -171,7 +179,27 @@ def advice(f: Forecast) -> str:
         if w.precision == "fp32" and not w.gpu:
             return "--encoder-precision int8 or bf16, where the CPU supports it, speeds it up"
         return "it is the only dense operation: its time is proportional to --d-sae"
+    if f.limit == "optimizer":
+        return cheaper_updates(w)
     return ADVICE.get(f.limit or "", "nothing stands out")
+
+
+def cheaper_updates(w: Workload) -> str:
+    """What makes the optimizer faster, of what the run does not do yet."""
+    options = ["--adam-moments bf16"] * (not w.low_moments) + ["--adam-window 8"] * (w.window < 8)
+    less = "reads and writes less, " if len(options) == 1 else "read and write less, "
+    return (
+        f"{' and '.join(options)} {less}" * bool(options)
+        + "a larger --batch-size updates less often"
+    )
+
+
+def duration(seconds: float) -> str:
+    """The length of a run in a readable unit."""
+    for unit, scale in (("hours", 3600), ("minutes", 60)):
+        if seconds >= scale:
+            return f"{seconds / scale:,.1f} {unit}"
+    return f"{seconds:.3g} seconds"
 
 
 def milliseconds(seconds: float) -> str:

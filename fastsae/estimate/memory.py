@@ -23,6 +23,12 @@ EVALUATED, COPIES, BESIDES = 4096, 8, 46_000_000
 bytes of all else on a CPU (fitted)."""
 
 
+LOWER_BOUND = (
+    "memory of the autograd step is a lower bound: its dense pre-activations are not modeled"
+)
+"""What is said wherever the memory of such a step is shown."""
+
+
 class Memory(NamedTuple):
     """Bytes on one device, or in one process on a CPU."""
 
@@ -70,7 +76,7 @@ def copy_bytes(w: Workload) -> int:
     encoder = w.own_latents * w.d_in
     if w.precision == "int8":
         return encoder + FLOAT * w.own_latents
-    if w.precision not in ("bf16", "fp8") or not w.fused:
+    if not w.low_encoder or not w.fused:
         return 0
     low = LOW * (w.entries if w.gpu else encoder)
     return low + (encoder + FLOAT * w.own_latents) * (w.precision == "fp8")
@@ -103,7 +109,7 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     rows = w.tokens // w.axes.data
     if w.gpu:
         budget = max(512 << 20, int(gpu_bytes) // 32)
-        return min(budget, LOW * rows * w.own_latents)
+        return min(budget, (LOW if w.low_encoder else FLOAT) * rows * w.own_latents)
     x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.precision == "bf16" else torch.float32)
     chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
     return min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
@@ -111,7 +117,7 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
 
 def code_bytes(w: Workload) -> int:
     """Of a fused step: centered tokens and errors, codes and their order by latent."""
-    wide = LOW if w.gpu and w.precision in ("bf16", "fp8") else FLOAT
+    wide = LOW if w.gpu and w.low_encoder else FLOAT
     entries = w.tokens * min(w.active, w.own_latents)
     # values, indices, dots; sorted entries, tokens, latents; weights of both gradients
     order = entries * (2 * FLOAT + INT + 2 * INT + 2 * 4 + 2 * FLOAT)
@@ -119,7 +125,8 @@ def code_bytes(w: Workload) -> int:
 
 
 def gradient_bytes(w: Workload) -> int:
-    """Of a step through autograd: dense gradients, and what Adam makes of one of them."""
+    """Of a step through autograd: gradients of weights, and what Adam makes of one of them. Its
+    dense pre-activations [N, F] and their gradients are left out: LOWER_BOUND says so."""
     weights = FLOAT * w.entries
     return weights + weights // 2 + 4 * FLOAT * w.tokens * (w.d_in + w.d_out)
 

@@ -52,6 +52,11 @@ class Workload:
         return -(-self.latents // self.axes.latent)
 
     @property
+    def low_encoder(self) -> bool:
+        """Whether the encoder GEMM is in bf16 or fp8."""
+        return self.precision in ("bf16", "fp8")
+
+    @property
     def entries(self) -> int:
         """Entries of both weights on one process."""
         return self.own_latents * (self.d_in + self.d_out)

@@ -42,7 +42,7 @@ LIMITS: dict[str, Limits] = {
         0.35,
         (
             "most of the variance is explained",
-            "usable; more steps, latents or active latents lower it",
+            "usable; train longer, or use more latents or a larger k",
             "much of the variance is missing: train longer, or raise k or --d-sae",
         ),
     ),
@@ -71,9 +71,9 @@ LIMITS: dict[str, Limits] = {
         0.01,
         0.05,
         (
-            "few latents are active all the time",
-            "some latents are active all the time and hard to interpret",
-            "many latents are active all the time: lower k, or raise the penalty",
+            "few latents are active on more than 10% of tokens",
+            "some latents are active on more than 10% of tokens and hard to interpret",
+            "many latents are active on more than 10% of tokens: lower k, or raise the penalty",
         ),
     ),
     "recovered_zero": Limits(
@@ -103,6 +103,8 @@ def verdict(name: str, value: int | float, activation: str) -> tuple[Level, str]
         activation: name of the activation, as in `--activation`.
     """
     _, good, fair, sentences, above = LIMITS[name]
+    if name == "l0" and value < 1:
+        return "poor", "no latent is active on most tokens"
     if name == "l0" and value < SPARSEST:
         return "fair", "very sparse: latents may mix features that occur together"
     if name == "l0" and activation in FIXED_L0 and value <= good:

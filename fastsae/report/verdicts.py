@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastsae.evals import CausalEffect, Downstream, Reconstruction, read_evaluation
-from fastsae.evals.verdict import LIMITS, verdict
+from fastsae.evals.verdict import LIMITS, SPARSEST, verdict
 from fastsae.files import shown
 from fastsae.nn import SAE
 from fastsae.train.run_folder import weights_digest
@@ -30,6 +30,8 @@ def good_and_poor(name: str, form: str) -> str:
     """The limits of a metric, in words."""
     limits = LIMITS[name]
     to, beyond = ("from", "below") if limits.above else ("up to", "above")
+    if name == "l0":
+        to = f"from {SPARSEST} to"
     return f"Good {to} {limits.good:{form}}, poor {beyond} {limits.fair:{form}}."
 
 

@@ -1,5 +1,7 @@
 """What a run is expected to need, and what it needed."""
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
@@ -9,11 +11,14 @@ import torch
 from fastsae.data import ActivationSource, Joined, Stream
 from fastsae.data.shards import WINDOW_BYTES
 from fastsae.distributed import Axes
+from fastsae.distributed.launch import place
 from fastsae.estimate import (
+    LOWER_BOUND,
     Forecast,
     Machine,
     Workload,
     cpu_step_seconds,
+    duration,
     forecast,
     gigabytes,
     gpu_like,
@@ -21,7 +26,7 @@ from fastsae.estimate import (
     refusal,
 )
 from fastsae.memory import (
-    available_memory,
+    memory_left,
     peak_memory,
     release_freed_memory,
     resident_memory,
@@ -91,17 +96,21 @@ def loaded_bytes(source: ActivationSource) -> int:
     return min(WINDOW_BYTES, 4 * (source.n_tokens or 0) * source.d_in)
 
 
-def this_machine(device: str) -> Machine:
-    """What a process can get here: the free memory of the GPU, or that which Linux has left."""
+def this_machine(device: str, processes: int = 1) -> Machine:
+    """What one of so many processes can get here: of the free memory of the GPU, or of that which
+    Linux has left."""
     kind = torch.device(device)
+    left = memory_left(device, processes)
     if kind.type == "cpu":
+        if left == sys.maxsize // processes:
+            left = math.inf
         threads = torch.get_num_threads()
         title = f"this machine ({threads} thread{'s' * (threads != 1)})"
-        return Machine(title=title, memory=available_memory())
-    free, _ = torch.cuda.mem_get_info(kind)
+        return Machine(title=title, memory=left, here=True)
     kept = torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
     name = torch.cuda.get_device_name(kind)
-    return Machine(title=f"this GPU ({name})", memory=free + kept, gpu=gpu_like(name))
+    title = f"this GPU ({name})"
+    return Machine(title=title, memory=left + kept, gpu=gpu_like(name), here=True)
 
 
 def forecast_of(trainer: "Trainer") -> Forecast:
@@ -111,7 +120,7 @@ def forecast_of(trainer: "Trainer") -> Forecast:
     widths = columns.width_in, columns.width_out
     workload = workload_of(trainer.config, trainer.plan, *widths, axes)
     workload = replace(workload, loaded=loaded_bytes(trainer.source))
-    return forecast(workload, this_machine(trainer.plan.device))
+    return forecast(workload, this_machine(trainer.plan.device, place().local_size))
 
 
 def timed(found: Forecast) -> Forecast:
@@ -140,12 +149,12 @@ def describe_forecast(found: Forecast) -> str:
     text = f"plan: {memory} of memory, {gigabytes(sum(found.disk.values()))} of disk"
     if found.step_seconds is not None:
         seconds = found.step_seconds
-        whole = seconds * found.workload.steps
-        length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
-        text += f", {milliseconds(seconds)} per step, {length} ({found.how})"
+        how = found.how + ", without the model" * found.workload.streamed
+        length = duration(seconds * found.workload.steps)
+        text += f", {milliseconds(seconds)} per step, {length} ({how})"
     if not found.fits:
         text += f"; only {gigabytes(found.machine.memory)} of memory is free: it may run out"
-    return text
+    return text if found.workload.fused else f"{text}; {LOWER_BOUND}"
 
 
 class MemoryMeter:
@@ -177,7 +186,7 @@ def facts_of(trainer: "Trainer", state: TrainState, meter: MemoryMeter) -> Facts
         "planned_peak_bytes": found.memory.peak,
         "step_seconds": state.seconds / max(state.step, 1),
     }
-    if found.step_seconds is not None:
+    if found.step_seconds is not None and not found.workload.streamed:
         facts["planned_step_seconds"] = found.step_seconds
     if (peak := meter.read()) is not None:
         facts["peak_bytes"] = peak

@@ -11,6 +11,7 @@ from fastsae.estimate import (
     Workload,
     advice,
     cpu_step_seconds,
+    duration,
     forecast,
     gigabytes,
     gpu_like,
@@ -62,6 +63,35 @@ def test_moments_are_the_remedy_where_they_are_enough():
     tight = forecast(D, Machine(title="a GPU", memory=room + 6e9))
     assert not tight.fits
     assert advice(tight).startswith("--adam-moments bf16 (needs ")
+
+
+def test_what_is_certain_is_told_from_what_is_estimated():
+    w = replace(D, tokens=1024, latents=1 << 16)
+    memory = on("h200", w).memory
+    certain = memory.kept + memory.step["batches"]
+    sure, unsure = (
+        refusal(forecast(w, Machine(title="a GPU", memory=room)))
+        for room in (certain - 1, memory.peak - 1)
+    )
+    assert f"weights, optimizer and batches need at least {gigabytes(certain)} of" in sure
+    assert f"it needs about {gigabytes(memory.peak)} of" in unsure
+    autograd = forecast(replace(w, fused=False), Machine(title="a GPU", memory=1e9))
+    assert "is a lower bound" in refusal(autograd)
+
+
+def test_only_low_precisions_are_predicted_on_a_gpu():
+    assert on("h100", replace(D, precision="bf16")).step_seconds
+    assert on("h100", replace(D, precision="fp32")).step_seconds is None
+    assert on("h100", replace(D, precision="tf32")).step_seconds is None
+
+
+def test_advice_is_what_the_run_does_not_do_yet():
+    assert advice(on("h200")).startswith("--adam-moments bf16 and --adam-window 8 read")
+    assert advice(on("h200", replace(D, low_moments=True))).startswith("--adam-window 8 reads")
+    done = forecast(replace(D, low_moments=True, window=8), on("h200").machine, {"optimizer": 1.0})
+    assert advice(done) == "a larger --batch-size updates less often"
+    odd = replace(D, tokens=4095, axes=Axes(3, 1))
+    assert not any("--mesh" in change for change, _ in smaller(on("l4", odd)))
 
 
 def test_a_mesh_needs_less_memory_and_more_network():
@@ -120,6 +150,7 @@ def test_more_work_takes_more_time_on_a_cpu():
 
 
 def test_sizes_are_readable():
+    assert [duration(s) for s in (7.5, 90.0, 7200.0)] == ["7.5 seconds", "1.5 minutes", "2.0 hours"]
     assert [gigabytes(size) for size in (1.5e12, 24e9, 307e6, 9000)] == [
         "1.5 TB",
         "24 GB",

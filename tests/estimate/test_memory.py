@@ -73,6 +73,14 @@ def test_a_checkpoint_takes_the_space_that_is_predicted(tmp_path: Path):
     assert 0 <= size - three / 3 < header
 
 
+def test_pre_activations_of_an_encoder_in_fp32_take_twice_the_memory_on_a_gpu():
+    low, tf32, fp32 = (
+        memory_of(replace(SMALL, gpu=True, precision=precision)).step["pre-activations"]
+        for precision in ("bf16", "tf32", "fp32")
+    )
+    assert 2 * low == tf32 == fp32 == 4 * SMALL.tokens * SMALL.latents
+
+
 def test_the_peak_is_above_what_is_kept_and_grows_with_the_batch():
     memory, larger = (memory_of(replace(SMALL, tokens=n)) for n in (64, 4096))
     assert memory.kept == larger.kept < memory.peak < larger.peak

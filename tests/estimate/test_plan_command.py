@@ -1,5 +1,7 @@
 """`fastsae plan`: what it prints, and how it ends."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -9,11 +11,15 @@ SHAPE_D = ["--d-in", "4096", "--d-sae", "1048576", "--k", "128", "--batch-size",
 SMALL = ["--d-sae", "512", "--k", "8", "--batch-size", "256", "--steps", "10"]
 
 
+def rows(text: str) -> dict[str, str]:
+    """The rows of a plan, by name."""
+    found = [line.split(None, 1) for line in text.splitlines() if line[2:3].strip()]
+    return {name: rest for name, rest in found}
+
+
 def lines(capsys) -> dict[str, str]:
     """The rows that were printed, by name."""
-    text = capsys.readouterr().out
-    rows = [line.split(None, 1) for line in text.splitlines() if line[2:3].strip()]
-    return {name: rest for name, rest in rows}
+    return rows(capsys.readouterr().out)
 
 
 def test_shape_d_on_a_card_of_24_gb(monkeypatch, capsys):
@@ -30,12 +36,15 @@ def test_shape_d_on_a_card_of_24_gb(monkeypatch, capsys):
 
 def test_a_mesh_of_gpus(capsys):
     run(["plan", *SHAPE_D, "--steps", "1000", "--gpu", "h200", "--mesh", "latent=8"])
-    found = lines(capsys)
+    text = capsys.readouterr().out
+    assert "an example price from 2025; set yours with --price" in text
+    found = rows(text)
     assert "in each of 8 processes" in found["machine"]
     assert "predicted, not measured" in found["time"]
     assert found["cost"].endswith("at $28.00 per hour")
     run(["plan", *SHAPE_D, "--steps", "1000", "--gpu", "h200", "--price", "1.5"])
-    assert lines(capsys)["cost"].endswith("at $1.50 per hour")
+    text = capsys.readouterr().out
+    assert rows(text)["cost"].endswith("at $1.50 per hour") and "example price" not in text
 
 
 def test_this_machine(tmp_path, capsys):
@@ -44,6 +53,30 @@ def test_this_machine(tmp_path, capsys):
     found = lines(capsys)
     assert "512 latents of width 24, 8 active per token; 600 steps" in found["run"]
     assert "from this machine's speed" in found["time"] and "limit" in found
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["--mesh", "data=2"], "a mesh on this machine is not modeled"),
+        (["--activation", "relu"], "the autograd step is not modeled: --probe measures it on this"),
+        (["--gpu", "l4", "--activation", "relu"], "the autograd step is not modeled"),
+        (["--gpu", "h100", "--encoder-precision", "fp32"], "an encoder in fp32 is not modeled on"),
+    ],
+)
+def test_why_there_is_no_time(words, why, capsys):
+    shape = [word for word in SMALL if word not in ("--k", "8")]
+    run(["plan", "--d-in", "24", *shape, *words])
+    text = capsys.readouterr().out
+    assert f"not estimated, as {why}" in text
+    assert ("--probe" in text) == ("--probe" in why)
+    assert ("is a lower bound" in text) == ("relu" in words)
+
+
+def test_unknown_memory_is_not_shown(monkeypatch, capsys):
+    monkeypatch.setattr("fastsae.memory.available_memory", lambda: sys.maxsize)
+    run(["plan", "--d-in", "24", *SMALL, "--mesh", "data=2"])
+    assert " of " not in lines(capsys)["memory"]
 
 
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
@@ -63,6 +96,7 @@ def test_a_probe_measures_steps(activation, capsys):
         (["--gpu", "h200", "--mesh", "latent=3"], "must divide d_sae = 512"),
         (["--gpu", "h200", "--mesh", "latents=2"], "mesh must be like data=1,latent=8"),
         (["--model", "m", "--text", "t", "--hookpoint", "h"], "give the width of its activations"),
+        (["--d-out", "8"], "give --target too"),
         (["--d-in", "0"], "d_in must be at least 1, got 0"),
     ],
 )

@@ -186,4 +186,6 @@ def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):
     assert "another SAE" in recovered().about
     (tmp_path / "eval.json").write_text("[]")
     assert recovered().grade == "none" and "eval.json" in recovered().about
-    assert verdicts(sae, found, None)[0].value == f"{found.fvu:.4f}"
+    fvu, l0, *_ = verdicts(sae, found, None)
+    assert fvu.value == f"{found.fvu:.4f}"
+    assert l0.good.startswith("Good from 10 to 100, poor above 300.")

@@ -1,12 +1,20 @@
 """A run says what it will need, refuses what cannot fit, and records plan and fact."""
 
+import math
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from fastsae.distributed.launch import Place
 from fastsae.train import Sweep, Trainer
-from fastsae.train.forecast import check_fits, describe_forecast, timed
+from fastsae.train.forecast import (
+    check_fits,
+    describe_forecast,
+    this_machine,
+    timed,
+)
 from fastsae.train.run_table import run_table
 from fastsae.train.summary import Summary, read_results
 from tests.train.conftest import train_config
@@ -31,12 +39,12 @@ def test_a_run_without_room_leaves_nothing(activations, tmp_path, monkeypatch):
     large: dict[str, Any] = {**SHAPE, "d_sae": 1 << 18}
     config = train_config(out=str(tmp_path / "run"), **large)
     memory = Trainer(config, activations, progress=False).forecast.memory
-    monkeypatch.setattr("fastsae.train.forecast.available_memory", lambda: memory.kept)
+    monkeypatch.setattr("fastsae.memory.available_memory", lambda: memory.kept)
     with pytest.raises(ValueError, match=r"does not fit: .* what would fit: --d-sae \d+ "):
         Trainer(config, activations, progress=False).fit()
     assert not config.out.exists()
     room = memory.kept + memory.step["batches"]
-    monkeypatch.setattr("fastsae.train.forecast.available_memory", lambda: room)
+    monkeypatch.setattr("fastsae.memory.available_memory", lambda: room)
     close = Trainer(config, activations, progress=False).forecast
     check_fits([close])  # no estimate refuses a run
     assert not close.fits and "it may run out" in describe_forecast(close)
@@ -47,7 +55,7 @@ def test_the_saes_of_a_sweep_need_memory_together(activations, tmp_path, monkeyp
     configs = {name: config for name in "abc"}
     need = Trainer(config, activations, progress=False).forecast.memory
     room = 2 * need.kept + need.step["batches"] + 1
-    monkeypatch.setattr("fastsae.train.forecast.available_memory", lambda: room)
+    monkeypatch.setattr("fastsae.memory.available_memory", lambda: room)
     with pytest.raises(ValueError, match="does not fit"):
         Sweep(configs, activations, tmp_path / "three", progress=False).fit()
     assert not (tmp_path / "three").exists()
@@ -57,5 +65,27 @@ def test_no_time_is_planned_where_it_is_not_known(activations, tmp_path):
     config = train_config(out=str(tmp_path / "run"), step="autograd", **SHAPE)
     trainer = Trainer(config, activations, progress=False)
     assert timed(trainer.forecast).seconds is None
+    assert "is a lower bound" in describe_forecast(trainer.forecast)
     streamed = replace(trainer.forecast.workload, streamed=True, fused=True)
     assert timed(replace(trainer.forecast, workload=streamed)).seconds is None
+
+
+def test_the_time_of_a_model_is_not_planned(activations, tmp_path):
+    config = train_config(out=str(tmp_path / "run"), **SHAPE)
+    trainer = Trainer(config, activations, progress=False)
+    workload = replace(trainer.forecast.workload, streamed=True)
+    found = replace(trainer.forecast, seconds={"step": 0.5}, how="predicted", workload=workload)
+    assert "10 seconds (predicted, without the model)" in describe_forecast(found)
+    trainer.forecast = found
+    trainer.fit()
+    facts = read_results(Summary, config.out / "summary.json").get("facts", {})
+    assert "step_seconds" in facts and "planned_step_seconds" not in facts
+
+
+def test_processes_share_the_memory_of_their_machine(activations, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsae.memory.available_memory", lambda: 1000)
+    monkeypatch.setattr("fastsae.train.forecast.place", lambda: Place(0, 4, 0, 4))
+    trainer = Trainer(train_config(out=str(tmp_path), **SHAPE), activations, progress=False)
+    assert trainer.forecast.machine.memory == 250
+    monkeypatch.setattr("fastsae.memory.available_memory", lambda: sys.maxsize)
+    assert this_machine("cpu", 3).memory == math.inf
