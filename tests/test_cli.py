@@ -343,6 +343,7 @@ def test_a_sweep_is_compared_and_its_runs_are_runs(data, tmp_path):
     for more in (["topk"], ["--steps", 20], ["--seeds", 1], ["--batch-size", 4096]):
         message = one_line_error("sweep", "--resume", "--out", out, *more)
         assert "--resume takes the SAEs and settings of" in message
+        assert "give nothing but --out, --mesh and --report" in message
     assert "already holds a sweep" in one_line_error("sweep", "topk", *shared)
     assert fastsae("eval", out / "topk-k=8", "--data", data).returncode == 0
 

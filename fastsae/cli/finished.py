@@ -58,7 +58,7 @@ def without_fail(later: str) -> Iterator[None]:
 
 class ReportAtEnd(Callback):
     """Writes the report on a run when it ends, before trackers store it; not where many processes
-    divide the SAE, none of which has it whole."""
+    divide the SAE, none of which has it whole. It loads no model: the optimizer is in memory."""
 
     def on_end(self, trainer: Trainer, sae: SAE) -> None:
         config, source = trainer.config, trainer.source
@@ -66,7 +66,9 @@ class ReportAtEnd(Callback):
             return
         with without_fail(f"fastsae report {config.out}"):
             data = source.heldout or stored(source)
-            settings = ReportConfig(device=config.device, max_norm_ratio=config.max_norm_ratio)
+            settings = ReportConfig(
+                lens=False, device=config.device, max_norm_ratio=config.max_norm_ratio
+            )
             write_report(sae, data, settings, config.out / REPORT, subject_of(config.out, data))
 
 

@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> str:
 def compare(run: Path, out: Path, given: Given) -> None:
     """The page on a sweep, which takes no settings."""
     for name in dict(given).keys() - {"", "run", "out"}:
-        raise ValueError(f"{run} is a sweep, whose page has no {option(name)}: give it one SAE")
+        raise ValueError(f"{option(name)} has no effect on the page of a sweep, which {run} is")
     write_comparison(run, out)
 
 

@@ -81,8 +81,8 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepCommand, dict[str, TrainConfi
         return command, swept(command, start, values)
     if values.keys() - {"resume", "out", "mesh", "report"}:
         raise ValueError(
-            f"--resume takes the SAEs and settings of {command.out}: give nothing but --out and "
-            f"--mesh"
+            f"--resume takes the SAEs and settings of {command.out}: give nothing but --out, "
+            f"--mesh and --report"
         )
     return command, stored_sweep(command.out)
 

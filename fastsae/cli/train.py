@@ -35,6 +35,7 @@ from .parse import (
     option,
     read_words,
     training_start,
+    typed,
     with_activation,
 )
 
@@ -68,8 +69,8 @@ class Train:
     schedule is that of N steps, so that a decayed rate rises again."""
 
     report: bool = True
-    """Write a report on the SAE to report.html at the end, as `fastsae report` does, which also
-    writes it later."""
+    """Write a report on the SAE to report.html at the end, as `fastsae report RUN --no-lens` does;
+    `fastsae report RUN` adds the logit lens, for which it loads the model."""
 
     mesh: str | None = None
     """Under torchrun, how many processes divide the tokens of a batch, and the latents:
@@ -154,7 +155,8 @@ def main(words: Sequence[str]) -> str:
     out = resumed_sweep(given)
     if out is not None:
         configs, source = opened(stored_sweep(out))
-        return sweep_table(Sweep(configs, source, out), True)
+        report = typed(given, {"resume": bool, "out": Path, "report": bool}).get("report", True)
+        return sweep_table(Sweep(configs, source, out), True, report)
     sae = start_from(given)
     command = read_train(words, sae)
     configs, source = opened({"": command.config})
@@ -201,8 +203,10 @@ def resumed_sweep(given: Given) -> Path | None:
     out = Path(*values.get("out", [])[:1])
     if "resume" not in values or not (out / "sweep.json").exists():
         return None
-    if values.keys() - {"", "resume", "out"}:
-        raise ValueError(f"--resume takes the settings of {out}: give nothing but --out")
+    if values.keys() - {"", "resume", "out", "report", "no_report"}:
+        raise ValueError(
+            f"--resume takes the settings of {out}: give nothing but --out and --report"
+        )
     return out
 
 

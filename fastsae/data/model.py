@@ -106,7 +106,7 @@ def load_causal(name: str, files: ModelFiles | None, most_bytes: int) -> "PreTra
                 config, trust_remote_code=files.trust_remote_code
             )
         if (size := 4 * empty.num_parameters()) > most_bytes:
-            raise ValueError(f"it takes {size:,} bytes, of which there are {most_bytes:,} for it")
+            raise ValueError(f"it needs {size:,} bytes, more than are available")
         return _with_head(transformers, name, options)
 
 

@@ -30,11 +30,11 @@ def make_cards(
     """A card for each latent, and notes on what cards do not have, and why."""
     notes = []
     windows = windows_of(data, firings.rows)
-    text, untold = token_text(data, config.trust_remote_code)
+    text, no_tokenizer = token_text(data, config.trust_remote_code)
     if windows is None:
         notes.append("No contexts: the text of these activations is unknown.")
-    elif untold is not None:
-        notes.append(f"Tokens are shown by their numbers: {untold}.")
+    elif no_tokenizer is not None:
+        notes.append(f"Tokens are shown by their numbers: {no_tokenizer}.")
     shown = Shown(firings=firings, windows=windows, text=text, strings=strings, seed=config.seed)
     cards = [{"id": latent, **shown.card(latent)} for latent in latents.tolist()]
     for card, near in zip(cards, neighbors(sae, latents), strict=True):
@@ -52,4 +52,6 @@ def make_cards(
                 card |= directions
         except NoLens as reason:
             notes.append(f"No logit lens: {reason}.")
+    else:
+        notes.append("No logit lens: `fastsae report RUN` adds it for a causal language model.")
     return cards, notes

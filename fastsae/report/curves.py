@@ -14,9 +14,9 @@ CURVES = ("fvu", "l0", "dead_fraction", "downstream")
 MOST_POINTS = 400
 
 
-def curves_of(run: Path, name: str | None = None) -> dict[str, Any]:
+def curves_of(run: Path, name: str) -> dict[str, Any]:
     """What was logged in training and on held-out data, thinned out; no curves without a file."""
-    found: dict[str, Any] = {"name": printable(name or run.name, 60)}
+    found: dict[str, Any] = {"name": printable(name, 60)}
     lines = read_lines(run / "metrics.jsonl")
     for part, prefix in (("training", ""), ("heldout", "heldout_")):
         curves = {key: curve(lines, prefix + key) for key in CURVES}

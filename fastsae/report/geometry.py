@@ -64,6 +64,9 @@ def latent_map(
         generator = np.random.Generator(np.random.PCG64(seed))
         alive = generator.choice(alive, room, replace=False)
     shown = np.sort(np.concatenate([own, alive]))
+    if not len(shown):
+        empty = dict.fromkeys(("counts", "ids", "x", "y"), [])
+        return {"about": "No latent is active", "grid": GRID, **empty}
     rows = normalize(sae.W_dec.detach()[torch.from_numpy(shown)].float().cpu(), dim=1)
     if projection == "auto":
         projection = "umap" if has_umap() else "pca"

@@ -44,13 +44,13 @@ def write_report(
     cards, notes = make_cards(sae, data, config, firings, latents, strings)
     if subject.on_training_data:
         notes.insert(0, "There is no held-out data: latents are shown on training data.")
-    compared = [curves_of(run) for run in (subject.run, config.compare) if run is not None]
+    compared = [run for run in (subject.run, config.compare) if run is not None]
     contents = {
         "d_sae": sae.d_sae,
         "tokens": firings.found.tokens,
         "signed": bool((firings.values < 0).any()),
         "strings": strings.texts,
-        "curves": compared,
+        "curves": [curves_of(*one) for one in zip(compared, names_of(compared), strict=True)],
         "frequencies": frequencies(firings),
         "map": latent_map(sae, firings.counts, latents, config.projection, config.seed),
         "latents": cards,
@@ -68,3 +68,10 @@ def write_report(
         about_cards=some if len(latents) < sae.d_sae else "Every latent has a card.",
         notes=notes,
     )
+
+
+def names_of(runs: list[Path]) -> list[str]:
+    """What runs are called in a legend: their directories' names, or their paths if these are
+    alike."""
+    names = [run.resolve().name for run in runs]
+    return names if len({*names}) == len(names) else [str(run) for run in runs]

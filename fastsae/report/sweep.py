@@ -1,7 +1,10 @@
 """The page that compares the SAEs of a sweep."""
 
+import os
 from pathlib import Path
+from urllib.parse import quote
 
+from fastsae.train.run_table import REPORT
 from fastsae.train.summary import Summary, read_results
 from fastsae.train.sweep import stored_sweep
 
@@ -24,8 +27,7 @@ def write_comparison(folder: Path, out: Path) -> None:
     runs = [
         {
             **curves_of(folder / name, name),
-            "folder": name,
-            "report": (folder / name / "report.html").exists(),
+            "report": link(folder / name / REPORT, out),
             **{key: found[key] for key in ("fvu", "l0", "seconds")},
             "dead": found["dead_fraction"],
             "speed": found["tokens_per_second"],
@@ -34,9 +36,8 @@ def write_comparison(folder: Path, out: Path) -> None:
         for name, found in results.items()
     ]
     evaluated = sorted({found["evaluated_on"] for found in results.values()})
-    links = sum(run["report"] for run in runs)
     about = f"Evaluated on {' and '.join(evaluated)}. Click a column's name to sort by it."
-    if links:
+    if any(run["report"] for run in runs):
         about += " A name leads to that SAE's own report."
     else:
         about += f" For an SAE's own report, run: fastsae report {folder}/NAME."
@@ -49,3 +50,8 @@ def write_comparison(folder: Path, out: Path) -> None:
         subtitle=f"Sweep of {len(runs)} SAEs",
         about_table=about,
     )
+
+
+def link(report: Path, page: Path) -> str | None:
+    """The address of a report as seen from a page; None if it has not been written."""
+    return quote(os.path.relpath(report, page.parent)) if report.exists() else None

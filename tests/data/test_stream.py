@@ -139,7 +139,13 @@ def test_each_hookpoint_is_trained_as_if_alone(gpt2: Path, text: Path, tmp_path:
     assert config["stream"]["hookpoint"] == sites[1]
     with pytest.raises(ValueError, match="already holds a sweep"):
         train(words(out, gpt2, text, hookpoints=names))
+    (out / "report.html").unlink()
+    assert train(["--resume", "--out", str(out), "--no-report"]).startswith(table[:40])
+    assert not (out / "report.html").exists()
+    with pytest.raises(ValueError, match="give nothing but --out and --report"):
+        train(["--resume", "--out", str(out), "--k", "4"])
     assert train(["--resume", "--out", str(out)]).startswith(table[:40])
+    assert (out / "report.html").exists()
     several = words(tmp_path / "each", gpt2, text, hookpoints=sites[:2])
     text_of_table = sweep(["topk:k=4", "topk:k=8", *several])
     assert text_of_table.count("transformer.h.2.mlp") == 2

@@ -1,12 +1,16 @@
 """The page in a real browser, without a network: what it shows, and that nothing in it runs."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastsae.data import ActivationArray
+from fastsae.nn import SAE, TopK
 from fastsae.report import ReportConfig, Subject, write_report
 from fastsae.report.text import visible
 
@@ -115,6 +119,37 @@ def test_activations_are_shown_on_hover(page):
     page.locator(".text .token.on").first.hover()
     assert ": " in page.inner_text("#tip")
     assert page.locator("#curves p.soft, [data-charts=frequencies] svg, #map svg").count() == 3
+
+
+def test_an_sae_without_active_latents_has_a_page(browser, tmp_path):
+    sae, out = SAE(8, 16, TopK(2)).eval(), tmp_path / "dead.html"
+    with torch.no_grad():
+        sae.W_enc.zero_()
+    config = ReportConfig(latents=4)
+    write_report(sae, ActivationArray(torch.randn(300, 8)), config, out, progress=False)
+    page, faults = browser.new_page(), []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(out.as_uri())
+    page.wait_for_selector("[data-charts=map] svg")
+    assert page.inner_text("[data-about-map]") == "No latent is active. 0 of 16 latents."
+    assert page.inner_text("[data-count=dead]") == "16" and not faults
+    page.close()
+
+
+def test_two_runs_of_one_name_have_their_own_legends(browser, world, tmp_path):
+    line = {"step": 1, "fvu": 0.5, "l0": 2.0, "dead_fraction": 0.0, "tokens_per_second": 9.0}
+    runs = [tmp_path / name / "run" for name in "ab"]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text(json.dumps(line))
+    page, out = browser.new_page(), tmp_path / "report.html"
+    config, subject = ReportConfig(latents=4, compare=runs[1]), Subject(title="run", run=runs[0])
+    write_report(world.sae, world.heldout, config, out, subject, progress=False)
+    page.goto(out.as_uri())
+    page.wait_for_selector("[data-legend=curves] span")
+    shown = page.locator("[data-legend=curves] span").all_inner_texts()
+    assert [text[-5:] for text in shown] == ["a/run", "b/run"]
+    page.close()
 
 
 def test_it_fits_a_phone_and_paper(page):

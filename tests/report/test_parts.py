@@ -132,6 +132,12 @@ def lens(world):
     return [{n: [(strings.texts[i], v) for i, v in c[n]] for n in c} for c in found], text
 
 
+def test_no_latent_is_active():
+    sae, counts = SAE(WIDTH, 8, TopK(1)), np.zeros(8, np.int64)
+    found = latent_map(sae, counts, torch.tensor([], dtype=torch.int64), "auto", 0)
+    assert found["about"] == "No latent is active" and found["ids"] == found["x"] == []
+
+
 def test_the_lens_is_the_last_norm_and_the_unembedding(lens, world):
     from transformers import GPT2LMHeadModel
 
@@ -164,7 +170,7 @@ def test_where_there_is_no_lens(world, monkeypatch):
     gone = ActivationArray(torch.randn(9, WIDTH), model="no/such-model")
     assert "cannot load" in why(world.sae, gone)
     monkeypatch.setattr("fastsae.report.lens.available_memory", lambda: 1000)
-    assert "it takes" in why(world.sae, world.heldout)
+    assert "bytes, more than are available" in why(world.sae, world.heldout)
 
 
 def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):

@@ -105,8 +105,9 @@ def test_training_leaves_a_report(world, tmp_path, capsys):
     found = data_of(page)
     assert found["curves"][0]["training"]["fvu"]["x"][-1] == 20
     assert found["curves"][0]["heldout"]["fvu"]["x"] == [10, 20]
-    assert "not measured" in page and "promoted" in found["latents"][0]
-    run(["report", str(out)])
+    assert "not measured" in page and "`fastsae report RUN` adds it" in page
+    assert all("promoted" not in card for card in found["latents"])
+    run(["report", str(out), "--no-lens"])
     assert (out / "report.html").read_text() == page, "the command writes what training does"
     run(["eval", str(out), "--windows", "4"])
     run(
@@ -123,6 +124,7 @@ def test_training_leaves_a_report(world, tmp_path, capsys):
     )
     page, found = (text := (tmp_path / "new.html").read_text()), data_of(text)
     assert "not measured" not in page and "CE recovered" in page
+    assert "promoted" in found["latents"][0]
     assert 9 in [card["id"] for card in found["latents"]] and len(found["latents"]) <= 4
     second = tmp_path / "second"
     run(["train", "--data", str(world.data), "--out", str(second), "--no-report", *SMALL])
@@ -175,7 +177,10 @@ def test_a_sweep_has_a_page_that_compares(sweep):
     run(["report", str(sweep / "topk")])
     run(["report", str(sweep)])
     runs = data_of((sweep / "report.html").read_text())["runs"]
-    assert [one["name"] for one in runs if one["report"]] == ["topk"]
+    assert {one["report"] for one in runs} == {"topk/report.html", None}
+    write_comparison(sweep, sweep.parent / "else where" / "page.html")
+    runs = data_of((sweep.parent / "else where" / "page.html").read_text())["runs"]
+    assert {one["report"] for one in runs} == {"../sweep/topk/report.html", None}
     assert all(one["training"]["fvu"]["x"][-1] == 20 for one in runs)
 
 
@@ -193,7 +198,7 @@ def test_what_cannot_be_reported(world, sweep, tmp_path):
         ([str(tmp_path / "sae"), *data, "--projection", "tsne"], "pca"),
         ([str(tmp_path / "sae"), *data, "--compare", str(tmp_path)], "no metrics.jsonl"),
         ([str(tmp_path / "sae"), "--data", str(tmp_path / "wide.npy")], "d_in = 32"),
-        ([str(sweep), "--latents", "5"], "is a sweep, whose page has no --latents"),
+        ([str(sweep), "--latents", "5"], "--latents has no effect on the page of a sweep"),
     ):
         with pytest.raises(ValueError, match=message):
             run(["report", *words])

@@ -2,6 +2,14 @@
 const PHONE = innerWidth < 640;
 const WIDE = { width: PHONE ? 340 : 420, height: 210, left: 46, right: 10, top: 8, bottom: 34 };
 
+// What a run logs: its name in metrics.jsonl, the title of the chart, and how it is drawn.
+const PANELS = [
+  ['fvu', 'FVU: variance unexplained', { log: true }],
+  ['l0', 'L0: active latents per token', {}],
+  ['dead_fraction', 'Dead latents', { form: percent, atLeast: 0.05 }],
+  ['downstream', 'Downstream loss, nats per token', {}],
+];
+
 function ticks(low, high, log) {
   if (!log) {
     const rough = (high - low) / 4 || 1;
@@ -41,7 +49,8 @@ function scale(values, from, to, { log = false, zero = false, air = 1 } = {}) {
   return Object.assign(place, { ticks: ticks(low, high, log) });
 }
 
-function axes(node, size, x, y, { label, form = digits }) {
+// `form` is that of the y-axis, `formX` that of the x-axis.
+function axes(node, size, x, y, { label, form = digits, formX = digits }) {
   for (const value of y.ticks) {
     node.append(
       svg('line', {
@@ -59,7 +68,7 @@ function axes(node, size, x, y, { label, form = digits }) {
   const floor = size.height - size.bottom;
   for (const value of x.ticks)
     node.append(
-      svg('text', { x: x(value), y: floor + 15, 'text-anchor': 'middle', text: digits(value) }),
+      svg('text', { x: x(value), y: floor + 15, 'text-anchor': 'middle', text: formX(value) }),
     );
   node.append(
     svg('text', {
@@ -169,37 +178,8 @@ function barChart({ title, name, bars, range, size = WIDE, label, form = digits,
     { zero: true },
   );
   if (marks) x.ticks = marks;
-  for (const value of y.ticks.filter(Number.isInteger)) {
-    node.append(
-      svg('line', {
-        class: 'grid',
-        x1: size.left,
-        x2: size.width - size.right,
-        y1: y(value),
-        y2: y(value),
-      }),
-    );
-    node.append(
-      svg('text', { x: size.left - 6, y: y(value) + 4, 'text-anchor': 'end', text: group(value) }),
-    );
-  }
-  for (const value of x.ticks)
-    node.append(
-      svg('text', {
-        x: x(value),
-        y: size.height - size.bottom + 15,
-        'text-anchor': 'middle',
-        text: form(value),
-      }),
-    );
-  node.append(
-    svg('text', {
-      x: (size.left + size.width - size.right) / 2,
-      y: size.height - 3,
-      'text-anchor': 'middle',
-      text: label,
-    }),
-  );
+  y.ticks = y.ticks.filter(Number.isInteger);
+  axes(node, size, x, y, { label, form: group, formX: form });
   for (const bar of bars) {
     const top = bar.count ? Math.min(y(bar.count), y(0) - 1.5) : y(0);
     const wide = Math.max(x(bar.to) - x(bar.from) - 1, 1);

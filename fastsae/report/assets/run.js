@@ -1,12 +1,5 @@
 // The page of one SAE: its curves, frequencies, latents and map.
 
-const PANELS = [
-  ['fvu', 'FVU: variance unexplained', { log: true }],
-  ['l0', 'L0: active latents per token', {}],
-  ['dead_fraction', 'Dead latents', { form: percent, atLeast: 0.05 }],
-  ['downstream', 'Downstream loss, nats per token', {}],
-];
-
 function showCurves({ curves }) {
   const box = find('[data-charts=curves]');
   if (!curves.some((run) => run.training)) {
@@ -37,7 +30,7 @@ function showCurves({ curves }) {
           dashed: i > 0,
           dots: held,
         };
-        if (!keys.some((key) => key.name === label))
+        if (!keys.some((key) => key.color === one.color))
           keys.push({ ...one, kind: held ? 'dot' : i ? 'dashed' : '' });
         return [{ ...one, x: found.x, y: found.y }];
       }),

@@ -38,9 +38,7 @@ function showTable(runs) {
               'td',
               {},
               el('i', { vars: { '--key': run.color } }),
-              run.report
-                ? el('a', { href: `${encodeURIComponent(run.folder)}/report.html` }, title)
-                : title,
+              run.report ? el('a', { href: run.report }, title) : title,
             );
           }),
         ),
@@ -103,12 +101,7 @@ start(({ runs }) => {
     scatter(runs, { title: 'FVU against L0', key: 'fvu', log: true }),
     scatter(runs, { title: 'Dead latents against L0', key: 'dead', form: percent }),
   );
-  const panels = [
-    ['fvu', 'FVU: variance unexplained', { log: true }],
-    ['l0', 'L0: active latents per token', {}],
-    ['dead_fraction', 'Dead latents', { form: percent, atLeast: 0.05 }],
-  ];
-  const curves = panels.map(([key, title, options]) => {
+  const curves = PANELS.map(([key, title, options]) => {
     const series = runs.flatMap(({ name, color, training }) =>
       training?.[key] ? [{ name, color, ...training[key] }] : [],
     );
