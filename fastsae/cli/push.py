@@ -8,7 +8,6 @@ from pathlib import Path
 from fastsae.hub import PushConfig, upload, write_repository
 from fastsae.interop import load
 
-from .convert import check_free
 from .parse import filled, read_words
 
 
@@ -32,7 +31,6 @@ def main(words: Sequence[str]) -> str:
     command = filled(Push, read_words(words), ["run", "repository"])
     sae, out = load(command.run), command.dry_run
     if out is not None:
-        check_free(out)
         missing = write_repository(sae, out, command, command.run)
         return f"{listing(out, missing)}\nnothing was uploaded: see {out / 'README.md'}"
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ Window = Callable[[Int64[np.ndarray, " N"]], Float32[np.ndarray, "N d_in"]]
 Load = Callable[[Int64[np.ndarray, " window"]], Window]
 
 
-def nothing(picks: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
+def not_loaded(picks: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N d_in"]:
     """The window before one is loaded."""
     raise AssertionError("no window is loaded")
 
@@ -79,7 +79,7 @@ class Loader:
     part: tuple[int, int] = (0, 1)
     """Which of how many equal parts of a batch are read."""
     window: tuple[int, int] | None = field(default=None, init=False)
-    pick: Window = field(default=nothing, init=False)
+    pick: Window = field(default=not_loaded, init=False)
 
     def __post_init__(self):
         number, parts = self.part
@@ -103,7 +103,7 @@ class Loader:
             if not len(picks):
                 continue
             if self.window != piece.window:
-                self.pick = nothing  # frees the last window before the next one is loaded
+                self.pick = not_loaded  # frees the last window before the next one is loaded
                 self.window, self.pick = piece.window, self.load(piece.rows)
             parts.append(checked(self.pick(picks), piece.rows[picks], self.where))
         x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))

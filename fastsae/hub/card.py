@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import fastsae.interop as interop
+from fastsae.interop.sae_lens import has_heads
 from fastsae.nn import SAE
 from fastsae.progress import printable
 from fastsae.train.describe import describe_activation
@@ -63,6 +64,9 @@ dictionary, config = load_dictionary("dictionary", device="cpu")
 
 NAMES = {"sae_lens": "SAELens"}
 
+ENTITIES = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_[]()!|~:"}
+"""Characters that are Markdown, by their codes, as HTML shows them."""
+
 
 def model_card(
     sae: SAE,
@@ -88,9 +92,19 @@ def model_card(
     parts += ["", "![Training curves](curves.png)"] if curves else []
     parts += ["", "## Usage", "", f"With `x` activations of shape [tokens, {sae.d_in}]:"]
     for name in ("fastsae", *layouts, *convertible(sae)):
-        lines = USAGE[name].strip().format(repository=config.repository)
+        lines = usage(name, config.repository, origin)
         parts += ["", f"### {NAMES.get(name, name)}", "", "```python", lines, "```"]
     return "\n".join(parts) + "\n"
+
+
+def usage(name: str, repository: str, origin: Origin) -> str:
+    """How a library loads it and encodes x."""
+    lines = USAGE[name].strip().format(repository=repository)
+    if name == "sae_lens" and has_heads(origin.get("hook_name")):
+        *before, encode = lines.splitlines()
+        flat = "sae.turn_off_forward_pass_hook_z_reshaping()  # x is [tokens, heads * d_head]"
+        lines = "\n".join([*before, flat, encode])
+    return lines
 
 
 def front_matter(config: PushConfig, origin: Origin, layouts: tuple[str, ...]) -> Iterator[str]:
@@ -131,6 +145,7 @@ def places(origin: Origin) -> Iterator[tuple[str, str]]:
     names = {
         "hf_hook_name": "hookpoint",
         "hook_name": "hookpoint in TransformerLens",
+        "hf_hook_names": "hookpoints",
         "hf_hook_name_out": "hookpoint of the output",
         "hook_name_out": "output in TransformerLens",
         "dataset_path": "dataset",
@@ -139,7 +154,8 @@ def places(origin: Origin) -> Iterator[tuple[str, str]]:
     for key, name in names.items():
         value = origin.get(key)
         if value is not None and (key.startswith("hf_") or value not in shown):
-            yield name, code(str(value))
+            values = (value,) if isinstance(value, str) else value
+            yield name, ", ".join(map(code, values))
     if (size := origin.get("context_size")) is not None:
         begins = ", begins with BOS" if origin.get("prepend_bos") else ""
         first = ", first position left out" if origin.get("seqpos_slice") else ""
@@ -152,8 +168,8 @@ def code(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of files as it is: neither markup nor another cell."""
-    return html.escape(printable(text)).replace("|", "&#124;")
+    """Text of files as it is: neither HTML nor Markdown, nor another cell."""
+    return html.escape(printable(text)).translate(ENTITIES)
 
 
 def table(head: tuple[str, ...], rows: "list[tuple[str, ...]]") -> Iterator[str]:

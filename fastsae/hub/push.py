@@ -54,13 +54,15 @@ def upload(folder: Path, config: PushConfig) -> str:
             HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of its HTTP library
         )
     except ImportError:
-        raise ValueError("the Hub needs a package: pip install 'fastsae-triton[hf]'") from None
+        raise ValueError(
+            "pushing to the Hub requires huggingface_hub: pip install 'fastsae-triton[hf]'"
+        ) from None
     api = HfApi(library_name="fastsae", library_version=__version__)
     try:
         url = api.create_repo(name, private=config.private, exist_ok=True)
         # Of a repository that exists, the visibility stays as it is.
         if config.private and not api.repo_info(name).private:
-            raise ValueError("it exists and is public, but private was asked for")
+            raise ValueError("the repository already exists and is public; --private was given")
         api.upload_folder(
             repo_id=name,
             folder_path=folder,

@@ -7,11 +7,11 @@ import fastsae.interop as interop
 from fastsae.evals import evaluation_rows, read_evaluation
 from fastsae.files import write_atomically
 from fastsae.nn import SAE
-from fastsae.train.origin import stored_origin
+from fastsae.train.origin import stored_local, stored_origin
 from fastsae.train.summary import Origin, Summary, read_results
 
 from .card import Results, model_card
-from .config import PushConfig
+from .config import HUB_ID, PushConfig
 
 LAYOUTS = "sae_lens", "sparsify"
 """Formats in directories of their names. Those of others are pickles, which are not uploaded."""
@@ -29,14 +29,18 @@ def write_repository(
     """Write all that is pushed to a folder.
 
     Args:
-        folder: created if needed.
+        folder: new or empty.
         run: directory of the run that trained the SAE, with its numbers and curves.
 
     Returns:
         Why a layout was left out, by its name.
+
+    ValueError for a folder that holds something, which would be pushed too.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty directory: choose another one")
     sae.save(folder)
-    origin = published(stored_origin(run) if run else {}, config)
+    origin = published(run, config) if run else Origin()
     missing: dict[str, str] = {}
     for name in () if config.native_only else LAYOUTS:
         try:
@@ -58,13 +62,14 @@ def write_repository(
     return missing
 
 
-def published(origin: Origin, config: PushConfig) -> Origin:
-    """The origin without paths of this machine, of which the last part is kept, and with the base
-    model's id, if it is given."""
-    found = origin.copy()
+def published(run: Path, config: PushConfig) -> Origin:
+    """A run's origin without paths of the machine, of which the last part is kept, and with the
+    base model's id, if it is given."""
+    found = stored_origin(run)
+    local = stored_local(run, found)
     for name in ("model_name", "dataset_path"):
-        value = origin.get(name)
-        if value is not None and (Path(value).is_absolute() or Path(value).exists()):
+        value = found.get(name)
+        if value is not None and (name in local or not HUB_ID.fullmatch(value)):
             found[name] = Path(value).name
     if config.base_model is not None:
         found["model_name"] = config.base_model

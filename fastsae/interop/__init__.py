@@ -126,12 +126,13 @@ def load_divided(source: Path, shards: Shards) -> SAE:
 def detect(path: Path) -> tuple[Format, list[Path]]:
     """The format of a file or directory, which may be a run's, and its files; ValueError lists the
     supported formats, or those that the directory has files of."""
-    found = candidates(path)
-    if not found and (path / "sae").is_dir():
+    named = candidates(path)
+    if not named and (path / "sae").is_dir():
         path = path / "sae"
-        found = candidates(path)
-    if len(found) > 1:
-        found = {name: files for name, files in found.items() if has_setting(name, files[0])}
+        named = candidates(path)
+    found = named
+    if len(named) > 1:
+        found = {name: files for name, files in named.items() if has_setting(name, files[0])}
     if len(found) > 1:
         raise ValueError(
             f"{path} holds SAEs of {' and '.join(found)}: load one by its config, such as "
@@ -139,6 +140,11 @@ def detect(path: Path) -> tuple[Format, list[Path]]:
         )
     for name, files in found.items():
         return FORMATS[name], files
+    if named:
+        settings = " or ".join(FORMATS[name].setting for name in named)
+        raise ValueError(
+            f"{path} has files of {' and '.join(named)}, but its config has no setting {settings}"
+        )
     for form in FORMATS.values():
         if form.suffix and path.is_file() and path.name.endswith(form.suffix):
             return form, [path]
@@ -187,7 +193,7 @@ def save(sae: SAE, folder: str | Path, form: str, **metadata: Any) -> None:
 def contents(sae: SAE, form: str, **metadata: Any) -> dict[str, Any]:
     """What `save` writes, by file name."""
     if form not in WRITABLE:
-        raise ValueError(f"the form must be one of {', '.join(WRITABLE)}, got {form!r}")
+        raise ValueError(f"the format must be one of {', '.join(WRITABLE)}, got {form!r}")
     found = FORMATS[form]
     assert found.write is not None
     written = found.write(sae, **metadata if found.describes else {})

@@ -34,12 +34,12 @@ def rule_of(sae: SAE) -> Rule:
         case Gated():
             return Rule("gated")
         case TopK():
-            why = "has corrections"
+            which = " with corrections"
         case BatchTopK():
-            why = "ranks magnitudes" if activation.signed else "has no threshold yet"
+            which = " that ranks magnitudes" if activation.signed else " that has no threshold yet"
         case _:
-            why = "only exists in fastsae"
-    raise ValueError(f"{activation.cfg.name} {why}: no other library's format supports it")
+            which = ""
+    raise ValueError(f"no other library's format supports {activation.cfg.name}{which}")
 
 
 def require_rule(sae: SAE, form: str, *kinds: Kind) -> Rule:

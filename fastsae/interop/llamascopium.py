@@ -79,7 +79,8 @@ def activation_of(
         case "relu":
             return ReLU(l1_coef=0.0), {}
         case "jumprelu":
-            return JumpReLU(l0_coef=0.0), {"threshold": tensors.take(LOG_THRESHOLD, d_sae).exp()}
+            logarithm = exact(tensors.take(LOG_THRESHOLD, d_sae))
+            return JumpReLU(l0_coef=0.0), {"threshold": logarithm.exp()}
         case "topk":
             return TopK(config.take("top_k", int)), {}
     return BatchTopK(config.take("top_k", int)), {"threshold": torch.tensor(UNSET)}
@@ -122,9 +123,14 @@ def write(
 def tensors_of(sae: SAE, rule: Rule) -> dict[str, Tensor]:
     """Its tensors under llamascopium's names."""
     b_enc = sae.b_enc
-    if sae.d_out is None:  # in float32, as they are loaded: in bfloat16, the shift would be rounded
-        exact = torch.promote_types(b_enc.dtype, torch.float32)
-        b_enc = shift_bias(b_enc.to(exact), sae.W_enc, -sae.b_dec)
+    if sae.d_out is None:  # in bfloat16, the shift would be rounded
+        b_enc = shift_bias(exact(b_enc), sae.W_enc, -sae.b_dec)
     tensors = {"W_E": sae.W_enc.T, "b_E": b_enc, "W_D": sae.W_dec, "b_D": sae.b_dec}
-    tensors |= {} if rule.threshold is None else {LOG_THRESHOLD: thresholds(rule, sae).log()}
+    if rule.threshold is not None:  # its logarithm too
+        tensors[LOG_THRESHOLD] = exact(thresholds(rule, sae)).log()
     return tensors
+
+
+def exact(x: Tensor) -> Tensor:
+    """A tensor in float32, as llamascopium loads it; in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

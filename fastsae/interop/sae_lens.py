@@ -134,7 +134,6 @@ def write(sae: SAE, **metadata: Any) -> tuple[dict[str, Any], dict[str, Tensor]]
             sae, "SAELens", "topk", "abstopk", "batchtopk", "jumprelu", "relu", "gated"
         )
     names = {dtype: name for name, dtype in DTYPES.items()}
-    by_head = str(metadata.get("hook_name")).endswith("hook_z")  # the model's have heads
     config = {
         "architecture": architecture_of(sae, rule),
         "d_in": sae.d_in,
@@ -143,13 +142,18 @@ def write(sae: SAE, **metadata: Any) -> tuple[dict[str, Any], dict[str, Tensor]]
         "device": "cpu",
         "apply_b_dec_to_input": sae.d_out is None,
         "normalize_activations": "layer_norm" if sae.layer_norm else "none",
-        "reshape_activations": "hook_z" if by_head else "none",
+        "reshape_activations": "hook_z" if has_heads(metadata.get("hook_name")) else "none",
         "metadata": {**METADATA, **metadata},
     }
     config |= {} if sae.d_out is None else {"d_out": sae.d_out}
     if rule.kind in ("topk", "abstopk"):
         config |= {"k": rule.k, "rescale_acts_by_decoder_norm": False}
     return config, tensors_of(sae, rule)
+
+
+def has_heads(hook_name: str | None) -> bool:
+    """Whether the model's activations there are [..., heads, d_head]: SAELens concatenates them."""
+    return hook_name is not None and hook_name.endswith("hook_z")
 
 
 def architecture_of(sae: SAE, rule: Rule) -> str:

@@ -15,7 +15,7 @@ from .curves import plot_curves
 from .describe import describe
 from .forecast import facts_of
 from .log import read_lines
-from .origin import origin_of
+from .origin import local_in, origin_of
 from .state import TrainState
 from .summary import Summary
 
@@ -75,8 +75,8 @@ def write_numbers(
     }
     if facts is not None:
         summary["facts"] = facts
-    if origin := origin_of(source):
-        summary["origin"] = origin
+    if origin := origin_of(trainer.columns):
+        summary["origin"], summary["local"] = origin, local_in(origin)
     if state.stopped is not None:
         summary["ended_early"], _ = state.stopped
     write_json(config.out / "summary.json", summary)
@@ -88,7 +88,7 @@ def export(trainer: "Trainer", sae: SAE) -> str:
     if trainer.shards.latent > 1:
         return "none: no process holds the whole SAE; use fastsae convert"
     try:
-        interop.save(sae, folder, "sae_lens", **origin_of(trainer.source))
+        interop.save(sae, folder, "sae_lens", **origin_of(trainer.columns))
     except ValueError as error:
         return f"none: {error}"
     return str(folder)

@@ -27,6 +27,8 @@ class Origin(TypedDict, total=False):
     hook_name_out: str
     """The hookpoint of a transcoder's targets."""
     hf_hook_name_out: str
+    hf_hook_names: tuple[str, ...]
+    """The hookpoints of a crosscoder's layers, which has none of the four above."""
     prepend_bos: bool
     """Whether every context begins with the BOS token."""
     context_size: int
@@ -61,6 +63,9 @@ class Summary(TypedDict):
     """The folder of the SAE for SAELens, or why there is none."""
     origin: NotRequired[Origin]
     """Where the activations come from, if it is known."""
+    local: NotRequired[tuple[str, ...]]
+    """Which values of origin were paths of the machine, as opposed to ids on the Hugging Face hub,
+    when the run was made; older versions did not store it."""
     ended_early: NotRequired[str]
     """Why a callback ended the run, if one did."""
     activation: NotRequired[str]

@@ -1,5 +1,6 @@
 """Pushed by the real client to a hub on this machine, an SAE loads from it with the same bits."""
 
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -113,7 +114,9 @@ def test_a_dry_run_writes_what_a_push_uploads(hub, finished, tmp_path, capsys):
 def test_what_the_hub_refuses_is_one_line(hub, monkeypatch):
     sae = SAE(D_IN, D_SAE, TopK(K))
     sae.push_to_hub("org/name")
-    with pytest.raises(ValueError, match="cannot push to org/name: it exists and is public"):
+    with pytest.raises(
+        ValueError, match="cannot push to org/name: the repository already exists and is pub"
+    ):
         sae.push_to_hub("org/name", private=True)
     monkeypatch.setenv("HF_TOKEN", "hf_of_another")
     with pytest.raises(ValueError, match="cannot push to org/name: .*401") as caught:
@@ -182,6 +185,32 @@ def test_no_path_of_this_machine_is_published(finished, tmp_path):
         assert metadata["model_name"] == wanted and card(out)[0].get("base_model") == base
 
 
+def test_where_sae_lens_expects_heads_the_card_turns_that_off(finished, tmp_path):
+    path, flat = finished / "summary.json", "sae.turn_off_forward_pass_hook_z_reshaping()"
+    for name, wanted in (("blocks.6.attn.hook_z", 1), ("blocks.6.hook_resid_post", 0)):
+        summary = json.loads(path.read_text())
+        summary["origin"]["hook_name"] = name
+        path.write_text(json.dumps(summary))
+        config, out = PushConfig(repository="org/name"), tmp_path / name
+        write_repository(fastsae.load(finished), out, config, finished)
+        assert (out / "README.md").read_text().count(flat) == wanted
+
+
+def test_what_was_a_path_when_the_run_was_made_decides(finished, tmp_path, monkeypatch):
+    """Wherever it is pushed from: there, an id may be the name of a directory."""
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["origin"] |= {"dataset_path": "clients/acme"}
+    (finished / "summary.json").write_text(json.dumps(summary | {"local": ["dataset_path"]}))
+    (tmp_path / ORIGIN["model_name"]).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = PushConfig(repository="org/name")
+    write_repository(fastsae.load(finished), tmp_path / "out", config, finished)
+    metadata = json.loads((tmp_path / "out/sae_lens/cfg.json").read_text())["metadata"]
+    assert metadata == metadata | {"model_name": ORIGIN["model_name"], "dataset_path": "acme"}
+    with pytest.raises(ValueError, match="out is not an empty directory"):
+        write_repository(fastsae.load(finished), tmp_path / "out", config, finished)
+
+
 def test_a_card_shows_text_of_others_as_text(tmp_path):
     """A model's name comes from the files of data, which may be anyone's."""
     name = "x`</code><script>|\n---\nlicense: mit\x1b[2J"
@@ -189,7 +218,8 @@ def test_a_card_shows_text_of_others_as_text(tmp_path):
     sae = SAE(D_IN, D_SAE, TopK(K))
     sae.save(folder / "sae")
     summary = dict.fromkeys(("fvu", "fvu_all", "l0", "dead_fraction", "seconds"), 0.5)
-    summary |= {"evaluated_on": "training data", "evaluated_tokens": 5, "tokens": 5, "gamma": []}
+    evil = r"[a](https://x) ![b](c) *i* `d` | \\ ~~e~~"
+    summary |= {"evaluated_on": evil, "evaluated_tokens": 5, "tokens": 5, "gamma": []}
     summary |= {"left_out_of_evaluation": 0, "left_out_tokens": 0, "tokens_per_second": 1.0}
     summary |= {"step_path": "fused", "sae_lens": "none"}
     summary |= {"origin": {"model_name": name, "hf_hook_name": name}}
@@ -200,6 +230,8 @@ def test_a_card_shows_text_of_others_as_text(tmp_path):
     assert "license" not in head and "base_model" not in head
     assert "<script" not in page and "\x1b" not in page
     assert len(re.findall("<table>", page)) == 2
+    (paragraph,) = re.findall("<p>Measured on (.*?)</p>", page, re.DOTALL)
+    assert "<" not in paragraph and evil in html.unescape(paragraph)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the library

@@ -143,6 +143,16 @@ def test_precision_is_kept(form, dtype, tmp_path):
         assert torch.equal(getattr(again, name), getattr(sae, name))
 
 
+def test_thresholds_of_bfloat16_survive_their_logarithm(tmp_path):
+    sae = SAE(D_IN, D_SAE, JumpReLU(l0_coef=0.0))
+    thresholds = torch.logspace(-3, 1, D_SAE).bfloat16()
+    state = {**sae.state_dict(), "activation.threshold": thresholds}
+    sae.load_state_dict(state)
+    interop.save(sae.bfloat16(), tmp_path, "llamascopium")
+    again = fastsae.load(tmp_path).state_dict()
+    assert torch.equal(again["activation.threshold"], thresholds)
+
+
 def test_norms_are_folded_into_the_weights(tmp_path):
     sae, x = SAE(D_IN, D_SAE, TopK(K), by_norm=True), torch.randn(50, D_IN)
     with torch.no_grad():
@@ -159,9 +169,9 @@ def test_norms_are_folded_into_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        (Rational(k=K), "rational only exists in fastsae"),
-        (BatchTopK(K), "batchtopk has no threshold yet"),
-        (BatchTopK(K, by="abs"), "batchtopk ranks magnitudes"),
+        (Rational(k=K), "supports rational"),
+        (BatchTopK(K), "batchtopk that has no threshold yet"),
+        (BatchTopK(K, by="abs"), "batchtopk that ranks magnitudes"),
     ],
     ids=["rational", "batchtopk", "batchabstopk"],
 )
@@ -197,12 +207,21 @@ def test_what_counts_is_what_an_activation_does_outside_training(tmp_path):
 
 
 def test_a_form_that_is_not_one(tmp_path):
-    with pytest.raises(ValueError, match="must be one of fastsae, sae_lens, .*, got 'onnx'"):
+    with pytest.raises(
+        ValueError, match="the format must be one of fastsae, sae_lens, .*, got 'onnx'"
+    ):
         interop.save(SAE(D_IN, D_SAE, TopK(K)), tmp_path, "onnx")
 
 
 def test_nothing_to_recognize(tmp_path):
     with pytest.raises(ValueError, match=r"holds no SAE: it must have config.json and sae.safe"):
+        fastsae.load(tmp_path)
+    for name in ("sae.safetensors", "ae.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match="has files of fastsae and dictionary_learning, but its co"
+    ):
         fastsae.load(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="holds no SAE"):

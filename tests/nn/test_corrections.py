@@ -125,7 +125,7 @@ def test_training_is_without(by):
 
 
 def test_what_others_cannot_hold():
-    with pytest.raises(ValueError, match="topk has corrections: no other library's format"):
+    with pytest.raises(ValueError, match="no other library's format supports topk with corr"):
         rule_of(sae_of("value", 1)[0])
     with pytest.raises(ValueError, match="corrections=1.* cannot take on factors of single"):
         sae_of("value", 1)[0].fold_columns_(torch.ones(D))

@@ -237,7 +237,7 @@ def test_it_trains_without_a_teacher(tmp_path, gate):
     sae = Trainer(config, ActivationShards(tmp_path / "x.npy")).fit()
     assert sae.get_parameter("activation.change").abs().max() > 0
     exported = json.loads((config.out / "summary.json").read_text())["sae_lens"]
-    assert exported.startswith("none: rational only exists in fastsae")
+    assert exported.startswith("none: no other library's format supports rational")
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["fvu"] < 0.6 * lines[0]["fvu"]
 

@@ -12,9 +12,17 @@ from transformers import AutoTokenizer
 
 from fastsae import TrainConfig, Trainer
 from fastsae.cli import run
-from fastsae.data import ActivationArray, HarvestConfig, Joined, StreamConfig, harvest_each
+from fastsae.data import (
+    ActivationArray,
+    ActivationSource,
+    HarvestConfig,
+    Joined,
+    StreamConfig,
+    harvest_each,
+)
 from fastsae.nn import TopKConfig
-from fastsae.train.origin import origin_of, stored_origin
+from fastsae.train.columns import Columns
+from fastsae.train.origin import origin_of, stored_local, stored_origin
 from tests.evals.conftest import END, TEXTS
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -56,18 +64,26 @@ def expected(model: Path) -> dict[str, Any]:
     }
 
 
+def columns(source: ActivationSource, **settings: Any) -> Columns:
+    return Columns.of(TrainConfig(**settings), source)
+
+
 def test_shards_and_streams_of_a_model_say_the_same(model, settings, tmp_path):
     shards = harvest_each(HarvestConfig(out=tmp_path / "acts", **settings), progress=False)
     _, stream = StreamConfig(buffer_tokens=64, **settings).open("cpu")
     for first in (shards[HOOKS[0]], stream.select(HOOKS[0])):
-        assert origin_of(first) == expected(model)
+        assert origin_of(columns(first)) == expected(model)
     for second in (shards[HOOKS[1]], stream.select(HOOKS[1])):  # has no name in TransformerLens
-        found = origin_of(second)
+        found = origin_of(columns(second))
         assert found.get("hook_name") == found.get("hf_hook_name") == HOOKS[1]
         assert found.get("model_class_name") == "AutoModelForCausalLM"
     for both in (Joined(*shards.values()), stream):
         out = {"hook_name_out": HOOKS[1], "hf_hook_name_out": HOOKS[1]}
-        assert origin_of(both) == expected(model) | out
+        transcoder = columns(both, target=Path(HOOKS[1]))
+        assert origin_of(transcoder) == expected(model) | out
+        crosscoder = origin_of(columns(both, layers=(Path(HOOKS[1]),)))
+        assert crosscoder.get("hf_hook_names") == HOOKS
+        assert not [name for name in crosscoder if "hook_name" in name and name[-1] != "s"]
 
 
 def test_a_run_keeps_it_for_its_exports(model, settings, tmp_path):
@@ -76,6 +92,7 @@ def test_a_run_keeps_it_for_its_exports(model, settings, tmp_path):
     trained = TrainConfig(out=tmp_path / "run", d_sae=48, activation=TopKConfig(k=4), steps=2)
     Trainer(replace(trained, batch_size=16, device="cpu"), shards, progress=False).fit()
     assert stored_origin(tmp_path / "run") == expected(model)
+    assert stored_local(tmp_path / "run", {}) == ("model_name",)
     run(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "sae_lens"])
     own = {"sae_lens_version": "6.0.0", "model_from_pretrained_kwargs": {}}
     for folder in (tmp_path / "run/sae_lens", tmp_path / "out"):
@@ -84,5 +101,5 @@ def test_a_run_keeps_it_for_its_exports(model, settings, tmp_path):
 
 
 def test_of_other_data_nothing_is_said(tmp_path):
-    assert origin_of(ActivationArray(torch.randn(50, 8))) == {}
+    assert origin_of(columns(ActivationArray(torch.randn(50, 8)))) == {}
     assert stored_origin(tmp_path) == {}
