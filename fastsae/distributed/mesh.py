@@ -72,7 +72,8 @@ class Mesh(Shards):
         self.along_latent = _group_of(grid[self.data_rank].tolist())
         self.along_data = _group_of(grid[:, self.latent_rank].tolist())
         # In the memory of the CPU; here, processes may wait for long.
-        self.control = GroupChannel(self.ranks)
+        self.control = channel = GroupChannel(self.ranks)
+        self.everyone = channel.group
 
     def rows(self, d_sae: int) -> slice:
         if d_sae % self.latent:
@@ -186,7 +187,7 @@ class Mesh(Shards):
 
     def all_of(self, value: Anything) -> list[Anything]:
         found: list = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control.group)
+        dist.all_gather_object(found, value, group=self.everyone)
         return found
 
     def channel(self) -> GroupChannel:
