@@ -10,6 +10,7 @@ from fastsae.estimate import (
     Machine,
     Workload,
     advice,
+    cpu_step_seconds,
     duration,
     forecast,
     gigabytes,
@@ -137,6 +138,13 @@ def test_a_device_is_found_by_its_name(device, name):
 def test_an_unknown_gpu_is_an_error():
     with pytest.raises(ValueError, match="gpu must be one of b200, h200, .* got 'voodoo'"):
         gpu_named("voodoo")
+
+
+def test_every_part_of_a_cpu_step_is_timed():
+    w = replace(D, gpu=False, precision="fp32", tokens=64, d_in=64, d_out=64, latents=256, active=8)
+    seconds = cpu_step_seconds(w)
+    assert seconds.keys() == {"encoder", "decode", "optimizer", "data and counters"}
+    assert all(0 < value < 60 for value in seconds.values())
 
 
 def test_sizes_are_readable():
