@@ -167,7 +167,7 @@ def test_where_there_is_no_lens(world, monkeypatch):
     assert "names no model" in why(world.sae, plain)
     assert "width" in why(SAE(WIDTH, 8, TopK(1), d_out=5), world.heldout)
     assert "crosscoder" in why(SAE(WIDTH, 8, TopK(1), layers=2, by_norm=True), world.heldout)
-    gone = ActivationArray(torch.randn(9, WIDTH), model="no/such-model")
+    gone = ActivationArray(torch.randn(9, WIDTH), model="/no/such/model")
     assert "cannot load" in why(world.sae, gone)
     monkeypatch.setattr("fastsae.report.lens.available_memory", lambda: 1000)
     assert "bytes, more than are available" in why(world.sae, world.heldout)
