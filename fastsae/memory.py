@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
 
 
 def memory_left(device: str, processes: int) -> int:
-    """Bytes that one of so many processes of this machine can use on its device."""
+    """Bytes that each of this machine's `processes` processes can use on its device."""
     if device == "cpu":
         return available_memory() // processes
     free, _ = torch.cuda.mem_get_info(device)

@@ -51,14 +51,14 @@ def without_fail(later: str) -> Iterator[None]:
     without it."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001  also one of a model's own code
+    except Exception as error:  # of any kind: the run is complete without its report
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         say(f"no report ({reason}); to write it, run: {later}", logging.WARNING)
 
 
 class ReportAtEnd(Callback):
     """Writes the report on a run when it ends, before trackers store it; not where many processes
-    divide the SAE, none of which has it whole. It loads no model: the optimizer is in memory."""
+    divide the SAE. It loads no model, because the optimizer is still in memory."""
 
     def on_end(self, trainer: Trainer, sae: SAE) -> None:
         config, source = trainer.config, trainer.source

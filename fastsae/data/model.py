@@ -94,7 +94,7 @@ def _may_be_causal(config: Any) -> bool:
 
 def load_causal(name: str, files: ModelFiles | None, most_bytes: int) -> "PreTrainedModel | None":
     """Load a causal language model with its head in float32; None, and nothing is loaded, if it is
-    another kind of model. ValueError if it cannot be loaded, or takes more than so many bytes."""
+    another kind of model. ValueError if it cannot be loaded, or needs more than `most_bytes`."""
     files = files or ModelFiles()
     options = {"dtype": torch.float32, **asdict(files)}
     with _transformers() as transformers, _loading(name):

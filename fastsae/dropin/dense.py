@@ -127,7 +127,7 @@ class Encoder(NamedTuple):
 
     @torch.no_grad()
     def is_dense(self, threshold: Float[Tensor, " d_sae"] | float) -> bool:
-        """Whether so many latents exceed the threshold that the library's own code is faster.
+        """Whether enough latents exceed the threshold for the library's own code to be faster.
 
         Judged by tokens spread over the batch, so that it depends on the batch alone, and costs
         1/128 of the encoder GEMM. Synchronizes with a GPU.

@@ -24,8 +24,8 @@ from .activation import Inputs, Weights
 
 
 def corrected(codes: Codes, x: Inputs, weights: Weights, steps: int, signed: bool) -> Codes:
-    """Codes after so many corrections towards centered inputs; unless signed, values stay at least
-    0, and some may become it. The codes are sparse."""
+    """Codes after `steps` corrections toward centered inputs; unless signed, values stay at least
+    0, and some may become 0. The codes are sparse."""
     shards, latents, active = weights.shards, codes.latents(), codes.active
 
     def decoded(values: Tensor) -> Tensor:

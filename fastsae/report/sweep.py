@@ -53,5 +53,5 @@ def write_comparison(folder: Path, out: Path) -> None:
 
 
 def link(report: Path, page: Path) -> str | None:
-    """The address of a report as seen from a page; None if it has not been written."""
+    """The address of a report relative to a page; None if there is no report."""
     return quote(os.path.relpath(report, page.parent)) if report.exists() else None
