@@ -13,6 +13,7 @@ from .loggers import Loggers
 SOMETIMES = {
     "heldout_fvu": ("held-out FVU", "{:.4f}"),
     "downstream": ("downstream", "{:.4f}"),
+    "candidate_recall": ("recall", "{:.2%}"),
     "documents_per_batch": ("documents", "{:.0f}"),
     "gpu_memory_gb": ("memory_gb", "{:.1f}"),
     "gpu_utilization": ("utilization", "{:.0%}"),

@@ -17,9 +17,12 @@ from fastsae.codes import Codes
 from fastsae.losses import Objective, TrainingLoss, auxk_gradients, fraction, training_loss
 from fastsae.nn import SAE
 from fastsae.nn.activation import Weights
-from fastsae_kernels import RowGradients, center, latent_major
+from fastsae_kernels import RowGradients, Shadow, center, latent_major
 
 from .optim import Adam
+
+AUDITED = 64
+"""Tokens of a logged step whose low-precision candidates are compared with exact codes."""
 
 
 def autograd_step(
@@ -64,17 +67,13 @@ def fused_step(
 
     `codes` are those of x, if they are already known.
     """
-    x = sae.tokens(x)
-    low = "W_dec" in adam.shadow  # then all matmuls are in bfloat16
-    W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
-    shards = sae.shards
+    x, shards = sae.tokens(x), sae.shards
+    operands, shadow = operands_of(sae, adam)
+    W_enc, b_enc, W_dec, *_ = operands
     seen, variance = center(x, sae.b_dec, W_enc.dtype)
-    b_enc = sae.b_enc.to(W_enc.dtype)
-    shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
     if codes is None:
         proposals = {} if shadow is None else {"shadow": shadow}  # only TopK.encode takes one
-        weights = Weights(W_enc, b_enc, W_dec, sae.b_dec, shards)
-        codes = sae.activation.encode(shards.own_tokens(seen), weights, **proposals)
+        codes = sae.activation.encode(shards.own_tokens(seen), operands, **proposals)
     sse, error, dots = shards.squared_error(codes, W_dec, sae.b_dec, shards.own_tokens(x))
     values, indices, dots = shards.gather_entries(codes.values, codes.latents(), dots)
     codes = codes._replace(values=values, indices=indices)
@@ -106,3 +105,30 @@ def fused_step(
     l0 = shards.total(runs.start[-1]) / max(len(x), 1)  # codes.l0(), without counting again
     fired = runs.start[1:] > runs.start[:-1]
     return TrainingLoss(loss, fvu, auxk, torch.zeros_like(fvu), l0, codes, fired)
+
+
+def operands_of(sae: SAE, adam: Adam) -> tuple[Weights, Shadow | None]:
+    """The weights that the fused step multiplies with, and the copy of W_enc, if any, that only
+    finds candidates."""
+    low = "W_dec" in adam.shadow  # then all matmuls are in bfloat16
+    W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
+    shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
+    return Weights(W_enc, sae.b_enc.to(W_enc.dtype), W_dec, sae.b_dec, sae.shards), shadow
+
+
+@torch.no_grad()
+def audited(sae: SAE, adam: Adam, x: Float[Tensor, "N d_in"]) -> dict[str, float]:
+    """How well low-precision candidates serve the first of these tokens, next to exact codes.
+
+    `candidate_recall` is the share of their active entries that are among the candidates. Empty if
+    the step does not use candidates, or in several processes.
+    """
+    operands, shadow = operands_of(sae, adam)
+    if shadow is None or sae.shards.size > 1:
+        return {}
+    seen, _ = center(sae.tokens(x[:AUDITED]), sae.b_dec, operands.W_enc.dtype)
+    exact, found = (
+        sae.activation.encode(seen, operands, **proposals) for proposals in ({}, {"shadow": shadow})
+    )
+    kept = (exact.indices[:, :, None] == found.indices[:, None, :]).any(2)[exact.values != 0]
+    return {"candidate_recall": kept.float().mean().item()} if kept.numel() else {}

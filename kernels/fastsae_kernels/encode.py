@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from ._launch import ENCODER, capability, check_devices, check_shape, rows_at_a_time, use_triton
 from ._op import register
 from .float8 import E4M3, Float8Rows, scaled_product, why_not_float8
-from .int8 import Int8Rows, int8_product, why_not_int8
+from .int8 import Int8Rows, int8_product, unsigned, why_not_int8
 from .product import product, tokens_at_a_time
 from .rescore import rescore
 from .sparse import decode, scatter_outer
@@ -104,8 +104,10 @@ def _candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
     N, F = len(x), len(b)
     found = torch.empty(N, k, dtype=torch.int64, device=x.device)
     low, bias = x.to(torch.bfloat16).contiguous(), b.to(torch.bfloat16).contiguous()
-    int8 = isinstance(shadow, Int8Rows)
-    chunk = rows_at_a_time(low, F) if int8 else tokens_at_a_time(low, F)
+    if isinstance(shadow, Int8Rows):
+        shadow, chunk = unsigned(shadow), rows_at_a_time(low, F)
+    else:
+        chunk = tokens_at_a_time(low, F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         if isinstance(shadow, Int8Rows):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import batch_norm
 
 from .product import instructions
 
@@ -27,7 +28,7 @@ class Int8Rows(NamedTuple):
     """A matrix in int8 with one scale per row and one factor per column."""
 
     rows: Tensor
-    """int8 [F, D]"""
+    """int8 [F, D]; for int8_product also uint8, the same plus 128 (`unsigned`)"""
     scale: Tensor
     """float32 [F]"""
     columns: Tensor
@@ -85,24 +86,35 @@ def quantize_int8(x: Tensor, columns: Tensor | None = None) -> Int8Rows:
     return Int8Rows((x / scale[:, None]).round_().to(torch.int8), scale, columns)
 
 
+def unsigned(W: Int8Rows) -> Int8Rows:
+    """W with 128 added to its entries: with VNNI, one operand of the GEMM must be unsigned (signed
+    times signed is fast with AMX alone)."""
+    return W._replace(rows=W.rows.view(torch.uint8) ^ 128)
+
+
 def int8_product(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
     """(x W^T + b)^T in int8: [N, D], [F, D], [F] -> bfloat16 [F, N].
 
-    oneDNN multiplies on CPUs with VNNI or AMX; elsewhere it is emulated in float32.
+    oneDNN multiplies on CPUs with VNNI or AMX; elsewhere it is emulated in float32. Callers that
+    use W several times pass `unsigned(W)`.
     """
     rows, scale, _ = quantize_int8(x / W.columns)
+    if W.rows.dtype == torch.int8:
+        W = unsigned(W)
     if why_not_int8(x.device) is None:
         nothing = torch.zeros(len(x), dtype=torch.int32)
-        # Signed times signed is fast with AMX alone; with VNNI one side must be unsigned.
-        unsigned = W.rows.view(torch.uint8) ^ 128
         pre = torch.ops.onednn.qlinear_pointwise(
-            unsigned, 1.0, 128, torch.ops.onednn.qlinear_prepack(rows, None), scale, nothing, None,
+            W.rows, 1.0, 128, torch.ops.onednn.qlinear_prepack(rows, None), scale, nothing, None,
             1.0, 0, torch.bfloat16, "none", [], "",
         )  # fmt: skip
     else:
-        pre = torch.mm(W.rows.float(), rows.float().t()).mul_(scale).to(torch.bfloat16)
-    low_scale, bias = W.scale[:, None].to(torch.bfloat16), b[:, None].to(torch.bfloat16)
-    return pre.mul_(low_scale).add_(bias)  # mixed dtypes would take four times as long
+        signed = W.rows.float().sub_(128)
+        pre = torch.mm(signed, rows.float().t()).mul_(scale).to(torch.bfloat16)
+    if not len(x):
+        return pre
+    # W.scale * pre + b in a single pass, computed in float32: no pointwise operator does that.
+    zeros, ones = torch.zeros_like(W.scale), torch.ones_like(W.scale)
+    return batch_norm(pre[None], zeros, ones, W.scale, b.float(), eps=0.0)[0]
 
 
 def why_not_int8(device: torch.device | str) -> str | None:

@@ -31,11 +31,10 @@ class CpuProduct(NamedTuple):
 
 
 MAKERS = "AMD", "Intel"
-INSTRUCTIONS = "amx_tile", "avx512_f", "avx2"
+INSTRUCTIONS = "avx512_f", "avx2"
 
 CPU_PRODUCTS: dict[tuple[str, str], CpuProduct] = {
     ("AMD", "avx512_f"): CpuProduct("onednn", 256),
-    ("Intel", "amx_tile"): CpuProduct("onednn", 256),
     ("Intel", "avx512_f"): CpuProduct("mkl", 1024),
 }
 """By vendor and the first of INSTRUCTIONS that the processor supports."""

@@ -98,7 +98,8 @@ def largest_in_columns(pre: Tensor, k: int, by: By) -> Tensor:
     members = (best[:, :, None] * G + torch.arange(G)).flatten(1)
     if M * G < F:  # the last entries are in no group, and are always candidates
         members = torch.cat([members, torch.arange(M * G, F).expand(N, -1)], dim=1)
-    found = pre.flatten()[members * N + torch.arange(N)[:, None]]
+    places = members * N + torch.arange(N)[:, None]
+    found = pre.flatten().index_select(0, places.flatten()).view_as(places)
     return members.gather(1, _best(_rank(found, by), k, ordered=False))
 
 

@@ -37,7 +37,6 @@ def choose(monkeypatch):
     [
         ({"AMD", "avx2", "avx512_f"}, CPU_PRODUCTS["AMD", "avx512_f"]),
         ({"Intel", "avx512_f", "avx512_vnni"}, CPU_PRODUCTS["Intel", "avx512_f"]),
-        ({"Intel", "avx512_f", "amx_tile"}, CPU_PRODUCTS["Intel", "amx_tile"]),
         ({"AMD", "avx2"}, DEFAULT_PRODUCT),
         (set(), DEFAULT_PRODUCT),
     ],

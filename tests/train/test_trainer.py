@@ -260,6 +260,8 @@ def test_the_same_seed_gives_the_same_bits(config, tmp_path, options, every_inst
         run = config(out=tmp_path / name, **options, **REVIVING)
         fit(run)
         files.append((run.out / "sae" / "sae.safetensors").read_bytes())
+        logged = [line.get("candidate_recall") for line in read_lines(run.out / "metrics.jsonl")]
+        assert logged == [1.0 if "encoder_precision" in options else None] * len(logged)
     assert files[0] == files[1]
     other = config(out=tmp_path / "other", **options, **REVIVING, seed=1)
     fit(other)
