@@ -41,7 +41,7 @@ EXAMPLES = {
     "nnsight_stream": "--batches 40 --steps 20",
     "mlflow_logger": "--steps 20",
     "accelerate_sparsify": "--tokens 128 --d-in 32 --latents 256 --k 8 --rounds 1",
-    "rational_upgrade": "--steps 60 --tuning-steps 30",
+    "rational_upgrade": "--steps 30 --tuning-steps 10",
     "what_a_latent_means": "--max-tokens 3000 --steps 30 --latents 2",
 }
 

@@ -84,7 +84,7 @@ def teacher(request, teachers):
 
 
 def small(data, out, **settings) -> UpgradeConfig:
-    settings = {"steps": 200, "batch_size": 256, "lr": 3e-4, "device": "cpu", **settings}
+    settings = {"steps": 100, "batch_size": 256, "lr": 6e-4, "device": "cpu", **settings}
     return UpgradeConfig(data=data, out=out, **settings)
 
 
