@@ -9,15 +9,17 @@ AbsTopK and BatchTopK, straight-through) and the error of a single reconstructio
 goes through autograd. With TopK, neither synchronizes with a GPU.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.codes import Codes
 from fastsae.losses import Objective, TrainingLoss, auxk_gradients, fraction, training_loss
-from fastsae.nn import SAE
+from fastsae.nn import SAE, TopKConfig
 from fastsae.nn.activation import Weights
-from fastsae_kernels import RowGradients, Shadow, center, latent_major
+from fastsae_kernels import RowGradients, Shadow, candidates, center, latent_major
 
 from .optim import Adam
 
@@ -117,18 +119,16 @@ def operands_of(sae: SAE, adam: Adam) -> tuple[Weights, Shadow | None]:
 
 
 @torch.no_grad()
-def audited(sae: SAE, adam: Adam, x: Float[Tensor, "N d_in"]) -> dict[str, float]:
-    """How well low-precision candidates serve the first of these tokens, next to exact codes.
-
-    `candidate_recall` is the share of their active entries that are among the candidates. Empty if
-    the step does not use candidates, or in several processes.
-    """
+def candidate_recall(sae: SAE, adam: Adam, x: Float[Tensor, "N d_in"]) -> dict[str, float]:
+    """As `candidate_recall`, the share of the active entries of the first of these tokens that are
+    among the low-precision candidates; empty if there are none, or in several processes."""
     operands, shadow = operands_of(sae, adam)
     if shadow is None or sae.shards.size > 1:
         return {}
-    seen, _ = center(sae.tokens(x[:AUDITED]), sae.b_dec, operands.W_enc.dtype)
-    exact, found = (
-        sae.activation.encode(seen, operands, **proposals) for proposals in ({}, {"shadow": shadow})
-    )
-    kept = (exact.indices[:, :, None] == found.indices[:, None, :]).any(2)[exact.values != 0]
+    W_enc, b_enc, *_ = operands
+    seen, _ = center(sae.tokens(x[:AUDITED]), sae.b_dec, W_enc.dtype)
+    codes = sae.activation.encode(seen, operands)
+    cfg = cast(TopKConfig, sae.activation.cfg)  # no other activation has candidates
+    found = candidates(seen, shadow, b_enc, cfg.k, cfg.by)
+    kept = (codes.latents()[:, :, None] == found[:, None, :]).any(2)[codes.values != 0]
     return {"candidate_recall": kept.float().mean().item()} if kept.numel() else {}

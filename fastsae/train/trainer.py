@@ -40,7 +40,7 @@ from .run_folder import begin, check_same, check_start, claimed_run, set_length
 from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
 from .state import TrainState, names_per_latent
-from .step import audited, autograd_step, fused_step
+from .step import autograd_step, candidate_recall, fused_step
 from .together import check_same_run, end_together, latest, take_together
 
 
@@ -253,8 +253,8 @@ class Trainer:
         if logged:
             source = self.source
             numbers = source.readings(batch.rows) if isinstance(source, Stream) else {}
-            audit = audited(state.sae, state.adam, self.columns.split(batch.x)[0])
-            line = state.metrics(self.plan.dead_after) | self.meter.read() | numbers | audit
+            numbers |= candidate_recall(state.sae, state.adam, self.columns.split(batch.x)[0])
+            line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
             log.write(line)
             if self.callbacks.several:

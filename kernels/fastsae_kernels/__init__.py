@@ -21,6 +21,7 @@ from .dense_adam import normalize_rows_ as normalize_rows_
 from .dense_adam import remove_parallel_ as remove_parallel_
 from .dense_adam import scalars_of as scalars_of
 from .encode import Shadow as Shadow
+from .encode import candidates as candidates
 from .encode import encode_topk
 from .encode import encode_topk_each as encode_topk_each
 from .encode import straight_through as straight_through

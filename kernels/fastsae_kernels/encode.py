@@ -95,23 +95,23 @@ def candidates_for(k: int, F: int, shadow: torch.dtype) -> int:
     return min(k + max(8, int(MARGINS[shadow] * k)), F)
 
 
-def _candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
-    """Latents of the k largest pre-activations by the shadow: -> [N, K].
+def candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
+    """Latents that a shadow proposes for the k largest pre-activations: [N, D], [F] -> [N, C].
 
-    In fp8, ties go to the lowest latent, so that equal rows of W, which are equal in fp8 too, are
-    ranked correctly. On a CPU, bfloat16 and int8 break ties arbitrarily.
+    C is `candidates_for(k, ...)`, in any order. In fp8, ties go to the lowest latent, so that equal
+    rows of W, which are equal in fp8 too, are ranked correctly. On a CPU, bfloat16 and int8 break
+    ties arbitrarily.
     """
     N, F = len(x), len(b)
+    k = candidates_for(k, F, (shadow[0] if isinstance(shadow, tuple) else shadow).dtype)
     found = torch.empty(N, k, dtype=torch.int64, device=x.device)
     low, bias = x.to(torch.bfloat16).contiguous(), b.to(torch.bfloat16).contiguous()
-    if isinstance(shadow, Int8Rows):
-        shadow, chunk = unsigned(shadow), rows_at_a_time(low, F)
-    else:
-        chunk = tokens_at_a_time(low, F)
+    shifted = unsigned(shadow) if isinstance(shadow, Int8Rows) else None
+    chunk = tokens_at_a_time(low, F) if shifted is None else rows_at_a_time(low, F)
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         if isinstance(shadow, Int8Rows):
-            pre = int8_product(x[rows], shadow, b)
+            pre = int8_product(x[rows], shadow, b, shifted)
             found[rows] = largest_in_columns(pre, k, by)
         elif isinstance(shadow, Float8Rows):
             pre = scaled_product(low[rows], shadow, bias)
@@ -139,8 +139,7 @@ class _EncodeTopk(torch.autograd.Function):
             copy = Int8Rows(shadow, scale, columns)
         elif scale is not None:
             copy = Float8Rows(shadow, scale)
-        C = candidates_for(k, len(W_enc), shadow.dtype)
-        return rescore(x, W_enc, b_enc, _candidates(x, copy, b_enc, C, by), k, by)
+        return rescore(x, W_enc, b_enc, candidates(x, copy, b_enc, k, by), k, by)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

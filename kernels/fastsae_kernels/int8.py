@@ -28,7 +28,7 @@ class Int8Rows(NamedTuple):
     """A matrix in int8 with one scale per row and one factor per column."""
 
     rows: Tensor
-    """int8 [F, D]; for int8_product also uint8, the same plus 128 (`unsigned`)"""
+    """int8 [F, D]"""
     scale: Tensor
     """float32 [F]"""
     columns: Tensor
@@ -86,30 +86,28 @@ def quantize_int8(x: Tensor, columns: Tensor | None = None) -> Int8Rows:
     return Int8Rows((x / scale[:, None]).round_().to(torch.int8), scale, columns)
 
 
-def unsigned(W: Int8Rows) -> Int8Rows:
-    """W with 128 added to its entries: with VNNI, one operand of the GEMM must be unsigned (signed
-    times signed is fast with AMX alone)."""
-    return W._replace(rows=W.rows.view(torch.uint8) ^ 128)
+def unsigned(W: Int8Rows) -> Tensor:
+    """The rows of W plus 128, in uint8 [F, D]: with VNNI, one operand of the GEMM must be unsigned
+    (signed times signed is fast with AMX alone)."""
+    return W.rows.view(torch.uint8) ^ 128
 
 
-def int8_product(x: Tensor, W: Int8Rows, b: Tensor) -> Tensor:
+def int8_product(x: Tensor, W: Int8Rows, b: Tensor, shifted: Tensor | None = None) -> Tensor:
     """(x W^T + b)^T in int8: [N, D], [F, D], [F] -> bfloat16 [F, N].
 
-    oneDNN multiplies on CPUs with VNNI or AMX; elsewhere it is emulated in float32. Callers that
-    use W several times pass `unsigned(W)`.
+    oneDNN multiplies on CPUs with VNNI or AMX; elsewhere it is emulated in float32. `shifted` is
+    `unsigned(W)`, for callers that use W several times.
     """
     rows, scale, _ = quantize_int8(x / W.columns)
-    if W.rows.dtype == torch.int8:
-        W = unsigned(W)
     if why_not_int8(x.device) is None:
         nothing = torch.zeros(len(x), dtype=torch.int32)
+        shifted = unsigned(W) if shifted is None else shifted
         pre = torch.ops.onednn.qlinear_pointwise(
-            W.rows, 1.0, 128, torch.ops.onednn.qlinear_prepack(rows, None), scale, nothing, None,
+            shifted, 1.0, 128, torch.ops.onednn.qlinear_prepack(rows, None), scale, nothing, None,
             1.0, 0, torch.bfloat16, "none", [], "",
         )  # fmt: skip
     else:
-        signed = W.rows.float().sub_(128)
-        pre = torch.mm(signed, rows.float().t()).mul_(scale).to(torch.bfloat16)
+        pre = torch.mm(W.rows.float(), rows.float().t()).mul_(scale).to(torch.bfloat16)
     if not len(x):
         return pre
     # W.scale * pre + b in a single pass, computed in float32: no pointwise operator does that.

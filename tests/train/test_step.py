@@ -9,7 +9,7 @@ import torch
 from fastsae import SAE, AbsTopK, TopK
 from fastsae.losses import Objective, auxk, training_loss
 from fastsae.train.optim import Adam, Optimizer, default_lr, schedule
-from fastsae.train.step import audited, autograd_step, fused_step
+from fastsae.train.step import autograd_step, candidate_recall, fused_step, operands_of
 from fastsae_kernels import _launch, loss, sparse
 from fastsae_kernels import adam as adam_module
 from fastsae_kernels._launch import INTERPRET, interpreted
@@ -219,19 +219,20 @@ def test_float32_fvu_at_a_real_size():
     torch.testing.assert_close(fvu.double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("quantized", [None, "int8"])
+@pytest.mark.parametrize("quantized", [None, "int8", "fp8"])
 def test_recall_counts_what_the_candidates_lack(quantized):
     """The candidates of a spoiled copy lack the latents whose rows it has lost, and no others."""
     sae = SAE(D_IN, D_SAE, TopK(K))
     x = torch.randn(50, D_IN)
-    adam = Adam(sae, quantized=quantized, shadows=() if quantized else ("W_enc",))
-    assert audited(sae, adam, x) == {"candidate_recall": 1}
-    assert audited(sae, Adam(sae), x) == {}
+    shadows = {None: ["W_enc"], "int8": [], "fp8": ["W_enc", "W_dec"]}[quantized]
+    adam = Adam(sae, quantized=quantized, shadows=shadows)
+    assert candidate_recall(sae, adam, x) == {"candidate_recall": 1}
+    assert candidate_recall(sae, Adam(sae), x) == {}
     lost = sae.encode(x).indices[0, 0]
-    rows = adam.quantized.rows if quantized else adam.shadow["W_enc"]
-    rows[lost] = 0
-    exact = sae.encode(x)
+    (adam.shadow["W_enc"] if adam.quantized is None else adam.quantized.rows)[lost] = 0
+    operands, _ = operands_of(sae, adam)
+    exact = sae.activation.encode(sae.center(x).to(operands.W_enc.dtype), operands)
     active = exact.values != 0
     missed = ((exact.indices == lost) & active).sum() / active.sum()
     assert missed > 0
-    assert audited(sae, adam, x) == {"candidate_recall": pytest.approx(float(1 - missed))}
+    assert candidate_recall(sae, adam, x) == {"candidate_recall": pytest.approx(float(1 - missed))}

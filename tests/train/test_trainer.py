@@ -261,7 +261,7 @@ def test_the_same_seed_gives_the_same_bits(config, tmp_path, options, every_inst
         fit(run)
         files.append((run.out / "sae" / "sae.safetensors").read_bytes())
         logged = [line.get("candidate_recall") for line in read_lines(run.out / "metrics.jsonl")]
-        assert logged == [1.0 if "encoder_precision" in options else None] * len(logged)
+        assert all(0.9 < r <= 1 if "encoder_precision" in options else r is None for r in logged)
     assert files[0] == files[1]
     other = config(out=tmp_path / "other", **options, **REVIVING, seed=1)
     fit(other)
