@@ -32,7 +32,7 @@ from .log import Log
 from .run_folder import claimed_run, resolved
 from .stacked import Stack, stacks
 from .state import TrainState
-from .together import check_same_run, latest, take_together
+from .together import check_same_run, latest, take_together, wait_for_groups
 from .trainer import Trainer
 
 FORMAT = "fastsae.sweep.1"
@@ -110,7 +110,7 @@ class Sweep:
             if isinstance(self.source, Stream):
                 self.trainers[self.first].say(self.source.report(states[self.first].tokens))
             saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
-            self.shards.all_of(None)  # the others may have more to do
+            wait_for_groups(self.shards, interrupts, self.out)
             on_first(self.shards, lambda: compare(self.out, [*self.configs]))
         return saes
 

@@ -84,13 +84,25 @@ def take_together(
     if news:
         for one, own in runs:
             one.save(own)
-        raise Interrupted(
-            news,
-            f"stopped at step {state.step} of {trainer.plan.steps}, saved; "
-            f"continue with --resume --out {out}",
-        )
+        raise stopped(news, f"at step {state.step} of {trainer.plan.steps}", out)
     assert batch is not None, "without a signal there is a batch"
     return batch
+
+
+def stopped(signum: int, when: str, out: Path) -> Interrupted:
+    """The end of runs in `out` that a signal stopped, once they are saved."""
+    return Interrupted(signum, f"stopped {when}, saved; continue with --resume --out {out}")
+
+
+def wait_for_groups(shards: Shards, interrupts: Interrupts, out: Path) -> None:
+    """Return once all processes have trained their SAEs of the sweep in `out`. If others end before
+    that, it is `Interrupted` where a signal has come to this process, and a RuntimeError if not."""
+    try:
+        shards.all_of(None)
+    except RuntimeError:
+        if signum := interrupts.noted():
+            raise stopped(signum, "before other processes had trained their SAEs", out) from None
+        raise
 
 
 def end_together(shards: Shards, state: TrainState) -> None:
