@@ -16,7 +16,7 @@ from fastsae.codes import Codes
 from fastsae.config import to_dict
 from fastsae.data import Batch, Stream, as_source
 from fastsae.files import read_json, shown, write_json
-from fastsae.meeting import on_first
+from fastsae.meeting import everywhere, on_first
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE
 from fastsae.progress import printable, progress_bar, shows_bars
@@ -76,20 +76,23 @@ class Sweep:
             for name, config in configs.items()
         }
         """Of all SAEs; `trainers` are those of this process."""
-        self.trainers: dict[str, Trainer] = {}
-        for name in [*configs][shards.rank // group.size :: shards.size // group.size]:
-            own, config = source, self.configs[name]
-            if isinstance(source, Stream) and config.stream is not None:
-                own = source.select(*config.hookpoints)
-            self.trainers[name] = Trainer(config, own, progress=self.progress, shards=group)
-        self.first = next(iter(self.trainers))
+        names = [*configs][shards.rank // group.size :: shards.size // group.size]
+        self.trainers = everywhere(shards, lambda: {name: self._trainer(name) for name in names})
+        self.first = names[0]
+
+    def _trainer(self, name: str) -> Trainer:
+        source, config = self.source, self.configs[name]
+        if isinstance(source, Stream) and config.stream is not None:
+            source = source.select(*config.hookpoints)
+        return Trainer(config, source, progress=self.progress, shards=self.group)
 
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
         keep_freed_memory()
         settled = {"settings": self.configs, "--resume": resume}
         check_same_run(self.shards, settled, self.source, seed=0)
-        check_fits([trainer.forecast for trainer in self.trainers.values()])
+        forecasts = [trainer.forecast for trainer in self.trainers.values()]
+        everywhere(self.shards, lambda: check_fits(forecasts))
         with claimed_run(self.out, self.shards), ExitStack() as stack:
             if not resume:
                 for first, *_ in self.sites:

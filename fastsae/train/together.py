@@ -103,9 +103,3 @@ def wait_for_groups(shards: Shards, interrupts: Interrupts, out: Path) -> None:
         if signum := interrupts.noted():
             raise stopped(signum, "before other processes had trained their SAEs", out) from None
         raise
-
-
-def end_together(shards: Shards, state: TrainState) -> None:
-    """A run that a callback ended in one process has ended in all."""
-    if shards.control.largest(state.stopped is not None):
-        state.stopped = next(filter(None, shards.all_of(state.stopped)))
