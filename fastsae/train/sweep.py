@@ -48,7 +48,8 @@ class Sweep:
     `out` then holds a run's folder for each, comparison.json and, with matplotlib, comparison.png.
     With `shards`, a `fastsae.distributed.Mesh`, the processes share the SAEs out: each is trained
     by one process, or by those of `group`, which is a `shards.part(data, latent)`, and the others
-    are not waited for. Process 0 compares them at the end.
+    are not waited for. Each group makes the rows of a stream for itself. Process 0 compares the
+    SAEs at the end.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class Sweep:
         """Train all to the last step. Raises what `Trainer.fit` does."""
         keep_freed_memory()
         settled = {"settings": self.configs, "--resume": resume}
-        check_same_run(self.shards, settled, self.source, seed=0)
+        own_model = isinstance(self.source, Stream)  # of each group, and may round differently
+        check_same_run(self.shards, settled, self.source, None if own_model else 0)
+        check_same_run(self.group, {}, self.source, 0)
         forecasts = [trainer.forecast for trainer in self.trainers.values()]
         everywhere(self.shards, lambda: check_fits(forecasts))
         with claimed_run(self.out, self.shards), ExitStack() as stack:
