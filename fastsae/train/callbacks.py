@@ -140,7 +140,8 @@ def _ending(trainer: "Trainer", state: TrainState, hook: Hook) -> Hook:
             hook(one)
         except StopTraining as stop:
             state.stopped = str(stop), trainer.plan.steps
-            trainer.say(f"ended early at step {state.step} of {trainer.plan.steps}: {stop}")
+            of = f"{trainer.name}: " if trainer.name else ""
+            trainer.say(f"{of}ended early at step {state.step} of {trainer.plan.steps}: {stop}")
 
     return call
 

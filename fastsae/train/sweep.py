@@ -63,8 +63,8 @@ class Sweep:
     ):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
         order of the first one's seed. ValueError unless there are some, as many as groups, and they
-        share SHARED and have no patience. Without `progress`, nothing but warnings is shown on
-        stderr."""
+        share SHARED. With patience, an SAE may end before the others. Without `progress`, nothing
+        but warnings is shown on stderr."""
         check_together(configs)
         check_groups(len(configs), shards.size, group.size)
         first = next(iter(configs.values()))
@@ -85,7 +85,9 @@ class Sweep:
         source, config = self.source, self.configs[name]
         if isinstance(source, Stream) and config.stream is not None:
             source = source.select(*config.hookpoints)
-        return Trainer(config, source, progress=self.progress, shards=self.group)
+        trainer = Trainer(config, source, progress=self.progress, shards=self.group)
+        trainer.name = name
+        return trainer
 
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
@@ -114,7 +116,8 @@ class Sweep:
                 trainer.say(f"{name}: {describe(trainer, states[name].sae)}")
             self.loop(states, logs, interrupts)
             if isinstance(self.source, Stream):
-                self.trainers[self.first].say(self.source.report(states[self.first].tokens))
+                drawn = max(state.tokens for state in states.values())
+                self.trainers[self.first].say(self.source.report(drawn))
             saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
             wait_for_groups(self.shards, interrupts, self.out)
             on_first(self.shards, lambda: compare(self.out, [*self.configs]))
@@ -137,31 +140,36 @@ class Sweep:
     def loop(
         self, states: dict[str, TrainState], logs: dict[str, Log], interrupts: Interrupts
     ) -> None:
-        """Take every batch to every SAE that has not had it yet."""
-        # The run that is furthest behind takes the batches.
+        """Take every batch to every SAE that has not had it yet, and goes on."""
+        # Of the runs that go on, the one that is furthest behind takes the batches.
         runs = sorted(
             ((self.trainers[name], state) for name, state in states.items()),
-            key=lambda run: run[1].step,
+            key=lambda run: (run[0].ended(run[1]), run[1].step),
         )
         trainer, state = runs[0]
-        steps, every = trainer.plan.steps, trainer.config.log_every
+        step, steps, every = state.step, trainer.plan.steps, trainer.config.log_every
         shared = [stacks({n: self.trainers[n] for n in names}, states) for names in self.sites]
-        bar = progress_bar("sweep", "step", steps, state.step, shown=self.progress)
+        bar = progress_bar("sweep", "step", steps, step, shown=self.progress)
         with trainer.batches(state, self.source) as batches, bar:
-            while state.step < steps:
-                batch, step = take_together(runs, batches, interrupts, self.out), state.step
+            while left := [run for run in runs if not run[0].ended(run[1])]:
+                batch = take_together(left, batches, interrupts, self.out)
+                due = {
+                    name
+                    for name, own in states.items()
+                    if own.step == step and not self.trainers[name].ended(own)
+                }
                 for names, stacked in zip(self.sites, shared, strict=True):
-                    due = [name for name in names if states[name].step == step]
-                    if due:
-                        self.advance(due, stacked, batch, states, logs)
+                    if here := [name for name in names if name in due]:
+                        self.advance(here, stacked, batch, states, logs)
+                step += 1
                 bar.update()
-                if state.step % every == 0 or state.step == steps:
+                if step % every == 0 or step == steps:
                     lines = {name: log.last["fvu"] for name, log in logs.items() if log.last}
                     best = min(lines, key=lambda name: lines[name])
                     text = f"best FVU {lines[best]:.4f} ({printable(best, 60)})"
                     bar.set_postfix_str(text)
                     if not shows_bars():
-                        trainer.say(f"step {state.step}/{steps}  {text}")
+                        trainer.say(f"step {step}/{steps}  {text}")
 
     @property
     def sites(self) -> list[list[str]]:
@@ -186,7 +194,9 @@ class Sweep:
             batch = batch._replace(x=x)
         batch, start = first.standardized(batch, states[names[0]]), time.perf_counter()
         for stack in shared:
-            codes |= stack.encode(batch.x)
+            if not stack.states.keys().isdisjoint(names):
+                codes |= stack.encode(batch.x)
+        codes = {name: own for name, own in codes.items() if name in names}
         share = (time.perf_counter() - start) / max(len(codes), 1)
         for name in names:
             start = time.perf_counter() - (share if name in codes else 0.0)
@@ -207,8 +217,6 @@ def check_together(configs: dict[str, TrainConfig]) -> None:
             one, two = shared(first, name), shared(other, name)
             if one != two:
                 raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
-    if any(config.patience is not None for config in configs.values()):
-        raise ValueError("patience must be none where several SAEs train on the same tokens")
 
 
 def check_groups(saes: int, processes: int, group: int) -> None:

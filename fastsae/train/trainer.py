@@ -81,6 +81,8 @@ class Trainer:
         self.callbacks = Callbacks(callbacks_of(config, source, callbacks), shards)
         self.loggers = Loggers([] if shards.rank else loggers_of(config, loggers))
         self.progress = progress and shards.rank == 0
+        self.name = ""
+        """Of the SAE in a sweep."""
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)
         self.plan = everywhere(shards, self._planned)  # memory and packages may differ

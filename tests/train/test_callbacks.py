@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,31 @@ def test_the_saes_of_a_sweep_are_evaluated_too(config, data, tmp_path, monkeypat
         (*_, last) = read_lines(tmp_path / "7" / name / "metrics.jsonl")
         heldout = source.heldout or source
         assert last["heldout_fvu"] == reconstruction(sae, heldout, pc_ranks=()).fvu
-    patient = {"k2": config(eval_every=7, patience=1)}
-    with pytest.raises(ValueError, match="patience must be none where several SAEs"):
-        Sweep(patient, source, tmp_path / "patient")
+
+
+def test_an_sae_of_a_sweep_may_end_before_the_others(config, data, tmp_path, monkeypatch):
+    """Its batches go to the other alone. Resumed before or after that, no bit is another."""
+    monkeypatch.setattr("fastsae.train.comparison._plot", lambda *arguments: None)
+    every = {"eval_every": 2, "checkpoint_every": 3, "steps": 10}
+    saes = {"stuck": {"patience": 1, "lr": 1e-30}, "k2": {"k": 2}}
+    configs = {name: config(**every, **own) for name, own in saes.items()}
+
+    def fit(out: Path, source: ActivationShards, resume: bool = False) -> None:
+        Sweep(configs, source, tmp_path / out, progress=False).fit(resume)
+
+    fit(Path("whole"), ActivationShards(data))
+    for left in (2, 8):
+        out = Path(f"stopped at {left}")
+        with pytest.raises(Stop):
+            fit(out, StoppingShards(data, left))
+        fit(out, ActivationShards(data), resume=True)
+        for name, own in configs.items():
+            one, two = (replace(own, out=tmp_path / o / name) for o in (Path("whole"), out))
+            assert weights(one) == weights(two) and lines_of(one) == lines_of(two)
+    for name in configs:
+        summary = json.loads((tmp_path / "whole" / name / "summary.json").read_text())
+        assert ("ended_early" in summary) == (name == "stuck") == (summary["tokens"] < 1600)
+    assert summary["tokens"] == 2000
 
 
 class Recorder(Callback):
