@@ -95,7 +95,8 @@ class Sweep:
         settled = {"settings": self.configs, "--resume": resume}
         own_model = isinstance(self.source, Stream)  # of each group, and may round differently
         check_same_run(self.shards, settled, self.source, None if own_model else 0)
-        check_same_run(self.group, {}, self.source, 0)
+        if own_model:
+            check_same_run(self.group, {}, self.source, seed=0)
         forecasts = [trainer.forecast for trainer in self.trainers.values()]
         everywhere(self.shards, lambda: check_fits(forecasts))
         with claimed_run(self.out, self.shards), ExitStack() as stack:
@@ -140,8 +141,8 @@ class Sweep:
     def loop(
         self, states: dict[str, TrainState], logs: dict[str, Log], interrupts: Interrupts
     ) -> None:
-        """Take every batch to every SAE that has not had it yet, and goes on."""
-        # Of the runs that go on, the one that is furthest behind takes the batches.
+        """Take every batch to every SAE that has not had it yet and has not ended."""
+        # Of the runs that continue, the one that is furthest behind takes the batches.
         runs = sorted(
             ((self.trainers[name], state) for name, state in states.items()),
             key=lambda run: (run[0].ended(run[1]), run[1].step),
