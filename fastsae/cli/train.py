@@ -183,7 +183,10 @@ def main_of_many(words: Sequence[str]) -> str:
     with joined(command.mesh, config.device) as shards:
         configs, source = opened_together({"": config}, shards)
         if len(configs) > 1:
-            raise ValueError(f"many processes train at one hookpoint, got {len(configs)}")
+            raise ValueError(
+                f"many processes train at one hookpoint, got {len(configs)}: fastsae sweep shares "
+                f"several out"
+            )
         (config,) = configs.values()
         Trainer(config, source, shards=shards).fit(command.resume)
         return "" if shards.rank else run_table(config.out)
@@ -192,9 +195,15 @@ def main_of_many(words: Sequence[str]) -> str:
 def opened_together(
     configs: dict[str, TrainConfig], shards: Shards
 ) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
-    """What `opened` returns, once it has returned on process 0: it may harvest the demo's data."""
+    """What `opened` returns, once it has returned on process 0, which may harvest the demo's data,
+    and finds the size of a stream's buffer for all."""
     found = everywhere(shards, lambda: opened(configs) if shards.rank == 0 else None)
-    return found or opened(configs)
+    first = next(iter(found[0].values())).stream if found else None
+    if tokens := shards.all_of(first and first.buffer_tokens)[0]:
+        streams = {name: config.stream for name, config in configs.items() if config.stream}
+        sized = {n: dataclasses.replace(s, buffer_tokens=tokens) for n, s in streams.items()}
+        configs = {n: dataclasses.replace(configs[n], stream=s) for n, s in sized.items()}
+    return everywhere(shards, lambda: found or opened(configs))
 
 
 def resumed_sweep(given: Given) -> Path | None:

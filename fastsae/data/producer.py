@@ -18,7 +18,7 @@ from fastsae.data.hookpoints import hidden_at, hookpoints_at
 from fastsae.data.model import PrependBos, TextWindows, TokenBatch
 from fastsae.data.source import Contexts
 from fastsae.data.text import Document
-from fastsae.shards import Channel, Shards
+from fastsae.shards import ONE_PROCESS, Channel, Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -151,6 +151,7 @@ class ModelProducer:
         about += (drop_first, max_document_tokens, heldout_fraction, str(dtype), batch_tokens)
         self.fingerprint = fingerprint or _digest(repr(about).encode()).hex()[:16]
         self.channels: dict[Part, Channel] = {}
+        self._shards = ONE_PROCESS
 
     @property
     def begins_with_bos(self) -> bool:
@@ -159,7 +160,11 @@ class ModelProducer:
 
     def divide(self, shards: Shards) -> None:
         """Run a part of each group's windows in each of the processes, which all get all rows. From
-        then on, all must take the same groups in the same order, of each part in one thread."""
+        then on, all must take the same groups in the same order, of each part in one thread. Those
+        that do already make no other channels."""
+        if self.channels and self._shards is shards:
+            return
+        self._shards = shards
         self.channels = {"train": shards.channel(), "heldout": shards.channel()}
 
     def channel(self, part: Part) -> Channel:

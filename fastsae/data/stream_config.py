@@ -11,7 +11,8 @@ from fastsae.data.open_producer import facts, loaded, open_producer, read_files,
 from fastsae.data.producer_config import ProducerConfig
 from fastsae.data.stream import BUFFER_CONTEXTS, BUFFER_TOKENS, Stream
 from fastsae.device import check_device, same_gpu
-from fastsae.memory import available_memory
+from fastsae.distributed.launch import place
+from fastsae.memory import memory_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ class StreamConfig(ProducerConfig):
 
     def fitting(self, row_bytes: int) -> int:
         """The tokens in the buffer."""
-        most = available_memory() // row_bytes
+        most = memory_left("cpu", place().local_size) // row_bytes
         if self.buffer_tokens is None:
             wanted = max(BUFFER_TOKENS, BUFFER_CONTEXTS * self.context_length)
             return max(2, min(wanted, most // 2))

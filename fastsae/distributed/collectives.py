@@ -5,7 +5,8 @@ receives its share of all parts and adds them by rank. In a group of 1 nothing i
 Shapes: R ranks of the group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import reduce
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 """None stands for this process alone."""
+
+before_collectives: ContextVar[Callable[[Group], None] | None]
+before_collectives = ContextVar("before_collectives", default=None)
+"""What this thread calls before each collective, with its group."""
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """By its name from torch 2.13 on, or the one before."""
@@ -33,10 +38,17 @@ def size_of(group: Group) -> int:
     return 1 if group is None else group.size()
 
 
+def begin(group: Group) -> None:
+    """To be called before a collective that sends something."""
+    if act := before_collectives.get():
+        act(group)
+
+
 def gather(own: Shaped[Tensor, "..."], group: Group) -> Shaped[Tensor, "R ..."]:
     """Everyone's tensor, by rank; all have one shape and dtype."""
     if group is None:
         return own[None]
+    begin(group)
     sent = _sendable(own, group)
     found = sent.new_empty(group.size(), *own.shape)
     _all_gather(_bytes(found), _bytes(sent), group=group)
@@ -47,6 +59,7 @@ def exchange(parts: Shaped[Tensor, "R ..."], group: Group) -> Shaped[Tensor, "R 
     """Part r goes to rank r; what each rank sent to this one, by rank."""
     if group is None:
         return parts
+    begin(group)
     sent = _sendable(parts, group)
     found = torch.empty_like(sent)
     dist.all_to_all_single(_bytes(found), _bytes(sent), group=group)

@@ -1,6 +1,7 @@
 """A mesh of processes: how they are arranged, and what they do for each other in a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -16,10 +17,23 @@ from fastsae.shards import ONE_PROCESS, Shards
 from fastsae_kernels import By, decode, gather_dot, squared_error
 
 from .channel import GroupChannel
-from .collectives import Group, Spread, Total, gather, new_group, sum_shares, total
+from .collectives import (
+    Group,
+    Spread,
+    Total,
+    before_collectives,
+    begin,
+    gather,
+    new_group,
+    sum_shares,
+    total,
+)
 from .selection import batch_threshold, kept_counts, longest, widest
 
 Anything = TypeVar("Anything")
+
+CALLS = 2
+"""What a process says in place of 0 or 1 before it calls what all must call at once."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +200,44 @@ class Mesh(Shards):
     # --- agreement ---------------------------------------------------------------------------
 
     def all_of(self, value: Anything) -> list[Anything]:
+        begin(self.everyone)
         found: list = [None] * self.size
         dist.all_gather_object(found, value, group=self.everyone)
         return found
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        first = True
+
+        def tell(group: Group) -> None:
+            # Places on an axis may differ in how often they exchange something along the other one.
+            nonlocal first
+            if first or group is self.everyone:
+                first = False
+                self._agree(CALLS)
+
+        token = before_collectives.set(tell)
+        try:
+            yield
+        finally:
+            before_collectives.reset(token)
+
+    def together(self, own: bool) -> bool:
+        return bool(self._agree(int(own)))
+
+    def _agree(self, own: int) -> int:
+        """The largest of all; ValueError if some, but not all, are CALLS."""
+        token = before_collectives.set(None)
+        every = self.control.rows_of_all(torch.tensor([own]), [1] * self.size)
+        before_collectives.reset(token)
+        callers = [rank for rank, (said,) in enumerate(every) if said == CALLS]
+        if 0 < len(callers) < self.size:
+            others = [rank for rank in range(self.size) if rank not in callers]
+            raise ValueError(
+                f"processes {callers} call in a callback what all must call at once, such as an "
+                f"evaluation, and processes {others} do not: call it on every process"
+            )
+        return max(int(said) for (said,) in every)
 
     def channel(self) -> GroupChannel:
         return GroupChannel(self.ranks)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastsae.data import ActivationSource
 from fastsae.evals import reconstruction
 from fastsae.nn import SAE
+from fastsae.shards import ONE_PROCESS, Shards
 
 from .config import TrainConfig
 from .log import read_lines
@@ -30,7 +31,8 @@ class Callback:
     `trainer` has the run's `config`, `plan` and `source`, and `trainer.snapshot(state)` is the SAE
     as it would be saved now. `state` is the run itself: a callback that changes it, or torch's
     random state, changes the run. Exceptions of callbacks propagate. Where many processes make a
-    run, each calls its own; the run ends if one of them asks for that.
+    run, each calls its own; the run ends if one of them asks for that. What works with the SAE that
+    they share, such as an evaluation of a snapshot, must be called on every process.
     """
 
     def on_step(self, trainer: "Trainer", state: TrainState) -> None:
@@ -97,36 +99,51 @@ class EarlyStopping(Callback):
             )
 
 
-class Callbacks(Callback):
-    """Several callbacks as one."""
+Hook = Callable[[Callback], None]
 
-    def __init__(self, several: Sequence[Callback]):
-        self.several = tuple(several)
+
+class Callbacks(Callback):
+    """Several callbacks as one. Processes may have different ones, or some of them none."""
+
+    def __init__(self, several: Sequence[Callback], shards: Shards = ONE_PROCESS):
+        """Made by all processes at once."""
+        self.several, self.shards = tuple(several), shards
+        self.anywhere = bool(shards.control.largest(len(self.several)))
 
     def on_step(self, trainer: "Trainer", state: TrainState) -> None:
-        self._call(trainer, state, lambda one: one.on_step(trainer, state))
+        self._call(_ending(trainer, state, lambda one: one.on_step(trainer, state)), state)
 
     def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
-        self._call(trainer, state, lambda one: one.on_log(trainer, state, line))
+        self._call(_ending(trainer, state, lambda one: one.on_log(trainer, state, line)), state)
 
     def on_checkpoint(self, trainer: "Trainer", state: TrainState) -> None:
-        for one in self.several:
-            one.on_checkpoint(trainer, state)
+        self._call(lambda one: one.on_checkpoint(trainer, state), state)
 
     def on_end(self, trainer: "Trainer", sae: SAE) -> None:
-        for one in self.several:
-            one.on_end(trainer, sae)
+        self._call(lambda one: one.on_end(trainer, sae))
 
-    def _call(
-        self, trainer: "Trainer", state: TrainState, hook: Callable[[Callback], None]
-    ) -> None:
-        """Call a hook of each; the run ends if one of them asks for that."""
+    def _call(self, hook: Hook, state: TrainState | None = None) -> None:
+        """Call a hook of each. A run that one of them ended in some process has ended in all."""
         for one in self.several:
-            try:
+            with self.shards.apart():
                 hook(one)
-            except StopTraining as stop:
-                state.stopped = str(stop), trainer.plan.steps
-                trainer.say(f"ended early at step {state.step} of {trainer.plan.steps}: {stop}")
+        stopped = state and state.stopped
+        if self.anywhere and self.shards.together(stopped is not None) and state is not None:
+            state.stopped = next(filter(None, self.shards.all_of(stopped)))
+
+
+def _ending(trainer: "Trainer", state: TrainState, hook: Hook) -> Hook:
+    """A hook that may end the run."""
+
+    def call(one: Callback) -> None:
+        try:
+            hook(one)
+        except StopTraining as stop:
+            state.stopped = str(stop), trainer.plan.steps
+            of = f"{trainer.name}: " if trainer.name else ""
+            trainer.say(f"{of}ended early at step {state.step} of {trainer.plan.steps}: {stop}")
+
+    return call
 
 
 def callbacks_of(

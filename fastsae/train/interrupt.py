@@ -35,6 +35,11 @@ class Interrupts:
                 self._previous[self.HANGUP] = signal.signal(self.HANGUP, self._note)
         return self
 
+    def noted(self) -> int | None:
+        """`signum`, also of a signal that came while the thread waited outside Python: its handler
+        runs when the next function is called."""
+        return self.signum
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = self.signum or signum
         if signum in self.SIGNALS:

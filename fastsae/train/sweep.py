@@ -16,7 +16,7 @@ from fastsae.codes import Codes
 from fastsae.config import to_dict
 from fastsae.data import Batch, Stream, as_source
 from fastsae.files import read_json, shown, write_json
-from fastsae.meeting import on_first
+from fastsae.meeting import everywhere, on_first
 from fastsae.memory import keep_freed_memory
 from fastsae.nn import SAE
 from fastsae.progress import printable, progress_bar, shows_bars
@@ -32,7 +32,7 @@ from .log import Log
 from .run_folder import claimed_run, resolved
 from .stacked import Stack, stacks
 from .state import TrainState
-from .together import check_same_run, latest, take_together
+from .together import check_same_run, latest, take_together, wait_for_groups
 from .trainer import Trainer
 
 FORMAT = "fastsae.sweep.1"
@@ -48,7 +48,8 @@ class Sweep:
     `out` then holds a run's folder for each, comparison.json and, with matplotlib, comparison.png.
     With `shards`, a `fastsae.distributed.Mesh`, the processes share the SAEs out: each is trained
     by one process, or by those of `group`, which is a `shards.part(data, latent)`, and the others
-    are not waited for. Process 0 compares them at the end.
+    are not waited for. Each group makes the rows of a stream for itself. Process 0 compares the
+    SAEs at the end.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class Sweep:
     ):
         """Configs by name; their `out` becomes the folder of that name, and their data come in the
         order of the first one's seed. ValueError unless there are some, as many as groups, and they
-        share SHARED and have no patience. Without `progress`, nothing but warnings is shown on
-        stderr."""
+        share SHARED. With patience, an SAE may end before the others. Without `progress`, nothing
+        but warnings is shown on stderr."""
         check_together(configs)
         check_groups(len(configs), shards.size, group.size)
         first = next(iter(configs.values()))
@@ -76,20 +77,28 @@ class Sweep:
             for name, config in configs.items()
         }
         """Of all SAEs; `trainers` are those of this process."""
-        self.trainers: dict[str, Trainer] = {}
-        for name in [*configs][shards.rank // group.size :: shards.size // group.size]:
-            own, config = source, self.configs[name]
-            if isinstance(source, Stream) and config.stream is not None:
-                own = source.select(*config.hookpoints)
-            self.trainers[name] = Trainer(config, own, progress=self.progress, shards=group)
-        self.first = next(iter(self.trainers))
+        names = [*configs][shards.rank // group.size :: shards.size // group.size]
+        self.trainers = everywhere(shards, lambda: {name: self._trainer(name) for name in names})
+        self.first = names[0]
+
+    def _trainer(self, name: str) -> Trainer:
+        source, config = self.source, self.configs[name]
+        if isinstance(source, Stream) and config.stream is not None:
+            source = source.select(*config.hookpoints)
+        trainer = Trainer(config, source, progress=self.progress, shards=self.group)
+        trainer.name = name
+        return trainer
 
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
         keep_freed_memory()
         settled = {"settings": self.configs, "--resume": resume}
-        check_same_run(self.shards, settled, self.source, seed=0)
-        check_fits([trainer.forecast for trainer in self.trainers.values()])
+        own_model = isinstance(self.source, Stream)  # of each group, and may round differently
+        check_same_run(self.shards, settled, self.source, None if own_model else 0)
+        if own_model:
+            check_same_run(self.group, {}, self.source, seed=0)
+        forecasts = [trainer.forecast for trainer in self.trainers.values()]
+        everywhere(self.shards, lambda: check_fits(forecasts))
         with claimed_run(self.out, self.shards), ExitStack() as stack:
             if not resume:
                 for first, *_ in self.sites:
@@ -108,9 +117,10 @@ class Sweep:
                 trainer.say(f"{name}: {describe(trainer, states[name].sae)}")
             self.loop(states, logs, interrupts)
             if isinstance(self.source, Stream):
-                self.trainers[self.first].say(self.source.report(states[self.first].tokens))
+                drawn = max(state.tokens for state in states.values())
+                self.trainers[self.first].say(self.source.report(drawn))
             saes = {name: t.finish(states[name]) for name, t in self.trainers.items()}
-            self.shards.all_of(None)  # the others may have more to do
+            wait_for_groups(self.shards, interrupts, self.out)
             on_first(self.shards, lambda: compare(self.out, [*self.configs]))
         return saes
 
@@ -131,31 +141,36 @@ class Sweep:
     def loop(
         self, states: dict[str, TrainState], logs: dict[str, Log], interrupts: Interrupts
     ) -> None:
-        """Take every batch to every SAE that has not had it yet."""
-        # The run that is furthest behind takes the batches.
+        """Take every batch to every SAE that has not had it yet and has not ended."""
+        # Of the runs that continue, the one that is furthest behind takes the batches.
         runs = sorted(
             ((self.trainers[name], state) for name, state in states.items()),
-            key=lambda run: run[1].step,
+            key=lambda run: (run[0].ended(run[1]), run[1].step),
         )
         trainer, state = runs[0]
-        steps, every = trainer.plan.steps, trainer.config.log_every
+        step, steps, every = state.step, trainer.plan.steps, trainer.config.log_every
         shared = [stacks({n: self.trainers[n] for n in names}, states) for names in self.sites]
-        bar = progress_bar("sweep", "step", steps, state.step, shown=self.progress)
+        bar = progress_bar("sweep", "step", steps, step, shown=self.progress)
         with trainer.batches(state, self.source) as batches, bar:
-            while state.step < steps:
-                batch, step = take_together(runs, batches, interrupts, self.out), state.step
+            while left := [run for run in runs if not run[0].ended(run[1])]:
+                batch = take_together(left, batches, interrupts, self.out)
+                due = {
+                    name
+                    for name, own in states.items()
+                    if own.step == step and not self.trainers[name].ended(own)
+                }
                 for names, stacked in zip(self.sites, shared, strict=True):
-                    due = [name for name in names if states[name].step == step]
-                    if due:
-                        self.advance(due, stacked, batch, states, logs)
+                    if here := [name for name in names if name in due]:
+                        self.advance(here, stacked, batch, states, logs)
+                step += 1
                 bar.update()
-                if state.step % every == 0 or state.step == steps:
+                if step % every == 0 or step == steps:
                     lines = {name: log.last["fvu"] for name, log in logs.items() if log.last}
                     best = min(lines, key=lambda name: lines[name])
                     text = f"best FVU {lines[best]:.4f} ({printable(best, 60)})"
                     bar.set_postfix_str(text)
                     if not shows_bars():
-                        trainer.say(f"step {state.step}/{steps}  {text}")
+                        trainer.say(f"step {step}/{steps}  {text}")
 
     @property
     def sites(self) -> list[list[str]]:
@@ -180,7 +195,9 @@ class Sweep:
             batch = batch._replace(x=x)
         batch, start = first.standardized(batch, states[names[0]]), time.perf_counter()
         for stack in shared:
-            codes |= stack.encode(batch.x)
+            if not stack.states.keys().isdisjoint(names):
+                codes |= stack.encode(batch.x)
+        codes = {name: own for name, own in codes.items() if name in names}
         share = (time.perf_counter() - start) / max(len(codes), 1)
         for name in names:
             start = time.perf_counter() - (share if name in codes else 0.0)
@@ -201,8 +218,6 @@ def check_together(configs: dict[str, TrainConfig]) -> None:
             one, two = shared(first, name), shared(other, name)
             if one != two:
                 raise ValueError(f"all SAEs of a sweep must share {name}, got {one} and {two}")
-    if any(config.patience is not None for config in configs.values()):
-        raise ValueError("patience must be none where several SAEs train on the same tokens")
 
 
 def check_groups(saes: int, processes: int, group: int) -> None:

@@ -28,16 +28,19 @@ Run = tuple["Trainer", TrainState]
 
 
 def check_same_run(
-    shards: Shards, settings: Mapping[str, object], source: ActivationSource, seed: int
+    shards: Shards, settings: Mapping[str, object], source: ActivationSource, seed: int | None
 ) -> None:
-    """ValueError, naming what differs, unless all processes make the same run on the same data."""
+    """ValueError, naming what differs, unless all processes make the same run on the same data. A
+    sample of the activations is compared if there is a seed for it."""
     if shards.size == 1:
         return
     parts = {
         **{name: repr(value).encode("utf-8", "replace") for name, value in settings.items()},
         "data": source.fingerprint.encode(),
-        "the activations of a sample": source.sample(SAMPLE_TOKENS, seed).numpy().tobytes(),
     }
+    if seed is not None:
+        sample = source.sample(SAMPLE_TOKENS, seed)
+        parts["the activations of a sample"] = sample.numpy().tobytes()
     digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
     for rank, others in enumerate(shards.all_of(digests)):
         if differ := [name for name, digest in digests.items() if others[name] != digest]:
@@ -84,16 +87,22 @@ def take_together(
     if news:
         for one, own in runs:
             one.save(own)
-        raise Interrupted(
-            news,
-            f"stopped at step {state.step} of {trainer.plan.steps}, saved; "
-            f"continue with --resume --out {out}",
-        )
+        raise stopped(news, f"at step {state.step} of {trainer.plan.steps}", out)
     assert batch is not None, "without a signal there is a batch"
     return batch
 
 
-def end_together(shards: Shards, state: TrainState) -> None:
-    """A run that a callback ended in one process has ended in all."""
-    if shards.control.largest(state.stopped is not None):
-        state.stopped = next(filter(None, shards.all_of(state.stopped)))
+def stopped(signum: int, when: str, out: Path) -> Interrupted:
+    """The end of runs in `out` that a signal stopped, once they are saved."""
+    return Interrupted(signum, f"stopped {when}, saved; continue with --resume --out {out}")
+
+
+def wait_for_groups(shards: Shards, interrupts: Interrupts, out: Path) -> None:
+    """Return once all processes have trained their SAEs of the sweep in `out`. If others end before
+    that, it is `Interrupted` where a signal has come to this process, and a RuntimeError if not."""
+    try:
+        shards.all_of(None)
+    except RuntimeError:
+        if signum := interrupts.noted():
+            raise stopped(signum, "before other processes had trained their SAEs", out) from None
+        raise

@@ -14,7 +14,7 @@ from fastsae.data.source import Shuffled
 from fastsae.device import tf32_products
 from fastsae.distributed.parallelize import parallelize, per_latent
 from fastsae.losses import TrainingLoss
-from fastsae.meeting import on_first
+from fastsae.meeting import everywhere, on_first
 from fastsae.memory import keep_freed_memory, release_freed_memory
 from fastsae.nn import SAE, init_from_data
 from fastsae.progress import say
@@ -41,7 +41,7 @@ from .standardization import Standardization, replace_rows
 from .start_from import check_same_form, copy_weights_
 from .state import TrainState, names_per_latent
 from .step import autograd_step, candidate_recall, fused_step
-from .together import check_same_run, end_together, latest, take_together
+from .together import check_same_run, latest, take_together
 
 
 class Trainer:
@@ -78,13 +78,14 @@ class Trainer:
         check_evaluable(source)
         if isinstance(source, Stream):
             source.divide(shards)
-        self.callbacks = Callbacks(callbacks_of(config, source, callbacks))
+        self.callbacks = Callbacks(callbacks_of(config, source, callbacks), shards)
         self.loggers = Loggers([] if shards.rank else loggers_of(config, loggers))
         self.progress = progress and shards.rank == 0
+        self.name = ""
+        """Of the SAE in a sweep."""
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)
-        check_batch(config.batch_size, source.n_tokens, source.d_in)
-        self.plan = Plan.of(config, self.columns.width_out, source.n_tokens, shards.latent)
+        self.plan = everywhere(shards, self._planned)  # memory and packages may differ
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
         self.memory: MemoryMeter | None = None
@@ -98,8 +99,14 @@ class Trainer:
             with torch.device("meta"):
                 check_same_form(self.columns.build(config), start_from)
 
+    def _planned(self) -> Plan:
+        source = self.source
+        check_batch(self.config.batch_size, source.n_tokens, source.d_in)
+        return Plan.of(self.config, self.columns.width_out, source.n_tokens, self.shards.latent)
+
     def fit(self, resume: bool = False) -> SAE:
-        """Train to the last step and return the SAE, on the CPU, for activations as they are.
+        """Train to the last step and return the SAE, on the CPU, for activations as they are. Where
+        processes divide the latents, it has this one's, and all must call it at once.
 
         Raises ValueError for a folder that holds another run, for data that does not fit, and for
         NaN or Inf in data or loss; `Interrupted` after SIGINT, SIGTERM or SIGHUP, once saved.
@@ -108,7 +115,7 @@ class Trainer:
         keep_freed_memory()
         settled = {"settings": config, "what follows from them": self.plan, "--resume": resume}
         check_same_run(self.shards, settled, self.source, config.seed)
-        check_fits([self.forecast])
+        everywhere(self.shards, lambda: check_fits([self.forecast]))
         self.memory = MemoryMeter(self.device)
         with claimed_run(config.out, self.shards):
             state = self.start(resume, latest([self])[0] if resume else None)
@@ -239,8 +246,6 @@ class Trainer:
         state.seconds += time.perf_counter() - start
 
         self.callbacks.on_step(self, state)
-        if self.callbacks.several:
-            end_together(self.shards, state)
         logs = config.log_every, config.eval_every or config.log_every
         logged, saved = (
             self.ended(state) or not all(state.step % every for every in due)
@@ -257,8 +262,6 @@ class Trainer:
             line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
             log.write(line)
-            if self.callbacks.several:
-                end_together(self.shards, state)
         log.advance()
         if self.ended(state) or saved:
             self.save(state)
@@ -335,6 +338,8 @@ class Trainer:
         state.adam.flush()
         sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
         write_results(self, state, sae)
+        if self.shards.latent == 1:  # whole, it needs no other process from here on
+            sae.shards = sae.activation.shards = ONE_PROCESS
         self.callbacks.on_end(self, sae.cpu())
         self.loggers.finish(self.config.out)
         return sae

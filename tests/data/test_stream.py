@@ -195,7 +195,6 @@ def test_from_python(gpt2: Path, tmp_path: Path):
         (["--layers", "transformer.h.1.mlp.c_fc"], "layers must have one width, got [24, 96]"),
         (["--data", "acts"], "give either data or a model, got both"),
         (["--steps", "none"], "steps must be given with a model"),
-        (["--hookpoint", "*.h.2", "--eval-every", "5", "--patience", "1"], "patience must be none"),
         (["--dtype", "float16"], "unknown option --dtype; did you mean --model-dtype?"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from fastsae.data import ModelProducer, Stream
 from fastsae.distributed import Mesh
 from fastsae.shards import ONE_PROCESS, Shards
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import Sweep, TrainConfig, Trainer
+from tests.distributed.processes import as_started
 from tests.distributed.rounding import results
 from tests.distributed.test_trainer import config
 from tests.evals.conftest import gpt2 as gpt2
@@ -65,17 +66,54 @@ def test_every_process_gets_the_batches_of_one(processes, gpt2):
         torch.testing.assert_close(x, torch.cat([b.x for b in expected]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [(2, 2)], ids=str)
-def test_a_streamed_run_of_a_mesh_is_that_of_one_process(processes, gpt2, tmp_path, axes):
-    one, many = (config(None, tmp_path / n, **STREAM) for n in ("one", "many"))
-    alone = fit(ONE_PROCESS, one, gpt2)
-    shares = processes.run(axes, fit, many, gpt2)
-    (weights, lines), (found, found_lines) = results(one.out), results(many.out)
+@pytest.fixture(scope="module")
+def alone(gpt2, tmp_path_factory) -> tuple[Path, float]:
+    """A run of one process, and the windows that it ran the model on."""
+    out = tmp_path_factory.mktemp("stream") / "one"
+    return out, fit(ONE_PROCESS, config(None, out, **STREAM), gpt2)
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    (weights, lines), (others, other_lines) = results(expected), results(found)
     for name, weight in weights.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4, msg=name)
-    for line, other in zip(lines, found_lines, strict=True):
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    for line, other in zip(lines, other_lines, strict=True):
         assert other["fvu"] == pytest.approx(line["fvu"], rel=1e-3)
-    assert max(shares) < 0.5 * alone, "the model's work is divided"
+
+
+@pytest.mark.parametrize("axes", [(2, 2)], ids=str)
+def test_a_streamed_run_of_a_mesh_is_that_of_one_process(processes, alone, gpt2, tmp_path, axes):
+    shares = processes.run(axes, fit, config(None, tmp_path / "many", **STREAM), gpt2)
+    assert_close(tmp_path / "many", alone[0])
+    assert max(shares) < 0.5 * alone[1], "the model's work is divided"
+
+
+def sweep(shards: Shards, axes: tuple[int, int], out: Path, folder: Path) -> list[str]:
+    """The SAEs of a sweep that this process trains, with others on a mesh of these axes."""
+    configs = {f"k{k}": config(None, out, **STREAM, k=k) for k in (2, 4, 3)}
+    source, group = stream(folder), shards.part(*axes)
+    return [*Sweep(configs, source, out, False, shards, group).fit()]
+
+
+@pytest.mark.parametrize("axes", [(1, 1), (1, 2)], ids=str)
+def test_each_group_of_a_sweep_makes_the_stream_for_itself(processes, alone, gpt2, tmp_path, axes):
+    trained = processes.run((2, axes[1]), sweep, axes, tmp_path / "sweep", gpt2)
+    assert trained[0] == ["k2", "k3"] and trained[-1] == ["k4"]
+    assert_close(tmp_path / "sweep" / "k4", alone[0])
+    if axes == (1, 1):
+        one, other = (results(out)[0] for out in (tmp_path / "sweep" / "k4", alone[0]))
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_the_command_shares_out_the_saes_of_a_stream(processes, gpt2, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    options = ["--hookpoint=transformer.h.[01]", "--context-length=24", "--buffer-tokens=400"]
+    options += ["--d-sae=32", "--batch-size=48", "--steps=4", f"--text={tmp_path / 'text.txt'}"]
+    out = tmp_path / "sweep"
+    texts = as_started(processes, 2, "sweep", "topk:k=4", "--model", gpt2, *options, "--out", out)
+    assert not texts[1]
+    for name in ("transformer.h.0-topk-k=4", "transformer.h.1-topk-k=4"):
+        assert name in texts[0] and (out / name / "sae" / "sae.safetensors").exists()
 
 
 def breaks(shards: Shards, config: TrainConfig, folder: Path) -> str:

@@ -79,15 +79,21 @@ def test_groups_train_what_one_process_trains(processes, alone, activations, tmp
 
 
 def stop_a_group(mesh: Mesh, data: Path, out: Path) -> str:
-    """How a sweep ends in which SIGTERM comes to the last process alone, before its sixth step."""
-    take = Trainer.take
+    """How a sweep ends in which SIGTERM comes to the last process, before its sixth step, and to
+    the first one, after its last step. The others do not get it."""
+    take, finish = Trainer.take, Trainer.finish
 
     def signalled(self: Trainer, batches: Any, state: Any, interrupts: Any) -> Any:
         if state.step == 5 and mesh.rank == mesh.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, batches, state, interrupts)
 
-    with patch.object(Trainer, "take", signalled):
+    def signalled_later(self: Trainer, state: Any) -> Any:
+        if mesh.rank == 0 and self.config.out.name == "k2":  # once: a second signal kills
+            os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self, state)
+
+    with patch.multiple(Trainer, take=signalled, finish=signalled_later):
         try:
             sweep(mesh, (1, 2), data, out)
         except (Interrupted, RuntimeError) as end:
@@ -100,11 +106,14 @@ def test_a_group_stops_alone_and_others_resume_the_sweep(
     processes, alone, activations, tmp_path, axes
 ):
     """Those that the first group has finished wait for the others."""
-    *first, third, fourth = processes.run((1, 4), stop_a_group, activations, tmp_path / "many")
-    assert third == fourth and third.startswith("Interrupted: stopped at step 5 of 12, saved")
-    assert all(text.startswith("RuntimeError") for text in first), "they notice at the end"
-    processes.run(axes, sweep, axes, activations, tmp_path / "many", True)
-    assert_same(tmp_path / "many", *alone)
+    out = tmp_path / "many"
+    first, second, *others = processes.run((1, 4), stop_a_group, activations, out)
+    left = f"saved; continue with --resume --out {out}"
+    assert others == [f"Interrupted: stopped at step 5 of 12, {left}"] * 2
+    assert first == f"Interrupted: stopped before other processes had trained their SAEs, {left}"
+    assert second.startswith("RuntimeError"), "without a signal, it notices at the end"
+    processes.run(axes, sweep, axes, activations, out, True)
+    assert_same(out, *alone)
 
 
 def test_processes_that_cannot_share_the_saes_out_are_refused():

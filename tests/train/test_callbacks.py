@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import fastsae
 from fastsae.checkpoint import load_checkpoint
 from fastsae.data import ActivationShards, ShardWriter, Synthetic
 from fastsae.evals import reconstruction
+from fastsae.files import read_json
 from fastsae.train import Callback, EarlyStopping, StopTraining, Sweep, Trainer
 from fastsae.train.callbacks import HELDOUT_TOKENS
 from fastsae.train.curves import PANELS, plot_curves
@@ -103,9 +105,31 @@ def test_the_saes_of_a_sweep_are_evaluated_too(config, data, tmp_path, monkeypat
         (*_, last) = read_lines(tmp_path / "7" / name / "metrics.jsonl")
         heldout = source.heldout or source
         assert last["heldout_fvu"] == reconstruction(sae, heldout, pc_ranks=()).fvu
-    patient = {"k2": config(eval_every=7, patience=1)}
-    with pytest.raises(ValueError, match="patience must be none where several SAEs"):
-        Sweep(patient, source, tmp_path / "patient")
+
+
+def test_an_sae_of_a_sweep_may_end_before_the_others(config, data, tmp_path, monkeypatch, capsys):
+    """Its batches go to the other alone. Resumed before or after that, no bit is another."""
+    monkeypatch.setattr("fastsae.train.comparison._plot", lambda *arguments: None)
+    every = {"eval_every": 2, "checkpoint_every": 3, "steps": 10}
+    saes = {"stuck": {"patience": 1, "lr": 1e-30}, "k2": {"k": 2}}
+    configs = {name: config(**every, **own) for name, own in saes.items()}
+
+    def fit(out: Path, source: ActivationShards, resume: bool = False) -> None:
+        Sweep(configs, source, tmp_path / out).fit(resume)
+
+    fit(Path("whole"), ActivationShards(data))
+    assert "stuck: ended early at step" in capsys.readouterr().err
+    for left in (2, 8):
+        out = Path(f"stopped at {left}")
+        with pytest.raises(Stop):
+            fit(out, StoppingShards(data, left))
+        fit(out, ActivationShards(data), resume=True)
+        for name, own in configs.items():
+            one, two = (replace(own, out=tmp_path / o / name) for o in (Path("whole"), out))
+            assert weights(one) == weights(two) and lines_of(one) == lines_of(two)
+    stuck, other = (read_json(tmp_path / "whole" / name / "summary.json") for name in configs)
+    assert "ended_early" in stuck and stuck["tokens"] < 1600
+    assert "ended_early" not in other and other["tokens"] == 2000
 
 
 class Recorder(Callback):

@@ -197,9 +197,8 @@ def test_words_without_effect_are_refused(words, message):
 
 
 def test_what_does_not_go_together_is_refused_before_data_are_opened():
-    for words in (["topk:k=2,patience=1"], ["topk:k=2", "topk:k=4", "--patience", "1"]):
-        with pytest.raises(ValueError, match="patience must be none where several SAEs train"):
-            main([*words, "--eval-every", "5", "--data", "nowhere"])
+    with pytest.raises(ValueError, match="must share eval_every, got 5 and 6"):
+        main(["topk:k=2,eval-every=5", "topk:k=4,eval-every=6", "--data", "nowhere"])
 
 
 def test_a_damaged_checkpoint_takes_all_saes_back_to_the_one_before(configs, activations, tmp_path):

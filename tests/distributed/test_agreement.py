@@ -1,0 +1,90 @@
+"""What processes of a mesh decide together, although it may look different to each."""
+
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from fastsae.evals import reconstruction
+from fastsae.files import read_json
+from fastsae.shards import Shards
+from fastsae.train import Callback, Sweep, TrainConfig, Trainer, forecast
+from fastsae.train.state import TrainState
+from tests.distributed.test_trainer import config, fit, source_of
+from tests.train.conftest import activations as activations
+
+
+class Evaluation(Callback):
+    """Evaluates the SAE in one hook."""
+
+    def __init__(self, hook: str):
+        def act(trainer: Trainer, state: TrainState, *_: Any) -> None:
+            if hook == "on_step":
+                state.sae(torch.zeros(3, 16))
+            else:
+                reconstruction(trainer.snapshot(state), source_of(trainer.config))
+
+        setattr(self, hook, act)
+
+
+def evaluate_alone(shards: Shards, config: TrainConfig) -> list[str]:
+    """The errors of runs in which a callback of one process evaluates, and the others do not."""
+    found = []
+    for n, (hook, rank, every) in enumerate(
+        [("on_log", 1, None), ("on_log", 0, 4), ("on_checkpoint", 0, None), ("on_step", 0, None)]
+    ):
+        if hook == "on_step" and shards.latent == 1:
+            continue  # the SAE is whole
+        run = replace(config, out=config.out / str(n), eval_every=every)
+        callbacks = [Evaluation(hook)] if shards.rank == rank else []
+        trainer = Trainer(run, source_of(run), None, callbacks, False, shards)
+        with pytest.raises(ValueError) as refusal:
+            trainer.fit()
+        found.append(f"{hook} {rank}: {refusal.value}")
+    return found
+
+
+@pytest.mark.parametrize("axes", [(2, 1), (1, 2)], ids=str)
+def test_what_only_some_processes_call_is_an_error_on_all(processes, activations, tmp_path, axes):
+    text = "processes [{}] call in a callback what all must call at once, such as an evaluation"
+    for found in processes.run(axes, evaluate_alone, config(activations, tmp_path)):
+        assert len(found) == 2 + axes[1]
+        for error in found:
+            assert text.format(error.split()[1][0]) in error
+
+
+def evaluate_everywhere(shards: Shards, config: TrainConfig) -> tuple[float, float]:
+    """The errors of the SAE that process 0 alone evaluates at the end, and of the whole run."""
+    callbacks = [Evaluation("on_log"), Evaluation("on_step")]
+    trainer = Trainer(config, source_of(config), None, callbacks, False, shards)
+    sae = trainer.fit()
+    fvu = 0.0 if shards.rank else reconstruction(sae, source_of(config)).fvu
+    return fvu, read_json(config.out / "summary.json")["fvu"]
+
+
+def test_callbacks_may_evaluate_on_all_processes(processes, activations, tmp_path):
+    """And a whole SAE is anyone's once the run is over."""
+    run = config(activations, tmp_path)
+    (own, fvu), _ = processes.run((2, 1), evaluate_everywhere, run)
+    assert own == pytest.approx(fvu, rel=1e-9)
+
+
+def refuse_for_memory(shards: Shards, config: TrainConfig) -> tuple[str, str]:
+    """The errors of a run and a sweep for which process 1 alone has too little memory."""
+    left = 1000 if shards.rank == 1 else 1 << 40
+    with patch.object(forecast, "memory_left", lambda *_: left):
+        with pytest.raises(ValueError) as one:
+            fit(shards, config)
+        sweep = Sweep({"a": config, "b": config}, source_of(config), config.out, False, shards)
+        with pytest.raises(ValueError) as two:
+            sweep.fit()
+    return str(one.value), str(two.value)
+
+
+def test_memory_that_one_process_lacks_is_an_error_on_all(processes, activations, tmp_path):
+    first, second = processes.run((1, 2), refuse_for_memory, config(activations, tmp_path / "run"))
+    for other, own in zip(first, second, strict=True):
+        assert "of the 1 kB that this machine" in own and other == f"process 1: {own}"
+    assert not (tmp_path / "run").exists()
