@@ -35,6 +35,9 @@ SCATTERED = 0.75
 """Fraction of the pre-activations' memory that they need again (fitted): other tensors lie where
 they were in the last step."""
 
+REVIVED = 10
+"""Copies of a batch that the aux-k loss of a few dead latents takes (fitted)."""
+
 INITIALIZED, SAMPLES = 3, 4
 """Copies of the weights, and of the sample of the data, during initialization (fitted)."""
 
@@ -108,6 +111,8 @@ def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
         "batches": batch_bytes(w),
         "pre-activations": pre_bytes(w, gpu_bytes),
     }
+    if w.auxk and not w.gpu:
+        step["aux-k loss"] = REVIVED * FLOAT * w.tokens * w.d_out
     step |= {"codes and errors": code_bytes(w)} if w.fused else {"gradients": gradient_bytes(w)}
     return Memory(state_bytes(w), step, start_bytes(w), end_bytes(w, gpu_bytes))
 

@@ -27,6 +27,7 @@ from fastsae.estimate import (
 )
 from fastsae.memory import (
     anonymous_memory,
+    keep_freed_memory,
     memory_left,
     release_freed_memory,
 )
@@ -84,6 +85,7 @@ def workload_of(
         row_second=optimizer.adam_second == "row",
         window=optimizer.adam_window,
         ema=optimizer.ema is not None,
+        auxk=config.objective.auxk_coef > 0 and plan.dead_after < plan.steps * config.batch_size,
         checkpoints=config.keep_checkpoints,
         streamed=config.stream is not None,
         axes=axes or Axes(),
@@ -137,6 +139,7 @@ def timed(found: Forecast) -> Forecast:
     w = found.workload
     if w.gpu or not w.fused or w.streamed or w.axes.size > 1 or not found.fits:
         return found
+    keep_freed_memory()  # as the run does: fresh pages would take time
     seconds = cpu_step_seconds(w)
     release_freed_memory()  # the run's own is measured beyond what there is before
     return replace(found, seconds=seconds, how="from this machine's speed")
