@@ -54,18 +54,10 @@ def available_memory(root: Path = Path("/")) -> int:
     return min([1024 * int(kb) for kb in left] + [int(n) for n in limits], default=sys.maxsize)
 
 
-def resident_memory() -> int | None:
-    """Bytes of this process that are in memory; None on other systems than Linux."""
-    return _status("VmRSS")
-
-
-def peak_memory() -> int | None:
-    """The most that resident_memory has been."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int | None:
-    found = _matches(Path("/proc/self/status"), rf"^{name}:\s+(\d+) kB")
+def anonymous_memory() -> int | None:
+    """Bytes in memory that only this process can free, without the pages of files, which Linux
+    drops when memory gets short; None on other systems."""
+    found = _matches(Path("/proc/self/status"), r"^RssAnon:\s+(\d+) kB")
     return 1024 * int(found[0]) if found else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastsae.data import open_path
+from fastsae.data import ActivationShards, open_path
 from fastsae.data.demo import DEMO_TOKENS, DEMO_WIDTH
 from fastsae.data.shards import WINDOW_BYTES
 from fastsae.distributed import Axes
@@ -26,7 +26,7 @@ from fastsae.estimate import (
     refusal,
 )
 from fastsae.train import TrainConfig
-from fastsae.train.forecast import this_machine, timed, workload_of
+from fastsae.train.forecast import this_machine, timed, window_bytes, workload_of
 from fastsae.train.plan import Plan, precision_on
 from fastsae.train.probe import PROBED_STEPS, probe
 
@@ -109,6 +109,8 @@ class Data(NamedTuple):
 
     d_in: int
     tokens: int | None
+    item_bytes: int = 4
+    """Of a number on disk; those of joined sources are in fp32 in memory."""
 
 
 def main(words: Sequence[str]) -> str:
@@ -135,7 +137,7 @@ def planned(command: PlanRun) -> Forecast:
     plan, machine = resolved(command, d_out, data.tokens, axes)
     workload = workload_of(config, plan, width, d_out, axes)
     if not workload.streamed:
-        loaded = min(WINDOW_BYTES, 4 * (data.tokens or WINDOW_BYTES) * workload.row_width)
+        loaded = window_bytes(data.tokens or WINDOW_BYTES, data.item_bytes * workload.row_width)
         workload = dataclasses.replace(workload, loaded=loaded)
     found = forecast(workload, machine)
     if not command.probe or not found.fits:
@@ -153,9 +155,12 @@ def data_of(command: PlanRun) -> Data:
     if config.stream is not None or command.d_in is not None:
         return Data(command.d_in or 0, command.tokens)
     if config.data is None:
-        return Data(DEMO_WIDTH, command.tokens or DEMO_TOKENS)
+        return Data(DEMO_WIDTH, command.tokens or DEMO_TOKENS, 2)
     source = open_path(config.data)
-    return Data(source.d_in, command.tokens or source.n_tokens)
+    item_bytes = 4
+    if isinstance(source, ActivationShards) and config.target is None and not config.layers:
+        item_bytes = source.row_bytes // source.d_in
+    return Data(source.d_in, command.tokens or source.n_tokens, item_bytes)
 
 
 def plan_on(gpu: Gpu, config: TrainConfig, d_out: int, tokens: int | None, axes: Axes) -> Plan:

@@ -70,10 +70,10 @@ def _model_folder() -> Path:
 
 def _sources(library: Path) -> list[str]:
     """The library's modules, without tests and tables, in an order that mixes packages."""
-    names = [path.relative_to(library) for path in library.rglob("*.py")]
-    kept = [
-        name.as_posix()
-        for name in names
-        if NOT_SOURCES.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata")
-    ]
+    kept = []
+    for folder, folders, files in os.walk(library):
+        folders[:] = {*folders} - NOT_SOURCES  # site-packages alone may hold 10,000 files
+        inside = Path(folder).relative_to(library)
+        names = [name for name in files if name.endswith(".py")]
+        kept += [(inside / n).as_posix() for n in names if not n.startswith("_sysconfigdata")]
     return sorted(kept, key=lambda name: (hashlib.sha256(name.encode()).digest(), name))

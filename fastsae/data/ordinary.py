@@ -5,6 +5,7 @@ others (attention sinks, arXiv:2309.17453). Those would dominate a mean, a mean 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 SAMPLE_TOKENS = 8192
 """Tokens from which the ordinary ones are found."""
+
+ROWS, COLUMNS = 1024, 64
+"""Part of a sample of which a copy in float64 exists at a time."""
 
 MAX_NORM_RATIO = 10.0
 """By default, ordinary tokens are at most this many times as far from the mean as the median."""
@@ -33,7 +37,8 @@ class Ordinary(NamedTuple):
         """From a sample of tokens."""
         ratio = math.inf if max_norm_ratio is None else max_norm_ratio
         ordinary, _ = near(sample, sample.median(0).values, ratio)
-        mean = sample[ordinary].double().mean(0).to(sample)
+        columns = sample[ordinary].split(COLUMNS, dim=1)
+        mean = torch.cat([part.double().mean(0) for part in columns]).to(sample)
         ordinary, limit = near(sample, mean, ratio)
         spread = float(distances(sample[ordinary], mean).square().mean().sqrt())
         return cls(mean, spread, limit)
@@ -49,7 +54,8 @@ class Ordinary(NamedTuple):
 
 
 def distances(x: Float[Tensor, "N D"], center: Float[Tensor, " D"]) -> Float64[Tensor, " N"]:
-    return torch.linalg.vector_norm(x - center, dim=1, dtype=torch.float64)
+    norm = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float64)
+    return torch.cat([norm(part - center) for part in x.split(ROWS)])
 
 
 def near(

@@ -57,7 +57,8 @@ class ActivationShards(Shuffled):
                 )
         self.d_in = int(first.array.shape[1])
         self.dtype = first.dtype
-        self._row_bytes = self.d_in * first.array.itemsize
+        self.row_bytes = self.d_in * first.array.itemsize
+        """Bytes of a row on disk."""
         self._starts = np.cumsum([0, *(len(file.activations.array) for file in self._files)])
         self.n_tokens = int(self._starts[-1])
         if not self.n_tokens or not self.d_in:
@@ -124,7 +125,7 @@ class ActivationShards(Shuffled):
 
     def shuffled(self, seed: int) -> tuple[Shuffle, Load]:
         """The order depends on `seed` and the epoch only."""
-        order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // self._row_bytes)
+        order = Shuffle(self.n_tokens, seed, WINDOW_BYTES // self.row_bytes)
         size = min(order.window_rows, self.n_tokens)
         buffer = np.empty((size, self.d_in), self._files[0].activations.array.dtype)
 

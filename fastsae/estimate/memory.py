@@ -1,8 +1,8 @@
 """Predicts a run's memory and disk space from its shapes.
 
-What a process keeps (weights, moments, copies, counters) is known to the byte. What a step, a
-checkpoint and the end of the run need on top is a formula of the tensors that exist at the same
-time, fitted to runs on CPUs: `python -m bench plan` compares the two.
+What a process keeps (weights, moments, copies, counters) is known to the byte. What initialization,
+a step and the end of the run need is a formula of the tensors that exist at the same time, with
+factors fitted to runs on CPUs: `python -m bench plan` compares the two.
 Sizes: N tokens, D widths, F latents of this process, K active latents per token.
 """
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastsae.data.ordinary import SAMPLE_TOKENS
 from fastsae_kernels._launch import buffer_bytes, rows_at_a_time
 from fastsae_kernels.product import cpu_product
 
@@ -18,9 +19,27 @@ from .workload import Workload
 FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
-EVALUATED, COPIES, BESIDES = 4096, 8, 46_000_000
-"""Tokens that are evaluated at a time, copies of them in float64 that exist at the same time, and
-bytes of all else on a CPU (fitted)."""
+EVALUATED = 1024
+"""Tokens that are evaluated at a time at the end of a run: their copies in float64 then take less
+memory than a step."""
+
+COPIES, COVARIANCES, BESIDES = 8, 6, 40_000_000
+"""Of evaluated tokens and of their covariances in float64 that exist at the same time, and bytes of
+all else on a CPU (fitted)."""
+
+LOADED = 5.4
+"""Batches in the loader's hands, ahead and in use, with what checking one takes (fitted): its
+thread frees nothing to other threads."""
+
+SCATTERED = 0.75
+"""Fraction of the pre-activations' memory that they need again (fitted): other tensors lie where
+they were in the last step."""
+
+REVIVED = 10
+"""Copies of a batch that the aux-k loss of a few dead latents takes (fitted)."""
+
+INITIALIZED, SAMPLES = 3, 4
+"""Copies of the weights, and of the sample of the data, during initialization (fitted)."""
 
 
 LOWER_BOUND = (
@@ -33,11 +52,13 @@ class Memory(NamedTuple):
     """Bytes on one device, or in one process on a CPU."""
 
     state: dict[str, int]
-    """What is there all the time."""
+    """What is there during all steps."""
     step: dict[str, int]
     """What a step needs on top."""
+    start: dict[str, int]
+    """What initialization needs, before there are moments."""
     end: dict[str, int]
-    """What exporting and evaluating the SAE needs at the end, on top of the state."""
+    """What exporting and evaluating the SAE needs, when there are no moments any more."""
 
     @property
     def kept(self) -> int:
@@ -51,8 +72,8 @@ class Memory(NamedTuple):
     @property
     def parts(self) -> dict[str, int]:
         """What adds up to the peak."""
-        on_top = max(self.step, self.end, key=lambda part: sum(part.values()))
-        return {**self.state, **on_top}
+        phases = self.state | self.step, self.start, self.end
+        return max(phases, key=lambda phase: sum(phase.values()))
 
 
 def state_bytes(w: Workload) -> dict[str, int]:
@@ -90,13 +111,15 @@ def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
         "batches": batch_bytes(w),
         "pre-activations": pre_bytes(w, gpu_bytes),
     }
+    if w.auxk and not w.gpu:
+        step["aux-k loss"] = REVIVED * FLOAT * w.tokens * w.d_out
     step |= {"codes and errors": code_bytes(w)} if w.fused else {"gradients": gradient_bytes(w)}
-    return Memory(state_bytes(w), step, end_bytes(w))
+    return Memory(state_bytes(w), step, start_bytes(w), end_bytes(w, gpu_bytes))
 
 
 def batch_bytes(w: Workload) -> int:
-    """Batches that are loaded ahead, the one that is trained on, and one in the loader's hands."""
-    return FLOAT * w.tokens * w.row_width * (1 if w.gpu else 4)
+    """Batches in all places at the same time."""
+    return int(FLOAT * w.tokens * w.row_width * (1 if w.gpu else LOADED))
 
 
 def data_bytes(w: Workload) -> int:
@@ -112,7 +135,8 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
         return min(budget, (LOW if w.low_encoder else FLOAT) * rows * w.own_latents)
     x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.precision == "bf16" else torch.float32)
     chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
-    return min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
+    size = min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
+    return int((1 + SCATTERED) * size)
 
 
 def code_bytes(w: Workload) -> int:
@@ -131,14 +155,29 @@ def gradient_bytes(w: Workload) -> int:
     return weights + weights // 2 + 4 * FLOAT * w.tokens * (w.d_in + w.d_out)
 
 
-def end_bytes(w: Workload) -> dict[str, int]:
-    """What SAELens' file is written from, what evaluation needs, and the last batches. The process
-    keeps what the export has freed, in pieces that evaluation finds no room in."""
-    evaluation = COPIES * INT * EVALUATED * w.d_out + 2 * INT * w.d_out**2
-    return {
+def start_bytes(w: Workload) -> dict[str, int]:
+    """Initialization, which is on a CPU."""
+    if w.gpu:
+        return {}
+    weights = state_bytes(w)["weights"]
+    sample = SAMPLES * FLOAT * SAMPLE_TOKENS * w.row_width
+    return {"weights": weights, "initialization": (INITIALIZED - 1) * weights + sample}
+
+
+def end_bytes(w: Workload, gpu_bytes: int | float) -> dict[str, int]:
+    """The weights, with what SAELens' file is written from or, after that, what evaluation needs.
+    The loader's memory is not released."""
+    width = w.d_out
+    evaluation = COPIES * INT * EVALUATED * width + COVARIANCES * INT * width**2
+    phases = {
         "export to SAELens": FLOAT * w.own_latents * w.d_in * (not w.gpu),
-        "evaluation": evaluation + BESIDES * (not w.gpu),
-        "last batches": batch_bytes(w) * 4 // 5,
+        "evaluation": evaluation + pre_bytes(w, gpu_bytes) + BESIDES * (not w.gpu),
+    }
+    last = max(phases, key=phases.__getitem__)
+    return {
+        "weights": state_bytes(w)["weights"],
+        "last batches": batch_bytes(w) * (not w.gpu),
+        last: phases[last],
     }
 
 

@@ -38,6 +38,8 @@ class Workload:
     """Steps that a row without gradient waits at most."""
     ema: bool = False
     """Whether an average of the weights is kept."""
+    auxk: bool = False
+    """Whether there may be dead latents, which the aux-k loss revives."""
     checkpoints: int = 2
     """Checkpoints that are kept."""
     loaded: int = 0

@@ -71,7 +71,8 @@ def auxk_gradients(
         with torch.enable_grad():
             c = c.detach().requires_grad_()
             error = auxk_error(c, r, (W_enc, b_enc, W_dec), k_aux, signed, shards, n_dead)
-        *gradients, d_centered = torch.autograd.grad(error, [*leaves, c], scale * weight)
+            weighted = error * (scale * weight)  # grad_outputs would make torch import sympy
+        *gradients, d_centered = torch.autograd.grad(weighted, [*leaves, c])
         loss += error.detach() * scale
         d_b_dec -= d_centered.sum(0, dtype=residual.dtype)
         for total, gradient in zip(sums, gradients, strict=True):

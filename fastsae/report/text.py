@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastsae.data import StoredActivations
 from fastsae.data.model import ModelFiles, load_tokenizer
 from fastsae.data.source import TextActivations
+from fastsae.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,13 +44,35 @@ class Strings:
         return found
 
 
+class WordPieces:
+    """The tokens of a WordPiece vocabulary by their ids: all that showing them needs."""
+
+    def __init__(self, tokens: dict[int, str]):
+        self.convert_ids_to_tokens = tokens.get
+
+    @classmethod
+    def read(cls, model: str) -> "WordPieces | None":
+        """From a model's folder, without transformers, which takes seconds to import; None for
+        any other tokenizer."""
+        try:
+            values = read_json(Path(model) / "tokenizer.json")
+            if {values["model"]["type"], values["decoder"]["type"]} != {"WordPiece"}:
+                return None
+            tokens = {int(number): str(token) for token, number in values["model"]["vocab"].items()}
+            added = {int(one["id"]): str(one["content"]) for one in values["added_tokens"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return cls(tokens | added)
+
+
 class TokenText:
     """The visible text of token ids; without a tokenizer, their numbers."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None"):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | WordPieces | None"):
+        self._tokenizer: Any = tokenizer
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self._wordpiece = type(getattr(backend, "decoder", None)).__name__ == "WordPiece"
+        decoder = type(getattr(backend, "decoder", None)).__name__
+        self._wordpiece = isinstance(tokenizer, WordPieces) or decoder == "WordPiece"
         self._known: dict[int, str] = {}
 
     def __getitem__(self, token: int) -> str:
@@ -59,7 +83,7 @@ class TokenText:
     def _text(self, token: int) -> str:
         if self._tokenizer is None:
             return f"#{token} "
-        piece: Any = self._tokenizer.convert_ids_to_tokens(token)
+        piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # padding of the embedding matrix
             return f"#{token} "
         if self._wordpiece:
@@ -115,6 +139,6 @@ def token_text(data: StoredActivations, trust_remote_code: bool) -> tuple[TokenT
         return TokenText(None), "the data names no model whose tokenizer could decode them"
     files = ModelFiles.of(getattr(data, "harvest", {}), trust_remote_code)
     try:
-        return TokenText(load_tokenizer(model, files)), None
+        return TokenText(WordPieces.read(model) or load_tokenizer(model, files)), None
     except ValueError as error:
         return TokenText(None), str(error)

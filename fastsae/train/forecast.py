@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
-from fastsae.data import ActivationSource, Joined, Stream
+from fastsae.data import ActivationShards, ActivationSource, Joined
 from fastsae.data.shards import WINDOW_BYTES
 from fastsae.distributed import Axes
 from fastsae.distributed.launch import place
@@ -26,10 +26,10 @@ from fastsae.estimate import (
     refusal,
 )
 from fastsae.memory import (
+    anonymous_memory,
+    keep_freed_memory,
     memory_left,
-    peak_memory,
     release_freed_memory,
-    resident_memory,
 )
 from fastsae.nn import ActivationConfig
 
@@ -39,6 +39,9 @@ from .state import TrainState
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+NUMBERS = 8
+"""Integers for each row of a window while it is loaded."""
 
 USUAL_L0 = 32
 """Active latents per token of an activation that neither fixes nor targets their number."""
@@ -51,7 +54,8 @@ class Facts(TypedDict, total=False):
     """Of a training step, with the time to wait for its data."""
     step_seconds: float
     planned_peak_bytes: int
-    """Most memory on the GPU, or of the process on a CPU, beyond what it had before the run."""
+    """Most memory on the GPU, or of the process on a CPU without the pages of files, beyond what
+    it had before the run."""
     peak_bytes: int
 
 
@@ -81,6 +85,7 @@ def workload_of(
         row_second=optimizer.adam_second == "row",
         window=optimizer.adam_window,
         ema=optimizer.ema is not None,
+        auxk=config.objective.auxk_coef > 0 and plan.dead_after < plan.steps * config.batch_size,
         checkpoints=config.keep_checkpoints,
         streamed=config.stream is not None,
         axes=axes or Axes(),
@@ -90,10 +95,15 @@ def workload_of(
 def loaded_bytes(source: ActivationSource) -> int:
     """Memory that the data take in windows: none if they are in memory already."""
     if isinstance(source, Joined):
-        return sum(map(loaded_bytes, source.sources))
-    if isinstance(source, Stream) or getattr(source, "path", None) is None:
-        return 0
-    return min(WINDOW_BYTES, 4 * (source.n_tokens or 0) * source.d_in)
+        return window_bytes(source.n_tokens, 4 * source.d_in)
+    if isinstance(source, ActivationShards):
+        return window_bytes(source.n_tokens, source.row_bytes)
+    return 0
+
+
+def window_bytes(tokens: int, row_bytes: int) -> int:
+    """A window of stored data, with the numbers of its rows and of their places."""
+    return min(tokens, WINDOW_BYTES // row_bytes) * (row_bytes + 8 * NUMBERS)
 
 
 def this_machine(device: str, processes: int = 1) -> Machine:
@@ -129,6 +139,7 @@ def timed(found: Forecast) -> Forecast:
     w = found.workload
     if w.gpu or not w.fused or w.streamed or w.axes.size > 1 or not found.fits:
         return found
+    keep_freed_memory()  # as the run does: fresh pages would take time
     seconds = cpu_step_seconds(w)
     release_freed_memory()  # the run's own is measured beyond what there is before
     return replace(found, seconds=seconds, how="from this machine's speed")
@@ -158,7 +169,11 @@ def describe_forecast(found: Forecast) -> str:
 
 
 class MemoryMeter:
-    """The most memory that is used from its construction on."""
+    """The most memory that is used from its construction on.
+
+    On a CPU it is noted before freed memory is released: until then the process keeps what it has
+    freed (`keep_freed_memory`), but for blocks of more than 1 GB.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -166,17 +181,20 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            self.before, self.peak_before = resident_memory(), peak_memory()
+            self.before = anonymous_memory()
+        self.most = self.before or 0
+
+    def note(self) -> None:
+        """Take note of the memory that is used now, or on a GPU was used at most so far."""
+        if self.device.type == "cuda":
+            self.most = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.most = max(self.most, anonymous_memory() or 0)
 
     def read(self) -> int | None:
-        """Bytes beyond those at its construction; None where it cannot be known, or where the
-        process had needed more before."""
-        if self.before is None:
-            return None
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        peak = peak_memory()
-        return None if peak is None or peak == self.peak_before else peak - self.before
+        """Bytes beyond those at its construction; None where it cannot be known."""
+        self.note()
+        return None if self.before is None else self.most - self.before
 
 
 def facts_of(trainer: "Trainer", state: TrainState, meter: MemoryMeter) -> Facts:

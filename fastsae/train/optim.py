@@ -221,6 +221,11 @@ class Adam:
         if self.average:
             self.constrain()
 
+    def free(self) -> None:
+        """Let go of all but the parameters, once there are no more steps."""
+        self.first, self.second, self.average, self.shadow = {}, {}, {}, {}
+        self.quantized = self.window = None
+
     def flush_copy(self, sae: SAE) -> None:
         """What `flush` would do to the SAE being trained, done to a copy of it alone."""
         other = copy.copy(self)

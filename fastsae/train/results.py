@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import fastsae.interop as interop
 from fastsae.data import stored
 from fastsae.distributed.parallelize import per_latent
+from fastsae.estimate.memory import EVALUATED
 from fastsae.evals import Reconstruction, reconstruction
 from fastsae.files import write_json
 from fastsae.meeting import on_first
@@ -35,10 +36,12 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
         names = per_latent(sae)
         save_sharded(sae.state_dict(), sae.config(), config.out / "sae", names, shards)
     exported = on_first(shards, lambda: export(trainer, sae))
+    trainer.release_memory()  # of transposed weights
     result = reconstruction(
         sae,
         source.heldout or stored(source),
         max_tokens=EVALUATION_TOKENS,
+        batch_size=EVALUATED,
         device=trainer.device,
         max_norm_ratio=config.max_norm_ratio,
     )

@@ -119,6 +119,7 @@ class Trainer:
         self.memory = MemoryMeter(self.device)
         with claimed_run(config.out, self.shards):
             state = self.start(resume, latest([self])[0] if resume else None)
+            self.release_memory()  # of the sample
             with self.loggers.started(config.out, state.step):
                 self.loop(state)
                 if isinstance(self.source, Stream):
@@ -160,7 +161,7 @@ class Trainer:
             init_from_data(sae, x, generator, target, config.init)
         else:
             copy_weights_(sae, columns.unfold_(copy.deepcopy(self.start_from).float().cpu(), units))
-        release_freed_memory()  # of drawing weights; moments do not fit into all of its holes
+        self.release_memory()  # of drawing weights; moments do not fit into all of its holes
         sae.to(self.device)
         downstream = self.end_to_end is not None
         state = TrainState.fresh(sae, adam_of(sae, config, self.plan, x), units, downstream)
@@ -327,6 +328,12 @@ class Trainer:
         shown = shown and self.progress
         return Log(self.config.out, self.plan.steps, state.step, shown, self.loggers)
 
+    def release_memory(self) -> None:
+        """Hand freed memory back to the system, so that it does not add up."""
+        if self.memory is not None:
+            self.memory.note()
+        release_freed_memory()
+
     def say(self, text: str) -> None:
         if self.progress:
             say(text)
@@ -334,8 +341,9 @@ class Trainer:
     def finish(self, state: TrainState) -> SAE:
         """Leave the run's results, and return the SAE for activations as they are."""
         self.captured = None  # frees the graph's memory
-        release_freed_memory()  # of steps
         state.adam.flush()
+        state.adam.free()
+        self.release_memory()  # of steps
         sae = self.columns.fold_(state.sae.cpu().eval(), state.units)
         write_results(self, state, sae)
         if self.shards.latent == 1:  # whole, it needs no other process from here on

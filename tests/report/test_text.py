@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsae.data import ActivationArray, Contexts
-from fastsae.report.text import Strings, TokenText, visible, windows_of
+from fastsae.report.text import Strings, TokenText, WordPieces, visible, windows_of
 
 
 @given(st.text())
@@ -53,9 +53,14 @@ def tokenizer(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bytes", "metaspace"])
-def test_tokens_in_a_row_read_as_the_text(kind):
+def test_tokens_in_a_row_read_as_the_text(kind, tmp_path):
     made, text = tokenizer(kind)
-    shown = TokenText(made)
+    made.save_pretrained(tmp_path)
+    shown, read = TokenText(made), WordPieces.read(str(tmp_path))
+    assert (read is not None) == (kind == "wordpiece")
+    if read is not None:
+        again = TokenText(read)
+        assert [shown[i] for i in range(len(made))] == [again[i] for i in range(len(made))]
     assert "".join(shown[i] for i in made(text)["input_ids"]).strip() == text
     assert shown[10**6] == "#1000000 "
 
