@@ -1,10 +1,10 @@
 """Compares other libraries' training steps with the same steps after `fastsae.accelerate`.
 
 Every class that it supports, at the start, in the middle and at the end of training: classes.py
-says what these are. A round is four steps on the same batch: the library's, two accelerated ones
-and the library's again, so that a steady drift of the machine cancels out. Its ratio is of the
-time of all processor cores; above 1, the accelerated step is faster. Rounds are added until the
-95% confidence interval of the median ratio is narrow, or there are too many.
+says what these are. A round is four steps of the same SAE on the same batch: the library's, two
+accelerated ones and the library's again, so that a steady drift of the machine cancels out. Its
+ratio is of the time of all processor cores; above 1, the accelerated step is faster. Rounds are
+added until the 95% confidence interval of the median ratio is narrow, or there are too many.
 
 Results go to bench/results/accelerate-amd.json or accelerate-intel.json, by class, shape and phase.
 Installation as for `python -m bench peers`.
@@ -14,6 +14,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -28,7 +30,7 @@ from bench.problem import Size, check_names, parse_shape
 from fastsae.dropin import dense
 from fastsae.memory import keep_freed_memory
 
-from .classes import PHASES, SUBJECTS, Phase, Subject
+from .classes import PHASES, SUBJECTS, Phase
 
 SHAPE = "1024,256,4096,32"
 
@@ -98,26 +100,40 @@ def batches(size: Size) -> list[Tensor]:
     return [*(norms * torch.randn(2, N, d_in, generator=generator))]
 
 
+@contextmanager
+def accelerated(sae: Any, remembered: dict[str, int]) -> Iterator[None]:
+    """While active, the SAE is accelerated. It remembers, from one time to the next, how many
+    batches it wants to take as dense ones: `fastsae.restore` forgets that."""
+    fastsae.accelerate(sae)
+    vars(sae).update(remembered)
+    try:
+        yield
+    finally:
+        remembered |= {name: n for name, n in vars(sae).items() if name == "dense_batches"}
+        fastsae.restore(sae)
+
+
 def compare(name: str, size: Size, phase: Phase, rounds: int) -> dict[str, Any]:
     """CPU milliseconds of both steps, and how many times faster the accelerated one is: the median
     over the rounds, its confidence interval, and the ratio of the sums of all rounds, which also
-    counts what happens in few of them. Two rounds before are for warm-up."""
-    subjects: dict[str, Subject] = {}
-    for which in ("library", "accelerated"):
-        torch.manual_seed(0)
-        subjects[which] = SUBJECTS[name](size)
-    given = batches(size)
-    for subject in subjects.values():
-        subject.enter(phase, given[0])
-    fastsae.accelerate(subjects["accelerated"].sae)
-    times: dict[str, list[float]] = {which: [] for which in subjects}
+    counts what happens in few of them. Two rounds before are for warm-up.
+
+    Both are steps of the same SAE: those of two differ by up to 2%, by where they lie in memory.
+    """
+    torch.manual_seed(0)
+    subject, given = SUBJECTS[name](size), batches(size)
+    subject.enter(phase, given[0])
+    remembered: dict[str, int] = {}
+    times: dict[str, list[float]] = {"library": [], "accelerated": []}
     ratios: list[float] = []
     for number in range(-2, rounds):
-        took = dict.fromkeys(subjects, 0.0)
+        took = dict.fromkeys(times, 0.0)
         for which in TURN:
-            start = time.process_time()
-            subjects[which].run(phase, given[number % 2])
-            took[which] += time.process_time() - start
+            fast = accelerated(subject.sae, remembered) if which == "accelerated" else nullcontext()
+            with fast:
+                start = time.process_time()
+                subject.run(phase, given[number % 2])
+                took[which] += time.process_time() - start
         if number < 0:
             continue
         for which, seconds in took.items():
