@@ -39,7 +39,7 @@ class Limits(NamedTuple):
     """Of all tokens of a batch that is listed already: it is less work to go on with its lists."""
 
 
-LIMITS, INTEL_LIMITS = Limits(1 / 8, 3 / 16), Limits(1 / 24, 1 / 8)
+LIMITS, INTEL_LIMITS = Limits(1 / 8, 3 / 16), Limits(1 / 20, 3 / 16)
 """On Intel's CPUs, dense matmuls are faster, and reading rows of few latents is not."""
 
 INTEL = processor()[0] == "Intel"

@@ -67,11 +67,17 @@ class Skips(Transcodes):
         return super().reconstruct(x) + x @ self.W_skip.T.to(x.device)
 
 
-class FastTranscoder(Transcodes, PlainReLU, Transcoder):
+class PlainTranscodes(Transcodes, PlainReLU):
+    """Mixin of transcoders with a plain ReLU, whose step is mostly matmuls."""
+
+    training_part = 3 / 4
+
+
+class FastTranscoder(PlainTranscodes, Transcoder):
     pass
 
 
-class FastSkipTranscoder(Skips, PlainReLU, SkipTranscoder):
+class FastSkipTranscoder(Skips, PlainTranscodes, SkipTranscoder):
     pass
 
 
