@@ -18,6 +18,7 @@ from bench.peers.classes import PHASES, SUBJECTS
 from bench.peers.contender import CONTENDERS, KNOWN, quality
 from bench.peers.report import colors_of, plain, tables, training_rows
 from bench.peers.task import Task, TimeUp, open_stream
+from bench.problem import parse_shape
 from fastsae.data import ShardWriter, Synthetic
 
 TINY = 256, 16, 96, 4  # tokens enough for accelerated SAEs to take our ops
@@ -278,6 +279,8 @@ def test_the_interval_holds_the_median():
 def test_the_committed_comparison_of_classes_is_whole():
     for path in record.RESULTS.glob("accelerate-*.json"):
         results = json.loads(path.read_text())
-        assert results.keys() == SUBJECTS.keys()
-        shown = accelerate.table({name: found["phases"] for name, found in results.items()})
-        assert shown.count("CPU") == len(SUBJECTS) * len(PHASES)
+        size = parse_shape(accelerate.SHAPE)
+        rows = {name: results[accelerate.key_of(name, size)]["phases"] for name in SUBJECTS}
+        assert all(found.keys() == PHASES.keys() for found in rows.values())
+        assert accelerate.table(rows).count("x, ") == len(SUBJECTS) * len(PHASES)
+        assert all(row["95% interval"][1] >= 0.97 for found in rows.values() for row in found.values())
