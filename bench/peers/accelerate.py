@@ -6,7 +6,7 @@ accelerated ones and the library's again, so that a steady drift of the machine 
 ratio is of the time of all processor cores; above 1, the accelerated step is faster. Rounds are
 added until the 95% confidence interval of the median ratio is narrow, or there are too many.
 
-Results go to bench/results/accelerate-amd.json or accelerate-intel.json, by class, shape and phase.
+Results go to bench/results/accelerate-MAKER.json, by class, shape and phase.
 Installation as for `python -m bench peers`.
 """
 
