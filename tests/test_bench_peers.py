@@ -18,6 +18,7 @@ from bench.peers.classes import PHASES, SUBJECTS
 from bench.peers.contender import CONTENDERS, KNOWN, quality
 from bench.peers.report import colors_of, plain, tables, training_rows
 from bench.peers.task import Task, TimeUp, open_stream
+from bench.problem import parse_shape
 from fastsae.data import ShardWriter, Synthetic
 
 TINY = 256, 16, 96, 4  # tokens enough for accelerated SAEs to take our ops
@@ -258,7 +259,7 @@ def test_every_class_is_compared_in_every_phase(name):
     torch.use_deterministic_algorithms(False)
     for phase in PHASES.values():
         found = accelerate.compare(name, TINY, phase, rounds=1)
-        assert found["wall"] > 0 and found["cpu"] > 0
+        assert found["ratio"] == found["of all time"] > 0 and found["rounds"] == 1
     subject, x = SUBJECTS[name](TINY), torch.randn(256, 16)
     if subject.shifted is not None:
         subject.enter(PHASES["middle"], x)
@@ -266,9 +267,19 @@ def test_every_class_is_compared_in_every_phase(name):
         assert active.float().mean() == pytest.approx(1 / 32, rel=0.05)
 
 
+def test_the_interval_holds_the_median():
+    """Known values for 95% from the binomial distribution, and rounds end when it is narrow."""
+    for n, skipped in {5: 0, 6: 0, 8: 0, 9: 1, 20: 5, 100: 39}.items():
+        values = [float(i) for i in torch.randperm(n)]
+        assert accelerate.interval(values) == (skipped, n - 1 - skipped)
+    assert accelerate.narrow(0.99, 1.01) and not accelerate.narrow(0.98, 1.02)
+    assert accelerate.narrow(1.96, 2.04) and not accelerate.narrow(1.9, 2.1)
+
+
 def test_the_committed_comparison_of_classes_is_whole():
     for path in record.RESULTS.glob("accelerate-*.json"):
         results = json.loads(path.read_text())
-        assert results.keys() == SUBJECTS.keys()
-        shown = accelerate.table({name: found["phases"] for name, found in results.items()})
-        assert shown.count("CPU") == len(SUBJECTS) * len(PHASES)
+        size = parse_shape(accelerate.SHAPE)
+        rows = {name: results[accelerate.key_of(name, size)]["phases"] for name in SUBJECTS}
+        assert all(found.keys() == PHASES.keys() for found in rows.values())
+        assert accelerate.table(rows).count("x, ") == len(SUBJECTS) * len(PHASES)

@@ -40,7 +40,10 @@ def main(words: Sequence[str]) -> str:
         compare(run, out, given)
     else:
         report(command, out, given)
-    return f"written to {out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser"
+    written = f"written to {out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser"
+    if command.neuronpedia is not None:
+        written += f"\nwritten to {command.neuronpedia}: dashboards for Neuronpedia"
+    return written
 
 
 def compare(run: Path, out: Path, given: Given) -> None:

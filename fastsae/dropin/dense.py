@@ -4,7 +4,7 @@ Their encoders return pre-activations and codes of all latents, [N, d_sae]. Call
 tensors; gradients and decoders only touch the active entries.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastsae.codes import Codes
 from fastsae.nn.sparse_pre import SparsePre
 from fastsae_kernels import encode_above, in_rows, list_above, straight_through, topk_batch
+from fastsae_kernels.product import processor
 
 T = TypeVar("T")
 
@@ -25,12 +26,23 @@ MAX_SPARSE = 1 / 4
 MIN_TOKENS = 128
 """Up to this many tokens, a dense matmul costs less than the overhead of the sparse ops."""
 
-MAX_ACTIVE = 1 / 8
-"""Fraction of latents that may be active for the token with the most of them: with more, the
-library's dense matmuls are faster than the sparse ops. Measured by `python -m bench accelerate`."""
 
-WIDEST = 3 / 16
-"""The same for a batch that is listed already: it is less work to go on with its lists."""
+class Limits(NamedTuple):
+    """Fractions of latents that may be active for the token with the most of them: with more, the
+    library's dense matmuls are faster than the sparse ops. Measured by `python -m bench
+    accelerate --active`."""
+
+    active: float
+    """Of the tokens that are looked at."""
+
+    widest: float
+    """Of all tokens of a batch that is listed already: it is less work to go on with its lists."""
+
+
+LIMITS, INTEL_LIMITS = Limits(1 / 8, 3 / 16), Limits(1 / 20, 3 / 16)
+"""On Intel's CPUs, dense matmuls are faster, and reading rows of few latents is not."""
+
+INTEL = processor()[0] == "Intel"
 
 DENSE_BATCHES = 8
 """Batches that take the library's code without a look at them, including one that was dense: the
@@ -126,29 +138,33 @@ class Encoder(NamedTuple):
         return Codes(values, found.indices, d_sae)
 
     @torch.no_grad()
-    def is_dense(self, threshold: Float[Tensor, " d_sae"] | float) -> bool:
-        """Whether enough latents exceed the threshold for the library's own code to be faster.
+    def is_dense(self, threshold: Float[Tensor, " d_sae"] | float, limit: float) -> bool:
+        """Whether more than this fraction of the latents exceed the threshold for some token.
 
         Judged by tokens spread over the batch, so that it depends on the batch alone, and costs
         1/128 of the encoder GEMM. Synchronizes with a GPU.
         """
         some = self.x[:: max(4 * SAMPLE, len(self.x) // SAMPLE)]
         active = linear(some, self.W_enc, self.b_enc) > threshold
-        return active.numel() > 0 and int(active.sum(1).max()) > MAX_ACTIVE * len(self.W_enc)
+        return active.numel() > 0 and int(active.sum(1).max()) > limit * len(self.W_enc)
 
     def listed(self, threshold: Float[Tensor, " d_sae"] | float) -> SparsePre:
         """Its pre-activations that exceed their latent's threshold; the others are not stored."""
         return SparsePre.listed(encode_above(*self, threshold), *self)
 
     def above(
-        self, pre: Float[Tensor, "N d_sae"], threshold: Float[Tensor, " d_sae"] | float
+        self,
+        pre: Float[Tensor, "N d_sae"],
+        threshold: Float[Tensor, " d_sae"] | float,
+        widest: float,
     ) -> SparsePre:
-        """The same among known pre-activations; all of these, if a token exceeds many."""
+        """The same among known pre-activations; all of these, if a token exceeds more than this
+        fraction of the thresholds."""
         N, d_sae = pre.shape
         wide = torch.promote_types(pre.dtype, torch.float32)
         wide = torch.as_tensor(threshold, dtype=wide, device=pre.device).expand(d_sae).contiguous()
         found = in_rows(*list_above(pre.detach(), wide, "value"), N, d_sae)
-        if found.indices.shape[1] > WIDEST * d_sae:
+        if found.indices.shape[1] > widest * d_sae:
             return SparsePre(pre, None, pre > threshold, d_sae)
         return SparsePre(self.gather(pre, found.indices), found.indices, found.listed, d_sae)
 
@@ -157,8 +173,22 @@ class AboveThreshold:
     """Mixin of classes in which all latents above a threshold are active, be they few or many:
     while they are many, the library's own code is faster, and runs.
 
-    Which one runs depends on the batches that a module has seen, and never on time.
+    Which one runs depends on the batches that a module has seen and on the processor, and never on
+    time.
     """
+
+    training_part: ClassVar[float] = 1.0
+    """Part of the limits up to which the sparse ops are faster in training: less than 1 if the
+    library's code is so simple that there is less to save."""
+
+    inference_part: ClassVar[float] = 1.0
+    """The same without gradients."""
+
+    def limits(self, x: Tensor) -> Limits:
+        """How many latents may be active for the sparse ops to be faster."""
+        limits = INTEL_LIMITS if INTEL and x.device.type == "cpu" else LIMITS
+        part = self.training_part if torch.is_grad_enabled() else self.inference_part
+        return Limits(part * limits.active, part * limits.widest)
 
     def lowest(self) -> Tensor | float:
         """The pre-activation that latents must exceed to be listed."""
@@ -167,18 +197,23 @@ class AboveThreshold:
     def is_dense(self, encoder: Encoder) -> bool:
         """Whether the library's own code is faster for these tokens."""
         left = vars(self).get("dense_batches", 0)
-        if not left and encoder.is_dense(self.lowest()):
+        if not left and encoder.is_dense(self.lowest(), self.limits(encoder.x).active):
             left = DENSE_BATCHES
         vars(self)["dense_batches"] = max(left - 1, 0)
         return left > 0
 
     def codes(self, encoder: Encoder) -> Codes:
         """The codes of the tokens, with sparse gradients."""
-        return self.codes_of(self.noted(encoder.listed(self.lowest())))
+        return self.codes_of(self.listed(encoder))
+
+    def listed(self, encoder: Encoder) -> SparsePre:
+        """The pre-activations above the threshold."""
+        return self.noted(encoder.listed(self.lowest()))
 
     def noted(self, found: SparsePre) -> SparsePre:
         """The listed pre-activations; the next batches are dense if a token has too many."""
-        if found.indices is None or found.indices.shape[1] > WIDEST * found.d_sae:
+        widest = self.limits(found.pre).widest * found.d_sae
+        if found.indices is None or found.indices.shape[1] > widest:
             vars(self)["dense_batches"] = AFTER_OUTLIERS
         return found
 

@@ -134,7 +134,13 @@ class Above(AboveThreshold, Fast):
     """Mixin of classes in which all latents above a threshold are active."""
 
 
-class FastAutoEncoder(Layers, Above, AutoEncoder):
+class PlainReLU(Layers, Above):
+    """Mixin of classes whose own code is two matmuls and a ReLU."""
+
+    training_part, inference_part = 1 / 2, 1 / 6
+
+
+class FastAutoEncoder(PlainReLU, AutoEncoder):
     @property
     def output_bias(self) -> Tensor:
         return self.bias
@@ -153,7 +159,7 @@ class FastAutoEncoder(Layers, Above, AutoEncoder):
         return self.decode_codes(codes, x.shape), to_dense(codes, self.dense_shape(x))
 
 
-class FastAutoEncoderNew(Layers, Above, AutoEncoderNew):
+class FastAutoEncoderNew(PlainReLU, AutoEncoderNew):
     @property
     def output_bias(self) -> Tensor:
         return self.decoder.bias
@@ -190,7 +196,7 @@ class FastGatedAutoEncoder(Layers, Above, GatedAutoEncoder):
         encoder = self.encoder_of(x) if self.uses_fast_path(x) else None
         if encoder is None or self.is_dense(encoder):
             return GatedAutoEncoder.encode(self, x, True)
-        found, shape = self.noted(encoder.listed(self.lowest())), self.dense_shape(x)
+        found, shape = self.listed(encoder), self.dense_shape(x)
         codes = self.codes_of(found)
         gates = found.codes(found.pre + found.pick(self.gate_bias))
         dense = attach(to_dense(codes, shape), codes)  # the trainer decodes it unchanged

@@ -20,7 +20,7 @@ from fastsae.nn.sae import SAE
 from fastsae.progress import progress_bar
 from fastsae.shards import Shards
 
-Observe = Callable[[Int64[Tensor, " N"], Codes], object]
+Observe = Callable[[Int64[Tensor, " N"], Float32[Tensor, "N d_in"], Codes], object]
 DENSE = 0.1  # a latent active on more than this fraction of the tokens is dense
 
 
@@ -94,8 +94,8 @@ def reconstruction(
             half that width.
         max_norm_ratio: leave out tokens that are further from the mean than this multiple of the
             median distance, in any of several sources; None keeps all.
-        observe: called with the places of a batch's ordinary tokens among those used, and their
-            codes.
+        observe: called with the places of a batch's ordinary tokens among those used, the SAE's
+            inputs there, and their codes.
 
     Takes one pass over the data. Memory is a batch and two covariances; sums are in float64, so the
     batch size only affects rounding. Of processes that share an SAE, the places on the data axis
@@ -133,7 +133,7 @@ def reconstruction(
                 codes = sae.encode(seen)
                 add(target.double(), sae.decode(codes, seen).double(), codes)
                 if observe is not None and some is kept:
-                    observe(places[kept.cpu()], codes)
+                    observe(places[kept.cpu()], seen, codes)
     totals.join(sae.shards)
     return totals.summary(ranks)
 

@@ -22,6 +22,10 @@ class ReportConfig:
     out: Path | None = None
     """HTML file to write (default: report.html in the directory of the run or SAE)."""
 
+    neuronpedia: Path | None = None
+    """New or empty directory; also writes the latents with a card there, in SAEDashboard's JSON,
+    which Neuronpedia imports."""
+
     compare: Path | None = None
     """Directory of a second run, whose curves are drawn over those of the first."""
 

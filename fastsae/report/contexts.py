@@ -80,7 +80,8 @@ class Shown:
             chosen = sorted(self.different(windows, places, mixed)[:PER_BAND])
             size = np.abs(values[part])
             contexts = [self.context(windows, latent, i) for i in chosen]
-            found.append({"range": [number(size.min()), number(size.max())], "contexts": contexts})
+            ends = [number(size.min()), number(size.max())]
+            found.append({"range": ends, "count": len(part), "contexts": contexts})
         return found
 
     def context(self, windows: Windows, latent: int, entry: int) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from fastsae.codes import Codes
 from fastsae.data import StoredActivations
 from fastsae.evals.reconstruction import Reconstruction, check_fits, evaluation_mode, reconstruction
 from fastsae.nn import SAE
+from fastsae_kernels import scatter_outer
 
 from .config import ReportConfig
 
@@ -39,6 +40,9 @@ class Firings:
     found: Reconstruction
     """The metrics of these tokens."""
 
+    inputs: "InputMoments | None"
+    """Sums of the SAE's inputs, if they were asked for."""
+
     @property
     def counts(self) -> Int64[np.ndarray, " d_sae"]:
         """For how many tokens each latent is active."""
@@ -50,15 +54,49 @@ class Firings:
         return self.places[own], self.values[own]
 
 
-class _Kept:
-    """The active entries of each batch."""
+class InputMoments:
+    """Sums over tokens of the SAE's inputs x, which correlations with latents are computed from.
 
-    def __init__(self):
+    All are of x - shift, where shift is the first batch's mean: less cancels out.
+    """
+
+    shift: Float64[Tensor, " d_in"]
+    sums: Float64[Tensor, " d_in"]
+    squares: Float64[Tensor, " d_in"]
+    products: Float32[Tensor, "d_sae d_in"]
+    """Of each latent's activations with x - shift."""
+
+    def __init__(self, sae: SAE):
+        self.shift = sae.W_enc.new_zeros(sae.d_in, dtype=torch.float64)
+        self.sums, self.squares = self.shift.clone(), self.shift.clone()
+        self.products = sae.W_enc.new_zeros(sae.d_sae, sae.d_in, dtype=torch.float32)
+        self.empty = True
+
+    def add(self, x: Float32[Tensor, "N d_in"], codes: Codes) -> None:
+        if self.empty:
+            self.shift, self.empty = x.double().mean(0), False
+        wide = x.double() - self.shift
+        self.sums += wide.sum(0)
+        self.squares += wide.square().sum(0)
+        x, values = wide.float(), codes.values.float()
+        if codes.indices is None:
+            self.products += values.T @ x
+        else:
+            self.products += scatter_outer(values, codes.indices, x, codes.d_sae)
+
+
+class _Kept:
+    """The active entries of each batch, and sums of inputs."""
+
+    def __init__(self, inputs: InputMoments | None):
         self.places: list[np.ndarray] = []
         self.latents: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
+        self.inputs = inputs
 
-    def add(self, places: Int64[Tensor, " N"], codes: Codes) -> None:
+    def add(self, places: Int64[Tensor, " N"], x: Float32[Tensor, "N d_in"], codes: Codes) -> None:
+        if self.inputs is not None:
+            self.inputs.add(x, codes)
         active = codes.active
         token, entry = active.nonzero(as_tuple=True)
         self.places.append(places[token.cpu()].int().numpy())
@@ -69,11 +107,13 @@ class _Kept:
 def collect(
     sae: SAE, data: StoredActivations, config: ReportConfig, progress: bool = True
 ) -> Firings:
-    """Encode tokens of the data in one pass, and keep their codes.
+    """Encode tokens of the data in one pass, and keep their codes; and sums of the inputs, if
+    dashboards are to be written.
 
     ValueError for data of another width, or where `reconstruction` raises one.
     """
-    kept, rows = _Kept(), spread(data.n_tokens, most_tokens(sae, data, config))
+    kept = _Kept(InputMoments(sae) if config.neuronpedia else None)
+    rows = spread(data.n_tokens, most_tokens(sae, data, config))
     found = reconstruction(
         sae,
         data,
@@ -93,6 +133,7 @@ def collect(
         values=np.concatenate(kept.values)[order],
         starts=np.concatenate([[0], np.cumsum(counts)]),
         found=found,
+        inputs=kept.inputs,
     )
 
 

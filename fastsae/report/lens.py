@@ -1,6 +1,6 @@
 """The logit lens: which next tokens a latent's decoder row promotes and suppresses."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,14 +11,15 @@ from fastsae.data.model import ModelFiles, load_causal
 from fastsae.memory import available_memory
 from fastsae.nn import SAE
 
-from .contexts import number
-from .text import Strings, TokenText
+from .bars import Bars, bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EACH = 10
 """Tokens that are shown of each sign."""
+AT_ONCE = 64
+"""Latents whose logits of the whole vocabulary are in memory."""
 LAST_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
 """What the normalization before the unembedding is called in models' code."""
 
@@ -27,15 +28,23 @@ class NoLens(ValueError):
     """Why there is no logit lens."""
 
 
+class Directions(NamedTuple):
+    """What a latent's decoder row does to the logits of the next token."""
+
+    promoted: list[tuple[int, float]]
+    """The tokens whose logits it raises most, and by how much."""
+
+    suppressed: list[tuple[int, float]]
+    """The same of those it lowers most."""
+
+    histogram: Bars
+    """Of the logits of the whole vocabulary."""
+
+
 @torch.no_grad()
 def logit_lens(
-    sae: SAE,
-    latents: Int64[Tensor, " n"],
-    data: StoredActivations,
-    text: TokenText,
-    strings: Strings,
-    trust_remote_code: bool,
-) -> list[dict[str, Any]]:
+    sae: SAE, latents: Int64[Tensor, " n"], data: StoredActivations, trust_remote_code: bool
+) -> list[Directions]:
     """For each latent, the tokens whose logits its decoder row raises and lowers most.
 
     The row goes through the model's last normalization and its unembedding, without the layers
@@ -46,17 +55,21 @@ def logit_lens(
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.shape[1] != sae.W_dec.shape[1]:
         raise NoLens("the decoder rows do not have the width of the model's unembedding")
-    rows = sae.W_dec.detach()[latents].to(weight)
-    logits = through_norm(model, rows) @ weight.T
-    logits -= logits.mean(1, keepdim=True)
-    each = min(EACH, logits.shape[1])
-    sides = {"promoted": logits.topk(each), "suppressed": logits.topk(each, largest=False)}
-    found: list[dict[str, Any]] = [{} for _ in latents]
-    for name, (values, tokens) in sides.items():
-        for card, own, ids in zip(found, values.tolist(), tokens.tolist(), strict=True):
-            pairs = zip(ids, own, strict=True)
-            card[name] = [[strings.number(text[i]), number(v)] for i, v in pairs]
+    found: list[Directions] = []
+    for some in latents.split(AT_ONCE):
+        rows = sae.W_dec.detach()[some].to(weight)
+        logits = through_norm(model, rows) @ weight.T
+        logits -= logits.mean(1, keepdim=True)
+        each = min(EACH, logits.shape[1])
+        sides = (pairs(*logits.topk(each, largest=largest)) for largest in (True, False))
+        found += map(Directions, *sides, map(bars, logits.float().numpy()))
     return found
+
+
+def pairs(values: Tensor, tokens: Tensor) -> list[list[tuple[int, float]]]:
+    """Tokens with their values, row by row."""
+    rows = zip(tokens.tolist(), values.tolist(), strict=True)
+    return [[*zip(ids, own, strict=True)] for ids, own in rows]
 
 
 def causal_model(sae: SAE, data: StoredActivations, trust_remote_code: bool) -> "PreTrainedModel":

@@ -9,9 +9,11 @@ from fastsae.nn import SAE
 from .cards import make_cards
 from .config import ReportConfig
 from .curves import curves_of
+from .evidence import Evidence
 from .firings import collect
 from .frequencies import choose, frequencies
 from .geometry import latent_map
+from .neuronpedia import check_exportable, write_dashboards
 from .page import write_page
 from .subject import Subject, describe, provenance
 from .text import Strings
@@ -29,19 +31,23 @@ def write_report(
     progress: bool = True,
 ) -> None:
     """Write the report on an SAE to the HTML file `out`: its metrics on `data`, its training, and
-    what its latents are active on.
+    what its latents are active on. With `config.neuronpedia`, write the latents there, too.
 
     `sae` is moved to `config.device`, and left on the CPU. `config.data` and `config.out` are not
-    read here; the command line opens them. The same arguments give the same file. ValueError if the
-    data does not fit the SAE, or for a latent to include that it does not have.
+    read here; the command line opens them. The same arguments give the same files. ValueError if
+    the data does not fit the SAE, or for a latent to include that it does not have; of a crosscoder
+    and of data without text, no dashboards can be written.
     """
     subject = subject or Subject(title=out.stem)
     if wrong := [latent for latent in config.include if not 0 <= latent < sae.d_sae]:
         raise ValueError(f"latents to include must be from 0 to {sae.d_sae - 1}, got {wrong[0]}")
+    if config.neuronpedia is not None:
+        check_exportable(sae, data, config.neuronpedia)
     firings = collect(sae.to(choose_device(config.device)), data, config, progress)
     sae, strings = sae.cpu(), Strings()
     latents = choose(firings.counts, config)
-    cards, notes = make_cards(sae, data, config, firings, latents, strings)
+    known = Evidence.gather(sae, data, config, firings, latents)
+    cards, notes = make_cards(sae, known, strings, config.seed), known.notes
     if subject.on_training_data:
         notes.insert(0, "There is no held-out data: latents are shown on training data.")
     compared = [run for run in (subject.run, config.compare) if run is not None]
@@ -68,6 +74,8 @@ def write_report(
         about_cards=some if len(latents) < sae.d_sae else "Every latent has a card.",
         notes=notes,
     )
+    if config.neuronpedia is not None:
+        write_dashboards(sae, data, config, known, subject)
 
 
 def names_of(runs: list[Path]) -> list[str]:

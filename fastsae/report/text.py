@@ -1,9 +1,11 @@
 """The text of tokens, and the windows of text that activations are from."""
 
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from jaxtyping import Int64
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 WORD_START = "▁"
 """How SentencePiece writes the space before a word, which decoding a single token drops."""
+
+
+def plain(text: str) -> str:
+    """Text as it is, but with control characters except line breaks and tabs escaped, and halves
+    of surrogate pairs, which are not valid UTF-8."""
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if c not in MARKS and unicodedata.category(c) in ("Cc", "Cs")
+        else c
+        for c in text
+    )
 
 
 def visible(text: str) -> str:
@@ -66,10 +79,15 @@ class WordPieces:
 
 
 class TokenText:
-    """The visible text of token ids; without a tokenizer, their numbers."""
+    """The text of token ids, as `show` shows it; without a tokenizer, their numbers."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase | WordPieces | None"):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | WordPieces | None",
+        show: Callable[[str], str] = visible,
+    ):
         self._tokenizer: Any = tokenizer
+        self._show = show
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         decoder = type(getattr(backend, "decoder", None)).__name__
         self._wordpiece = isinstance(tokenizer, WordPieces) or decoder == "WordPiece"
@@ -77,8 +95,12 @@ class TokenText:
 
     def __getitem__(self, token: int) -> str:
         if token not in self._known:
-            self._known[token] = visible(self._text(token))
+            self._known[token] = self._show(self._text(token))
         return self._known[token]
+
+    def shown_as(self, show: Callable[[str], str]) -> "TokenText":
+        """The same text, shown in another way."""
+        return TokenText(self._tokenizer, show)
 
     def _text(self, token: int) -> str:
         if self._tokenizer is None:
@@ -127,9 +149,12 @@ class Windows:
 
 def windows_of(data: StoredActivations, rows: Int64[Tensor, " N"]) -> Windows | None:
     """The windows of text of some rows; None if their tokens are unknown."""
-    if isinstance(data, TextActivations) and data.has_contexts:
-        return Windows.of(data, rows)
-    return None
+    return Windows.of(data, rows) if has_text(data) else None
+
+
+def has_text(data: StoredActivations) -> TypeGuard[TextActivations]:
+    """Whether it is known which tokens the rows are of."""
+    return isinstance(data, TextActivations) and data.has_contexts
 
 
 def token_text(data: StoredActivations, trust_remote_code: bool) -> tuple[TokenText, str | None]:

@@ -24,8 +24,7 @@ TOKENS = [0, 1, 33, 257]
 def always_sparse(monkeypatch):
     """These SAEs are so small that the libraries' own code would run."""
     monkeypatch.setattr(dense, "MIN_TOKENS", 0)
-    monkeypatch.setattr(dense, "MAX_ACTIVE", 1.0)
-    monkeypatch.setattr(dense, "WIDEST", 1.0)
+    monkeypatch.setattr(dense.AboveThreshold, "limits", lambda *_: dense.Limits(1.0, 1.0))
 
 
 def tokens(N: int) -> torch.Tensor:
@@ -74,11 +73,11 @@ def test_the_same_loss_and_true_gradients(name, N, dead):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("limit", ["MAX_ACTIVE", "WIDEST"])
+@pytest.mark.parametrize("limits", [dense.Limits(0.0, 1.0), dense.Limits(1.0, 0.0)])
 @pytest.mark.parametrize("name", [name for name in KINDS if "topk" not in name])
-def test_while_many_latents_are_active(name, limit, monkeypatch):
+def test_while_many_latents_are_active(name, limits, monkeypatch):
     """The library's own code runs; or, if only a few tokens have many, dense matmuls of ours."""
-    monkeypatch.setattr(dense, limit, 0.0)
+    monkeypatch.setattr(dense.AboveThreshold, "limits", lambda *_: limits)
     theirs, x = KINDS[name].make(), tokens(33).requires_grad_()
     ours = fastsae.accelerate(copy.deepcopy(theirs))
     theirs = with_true_gradients(theirs)

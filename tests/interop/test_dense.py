@@ -62,12 +62,10 @@ def test_largest_of_batch(total):
 
 @pytest.mark.parametrize("widest", [0.0, 1.0])
 @pytest.mark.parametrize("threshold", [-10.0, 2.0, 100.0])
-def test_above(threshold, widest, monkeypatch):
-    monkeypatch.setattr(dense, "WIDEST", widest)
-
+def test_above(threshold, widest):
     def sparse(*encoder):
         pre = pre_activations(*encoder)
-        found = Encoder(*encoder).above(pre, torch.full((F,), threshold, dtype=pre.dtype))
+        found = Encoder(*encoder).above(pre, torch.full((F,), threshold, dtype=pre.dtype), widest)
         return found.codes(found.pre).to_dense()
 
     def plain(*encoder):
@@ -91,13 +89,27 @@ def test_a_dense_tensor_knows_its_codes_until_it_is_written_into():
 def test_dense_is_judged_by_the_token_with_the_most_active_latents():
     """Among those that are looked at, whose number is limited."""
     x, W_enc, b_enc = torch.zeros(1000, D), torch.ones(F, D), torch.zeros(F)
-    assert not Encoder(x, W_enc, b_enc).is_dense(0.0)
-    assert not Encoder(x[:0], W_enc, b_enc).is_dense(-1.0)
-    assert Encoder(x, W_enc, b_enc).is_dense(-1.0)
+    assert not Encoder(x, W_enc, b_enc).is_dense(0.0, 0.0)
+    assert not Encoder(x[:0], W_enc, b_enc).is_dense(-1.0, 0.0)
+    assert Encoder(x, W_enc, b_enc).is_dense(-1.0, 0.9)
     threshold = torch.arange(F) - 1.5  # two latents exceed it
-    assert Encoder(x, W_enc, b_enc).is_dense(threshold) == (dense.MAX_ACTIVE * F < 2)
+    assert Encoder(x, W_enc, b_enc).is_dense(threshold, 1.9 / F)
+    assert not Encoder(x, W_enc, b_enc).is_dense(threshold, 2.1 / F)
     x[: dense.SAMPLE] = 1
-    assert Encoder(x, W_enc, b_enc).is_dense(0.0)
+    assert Encoder(x, W_enc, b_enc).is_dense(0.0, 0.9)
+
+
+def test_limits_depend_on_the_processor_the_gradient_and_the_class(monkeypatch):
+    class Some(AboveThreshold):
+        inference_part = 0.5
+
+    some, x = Some(), torch.empty(0)
+    for intel, limits in {True: dense.INTEL_LIMITS, False: dense.LIMITS}.items():
+        monkeypatch.setattr(dense, "INTEL", intel)
+        assert some.limits(x) == limits
+        with torch.no_grad():
+            assert some.limits(x) == (limits.active / 2, limits.widest / 2)
+        assert some.limits(x.to("meta")) == dense.LIMITS
 
 
 @pytest.mark.parametrize("latents", [[], [3], range(F)])

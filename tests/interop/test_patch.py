@@ -32,8 +32,8 @@ ONE_OF = {
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch):
-    for limit, value in {"MIN_TOKENS": 0, "MAX_ACTIVE": 1.0, "WIDEST": 1.0}.items():
-        monkeypatch.setattr(dense, limit, value)
+    monkeypatch.setattr(dense, "MIN_TOKENS", 0)
+    monkeypatch.setattr(dense.AboveThreshold, "limits", lambda *_: dense.Limits(1.0, 1.0))
 
 
 def tokens(N: int) -> torch.Tensor:
@@ -172,7 +172,8 @@ import copy, torch, fastsae
 from sae_lens.saes import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from fastsae.dropin import dense
 
-dense.MIN_TOKENS, dense.MAX_ACTIVE, dense.WIDEST = 0, 1.0, 1.0
+dense.MIN_TOKENS = 0
+dense.AboveThreshold.limits = lambda *_: dense.Limits(1.0, 1.0)
 torch.manual_seed(0)
 x = torch.randn(33, 12, requires_grad=True)
 for sae in (TopKSAE(TopKSAEConfig(d_in=12, d_sae=40, k=5)), StandardSAE(StandardSAEConfig(12, 40))):

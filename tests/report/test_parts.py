@@ -26,7 +26,6 @@ from fastsae.report.geometry import (
     umap,
 )
 from fastsae.report.lens import NoLens, logit_lens
-from fastsae.report.text import Strings, token_text
 from fastsae.report.verdicts import verdicts
 from fastsae.train.run_folder import weights_digest
 
@@ -126,10 +125,7 @@ def test_a_map_by_umap():
 
 @pytest.fixture(scope="module")
 def lens(world):
-    strings, latents = Strings(), torch.tensor([0, 7])
-    text, _ = token_text(world.heldout, False)
-    found = logit_lens(world.sae, latents, world.heldout, text, strings, False)
-    return [{n: [(strings.texts[i], v) for i, v in c[n]] for n in c} for c in found], text
+    return logit_lens(world.sae, torch.tensor([0, 7]), world.heldout, False)
 
 
 def test_no_latent_is_active():
@@ -141,26 +137,25 @@ def test_no_latent_is_active():
 def test_the_lens_is_the_last_norm_and_the_unembedding(lens, world):
     from transformers import GPT2LMHeadModel
 
-    cards, text = lens
     model = GPT2LMHeadModel.from_pretrained(world.model)
     with torch.no_grad():
         gain = model.transformer.ln_f.weight
         logits = layer_norm(world.sae.W_dec[:8], (WIDTH,), gain) @ model.lm_head.weight.T
-    for card, own in zip(cards, logits[[0, 7]] - logits[[0, 7]].mean(1, keepdim=True), strict=True):
+    for found, own in zip(lens, logits[[0, 7]] - logits[[0, 7]].mean(1, keepdim=True), strict=True):
         order = own.sort(descending=True)
-        for name, ids, values in (
-            ("promoted", order.indices[:10], order.values[:10]),
-            ("suppressed", order.indices.flip(0)[:10], order.values.flip(0)[:10]),
+        for side, ids, values in (
+            (found.promoted, order.indices[:10], order.values[:10]),
+            (found.suppressed, order.indices.flip(0)[:10], order.values.flip(0)[:10]),
         ):
-            assert [word for word, _ in card[name]] == [text[int(i)] for i in ids]
-            np.testing.assert_allclose([v for _, v in card[name]], values, rtol=2e-3)
+            assert [token for token, _ in side] == ids.tolist()
+            np.testing.assert_allclose([v for _, v in side], values, rtol=1e-5)
+        assert found.histogram.heights == torch.histc(own, 50).int().tolist()
 
 
 def test_where_there_is_no_lens(world, monkeypatch):
     def why(sae, data):
         with pytest.raises(NoLens) as error:
-            text, _ = token_text(data, False)
-            logit_lens(sae, torch.tensor([0]), data, text, Strings(), False)
+            logit_lens(sae, torch.tensor([0]), data, False)
         return str(error.value)
 
     plain = ActivationArray(torch.randn(9, WIDTH))

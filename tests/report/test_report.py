@@ -120,9 +120,15 @@ def test_training_leaves_a_report(world, tmp_path, capsys):
             "3",
             "--include",
             "9",
+            "--neuronpedia",
+            str(tmp_path / "dashboards"),
         ]
     )
+    assert f"{tmp_path / 'dashboards'}: dashboards for Neuronpedia" in capsys.readouterr().out
     page, found = (text := (tmp_path / "new.html").read_text()), data_of(text)
+    batch = json.loads((tmp_path / "dashboards" / "batch-0.json").read_text())
+    numbers = [feature["feature_index"] for feature in batch["features"]]
+    assert numbers == [card["id"] for card in found["latents"]]
     assert "not measured" not in page and "CE recovered" in page
     assert "promoted" in found["latents"][0]
     assert 9 in [card["id"] for card in found["latents"]] and len(found["latents"]) <= 4

@@ -125,6 +125,12 @@ class Above(AboveThreshold, Fast):
         return super().uses_fast_path(x) and not has_hooks(self.hook_sae_input)
 
 
+class PlainReLU(Above):
+    """Mixin of classes whose own code is two matmuls and a ReLU."""
+
+    inference_part = 1 / 6
+
+
 class Gates(Above):
     """Mixin of gated classes: one GEMM for gates and magnitudes, which differ by scale and bias.
 

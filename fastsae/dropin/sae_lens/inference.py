@@ -17,7 +17,7 @@ from fastsae.codes import Codes
 from fastsae.dropin.dense import Encoder
 from fastsae_kernels import encode_topk
 
-from .base import Above, Fast, Gates
+from .base import Above, Fast, Gates, PlainReLU
 
 
 class FastTopKSAE(Fast, TopKSAE):
@@ -34,7 +34,7 @@ class FastAbsTopKSAE(Fast, AbsTopKSAE):
         return Codes(*encode_topk(*encoder, self.activation_fn.k, by="abs"), self.cfg.d_sae)
 
 
-class FastStandardSAE(Above, StandardSAE):
+class FastStandardSAE(PlainReLU, StandardSAE):
     pass
 
 
@@ -67,11 +67,17 @@ class Skips(Transcodes):
         return super().reconstruct(x) + x @ self.W_skip.T.to(x.device)
 
 
-class FastTranscoder(Transcodes, Transcoder):
+class PlainTranscodes(Transcodes, PlainReLU):
+    """Mixin of transcoders with a plain ReLU, whose step is mostly matmuls."""
+
+    training_part = 3 / 4
+
+
+class FastTranscoder(PlainTranscodes, Transcoder):
     pass
 
 
-class FastSkipTranscoder(Skips, SkipTranscoder):
+class FastSkipTranscoder(Skips, PlainTranscodes, SkipTranscoder):
     pass
 
 

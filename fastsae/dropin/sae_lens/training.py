@@ -26,7 +26,7 @@ from fastsae.nn.jumprelu import jumprelu_codes, with_thresholds
 from fastsae.nn.sparse_pre import SparsePre
 from fastsae_kernels import jumprelu_l0, topk_indices
 
-from .base import Above, Fast, Gates
+from .base import Above, Fast, Gates, PlainReLU
 
 Losses = dict[str, Tensor]
 
@@ -125,12 +125,13 @@ class AboveTraining(Above, FastTraining):
     """Mixin of classes in which all latents above a threshold are active."""
 
     def codes_among(self, pre: Tensor, encoder: Encoder, hidden_pre: Tensor) -> Codes:
-        found = self.noted(encoder.above(pre, self.lowest()))
+        widest = self.limits(pre).widest
+        found = self.noted(encoder.above(pre, self.lowest(), widest))
         attach(hidden_pre, found)
         return self.codes_of(found)
 
 
-class FastStandardTrainingSAE(AboveTraining, StandardTrainingSAE):
+class FastStandardTrainingSAE(PlainReLU, AboveTraining, StandardTrainingSAE):
     def calculate_aux_loss(
         self, step_input: Any, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> Losses:
