@@ -171,9 +171,9 @@ def plotted(
     found: dict[str, Any], rows: dict[str, Rows], name: str
 ) -> list[tuple[float, dict[str, Any]]]:
     """The points of a contender: steps, and what was measured after them."""
-    own = [(int(steps), one[name]) for steps, one in rows.items() if name in one]
+    own = [(float(steps), one[name]) for steps, one in rows.items() if name in one]
     steps, longest = max(own, key=lambda point: point[0])
-    runs = found["runs"][str(steps)]
+    runs = found["runs"][f"{steps:.0f}"]
     curve = curve_of(runs.get(name) or runs[f"{name}{FAST}"])
     seconds = longest.get("seconds", math.nan) / steps
     points = [(at, point | {"seconds": at * seconds}) for point in curve if (at := point["step"])]
