@@ -102,14 +102,19 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     monkeypatch.setattr(training, "GRID", (2e-3, 1e-4))
     monkeypatch.setattr(race, "GRID", training.GRID)
     words = ["--shapes", "a", "--rounds", "1", "--steps", "60", "--data", str(data)]
-    words += ["--seeds", "2", "--tokens", "128", "--contenders", *names]
+    words += ["--seeds", "2", "--tokens", "128", "--latents", "80", "--contenders", *names]
     race.bench(parse(*words))
     text = capsys.readouterr().out
     (results,) = tmp_path.glob("peers-*.json")
     found = json.loads(results.read_text())
     shape, trained = found
-    assert shape == "a" and trained.startswith(f"training, {data.name}, 128 per step, ")
-    assert found["a"]["tokens"] == 256 and found[trained]["tokens"] == 128
+    assert shape == "a" and trained.startswith(f"training, {data.name}, 128 per step, 80 latents, ")
+    assert [found[part][size] for part in found for size in ("tokens", "d_sae")] == [
+        256,
+        96,
+        128,
+        80,
+    ]
     for part in found.values():
         assert part.get("contenders", part.get("runs", {}).get("60")).keys() == set(names[:-1])
         assert part["missing"] == {"nobody": "not-a-package is not installed"}
@@ -181,6 +186,7 @@ def test_the_committed_results_have_tables():
         ("--variants --contenders SAELens", r"unknown contenders: SAELens \(allowed: fastsae; "),
         ("--steps 300 2", r"steps must be at least 3, or 0 for no training, got \[300, 2\]"),
         ("--tokens 0", "tokens must be at least 1, got 0"),
+        ("--latents 0", "latents must be at least 1, got 0"),
         ("--seeds 0", "seeds must be at least 1, got 0"),
         ("--rounds 0 --steps 0", r"rounds or steps must be above 0, got 0 and \[0\]"),
         ("--data {data}/heldout", "must have a held-out part"),

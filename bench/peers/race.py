@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "training runs, 0 for none (default: 300 2000)")  # fmt: skip
     add("--tokens", type=int, metavar="N", help="tokens per step of training runs (default: "
         "4096)")  # fmt: skip
+    add("--latents", type=int, metavar="N", help="latents of training runs (default: 4096)")
     add("--rates", nargs="+", type=float, metavar="X", help="learning rates to choose from, 0 for "
         "each contender's own (default: that and a grid of five; with --variants: 0)")  # fmt: skip
     add("--seeds", type=int, default=3, help="seeds of the training runs (default: 3)")
@@ -70,8 +71,9 @@ def bench(arguments: argparse.Namespace) -> None:
         raise ValueError(f"rounds or steps must be above 0, got {rounds} and {arguments.steps}")
     if any(steps < 3 for steps in lengths):
         raise ValueError(f"steps must be at least 3, or 0 for no training, got {arguments.steps}")
-    if arguments.tokens is not None and arguments.tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {arguments.tokens}")
+    for name in ("tokens", "latents"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            raise ValueError(f"{name} must be at least 1, got {given}")
     if arguments.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {arguments.seeds}")
     kind, table = ("variants", VARIANTS) if arguments.variants else ("peers", CONTENDERS)
@@ -91,9 +93,11 @@ def bench(arguments: argparse.Namespace) -> None:
     if shards is not None:
         label = f", {arguments.data.name}" * bool(arguments.data)
         label += f", {arguments.tokens} per step" * bool(arguments.tokens)
+        label += f", {arguments.latents} latents" * bool(arguments.latents)
         name = f"{TRAINING}{label}, {shards.fingerprint}"
         task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device}
-        task |= {"tokens": arguments.tokens} if arguments.tokens else {}
+        given = {"tokens": arguments.tokens, "d_sae": arguments.latents}
+        task |= {name: size for name, size in given.items() if size}
         stored = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
         known = {part: stored.get(part, {}) for part in ("contenders", "runs")}
         if rounds:
