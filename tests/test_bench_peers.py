@@ -103,13 +103,19 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     monkeypatch.setattr(training, "GRID", (2e-3, 1e-4))
     monkeypatch.setattr(race, "GRID", training.GRID)
     words = ["--shapes", "a", "--rounds", "1", "--steps", "60", "--data", str(data)]
-    words += ["--seeds", "2", "--contenders", *names]
+    words += ["--seeds", "2", "--tokens", "128", "--latents", "80", "--contenders", *names]
     race.bench(parse(*words))
     text = capsys.readouterr().out
     (results,) = tmp_path.glob("peers-*.json")
     found = json.loads(results.read_text())
     shape, trained = found
-    assert shape == "a" and trained.startswith(f"training, {data.name}, ")
+    assert shape == "a" and trained.startswith(f"training, {data.name}, 128 per step, 80 latents, ")
+    assert [found[part][size] for part in found for size in ("tokens", "d_sae")] == [
+        256,
+        96,
+        128,
+        80,
+    ]
     for part in found.values():
         assert part.get("contenders", part.get("runs", {}).get("60")).keys() == set(names[:-1])
         assert part["missing"] == {"nobody": "not-a-package is not installed"}
@@ -122,6 +128,10 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
         assert [(one["rate"], one["seed"]) for one in tried] == [(2e-3, 0), (1e-4, 0), (2e-3, 1)]
         assert all(one["L0"] <= 4 and one["seconds"] > 0 for one in tried)
         assert tried[0]["held-out FVU"] < tried[1]["held-out FVU"], "the best rate is repeated"
+        for one in tried:
+            curve = [point["held-out FVU"] for point in one["curve"]]
+            assert [point["step"] for point in one["curve"]] == [3, 7, 15, 30, 60]
+            assert curve[0] > curve[-1] == one["held-out FVU"], "of all 512 held-out tokens"
     fvu = {name: [one["held-out FVU"] for one in tried] for name, tried in runs.items()}
     assert max(fvu["fastsae"][::2]) < 0.8 and fvu["fastsae"][0] != fvu["fastsae"][2]
     assert fvu["dense PyTorch"] == pytest.approx(fvu["fastsae"], rel=1e-3)
@@ -176,6 +186,8 @@ def test_the_committed_results_have_tables():
         ("--contenders nobody", r"unknown contenders: nobody \(allowed: fastsae; "),
         ("--variants --contenders SAELens", r"unknown contenders: SAELens \(allowed: fastsae; "),
         ("--steps 300 2", r"steps must be at least 3, or 0 for no training, got \[300, 2\]"),
+        ("--tokens 0", "tokens must be at least 1, got 0"),
+        ("--latents 0", "latents must be at least 1, got 0"),
         ("--seeds 0", "seeds must be at least 1, got 0"),
         ("--rounds 0 --steps 0", r"rounds or steps must be above 0, got 0 and \[0\]"),
         ("--data {data}/heldout", "must have a held-out part"),
@@ -213,16 +225,22 @@ def test_a_peer_trains(name, data):
     train = import_module(f"bench.peers.train_{contender.trainer}").train
     shards = race.training_data(data)
 
+    measured, curve = partial(quality, shards=shards, device="cpu"), {}
+
     def trained(**settings):
         one = task(name, data, **settings)
         stream = open_stream(one)
+        stream.at_step = lambda step, code: curve.update({step: measured(code)})
         result = train(one, stream, **contender.options)
+        assert stream.code is not None
+        for key, value in measured(stream.code()).items():
+            assert measured(result.code)[key] == pytest.approx(value, rel=1e-5)
         assert len(stream.step_ms()) in (one.steps - 2, one.steps - 1)
         return result
 
-    measured = partial(quality, shards=shards, device="cpu")
-    short, long = trained(steps=3), trained(steps=200)
+    short, long = trained(steps=3), trained(steps=200, curve=(100,))
     before, after = measured(short.code), measured(long.code)
+    assert [*curve] == [100] and curve[100]["held-out FVU"] < before["held-out FVU"]
     assert after["held-out FVU"] < min(0.9, 0.9 * before["held-out FVU"])
     assert 0 < after["L0"] <= 4
     if contender.adam:

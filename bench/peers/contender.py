@@ -33,7 +33,7 @@ CONTENDERS = {
     "sparsify": SPARSIFY._replace(options={"optimizer": "signum"}, adam=False),
     "sparsify, Adam": SPARSIFY,
 }
-for name in ("SAELens", "dictionary_learning", "sparsify"):
+for name in ("SAELens", "dictionary_learning", "sparsify", "sparsify, Adam"):
     accelerate = {**CONTENDERS[name].options, "accelerate": True}
     CONTENDERS[f"{name}, accelerated"] = CONTENDERS[name]._replace(options=accelerate)
 
@@ -42,6 +42,7 @@ VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None
     "fastsae, second moment per row": Contender(
         options={"optimizer": Optimizer(adam_second="row")}
     ),
+    "fastsae, decay from the start": Contender(options={"optimizer": Optimizer(decay=1.0)}),
     "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
     "fastsae, fitted encoder": Contender(options={"init": Init(encoder="fitted")}),
     "fastsae, FVU": Contender(options={"objective": Objective(error="fvu")}),
@@ -61,22 +62,40 @@ def measure(task: Task) -> dict[str, Any]:
     torch.manual_seed(task.seed)
     train = import_module(f".train_{contender.trainer}", __package__).train
     stream, trained = open_stream(task), None
+    shards = ActivationShards(task.data) if task.data else None
+    points: list[dict[str, float]] = []
+    if shards is not None and task.curve:
+        stream.at_step = lambda step, code: points.append(
+            {"step": step, **quality(code, shards, task.device, CURVE_TOKENS)}
+        )
     with suppress(TimeUp):
         trained = train(task, stream, **contender.options)
     peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else resident_bytes()
     found: dict[str, Any] = {"ms": stream.step_ms(), "peak MB": peak / 2**20}
-    if trained is not None and task.data is not None:
+    if trained is not None and shards is not None:
         found |= {"lr": trained.lr, "warm-up": trained.warmup}
-        found |= quality(trained.code, ActivationShards(task.data), task.device)
+        found |= quality(trained.code, shards, task.device)
+        if stream.at_step is not None:
+            stream.at_step(task.steps, trained.code)
+            found |= {"curve": points}
     return found
 
 
+CURVE_TOKENS = 16384
+"""Held-out tokens on which a curve's points are measured."""
+
+
 @torch.no_grad()
-def quality(code: Code, shards: ActivationShards, device: str) -> dict[str, float]:
-    """Held-out FVU, L0, and the fraction of latents that are never active."""
+def quality(
+    code: Code, shards: ActivationShards, device: str, tokens: int | None = None
+) -> dict[str, float]:
+    """Held-out FVU, L0, and the fraction of latents that are never active; of all held-out tokens,
+    or of as many that are evenly spaced."""
     heldout = shards.heldout
     assert heldout is not None
-    x = standardization_of(shards)(heldout.rows(torch.arange(heldout.n_tokens)))
+    count = min(tokens or heldout.n_tokens, heldout.n_tokens)
+    rows = torch.linspace(0, heldout.n_tokens - 1, count, dtype=torch.float64).round().long()
+    x = standardization_of(shards)(heldout.rows(rows))
     variance = (x - x.mean(0)).double().square().sum()
     error, counts = 0.0, 0
     for part in x.to(device).split(4096):

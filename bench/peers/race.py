@@ -4,8 +4,9 @@ Each contender trains with its library's own loop, on the same batches in the sa
 process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
 take turns, also at the size of the training runs. In these, each one trains for the same numbers of
 tokens, at the best of six learning rates (five and its own), with several seeds, which gives its
-held-out FVU. Other settings are each library's own. An accelerated contender trains the same SAE as
-its library, up to rounding: its runs stand for the library's where it has none.
+held-out FVU; during a run, it is measured on 16,384 held-out tokens. Other settings are each
+library's own. An accelerated contender trains the same SAE as its library, up to rounding: its runs
+stand for the library's where it has none.
 
 Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
 results of other shapes and data, and, if matplotlib is installed, to plots. Every training run is
@@ -44,10 +45,13 @@ TURN = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shapes", nargs="+", help="shapes to time, a-d, on a GPU A-D (default: all)")
+    add("--shapes", nargs="*", help="shapes to time, a-d, on a GPU A-D, or none (default: all)")
     add("--rounds", type=int, default=3, help="rounds of timed steps, 0 for none (default: 3)")
     add("--steps", nargs="+", type=int, default=[300, 2000], metavar="N", help="lengths of "
         "training runs, 0 for none (default: 300 2000)")  # fmt: skip
+    add("--tokens", type=int, metavar="N", help="tokens per step of training runs (default: "
+        "4096)")  # fmt: skip
+    add("--latents", type=int, metavar="N", help="latents of training runs (default: 4096)")
     add("--rates", nargs="+", type=float, metavar="X", help="learning rates to choose from, 0 for "
         "each contender's own (default: that and a grid of five; with --variants: 0)")  # fmt: skip
     add("--seeds", type=int, default=3, help="seeds of the training runs (default: 3)")
@@ -67,6 +71,9 @@ def bench(arguments: argparse.Namespace) -> None:
         raise ValueError(f"rounds or steps must be above 0, got {rounds} and {arguments.steps}")
     if any(steps < 3 for steps in lengths):
         raise ValueError(f"steps must be at least 3, or 0 for no training, got {arguments.steps}")
+    for name in ("tokens", "latents"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            raise ValueError(f"{name} must be at least 1, got {given}")
     if arguments.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {arguments.seeds}")
     kind, table = ("variants", VARIANTS) if arguments.variants else ("peers", CONTENDERS)
@@ -85,8 +92,12 @@ def bench(arguments: argparse.Namespace) -> None:
         keep(name, task, {"contenders": race(name, task, ready, rounds)})
     if shards is not None:
         label = f", {arguments.data.name}" * bool(arguments.data)
+        label += f", {arguments.tokens} per step" * bool(arguments.tokens)
+        label += f", {arguments.latents} latents" * bool(arguments.latents)
         name = f"{TRAINING}{label}, {shards.fingerprint}"
         task = {**sized(SHAPES["a"]), "d_in": shards.d_in, "device": device}
+        given = {"tokens": arguments.tokens, "d_sae": arguments.latents}
+        task |= {name: size for name, size in given.items() if size}
         stored = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
         known = {part: stored.get(part, {}) for part in ("contenders", "runs")}
         if rounds:
@@ -116,7 +127,7 @@ def chosen(names: list[str] | None) -> dict[str, Size]:
     """This machine's shapes with these names, by default all of them."""
     here = list("ABCD" if choose_device("auto") == "cuda" else "abcd")
     check_names("shapes for this machine", names, here)
-    return {name: SHAPES[name] for name in names or here}
+    return {name: SHAPES[name] for name in (here if names is None else names)}
 
 
 def sized(size: Size) -> dict[str, Any]:

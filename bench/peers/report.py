@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.record import markdown
 
-from .training import FEW, FVU, NEVER, averaged, best
+from .training import FEW, FVU, NEVER, averaged, best, curve_of
 
 TRAINING = "training"
 """The first word of results that are training runs."""
@@ -109,7 +109,8 @@ COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55
 def plot(results: dict[str, Any], path: Path) -> None:
     """Plot step times to PATH with .png, and each data set's training runs to a file of its name.
 
-    In training plots, a contender's points are its run lengths.
+    In training plots, a contender's points are those of its longest run's curve at the best rate,
+    if it has one, or its run lengths.
     """
     from matplotlib.figure import Figure
 
@@ -156,7 +157,7 @@ def plot_training(figure: Any, found: dict[str, Any]) -> None:
         axes.xaxis.set_minor_formatter("")
         axes.grid(visible=True, which="both", alpha=0.3)
     for name in dict.fromkeys(name for one in rows.values() for name in one):
-        points = [(int(steps), one[name]) for steps, one in rows.items() if name in one]
+        points = plotted(found, rows, name)
         tokens = [steps * found["tokens"] / 1e6 for steps, _ in points]
         keys = FVU, "seconds", NEVER
         fvu, seconds, dead = ([row.get(key, math.nan) for _, row in points] for key in keys)
@@ -164,6 +165,19 @@ def plot_training(figure: Any, found: dict[str, Any]) -> None:
         for axes, (x, y) in zip(panels, lines, strict=True):
             axes.plot(x, y, **style(name, colors) | {"linestyle": "-"})
     legend(figure, colors, 6)
+
+
+def plotted(
+    found: dict[str, Any], rows: dict[str, Rows], name: str
+) -> list[tuple[float, dict[str, Any]]]:
+    """The points of a contender: steps, and what was measured after them."""
+    own = [(float(steps), one[name]) for steps, one in rows.items() if name in one]
+    steps, longest = max(own, key=lambda point: point[0])
+    runs = found["runs"][f"{steps:.0f}"]
+    curve = curve_of(runs.get(name) or runs[f"{name}{FAST}"])
+    seconds = longest.get("seconds", math.nan) / steps
+    points = [(at, point | {"seconds": at * seconds}) for point in curve if (at := point["step"])]
+    return points or own
 
 
 def legend(figure: Any, colors: dict[str, str], columns: int) -> None:

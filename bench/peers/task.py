@@ -49,9 +49,12 @@ class Task:
     seed: int = 0
     """Seed of the weights and of the order of the batches."""
 
+    curve: tuple[int, ...] = ()
+    """Steps after which the quality is measured during the run."""
+
     def warmup(self, default: int) -> int:
-        """A trainer's default warm-up, or 1/20 of the run if the default exceeds the run."""
-        return default if default < self.steps else self.steps // 20
+        """A trainer's default warm-up, at most 1/20 of the run."""
+        return min(default, self.steps // 20)
 
 
 Code = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -88,13 +91,19 @@ class Stream:
     """Yields batches and records the time of each: a step lasts from one batch to the next.
 
     So a step includes everything that the library's own training loop does, and no loop has to be
-    rewritten to be timed. The first step is for warm-up and does not count.
+    rewritten to be timed. The first step is for warm-up and does not count. At the steps of a
+    task's curve, `at_step` measures the SAE being trained, which does not count as time either.
     """
 
     def __init__(self, sample: Tensor, batches: Iterator[Tensor], task: Task):
         self.sample = sample
         """[n, d_in]: tokens to initialize from."""
+        self.code: Callable[[], Code] | None = None
+        """Set by the trainer: returns the Code of the SAE as it is now."""
+        self.at_step: Callable[[int, Code], object] | None = None
+        """Called with the number of steps taken and the SAE's Code."""
         self._batches, self._device, self._seconds = batches, task.device, task.seconds
+        self._curve, self._paused = frozenset(task.curve), 0.0
         self._ticks: list[float] = []
 
     def __iter__(self) -> "Stream":
@@ -103,10 +112,16 @@ class Stream:
     def __next__(self) -> Tensor:
         if self._device == "cuda":
             torch.cuda.synchronize()
-        self._ticks.append(time.perf_counter())
+        now = time.perf_counter()
+        self._ticks.append(now - self._paused)
         timed = self._ticks[-1] - self._ticks[:2][-1]
         if self._seconds is not None and timed >= self._seconds:
             raise TimeUp
+        taken = len(self._ticks) - 1
+        if taken in self._curve and self.at_step is not None:
+            assert self.code is not None, "set by every trainer"
+            self.at_step(taken, self.code())
+            self._paused += time.perf_counter() - now
         return next(self._batches)
 
     def step_ms(self) -> list[float]:

@@ -8,7 +8,7 @@ from fastsae.nn import init_from_data
 from fastsae.train.optim import schedule
 from fastsae.train.plan import Plan
 
-from .task import Stream, Task, Trained, code_of
+from .task import Code, Stream, Task, Trained, code_of
 from .train_fastsae import config_of
 
 
@@ -19,6 +19,12 @@ def train(task: Task, stream: Stream) -> Trained:
     generator = torch.Generator().manual_seed(config.seed)
     sae = init_from_data(config.build(task.d_in), stream.sample, generator).to(task.device)
     model = DenseTopK(sae)
+
+    def code() -> Code:
+        sae.load_state_dict(model.state_dict())
+        return code_of(sae)
+
+    stream.code = code
     adam = dense_adam(model, plan.lr)
     k_aux = default_k_aux(task.d_in)
     unfired = torch.zeros(task.d_sae, dtype=torch.int64, device=task.device)
@@ -27,5 +33,4 @@ def train(task: Task, stream: Stream) -> Trained:
         adam.param_groups[0]["lr"] = plan.lr * factor
         _, fired = dense_step(model, adam, next(stream), unfired >= plan.dead_after, k_aux)
         unfired = (unfired + task.tokens).masked_fill(fired, 0)
-    sae.load_state_dict(model.state_dict())
-    return Trained(code_of(sae), plan.lr, plan.warmup)
+    return Trained(code(), plan.lr, plan.warmup)

@@ -1,5 +1,6 @@
 """Trains with dictionary_learning: its trainSAE with a TopKTrainer."""
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,14 +14,15 @@ from fastsae.files import read_json
 from .task import Stream, Task, Trained, code_of
 
 
-def accelerated(*sizes: int) -> Any:
-    return fastsae.accelerate(top_k.AutoEncoderTopK(*sizes))
-
-
 def train(task: Task, stream: Stream, *, accelerate: bool = False) -> Trained:
     """Other settings are the library's defaults: Adam at 2e-4 / sqrt(d_sae / 16384)."""
-    own = accelerated if accelerate else top_k.AutoEncoderTopK
-    settings: dict[str, Any] = {"trainer": top_k.TopKTrainer, "dict_class": own, "k": task.k}
+
+    def build(*sizes: int) -> Any:
+        built = top_k.AutoEncoderTopK(*sizes)
+        stream.code = partial(code_of, built)
+        return fastsae.accelerate(built) if accelerate else built
+
+    settings: dict[str, Any] = {"trainer": top_k.TopKTrainer, "dict_class": build, "k": task.k}
     settings |= {"activation_dim": task.d_in, "dict_size": task.d_sae, "steps": task.steps}
     settings |= {"lr": task.lr, "warmup_steps": task.warmup(default=1000), "device": task.device}
     settings |= {"layer": 0, "lm_name": "unknown"}

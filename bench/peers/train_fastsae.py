@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastsae.data import Batch, Cursor
 from fastsae.nn import TopKConfig
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import Callback, TrainConfig, Trainer
 from fastsae.train.plan import Plan
+from fastsae.train.state import TrainState
 
 from .task import Stream, Task, Trained, code_of
 
@@ -45,6 +46,17 @@ class StreamSource:
         return Batch(x, Cursor(), np.empty(0, np.int64))  # the rest is needed only to resume
 
 
+class Watched(Callback):
+    """Gives the stream the SAE as it would be saved now."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def on_step(self, trainer: Trainer, state: TrainState) -> None:
+        device = trainer.device
+        self.stream.code = lambda: code_of(trainer.snapshot(state).to(device))
+
+
 def config_of(task: Task, **options: Any) -> TrainConfig:
     """A task's TrainConfig; settings that are not given keep their defaults."""
     options |= {"d_sae": task.d_sae, "activation": TopKConfig(k=task.k), "device": task.device}
@@ -59,6 +71,6 @@ def train(task: Task, stream: Stream, **options: Any) -> Trained:
     source: Any = StreamSource(stream)
     with TemporaryDirectory() as folder:
         config = replace(config_of(task, **options), out=Path(folder) / "run")
-        sae = Trainer(config, source).fit()
+        sae = Trainer(config, source, callbacks=[Watched(stream)]).fit()
     plan = Plan.of(config, source.d_in, source.n_tokens)
     return Trained(code_of(sae.to(task.device)), plan.lr, plan.warmup)

@@ -1,5 +1,6 @@
 """Trains with SAELens: its SAETrainer with a TopKTrainingSAE."""
 
+from functools import partial
 from typing import Any
 
 from sae_lens import saes  # pyright: ignore[reportMissingImports]
@@ -17,6 +18,7 @@ def train(task: Task, stream: Stream, *, accelerate: bool = False, **settings: A
     sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**settings))
     if accelerate:
         fastsae.accelerate(sae)
+    stream.code = partial(code_of, sae)
     config = SAETrainerConfig(
         total_training_samples=task.steps * task.tokens,
         train_batch_size_samples=task.tokens,

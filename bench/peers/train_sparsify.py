@@ -1,7 +1,9 @@
 """Trains with EleutherAI's sparsify: its Trainer, on a model whose one layer yields the batches."""
 
+import copy
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import fastsae
 
-from .task import Stream, Task, Trained
+from .task import Code, Stream, Task, Trained
 
 if not torch.cuda.is_available():
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it uses Triton if installed, even without a GPU
@@ -50,6 +52,26 @@ class Model(PreTrainedModel):
         return self.layer(input_ids)
 
 
+def code(sae: Any, d_sae: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    out = sae(x)
+    active = torch.zeros(len(x), d_sae, dtype=torch.bool, device=x.device)
+    return out.sae_out, active.scatter(1, out.latent_indices, out.latent_acts != 0)
+
+
+def snapshot(trainer: Any, d_sae: int) -> Code:
+    """The Code of the SAE as it would be saved now: of weights that a schedule-free optimizer keeps
+    averaged. The trainer's own do not change."""
+    sae, free = trainer.saes["layer"], [o for o in trainer.optimizers if hasattr(o, "eval")]
+    before = copy.deepcopy(sae.state_dict())
+    for optimizer in free:
+        optimizer.eval()
+    now = partial(code, copy.deepcopy(sae), d_sae)
+    for optimizer in free:
+        optimizer.train()
+    sae.load_state_dict(before)
+    return now
+
+
 def train(task: Task, stream: Stream, *, optimizer: Any, accelerate: bool = False) -> Trained:
     """Other settings are the library's defaults; returns the SAE that it saved."""
     model = Model(chain([torch.zeros(1, task.d_in)], stream), task.device)
@@ -64,14 +86,10 @@ def train(task: Task, stream: Stream, *, optimizer: Any, accelerate: bool = Fals
         trainer = sparsify.Trainer(config, sequences, model)
         if accelerate:
             fastsae.accelerate(trainer.saes["layer"])
+        stream.code = partial(snapshot, trainer, task.d_sae)
         (group,) = trainer.optimizers[0].param_groups
         lr = group.get("initial_lr", group["lr"])
         trainer.fit()
         sae = sparsify.SparseCoder.load_from_disk(f"{folder}/unnamed/layer", device=task.device)
 
-    def code(x: Tensor) -> tuple[Tensor, Tensor]:
-        out = sae(x)
-        active = torch.zeros(len(x), task.d_sae, dtype=torch.bool, device=x.device)
-        return out.sae_out, active.scatter(1, out.latent_indices, out.latent_acts != 0)
-
-    return Trained(code, lr, warmup if optimizer == "adam" else 0)
+    return Trained(partial(code, sae, task.d_sae), lr, warmup if optimizer == "adam" else 0)

@@ -47,13 +47,19 @@ def train(
                 if any("error" not in one for one in before):
                     continue
                 runs[:] = [one for one in runs if one not in before]
-                found = run(Task(contender=name, steps=steps, lr=rate, seed=seed, **task))
+                own = {"steps": steps, "lr": rate, "seed": seed, "curve": curve(steps)}
+                found = run(Task(contender=name, **own, **task))
                 if "error" not in found:
                     seconds = sum(times := found.pop("ms")) / len(times) * steps / 1e3
                     found |= {"seconds": significant(seconds)}
                 runs.append({"rate": rate, "seed": seed, **about, **found})
                 print(f"training, {steps} steps, {name}: {runs[-1]}", flush=True)
                 keep(known)
+
+
+def curve(steps: int) -> tuple[int, ...]:
+    """Steps after which a run's quality is measured: half of it, a quarter, and so on."""
+    return tuple(at for halvings in (4, 3, 2, 1) if (at := steps >> halvings))
 
 
 def planned(runs: list[Run], rates: Rates, seeds: int) -> Iterator[tuple[float | None, int]]:
@@ -70,6 +76,15 @@ def best(runs: list[Run]) -> list[Run]:
         return []
     rate = min(tried, key=tried.__getitem__)
     return [one for one in runs if one["rate"] == rate and finite(one)]
+
+
+def curve_of(runs: list[Run]) -> list[dict[str, float]]:
+    """The points of the curve at the best learning rate, averaged over the seeds."""
+    curves = [one["curve"] for one in best(runs) if "curve" in one]
+    return [
+        {key: mean(point[key] for point in points) for key in points[0]}
+        for points in zip(*curves, strict=True)
+    ]
 
 
 def finite(run: Run) -> bool:
