@@ -45,7 +45,8 @@ TURN = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shapes", nargs="*", help="shapes to time, a-d, on a GPU A-D, or none (default: all)")
+    add("--shapes", nargs="*", help="shapes to time, a-d, on a GPU A-D; no value: none (default: "
+        "all)")  # fmt: skip
     add("--rounds", type=int, default=3, help="rounds of timed steps, 0 for none (default: 3)")
     add("--steps", nargs="+", type=int, default=[300, 2000], metavar="N", help="lengths of "
         "training runs, 0 for none (default: 300 2000)")  # fmt: skip
