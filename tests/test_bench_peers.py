@@ -126,6 +126,7 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     for tried in runs.values():
         assert [(one["rate"], one["seed"]) for one in tried] == [(2e-3, 0), (1e-4, 0), (2e-3, 1)]
         assert all(one["L0"] <= 4 and one["seconds"] > 0 for one in tried)
+        assert not any("peak MB" in one for one in tried), "it would be that of evaluations"
         assert tried[0]["held-out FVU"] < tried[1]["held-out FVU"], "the best rate is repeated"
         for one in tried:
             curve = [point["held-out FVU"] for point in one["curve"]]
