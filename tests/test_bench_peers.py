@@ -125,7 +125,7 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     runs = found[trained]["runs"]["60"]
     for tried in runs.values():
         assert [(one["rate"], one["seed"]) for one in tried] == [(2e-3, 0), (1e-4, 0), (2e-3, 1)]
-        assert all(one["L0"] <= 4 and one["seconds"] > 0 for one in tried)
+        assert all(one["L0"] <= 4 and one["seconds"] > 0 and one["warm-up"] == 3 for one in tried)
         assert not any("peak MB" in one for one in tried), "it would be that of evaluations"
         assert tried[0]["held-out FVU"] < tried[1]["held-out FVU"], "the best rate is repeated"
         for one in tried:
@@ -146,6 +146,11 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     monkeypatch.setattr(training, "run", None)  # nothing is left to run
     race.bench(parse("--rounds", "0", *words[4:]))
     assert results.read_text() == before
+    found[trained]["runs"]["60"]["dense PyTorch"][1]["warm-up"] = 4
+    results.write_text(json.dumps(found))
+    message = "has runs of dense PyTorch with 4 steps of warm-up, but at most 3 of 60 are allowed"
+    with pytest.raises(ValueError, match=message):
+        race.bench(parse("--rounds", "0", *words[4:]))
 
 
 def test_a_contender_is_a_process_and_reported_if_it_fails():

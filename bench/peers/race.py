@@ -4,7 +4,8 @@ Each contender trains with its library's own loop, on the same batches in the sa
 process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
 take turns, also at the size of the training runs. In these, each one trains for the same numbers of
 tokens, at the best of six learning rates (five and its own), with several seeds, which gives its
-held-out FVU; during a run, it is measured on 16,384 held-out tokens. Other settings are each
+held-out FVU; during a run, it is measured on 16,384 held-out tokens. Warm-ups are each library's
+own, but at most 1/20 of the run; results have the warm-up of every run. Other settings are each
 library's own. An accelerated contender trains the same SAE as its library, up to rounding: its runs
 stand for the library's where it has none.
 
@@ -37,7 +38,7 @@ from .contender import CONTENDERS, KNOWN, VARIANTS
 from .process import run
 from .report import TRAINING, plot, tables
 from .task import Task
-from .training import GRID, train
+from .training import GRID, check_warmups, train
 
 TURN = 2.0
 """Seconds of steps per turn; a step that takes longer is timed once."""
@@ -64,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """Time steps at every shape, then train at shape a with the data's width; print tables.
 
-    Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, and data
-    without a held-out part.
+    Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, data
+    without a held-out part, and stored runs with warm-ups longer than runs have now.
     """
     rounds, lengths = arguments.rounds, [n for n in arguments.steps if n]
     if rounds < 0 or not (rounds or lengths):
@@ -101,6 +102,7 @@ def bench(arguments: argparse.Namespace) -> None:
         task |= {name: size for name, size in given.items() if size}
         stored = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
         known = {part: stored.get(part, {}) for part in ("contenders", "runs")}
+        check_warmups(known["runs"], f"{name!r} in {path}")
         if rounds:
             timed = race(name, {**task, "seconds": TURN}, ready, rounds)
             known["contenders"] |= timed

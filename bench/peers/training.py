@@ -12,7 +12,7 @@ from typing import Any
 from bench.clock import significant
 
 from .process import run
-from .task import Task
+from .task import Task, longest_warmup
 
 Rates = tuple[float | None, ...]
 """Learning rates; None is a contender's own."""
@@ -55,6 +55,19 @@ def train(
                 runs.append({"rate": rate, "seed": seed, **about, **found})
                 print(f"training, {steps} steps, {name}: {runs[-1]}", flush=True)
                 keep(known)
+
+
+def check_warmups(known: Runs, where: str) -> None:
+    """Raise ValueError if runs had longer warm-ups than runs have now: they are no comparison."""
+    for steps, contenders in known.items():
+        longest = longest_warmup(int(steps))
+        for name, runs in contenders.items():
+            for one in runs:
+                if (given := one.get("warm-up", 0)) > longest:
+                    raise ValueError(
+                        f"{where} has runs of {name} with {given} steps of warm-up, but at most "
+                        f"{longest} of {steps} are allowed now: remove these runs from the file"
+                    )
 
 
 def curve(steps: int) -> tuple[int, ...]:
