@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -10,13 +11,21 @@ from importlib import import_module
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bench import record
 from bench.contender import LOW
 from bench.peers import accelerate, race, training
 from bench.peers.classes import PHASES, SUBJECTS
 from bench.peers.contender import CONTENDERS, KNOWN, quality
-from bench.peers.report import colors_of, plain, tables, training_rows
+from bench.peers.report import (
+    colors_of,
+    plain,
+    plot_training,
+    tables,
+    training_rows,
+    training_table,
+)
 from bench.peers.task import Task, TimeUp, open_stream
 from fastsae.data import ShardWriter, Synthetic
 
@@ -258,7 +267,7 @@ def test_a_peer_trains(name, data):
 
 
 def test_an_accelerated_run_stands_for_its_library():
-    """With the library's own time, which was measured in turns."""
+    """With the library's own time, which was measured in turns; others have none."""
     run = {"rate": None, "seed": 0, "held-out FVU": 0.1, "never active": 0.0, "L0": 4.0}
     timed = {
         name: {"ms": {"median": ms}} for name, ms in {"A": 500.0, "A, accelerated": 100.0}.items()
@@ -266,11 +275,15 @@ def test_an_accelerated_run_stands_for_its_library():
     runs = {"10": {"A, accelerated": [run | {"seconds": 9.0}], "B": [run | {"seconds": 3.0}]}}
     (rows,) = training_rows({"contenders": timed, "runs": runs}).values()
     assert [row["held-out FVU"] for row in rows.values()] == [0.1] * 3
-    assert {name: row["seconds"] for name, row in rows.items()} == {
-        "A": 5.0,
-        "A, accelerated": 1.0,
-        "B": 3.0,
-    }
+    seconds = {name: row["seconds"] for name, row in rows.items()}
+    untimed = {"B": pytest.approx(math.nan, nan_ok=True)}
+    assert seconds == {"A": 5.0, "A, accelerated": 1.0} | untimed
+    for timing in (timed, {}):
+        found = {"contenders": timing, "runs": runs, "tokens": 100}
+        assert ("| seconds |" in training_table(training_rows(found)["10"])) == bool(timing)
+        plot_training(figure := Figure(), found)
+        labels = [axes.get_xlabel() for axes in figure.axes]
+        assert ("seconds" in labels) == bool(timing)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries

@@ -2,12 +2,12 @@
 
 Each contender trains with its library's own loop, on the same batches in the same order, in its own
 process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
-take turns, also at the size of the training runs. In these, each one trains for the same numbers of
-tokens, at the best of six learning rates (five and its own), with several seeds, which gives its
-held-out FVU; during a run, it is measured on 16,384 held-out tokens. Warm-ups are each library's
-own, but at most 1/20 of the run; results have the warm-up of every run. Other settings are each
-library's own. An accelerated contender trains the same SAE as its library, up to rounding: its runs
-stand for the library's where it has none.
+take turns, also at the size of the training runs, whose seconds these times give. Each contender
+trains for the same numbers of tokens, at the best of six learning rates (five and its own), with
+several seeds, which gives its held-out FVU; during a run, it is measured on 16,384 held-out tokens.
+Warm-ups are each library's own, but at most 1/20 of the run; results have the warm-up of every run.
+Other settings are each library's own. An accelerated contender trains the same SAE as its library,
+up to rounding: its runs stand for the library's where it has none.
 
 Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
 results of other shapes and data, and, if matplotlib is installed, to plots. Every training run is

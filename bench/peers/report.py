@@ -48,8 +48,11 @@ def finished(found: dict[str, Any]) -> Rows:
 
 
 def training_rows(found: dict[str, Any]) -> dict[str, Rows]:
-    """Results of the contenders at their best learning rates, by number of steps; the seconds are
-    those of steps that were timed in turns, where there are such."""
+    """Results of the contenders at their best learning rates, by number of steps.
+
+    Seconds are those of steps that were timed in turns: runs follow each other, so other load on
+    the machine would be taken for differences between contenders. Without such times they are NaN.
+    """
     timed = {n: row["ms"]["median"] / 1e3 for n, row in finished(found).items()}
     results: dict[str, Rows] = {}
     for steps, contenders in found["runs"].items():
@@ -57,7 +60,7 @@ def training_rows(found: dict[str, Any]) -> dict[str, Rows]:
         stand_in = {name: rows[other] for name in timed if (other := f"{name}{FAST}") in rows}
         rows = stand_in | rows
         results[steps] = {
-            name: row | ({"seconds": int(steps) * timed[name]} if name in timed else {})
+            name: row | {"seconds": int(steps) * timed.get(name, math.nan)}
             for name, row in rows.items()
         }
     return results
@@ -75,16 +78,20 @@ def step_table(rows: Rows) -> str:
 
 
 def training_table(rows: Rows) -> str:
-    """Old results lack some columns, which show as NaN."""
+    """Old results lack some columns, which show as NaN; without any seconds, there is no column."""
     titles = ["", "best learning rate", "held-out FVU", "over seeds", "never active"]
-    titles += [f"FVU with at most {FEW:.0%} never active", "seconds"]
+    titles += [f"FVU with at most {FEW:.0%} never active", *["seconds"] * has_seconds(rows)]
     cells = []
     for name, row in rows.items():
         spread = f"{row['lowest']:.4f} to {row['highest']:.4f} ({row['seeds']})"
         numbers = f"{row[FVU]:.4f}", spread, f"{row.get(NEVER, math.nan):.2%}"
-        last = f"{row['alive']:.4f}", f"{row['seconds']:.0f}"
+        last = f"{row['alive']:.4f}", *[f"{row['seconds']:.0f}"] * has_seconds(rows)
         cells.append([name, row.get("lr", math.nan), *numbers, *last])
     return markdown(titles, cells)
+
+
+def has_seconds(rows: Rows) -> bool:
+    return any(math.isfinite(row["seconds"]) for row in rows.values())
 
 
 def rates_table(contenders: dict[str, list[dict[str, Any]]]) -> str:
@@ -143,41 +150,42 @@ def plot_steps(figure: Any, sizes: list[dict[str, Any]]) -> None:
 
 
 def plot_training(figure: Any, found: dict[str, Any]) -> None:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, PercentFormatter
 
     rows = training_rows(found)
     colors = colors_of(name for one in rows.values() for name in one)
-    panels = figure.subplots(1, 3)
-    x_labels = ["million tokens", "seconds", "million tokens"]
-    y_labels = [FVU, FVU, "latents never active (%)"]
-    for axes, x_label, y_label in zip(panels, x_labels, y_labels, strict=True):
-        axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
+    panels = [("million tokens", FVU), ("seconds", FVU), ("million tokens", NEVER)]
+    if not any(map(has_seconds, rows.values())):
+        del panels[1]
+    for axes, (x, y) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.set(xlabel=x, ylabel=y, xscale="log")
+        if y == NEVER:
+            axes.set(ylabel=f"latents {y}")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(visible=True, which="both", alpha=0.3)
     for name in dict.fromkeys(name for one in rows.values() for name in one):
         points = plotted(found, rows, name)
-        tokens = [steps * found["tokens"] / 1e6 for steps, _ in points]
-        keys = FVU, "seconds", NEVER
-        fvu, seconds, dead = ([row.get(key, math.nan) for _, row in points] for key in keys)
-        lines = (tokens, fvu), (seconds, fvu), (tokens, [100 * part for part in dead])
-        for axes, (x, y) in zip(panels, lines, strict=True):
-            axes.plot(x, y, **style(name, colors) | {"linestyle": "-"})
+        for axes, (x, y) in zip(figure.axes, panels, strict=True):
+            values = [[row.get(key, math.nan) for row in points] for key in (x, y)]
+            axes.plot(*values, **style(name, colors) | {"linestyle": "-"})
     legend(figure, colors, 6)
 
 
-def plotted(
-    found: dict[str, Any], rows: dict[str, Rows], name: str
-) -> list[tuple[float, dict[str, Any]]]:
-    """The points of a contender: steps, and what was measured after them."""
-    own = [(float(steps), one[name]) for steps, one in rows.items() if name in one]
-    steps, longest = max(own, key=lambda point: point[0])
-    runs = found["runs"][f"{steps:.0f}"]
-    curve = curve_of(runs.get(name) or runs[f"{name}{FAST}"])
-    seconds = longest.get("seconds", math.nan) / steps
-    points = [(at, point | {"seconds": at * seconds}) for point in curve if (at := point["step"])]
-    return points or own
+def plotted(found: dict[str, Any], rows: dict[str, Rows], name: str) -> list[dict[str, Any]]:
+    """What was measured of a contender, with the tokens and seconds after which it was."""
+    own = [one[name] | {"step": int(steps)} for steps, one in rows.items() if name in one]
+    longest = max(own, key=lambda row: row["step"])
+    runs = found["runs"][str(longest["step"])]
+    seconds = longest["seconds"] / longest["step"]
+    points = curve_of(runs.get(name) or runs[f"{name}{FAST}"]) or own
+    million = found["tokens"] / 1e6
+    return [
+        row | {"million tokens": row["step"] * million, "seconds": row["step"] * seconds}
+        for row in points
+    ]
 
 
 def legend(figure: Any, colors: dict[str, str], columns: int) -> None:

@@ -110,7 +110,7 @@ def averaged(runs: list[Run]) -> dict[str, float]:
     chosen = best(runs)
     found = {
         key: significant(mean(one[key] for one in chosen))
-        for key in ("lr", FVU, NEVER, "L0", "seconds")
+        for key in ("lr", FVU, NEVER, "L0")
         if all(key in one for one in chosen)
     }
     values = [one[FVU] for one in chosen]
