@@ -266,6 +266,30 @@ def test_a_peer_trains(name, data):
     assert stream.step_ms()
 
 
+def test_a_plot_tells_finished_runs_from_curves():
+    """Every finished run has a marker; the longest run's curve is a line that leads to its own."""
+
+    def run(fvu: float, *curve: tuple[int, float]) -> dict:
+        points = [{"step": step, "held-out FVU": y, "never active": 0.0} for step, y in curve]
+        end = {"rate": None, "seed": 0, "held-out FVU": fvu, "never active": 0.0}
+        return end | ({"curve": points} if points else {})
+
+    runs = {"80": {"A": [run(0.2, (20, 0.6), (40, 0.4), (80, 0.21))]}, "30": {"A": [run(0.3)]}}
+    plot_training(figure := Figure(), {"runs": runs, "tokens": 10**5})
+    drawn = {
+        (line.get_marker(), line.get_linestyle()): torch.as_tensor(line.get_xydata()).tolist()
+        for line in figure.axes[0].lines
+    }
+    assert drawn == {
+        ("o", "None"): [[3.0, 0.3], [8.0, 0.2]],
+        ("None", "-"): [[2.0, 0.6], [4.0, 0.4]],
+        ("None", ":"): [[4.0, 0.4], [8.0, 0.2]],
+    }
+    assert "has not fully decayed" in figure.get_suptitle()
+    plot_training(figure := Figure(), {"runs": {"30": runs["30"]}, "tokens": 10**5})
+    assert not figure.get_suptitle() and [len(axes.lines) for axes in figure.axes] == [1, 1]
+
+
 def test_an_accelerated_run_stands_for_its_library():
     """With the library's own time, which was measured in turns; others have none."""
     run = {"rate": None, "seed": 0, "held-out FVU": 0.1, "never active": 0.0, "L0": 4.0}

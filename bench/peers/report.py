@@ -19,6 +19,9 @@ FAST = ", accelerated"
 Rows = dict[str, dict[str, Any]]
 """Results of each contender that finished."""
 
+Points = list[dict[str, Any]]
+"""What was measured after some step, to be plotted."""
+
 
 def tables(results: dict[str, Any]) -> str:
     """A table of step times per shape, and one of the training runs per data set and length."""
@@ -116,8 +119,9 @@ COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55
 def plot(results: dict[str, Any], path: Path) -> None:
     """Plot step times to PATH with .png, and each data set's training runs to a file of its name.
 
-    In training plots, a contender's points are those of its longest run's curve at the best rate,
-    if it has one, or its run lengths.
+    In training plots, markers are finished runs at the best rate. Lines are the curves of the
+    longest runs; dotted lines connect them with their markers. Many trainers' learning rate decays
+    at the end of a run, so points of a curve are not what shorter finished runs would reach.
     """
     from matplotlib.figure import Figure
 
@@ -167,25 +171,39 @@ def plot_training(figure: Any, found: dict[str, Any]) -> None:
         axes.xaxis.set_minor_formatter("")
         axes.grid(visible=True, which="both", alpha=0.3)
     for name in dict.fromkeys(name for one in rows.values() for name in one):
-        points = plotted(found, rows, name)
+        during, finished = points(found, rows, name)
+        marked = style(name, colors)
+        line, dots = ({"color": marked["color"], "linestyle": kind} for kind in "-:")
+        drawn = [(finished, marked)]
+        if during:
+            drawn += [(during, line), ([during[-1], finished[-1]], dots)]
+            figure.suptitle(LINES, fontsize="small")
         for axes, (x, y) in zip(figure.axes, panels, strict=True):
-            values = [[row.get(key, math.nan) for row in points] for key in (x, y)]
-            axes.plot(*values, **style(name, colors) | {"linestyle": "-"})
+            for some, look in drawn:
+                axes.plot(*([row.get(key, math.nan) for row in some] for key in (x, y)), **look)
     legend(figure, colors, 6)
 
 
-def plotted(found: dict[str, Any], rows: dict[str, Rows], name: str) -> list[dict[str, Any]]:
-    """What was measured of a contender, with the tokens and seconds after which it was."""
+LINES = (
+    "markers: finished runs; lines: during the longest run, whose learning rate has not fully "
+    "decayed (dotted: up to its end)"
+)
+
+
+def points(found: dict[str, Any], rows: dict[str, Rows], name: str) -> tuple[Points, Points]:
+    """A contender's curve before the end of its longest run, and its finished runs in order of
+    length; both with the tokens and seconds after which they were measured."""
     own = [one[name] | {"step": int(steps)} for steps, one in rows.items() if name in one]
-    longest = max(own, key=lambda row: row["step"])
-    runs = found["runs"][str(longest["step"])]
-    seconds = longest["seconds"] / longest["step"]
-    points = curve_of(runs.get(name) or runs[f"{name}{FAST}"]) or own
-    million = found["tokens"] / 1e6
-    return [
-        row | {"million tokens": row["step"] * million, "seconds": row["step"] * seconds}
-        for row in points
-    ]
+    own.sort(key=lambda row: row["step"])
+    longest = own[-1]["step"]
+    runs = found["runs"][str(longest)]
+    curve = curve_of(runs.get(name) or runs[f"{name}{FAST}"])
+    million, seconds = found["tokens"] / 1e6, own[-1]["seconds"] / longest
+
+    def placed(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"million tokens": row["step"] * million, "seconds": row["step"] * seconds}
+
+    return [placed(row) for row in curve if row["step"] < longest], [*map(placed, own)]
 
 
 def legend(figure: Any, colors: dict[str, str], columns: int) -> None:
