@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -10,13 +11,21 @@ from importlib import import_module
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bench import record
 from bench.contender import LOW
 from bench.peers import accelerate, race, training
 from bench.peers.classes import PHASES, SUBJECTS
 from bench.peers.contender import CONTENDERS, KNOWN, quality
-from bench.peers.report import colors_of, plain, tables, training_rows
+from bench.peers.report import (
+    colors_of,
+    plain,
+    plot_training,
+    tables,
+    training_rows,
+    training_table,
+)
 from bench.peers.task import Task, TimeUp, open_stream
 from bench.problem import parse_shape
 from fastsae.data import ShardWriter, Synthetic
@@ -126,7 +135,8 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     runs = found[trained]["runs"]["60"]
     for tried in runs.values():
         assert [(one["rate"], one["seed"]) for one in tried] == [(2e-3, 0), (1e-4, 0), (2e-3, 1)]
-        assert all(one["L0"] <= 4 and one["seconds"] > 0 for one in tried)
+        assert all(one["L0"] <= 4 and one["seconds"] > 0 and one["warm-up"] == 3 for one in tried)
+        assert not any("peak MB" in one for one in tried), "it would be that of evaluations"
         assert tried[0]["held-out FVU"] < tried[1]["held-out FVU"], "the best rate is repeated"
         for one in tried:
             curve = [point["held-out FVU"] for point in one["curve"]]
@@ -146,6 +156,11 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     monkeypatch.setattr(training, "run", None)  # nothing is left to run
     race.bench(parse("--rounds", "0", *words[4:]))
     assert results.read_text() == before
+    found[trained]["runs"]["60"]["dense PyTorch"][1]["warm-up"] = 4
+    results.write_text(json.dumps(found))
+    message = "has runs of dense PyTorch with 4 steps of warm-up, but at most 3 of 60 are allowed"
+    with pytest.raises(ValueError, match=message):
+        race.bench(parse("--rounds", "0", *words[4:]))
 
 
 def test_a_contender_is_a_process_and_reported_if_it_fails():
@@ -252,8 +267,32 @@ def test_a_peer_trains(name, data):
     assert stream.step_ms()
 
 
+def test_a_plot_tells_finished_runs_from_curves():
+    """Every finished run has a marker; the longest run's curve is a line that leads to its own."""
+
+    def run(fvu: float, *curve: tuple[int, float]) -> dict:
+        points = [{"step": step, "held-out FVU": y, "never active": 0.0} for step, y in curve]
+        end = {"rate": None, "seed": 0, "held-out FVU": fvu, "never active": 0.0}
+        return end | ({"curve": points} if points else {})
+
+    runs = {"80": {"A": [run(0.2, (20, 0.6), (40, 0.4), (80, 0.21))]}, "30": {"A": [run(0.3)]}}
+    plot_training(figure := Figure(), {"runs": runs, "tokens": 10**5})
+    drawn = {
+        (line.get_marker(), line.get_linestyle()): torch.as_tensor(line.get_xydata()).tolist()
+        for line in figure.axes[0].lines
+    }
+    assert drawn == {
+        ("o", "None"): [[3.0, 0.3], [8.0, 0.2]],
+        ("None", "-"): [[2.0, 0.6], [4.0, 0.4]],
+        ("None", ":"): [[4.0, 0.4], [8.0, 0.2]],
+    }
+    assert "has not fully decayed" in figure.get_suptitle()
+    plot_training(figure := Figure(), {"runs": {"30": runs["30"]}, "tokens": 10**5})
+    assert not figure.get_suptitle() and [len(axes.lines) for axes in figure.axes] == [1, 1]
+
+
 def test_an_accelerated_run_stands_for_its_library():
-    """With the library's own time, which was measured in turns."""
+    """With the library's own time, which was measured in turns; others have none."""
     run = {"rate": None, "seed": 0, "held-out FVU": 0.1, "never active": 0.0, "L0": 4.0}
     timed = {
         name: {"ms": {"median": ms}} for name, ms in {"A": 500.0, "A, accelerated": 100.0}.items()
@@ -261,11 +300,15 @@ def test_an_accelerated_run_stands_for_its_library():
     runs = {"10": {"A, accelerated": [run | {"seconds": 9.0}], "B": [run | {"seconds": 3.0}]}}
     (rows,) = training_rows({"contenders": timed, "runs": runs}).values()
     assert [row["held-out FVU"] for row in rows.values()] == [0.1] * 3
-    assert {name: row["seconds"] for name, row in rows.items()} == {
-        "A": 5.0,
-        "A, accelerated": 1.0,
-        "B": 3.0,
-    }
+    seconds = {name: row["seconds"] for name, row in rows.items()}
+    untimed = {"B": pytest.approx(math.nan, nan_ok=True)}
+    assert seconds == {"A": 5.0, "A, accelerated": 1.0} | untimed
+    for timing in (timed, {}):
+        found = {"contenders": timing, "runs": runs, "tokens": 100}
+        assert ("| seconds |" in training_table(training_rows(found)["10"])) == bool(timing)
+        plot_training(figure := Figure(), found)
+        labels = [axes.get_xlabel() for axes in figure.axes]
+        assert ("seconds" in labels) == bool(timing)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries

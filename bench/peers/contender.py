@@ -53,8 +53,9 @@ KNOWN = CONTENDERS | VARIANTS
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Milliseconds of each step and peak memory; for a complete run, also its settings and quality.
+    """Milliseconds of each step; for a complete run, also its settings and quality.
 
+    Peak memory is that of training, so a run with a curve, which is evaluated in between, has none.
     All contenders keep freed memory, as fastsae's trainer does: it speeds up the others as well.
     """
     contender = KNOWN[task.contender]
@@ -70,8 +71,10 @@ def measure(task: Task) -> dict[str, Any]:
         )
     with suppress(TimeUp):
         trained = train(task, stream, **contender.options)
-    peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else resident_bytes()
-    found: dict[str, Any] = {"ms": stream.step_ms(), "peak MB": peak / 2**20}
+    found: dict[str, Any] = {"ms": stream.step_ms()}
+    if stream.at_step is None:
+        peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else resident_bytes()
+        found |= {"peak MB": peak / 2**20}
     if trained is not None and shards is not None:
         found |= {"lr": trained.lr, "warm-up": trained.warmup}
         found |= quality(trained.code, shards, task.device)

@@ -2,11 +2,12 @@
 
 Each contender trains with its library's own loop, on the same batches in the same order, in its own
 process, so that at most one model is in memory. Steps are timed in rounds, in which all contenders
-take turns, also at the size of the training runs. In these, each one trains for the same numbers of
-tokens, at the best of six learning rates (five and its own), with several seeds, which gives its
-held-out FVU; during a run, it is measured on 16,384 held-out tokens. Other settings are each
-library's own. An accelerated contender trains the same SAE as its library, up to rounding: its runs
-stand for the library's where it has none.
+take turns, also at the size of the training runs, whose seconds these times give. Each contender
+trains for the same numbers of tokens, at the best of six learning rates (five and its own), with
+several seeds, which gives its held-out FVU; during a run, it is measured on 16,384 held-out tokens.
+Warm-ups are each library's own, but at most 1/20 of the run; results have the warm-up of every run.
+Other settings are each library's own. An accelerated contender trains the same SAE as its library,
+up to rounding: its runs stand for the library's where it has none.
 
 Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
 results of other shapes and data, and, if matplotlib is installed, to plots. Every training run is
@@ -37,7 +38,7 @@ from .contender import CONTENDERS, KNOWN, VARIANTS
 from .process import run
 from .report import TRAINING, plot, tables
 from .task import Task
-from .training import GRID, train
+from .training import GRID, check_warmups, train
 
 TURN = 2.0
 """Seconds of steps per turn; a step that takes longer is timed once."""
@@ -45,7 +46,8 @@ TURN = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shapes", nargs="*", help="shapes to time, a-d, on a GPU A-D, or none (default: all)")
+    add("--shapes", nargs="*", help="shapes to time, a-d, on a GPU A-D; no value: none (default: "
+        "all)")  # fmt: skip
     add("--rounds", type=int, default=3, help="rounds of timed steps, 0 for none (default: 3)")
     add("--steps", nargs="+", type=int, default=[300, 2000], metavar="N", help="lengths of "
         "training runs, 0 for none (default: 300 2000)")  # fmt: skip
@@ -63,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """Time steps at every shape, then train at shape a with the data's width; print tables.
 
-    Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, and data
-    without a held-out part.
+    Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, data
+    without a held-out part, and stored runs with warm-ups longer than runs have now.
     """
     rounds, lengths = arguments.rounds, [n for n in arguments.steps if n]
     if rounds < 0 or not (rounds or lengths):
@@ -100,6 +102,7 @@ def bench(arguments: argparse.Namespace) -> None:
         task |= {name: size for name, size in given.items() if size}
         stored = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
         known = {part: stored.get(part, {}) for part in ("contenders", "runs")}
+        check_warmups(known["runs"], f"{name!r} in {path}")
         if rounds:
             timed = race(name, {**task, "seconds": TURN}, ready, rounds)
             known["contenders"] |= timed

@@ -19,6 +19,9 @@ FAST = ", accelerated"
 Rows = dict[str, dict[str, Any]]
 """Results of each contender that finished."""
 
+Points = list[dict[str, Any]]
+"""What was measured after some step, to be plotted."""
+
 
 def tables(results: dict[str, Any]) -> str:
     """A table of step times per shape, and one of the training runs per data set and length."""
@@ -48,8 +51,11 @@ def finished(found: dict[str, Any]) -> Rows:
 
 
 def training_rows(found: dict[str, Any]) -> dict[str, Rows]:
-    """Results of the contenders at their best learning rates, by number of steps; the seconds are
-    those of steps that were timed in turns, where there are such."""
+    """Results of the contenders at their best learning rates, by number of steps.
+
+    Seconds are those of steps that were timed in turns: runs follow each other, so other load on
+    the machine would be taken for differences between contenders. Without such times they are NaN.
+    """
     timed = {n: row["ms"]["median"] / 1e3 for n, row in finished(found).items()}
     results: dict[str, Rows] = {}
     for steps, contenders in found["runs"].items():
@@ -57,7 +63,7 @@ def training_rows(found: dict[str, Any]) -> dict[str, Rows]:
         stand_in = {name: rows[other] for name in timed if (other := f"{name}{FAST}") in rows}
         rows = stand_in | rows
         results[steps] = {
-            name: row | ({"seconds": int(steps) * timed[name]} if name in timed else {})
+            name: row | {"seconds": int(steps) * timed.get(name, math.nan)}
             for name, row in rows.items()
         }
     return results
@@ -75,16 +81,20 @@ def step_table(rows: Rows) -> str:
 
 
 def training_table(rows: Rows) -> str:
-    """Old results lack some columns, which show as NaN."""
+    """Old results lack some columns, which show as NaN; without any seconds, there is no column."""
     titles = ["", "best learning rate", "held-out FVU", "over seeds", "never active"]
-    titles += [f"FVU with at most {FEW:.0%} never active", "seconds"]
+    titles += [f"FVU with at most {FEW:.0%} never active", *["seconds"] * has_seconds(rows)]
     cells = []
     for name, row in rows.items():
         spread = f"{row['lowest']:.4f} to {row['highest']:.4f} ({row['seeds']})"
         numbers = f"{row[FVU]:.4f}", spread, f"{row.get(NEVER, math.nan):.2%}"
-        last = f"{row['alive']:.4f}", f"{row['seconds']:.0f}"
+        last = f"{row['alive']:.4f}", *[f"{row['seconds']:.0f}"] * has_seconds(rows)
         cells.append([name, row.get("lr", math.nan), *numbers, *last])
     return markdown(titles, cells)
+
+
+def has_seconds(rows: Rows) -> bool:
+    return any(math.isfinite(row["seconds"]) for row in rows.values())
 
 
 def rates_table(contenders: dict[str, list[dict[str, Any]]]) -> str:
@@ -109,8 +119,9 @@ COLORS = "#0072b2", "#56b4e9", "#000000", "#e69f00", "#009e73", "#cc79a7", "#d55
 def plot(results: dict[str, Any], path: Path) -> None:
     """Plot step times to PATH with .png, and each data set's training runs to a file of its name.
 
-    In training plots, a contender's points are those of its longest run's curve at the best rate,
-    if it has one, or its run lengths.
+    In training plots, markers are finished runs at the best rate. Lines are the curves of the
+    longest runs; dotted lines connect them with their markers. Many trainers' learning rate decays
+    at the end of a run, so points of a curve are not what shorter finished runs would reach.
     """
     from matplotlib.figure import Figure
 
@@ -143,41 +154,56 @@ def plot_steps(figure: Any, sizes: list[dict[str, Any]]) -> None:
 
 
 def plot_training(figure: Any, found: dict[str, Any]) -> None:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, PercentFormatter
 
     rows = training_rows(found)
     colors = colors_of(name for one in rows.values() for name in one)
-    panels = figure.subplots(1, 3)
-    x_labels = ["million tokens", "seconds", "million tokens"]
-    y_labels = [FVU, FVU, "latents never active (%)"]
-    for axes, x_label, y_label in zip(panels, x_labels, y_labels, strict=True):
-        axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
+    panels = [("million tokens", FVU), ("seconds", FVU), ("million tokens", NEVER)]
+    if not any(map(has_seconds, rows.values())):
+        del panels[1]
+    for axes, (x, y) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.set(xlabel=x, ylabel=y, xscale="log")
+        if y == NEVER:
+            axes.set(ylabel=f"latents {y}")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(visible=True, which="both", alpha=0.3)
     for name in dict.fromkeys(name for one in rows.values() for name in one):
-        points = plotted(found, rows, name)
-        tokens = [steps * found["tokens"] / 1e6 for steps, _ in points]
-        keys = FVU, "seconds", NEVER
-        fvu, seconds, dead = ([row.get(key, math.nan) for _, row in points] for key in keys)
-        lines = (tokens, fvu), (seconds, fvu), (tokens, [100 * part for part in dead])
-        for axes, (x, y) in zip(panels, lines, strict=True):
-            axes.plot(x, y, **style(name, colors) | {"linestyle": "-"})
+        during, finished = points(found, rows, name)
+        marked = style(name, colors)
+        line, dots = ({"color": marked["color"], "linestyle": kind} for kind in "-:")
+        drawn = [(finished, marked)]
+        if during:
+            drawn += [(during, line), ([during[-1], finished[-1]], dots)]
+            figure.suptitle(LINES, fontsize="small")
+        for axes, (x, y) in zip(figure.axes, panels, strict=True):
+            for some, look in drawn:
+                axes.plot(*([row.get(key, math.nan) for row in some] for key in (x, y)), **look)
     legend(figure, colors, 6)
 
 
-def plotted(
-    found: dict[str, Any], rows: dict[str, Rows], name: str
-) -> list[tuple[float, dict[str, Any]]]:
-    """The points of a contender: steps, and what was measured after them."""
-    own = [(float(steps), one[name]) for steps, one in rows.items() if name in one]
-    steps, longest = max(own, key=lambda point: point[0])
-    runs = found["runs"][f"{steps:.0f}"]
+LINES = (
+    "markers: finished runs; lines: during the longest run, whose learning rate has not fully "
+    "decayed (dotted: up to its end)"
+)
+
+
+def points(found: dict[str, Any], rows: dict[str, Rows], name: str) -> tuple[Points, Points]:
+    """A contender's curve before the end of its longest run, and its finished runs in order of
+    length; both with the tokens and seconds after which they were measured."""
+    own = [one[name] | {"step": int(steps)} for steps, one in rows.items() if name in one]
+    own.sort(key=lambda row: row["step"])
+    longest = own[-1]["step"]
+    runs = found["runs"][str(longest)]
     curve = curve_of(runs.get(name) or runs[f"{name}{FAST}"])
-    seconds = longest.get("seconds", math.nan) / steps
-    points = [(at, point | {"seconds": at * seconds}) for point in curve if (at := point["step"])]
-    return points or own
+    million, seconds = found["tokens"] / 1e6, own[-1]["seconds"] / longest
+
+    def placed(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"million tokens": row["step"] * million, "seconds": row["step"] * seconds}
+
+    return [placed(row) for row in curve if row["step"] < longest], [*map(placed, own)]
 
 
 def legend(figure: Any, colors: dict[str, str], columns: int) -> None:

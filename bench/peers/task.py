@@ -53,8 +53,13 @@ class Task:
     """Steps after which the quality is measured during the run."""
 
     def warmup(self, default: int) -> int:
-        """A trainer's default warm-up, at most 1/20 of the run."""
-        return min(default, self.steps // 20)
+        """A trainer's default warm-up, at most as long as all contenders may have."""
+        return min(default, longest_warmup(self.steps))
+
+
+def longest_warmup(steps: int) -> int:
+    """The limit of a warm-up, 1/20 of the run, fastsae's own default below 20,000 steps."""
+    return steps // 20
 
 
 Code = Callable[[Tensor], tuple[Tensor, Tensor]]

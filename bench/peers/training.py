@@ -12,7 +12,7 @@ from typing import Any
 from bench.clock import significant
 
 from .process import run
-from .task import Task
+from .task import Task, longest_warmup
 
 Rates = tuple[float | None, ...]
 """Learning rates; None is a contender's own."""
@@ -57,6 +57,19 @@ def train(
                 keep(known)
 
 
+def check_warmups(known: Runs, where: str) -> None:
+    """Raise ValueError if runs had longer warm-ups than runs have now: they are no comparison."""
+    for steps, contenders in known.items():
+        longest = longest_warmup(int(steps))
+        for name, runs in contenders.items():
+            for one in runs:
+                if (given := one.get("warm-up", 0)) > longest:
+                    raise ValueError(
+                        f"{where} has runs of {name} with {given} steps of warm-up, but at most "
+                        f"{longest} of {steps} are allowed now: remove these runs from the file"
+                    )
+
+
 def curve(steps: int) -> tuple[int, ...]:
     """Steps after which a run's quality is measured: half of it, a quarter, and so on."""
     return tuple(at for halvings in (4, 3, 2, 1) if (at := steps >> halvings))
@@ -97,7 +110,7 @@ def averaged(runs: list[Run]) -> dict[str, float]:
     chosen = best(runs)
     found = {
         key: significant(mean(one[key] for one in chosen))
-        for key in ("lr", FVU, NEVER, "L0", "seconds")
+        for key in ("lr", FVU, NEVER, "L0")
         if all(key in one for one in chosen)
     }
     values = [one[FVU] for one in chosen]
