@@ -229,8 +229,9 @@ def test_recall_counts_what_the_candidates_lack(quantized):
     assert candidate_recall(sae, adam, x) == {"candidate_recall": 1}
     assert candidate_recall(sae, Adam(sae), x) == {}
     lost = sae.encode(x).indices[0, 0]
-    (adam.shadow["W_enc"] if adam.quantized is None else adam.quantized.rows)[lost] = 0
-    operands, _ = operands_of(sae, adam)
+    operands, shadow = operands_of(sae, adam)
+    assert shadow is not None
+    (shadow[0] if isinstance(shadow, tuple) else shadow)[lost] = 0
     exact = sae.activation.encode(sae.center(x).to(operands.W_enc.dtype), operands)
     active = exact.values != 0
     missed = ((exact.indices == lost) & active).sum() / active.sum()
