@@ -228,12 +228,12 @@ def test_recall_counts_what_the_candidates_lack(quantized):
     adam = Adam(sae, quantized=quantized, shadows=shadows)
     assert candidate_recall(sae, adam, x) == {"candidate_recall": 1}
     assert candidate_recall(sae, Adam(sae), x) == {}
-    lost = sae.encode(x).indices[0, 0]
+    lost = sae.encode(x).latents()[0, 0]
     operands, shadow = operands_of(sae, adam)
     assert shadow is not None
     (shadow[0] if isinstance(shadow, tuple) else shadow)[lost] = 0
     exact = sae.activation.encode(sae.center(x).to(operands.W_enc.dtype), operands)
     active = exact.values != 0
-    missed = ((exact.indices == lost) & active).sum() / active.sum()
+    missed = ((exact.latents() == lost) & active).sum() / active.sum()
     assert missed > 0
     assert candidate_recall(sae, adam, x) == {"candidate_recall": pytest.approx(float(1 - missed))}
