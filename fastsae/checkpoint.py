@@ -139,7 +139,7 @@ def load_checkpoint(
     verified by all processes, each of an equal part of all bytes. Raises ValueError, naming the
     file, if one is missing, damaged or of another version, or if the latents cannot be divided.
     """
-    meta = on_first(shards, lambda: _metadata(path))
+    meta = on_first(shards, lambda: metadata(path))
     if meta["format"] == SHARDED:
         return read_shards(path, meta.get("parts"), shards), meta
     if shards.size == 1:
@@ -151,8 +151,8 @@ def load_checkpoint(
     return tensors, meta
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """What state.json holds."""
+def metadata(path: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint holds; ValueError if it is damaged."""
     document = read_json(path / "state.json")
     meta = document if isinstance(document, dict) else {}
     if meta.get("format") not in (FORMAT, SHARDED):

@@ -147,7 +147,9 @@ class Shards:
     def apart(self) -> AbstractContextManager[None]:
         """For the duration of what users have each process do, such as a callback. `together` must
         follow: where some processes call by then what all must call at once, such as an evaluation,
-        it is a ValueError on all, and nobody waits for the others."""
+        it is a ValueError on all, and nobody waits for the others. Where both axes are longer than
+        1, this holds for the first exchange within it and for those of all processes; a later one
+        along an axis waits for processes that have left."""
         return nullcontext()
 
     def together(self, own: bool) -> bool:

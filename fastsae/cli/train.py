@@ -11,6 +11,7 @@ from fastsae.device import choose_device
 from fastsae.distributed.launch import joined, one_voice, place
 from fastsae.interop import load
 from fastsae.meeting import everywhere
+from fastsae.memory import memory_left
 from fastsae.nn import SAE, ActivationConfig, Init
 from fastsae.shards import Shards
 from fastsae.train import (
@@ -196,8 +197,9 @@ def opened_together(
     configs: dict[str, TrainConfig], shards: Shards
 ) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
     """What `opened` returns, once it has returned on process 0, which may harvest the demo's data,
-    and finds the size of a stream's buffer for all."""
-    found = everywhere(shards, lambda: opened(configs) if shards.rank == 0 else None)
+    and finds the size of a stream's buffer for all, which each has the memory for."""
+    memory = min(shards.all_of(memory_left("cpu", place().local_size)))  # also on other machines
+    found = everywhere(shards, lambda: opened(configs, memory=memory) if shards.rank == 0 else None)
     first = next(iter(found[0].values())).stream if found else None
     if tokens := shards.all_of(first and first.buffer_tokens)[0]:
         streams = {name: config.stream for name, config in configs.items() if config.stream}
@@ -220,10 +222,11 @@ def resumed_sweep(given: Given) -> Path | None:
 
 
 def opened(
-    configs: dict[str, TrainConfig], *, fill: bool = True
+    configs: dict[str, TrainConfig], *, fill: bool = True, memory: int | None = None
 ) -> tuple[dict[str, TrainConfig], StoredActivations | Stream]:
     """What SAEs of one sweep are trained on. Of a stream with several hookpoints, each SAE becomes
-    one for each hookpoint. Unless its buffer is to be filled, it may be larger than memory."""
+    one for each hookpoint. Unless its buffer is to be filled, it may be larger than memory,
+    of which it may use at most `memory` bytes."""
     first = next(iter(configs.values()))
     if first.stream is None:
         if any(config.downstream != "none" for config in configs.values()):
@@ -233,7 +236,7 @@ def opened(
     union = tuple(dict.fromkeys(name for names in asked for name in names))
     further = [str(path) for path in (first.target, *first.layers) if path is not None]
     whole = dataclasses.replace(first.stream, hookpoint=union).resolved()
-    stream, source = whole.open(choose_device(first.device), further, fill=fill)
+    stream, source = whole.open(choose_device(first.device), further, fill=fill, memory=memory)
     paths = [Path(name) for name in source.hookpoints[len(stream.hookpoints) :]]
     if further and len(stream.hookpoints) > 1:
         raise ValueError(f"a target or layers need one hookpoint, got {len(stream.hookpoints)}")

@@ -1,12 +1,35 @@
 """A model's work, divided among processes that all need its results."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.shards import Channel
+
+Anything = TypeVar("Anything")
+
+
+def raise_on_all(error: Exception | None, channel: Channel) -> None:
+    """Raise the error, if there is one, and on all other processes a ValueError with its text. All
+    call it at once."""
+    told = (str(error) or repr(error)).encode()[:1000] if error else b""
+    if size := channel.largest(len(told)):
+        own = torch.tensor([*told.ljust(size, b"\0")], dtype=torch.uint8)
+        texts = [bytes(text.tolist()) for text in channel.rows_of_all(own, [size] * channel.size)]
+        text = next(filter(None, (text.rstrip(b"\0") for text in texts))).decode("utf-8", "replace")
+        raise error or ValueError(f"another process could not make activations: {text}")
+
+
+def read_alike(read: Callable[[], Anything], channel: Channel) -> Anything:
+    """What read() returns. If it fails in one process, all raise: the others in `run_dealt`."""
+    try:
+        return read()
+    except Exception as error:
+        raise_on_all(error, channel)
+        raise
 
 
 def run_dealt(
@@ -25,12 +48,7 @@ def run_dealt(
         rows = run()
     except Exception as raised:  # told to the other processes, then raised
         error = raised
-    told = (str(error) or repr(error)).encode()[:1000] if error else b""
-    if size := channel.largest(len(told)):
-        own = torch.tensor([*told.ljust(size, b"\0")], dtype=torch.uint8)
-        texts = [bytes(text.tolist()) for text in channel.rows_of_all(own, [size] * channel.size)]
-        text = next(filter(None, (text.rstrip(b"\0") for text in texts))).decode("utf-8", "replace")
-        raise error or ValueError(f"another process could not run the model: {text}")
+    raise_on_all(error, channel)
     slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     places = [
         torch.cat([torch.arange(0), *(torch.arange(slices[i].start, slices[i].stop) for i in own)])

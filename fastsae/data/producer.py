@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastsae.data.dealt import run_dealt
+from fastsae.data.dealt import read_alike, run_dealt
 from fastsae.data.hookpoints import hidden_at, hookpoints_at
 from fastsae.data.model import PrependBos, TextWindows, TokenBatch
 from fastsae.data.source import Contexts
@@ -161,11 +161,10 @@ class ModelProducer:
     def divide(self, shards: Shards) -> None:
         """Run a part of each group's windows in each of the processes, which all get all rows. From
         then on, all must take the same groups in the same order, of each part in one thread. Those
-        that do already make no other channels."""
-        if self.channels and self._shards is shards:
-            return
-        self._shards = shards
-        self.channels = {"train": shards.channel(), "heldout": shards.channel()}
+        that do already make no other channels. One process runs all windows again."""
+        if self._shards is not shards:
+            self._shards = shards
+            self.channels = {"train": shards.channel(), "heldout": shards.channel()}
 
     def channel(self, part: Part) -> Channel:
         """How the processes that take the groups of a part talk to each other."""
@@ -181,7 +180,9 @@ class ModelProducer:
     ) -> Iterator[Group]:
         """See `Producer`. It ends early once there are `max_tokens` rows for training. After the
         last group of finite rows, NotFinite names the document that has others."""
-        for windows, place, heldout in self._groups(start, part, max_tokens):
+        cut = self._groups(start, part, max_tokens)
+        while (found := read_alike(lambda: next(cut, None), self.channel(part))) is not None:
+            windows, place, heldout = found
             rows, ends = self._run_together(windows, self.channel(part))
             finite = torch.stack([x.isfinite().all(1) for x in rows])
             whole = len(windows)
@@ -194,8 +195,8 @@ class ModelProducer:
                 del parts
             if whole < len(windows):
                 first = slice(ends[whole - 1] if whole else 0, ends[whole])
-                found = zip(self.widths, finite[:, first], strict=True)
-                name = next(name for name, rows_finite in found if not rows_finite.all())
+                by_name = zip(self.widths, finite[:, first], strict=True)
+                name = next(name for name, rows_finite in by_name if not rows_finite.all())
                 raise NotFinite(f"{name} holds NaN or Inf in document {windows[whole].document}")
             del rows  # its memory is free while the next group is made
 

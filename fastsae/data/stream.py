@@ -74,7 +74,7 @@ class Stream:
     def divide(self, shards: Shards) -> None:
         """Have the processes of a mesh divide the work of a `ModelProducer`; any other producer
         makes all rows in every process. Each has a buffer of its own with all rows."""
-        if isinstance(self.producer, ModelProducer) and shards.size > 1:
+        if isinstance(self.producer, ModelProducer):
             self.producer.divide(shards)
 
     def select(self, *hookpoints: str) -> "Stream":

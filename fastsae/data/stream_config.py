@@ -37,12 +37,17 @@ class StreamConfig(ProducerConfig):
             raise ValueError(f"buffer_tokens must be at least 2, got {self.buffer_tokens}")
 
     def open(
-        self, device: str, further: Sequence[str] = (), *, fill: bool = True
+        self,
+        device: str,
+        further: Sequence[str] = (),
+        *,
+        fill: bool = True,
+        memory: int | None = None,
     ) -> "tuple[StreamConfig, Stream]":
         """The stream of all hookpoints, followed by further ones; and the settings with what was
         left open: paths of modules for other names, and the size of the buffer. ValueError for text
         or hookpoints that do not exist, further ones that are not, and a buffer larger than the
-        available memory, if it is to be filled."""
+        available memory, if it is to be filled: that of this process, at most `memory` bytes."""
         files = read_files(self)
         with same_gpu():  # that of training
             model = loaded(self, self.model_device or device)
@@ -54,7 +59,7 @@ class StreamConfig(ProducerConfig):
         producer, _ = open_producer(replace(config, hookpoint=names), files, model)
         row_bytes = sum(producer.widths.values()) * model.dtype.itemsize
         tokens = None if fill else self.buffer_tokens
-        tokens = tokens or config.fitting(row_bytes)
+        tokens = tokens or config.fitting(row_bytes, memory)
         about = request(config, files, "any") | facts(producer, names)
         # A buffer takes whole groups.
         producer.group_tokens = min(producer.group_tokens, max(self.batch_tokens, tokens // 8))
@@ -77,9 +82,10 @@ class StreamConfig(ProducerConfig):
         paths = module_paths(model, self.hookpoints)
         return replace(self, hookpoint=paths)
 
-    def fitting(self, row_bytes: int) -> int:
-        """The tokens in the buffer."""
-        most = memory_left("cpu", place().local_size) // row_bytes
+    def fitting(self, row_bytes: int, memory: int | None = None) -> int:
+        """The tokens in the buffer, in at most so many bytes."""
+        left = memory_left("cpu", place().local_size)
+        most = (left if memory is None else min(left, memory)) // row_bytes
         if self.buffer_tokens is None:
             wanted = max(BUFFER_TOKENS, BUFFER_CONTEXTS * self.context_length)
             return max(2, min(wanted, most // 2))

@@ -25,6 +25,7 @@ from .collectives import (
     begin,
     gather,
     new_group,
+    size_of,
     sum_shares,
     total,
 )
@@ -210,9 +211,9 @@ class Mesh(Shards):
         first = True
 
         def tell(group: Group) -> None:
-            # Places on an axis may differ in how often they exchange something along the other one.
+            # On two axes, places on one may differ in how often they exchange along the other.
             nonlocal first
-            if first or group is self.everyone:
+            if first or size_of(group) == self.size:
                 first = False
                 self._agree(CALLS)
 

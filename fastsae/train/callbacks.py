@@ -57,7 +57,7 @@ class HeldoutEvaluation(Callback):
     def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
         if state.step % self.every:
             return
-        assert trainer.source.heldout is not None, "checked by callbacks_of"
+        assert trainer.source.heldout is not None, "checked by check_heldout"
         found = reconstruction(
             trainer.snapshot(state),
             trainer.source.heldout,
@@ -146,17 +146,17 @@ def _ending(trainer: "Trainer", state: TrainState, hook: Hook) -> Hook:
     return call
 
 
-def callbacks_of(
-    config: TrainConfig, source: ActivationSource, given: Sequence[Callback]
-) -> list[Callback]:
+def check_heldout(config: TrainConfig, source: ActivationSource) -> None:
+    """ValueError for evaluations without held-out data. A stream makes these data here."""
+    if config.eval_every is not None and source.heldout is None:
+        raise ValueError(f"eval_every = {config.eval_every} needs held-out data, and there is none")
+
+
+def callbacks_of(config: TrainConfig, given: Sequence[Callback]) -> list[Callback]:
     """The callbacks that a config asks for, and those given; ValueError without the evaluations
-    that they need, or without held-out data to evaluate on."""
+    that they need."""
     found: list[Callback] = []
     if config.eval_every is not None:
-        if source.heldout is None:
-            raise ValueError(
-                f"eval_every = {config.eval_every} needs held-out data, and there is none"
-            )
         found.append(HeldoutEvaluation(config.eval_every))
     if config.patience is not None:
         found.append(EarlyStopping(config.patience))

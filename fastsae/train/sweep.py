@@ -14,7 +14,7 @@ from typing import Any
 
 from fastsae.codes import Codes
 from fastsae.config import to_dict
-from fastsae.data import Batch, Stream, as_source
+from fastsae.data import ActivationSource, Batch, Stream, as_source
 from fastsae.files import read_json, shown, write_json
 from fastsae.meeting import everywhere, on_first
 from fastsae.memory import keep_freed_memory
@@ -78,16 +78,20 @@ class Sweep:
         }
         """Of all SAEs; `trainers` are those of this process."""
         names = [*configs][shards.rank // group.size :: shards.size // group.size]
-        self.trainers = everywhere(shards, lambda: {name: self._trainer(name) for name in names})
-        self.first = names[0]
+        self.first, self.trainers = names[0], dict[str, Trainer]()
+        sources = everywhere(shards, lambda: [self._source_of(name) for name in names])
+        # Not inside of `everywhere`: a process would wait in it for one that waits for its group.
+        # A group that fails ends, which the others notice in `fit`.
+        for name, own in zip(names, sources, strict=True):
+            config = self.configs[name]
+            self.trainers[name] = Trainer(config, own, progress=self.progress, shards=group)
+            self.trainers[name].name = name
 
-    def _trainer(self, name: str) -> Trainer:
+    def _source_of(self, name: str) -> ActivationSource:
         source, config = self.source, self.configs[name]
         if isinstance(source, Stream) and config.stream is not None:
-            source = source.select(*config.hookpoints)
-        trainer = Trainer(config, source, progress=self.progress, shards=self.group)
-        trainer.name = name
-        return trainer
+            return source.select(*config.hookpoints)
+        return source
 
     def fit(self, resume: bool = False) -> dict[str, SAE]:
         """Train all to the last step. Raises what `Trainer.fit` does."""
@@ -126,7 +130,8 @@ class Sweep:
 
     def start(self, resume: bool) -> dict[str, TrainState]:
         """All states at the newest step for which every SAE has an intact checkpoint. If there is
-        none, because other groups trained them before, each is at the newest of its own."""
+        none, because other groups trained them before, each is at the newest of its own; so is one
+        that has ended early, in any case."""
         trainers = [*self.trainers.values()]
         outs = [trainer.config.out for trainer in trainers]
         begun = on_first(
@@ -153,7 +158,7 @@ class Sweep:
         bar = progress_bar("sweep", "step", steps, step, shown=self.progress)
         with trainer.batches(state, self.source) as batches, bar:
             while left := [run for run in runs if not run[0].ended(run[1])]:
-                batch = take_together(left, batches, interrupts, self.out)
+                batch = take_together(left, batches, interrupts, self.out, step)
                 due = {
                     name
                     for name, own in states.items()
@@ -197,8 +202,10 @@ class Sweep:
         for stack in shared:
             if not stack.states.keys().isdisjoint(names):
                 codes |= stack.encode(batch.x)
-        codes = {name: own for name, own in codes.items() if name in names}
+        # Also for SAEs that take no step: a GEMM with other rows may round differently, and which
+        # SAEs take a step together depends on where the sweep was resumed.
         share = (time.perf_counter() - start) / max(len(codes), 1)
+        codes = {name: own for name, own in codes.items() if name in names}
         for name in names:
             start = time.perf_counter() - (share if name in codes else 0.0)
             one, log = self.trainers[name], logs[name]

@@ -1,17 +1,17 @@
 """What the processes of a run agree on: that they make the same one, and when it ends."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastsae.checkpoint import Checkpoint, newest_intact
+from fastsae.checkpoint import Checkpoint, list_checkpoints, metadata, newest_intact
 from fastsae.data import ActivationSource, Batch, Batches
 from fastsae.data.ordinary import SAMPLE_TOKENS
 from fastsae.distributed.parallelize import per_latent
-from fastsae.meeting import everywhere
+from fastsae.meeting import everywhere, on_first
 from fastsae.shards import Shards
 
 from .interrupt import Interrupted, Interrupts
@@ -52,29 +52,59 @@ def check_same_run(
 
 def latest(trainers: Sequence["Trainer"]) -> Sequence[Checkpoint | None]:
     """The newest intact checkpoints of runs that take the same batches, with the rows of this
-    process; None for a run that has none. They are of the same step if a step has one of each."""
-    folders = dict[Path, Collection[str]]()
-    for trainer in trainers:
-        with torch.device("meta"):
-            sae = trainer.columns.build(trainer.config)
-        folders[trainer.config.out / "checkpoints"] = names_per_latent(per_latent(sae))
-    shards = trainers[0].shards
-    if found := newest_intact(folders, shards):
-        return found
-    each = [newest_intact({folder: names}, shards) for folder, names in folders.items()]
-    return [one[0] if one else None for one in each]
+    process; None for a run that has none. Those of runs that have not ended early are of the same
+    step if a step has one of each."""
+    shards, folders = trainers[0].shards, [t.config.out / "checkpoints" for t in trainers]
+    names = dict(zip(folders, map(_per_latent, trainers), strict=True))
+
+    def newest(*some: Path) -> Sequence[Checkpoint | None]:
+        return newest_intact({folder: names[folder] for folder in some}, shards) or []
+
+    found = dict[Path, Checkpoint | None]()
+    ended = on_first(shards, lambda: [*map(_ended_early, trainers)])
+    for trainer, folder in zip(trainers, folders, strict=True):
+        if ended.pop(0):
+            for one in newest(folder):  # an older one, if the newest is damaged
+                if one and _stopped(trainer, one[1]):
+                    found[folder] = one
+    going = [folder for folder in folders if folder not in found]
+    if together := newest(*going) if going else []:
+        found |= zip(going, together, strict=True)
+    else:
+        found |= {folder: next(iter(newest(folder)), None) for folder in going}
+    return [found[folder] for folder in folders]
+
+
+def _per_latent(trainer: "Trainer") -> Sequence[str]:
+    """The tensors of the run's checkpoints that have rows for latents."""
+    with torch.device("meta"):
+        return [*names_per_latent(per_latent(trainer.columns.build(trainer.config)))]
+
+
+def _ended_early(trainer: "Trainer") -> bool:
+    """Whether the newest checkpoint of a run says that it has ended early."""
+    try:
+        paths = list_checkpoints(trainer.config.out / "checkpoints")
+        return bool(paths) and _stopped(trainer, metadata(paths[-1]))
+    except ValueError:
+        return False
+
+
+def _stopped(trainer: "Trainer", meta: Mapping[str, Any]) -> bool:
+    stopped = meta.get("stopped")  # the reason, and the steps that were asked for
+    return isinstance(stopped, list) and stopped[1:] == [trainer.plan.steps]
 
 
 def take_together(
-    runs: Sequence[Run], batches: Batches, interrupts: Interrupts, out: Path
+    runs: Sequence[Run], batches: Batches, interrupts: Interrupts, out: Path, step: int
 ) -> Batch:
-    """The next batch of runs that share them, in `out`, for every process. Each one waits for its
-    data alone. An error of one is raised on all; `Interrupted` if a signal has come to any, once
-    all have saved."""
-    batch, error, (trainer, state) = None, None, runs[0]
+    """The batch after `step` of runs that share them, in `out`, for every process. Each one waits
+    for its data alone. An error of one is raised on all; `Interrupted` if a signal has come to any,
+    once all have saved."""
+    batch, error, (trainer, _) = None, None, runs[0]
     try:
-        batch = trainer.take(batches, state, interrupts)
-    except ValueError as raised:
+        batch = trainer.take(batches, step, interrupts)
+    except Exception as raised:
         error = raised
     news = trainer.shards.control.largest(FAILED if error else interrupts.signum or 0)
 
@@ -87,7 +117,7 @@ def take_together(
     if news:
         for one, own in runs:
             one.save(own)
-        raise stopped(news, f"at step {state.step} of {trainer.plan.steps}", out)
+        raise stopped(news, f"at step {step} of {trainer.plan.steps}", out)
     assert batch is not None, "without a signal there is a batch"
     return batch
 

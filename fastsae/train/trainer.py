@@ -21,7 +21,7 @@ from fastsae.progress import say
 from fastsae.shards import ONE_PROCESS, Shards
 from fastsae_kernels import WIDEST
 
-from .callbacks import Callback, Callbacks, callbacks_of
+from .callbacks import Callback, Callbacks, callbacks_of, check_heldout
 from .columns import Columns
 from .config import TrainConfig
 from .conflicts import check_mesh
@@ -72,20 +72,33 @@ class Trainer:
         loggers: Sequence[Logger] = (),
     ):
         """Without `progress`, nothing but warnings is shown on stderr."""
-        check_mesh(config, shards, start_from)
         self.config, self.start_from, self.shards = config, start_from, shards
         self.source = source = as_source(source)
-        check_evaluable(source)
-        if isinstance(source, Stream):
-            source.divide(shards)
-        self.callbacks = Callbacks(callbacks_of(config, source, callbacks), shards)
-        self.loggers = Loggers([] if shards.rank else loggers_of(config, loggers))
         self.progress = progress and shards.rank == 0
         self.name = ""
         """Of the SAE in a sweep."""
+        if isinstance(source, Stream):
+            source.divide(shards)
+        # Files, memory and packages may differ. Nothing in it waits for other processes.
+        several = everywhere(shards, lambda: self._prepare(callbacks, loggers))
+        self.callbacks = Callbacks(several, shards)
+        if isinstance(source, Stream):
+            check_heldout(config, source)  # runs the model: an error of one process is one of all
+
+    def _prepare(self, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> list[Callback]:
+        """What each process does for itself; returns the run's callbacks."""
+        config, source, start_from = self.config, self.source, self.start_from
+        check_mesh(config, self.shards, start_from)
+        check_evaluable(source)
+        several = callbacks_of(config, callbacks)
+        if not isinstance(source, Stream):
+            check_heldout(config, source)
+        self.loggers = Loggers([] if self.shards.rank else loggers_of(config, loggers))
         self.columns = Columns.of(config, source)
         self.end_to_end = EndToEnd.of(config, source)
-        self.plan = everywhere(shards, self._planned)  # memory and packages may differ
+        check_batch(config.batch_size, source.n_tokens, source.d_in)
+        about = self.columns.width_out, source.n_tokens, self.shards.latent
+        self.plan = Plan.of(config, *about)
         self.device = torch.device(self.plan.device)
         self.meter = GpuMeter(self.device)
         self.memory: MemoryMeter | None = None
@@ -98,11 +111,7 @@ class Trainer:
         if start_from is not None:
             with torch.device("meta"):
                 check_same_form(self.columns.build(config), start_from)
-
-    def _planned(self) -> Plan:
-        source = self.source
-        check_batch(self.config.batch_size, source.n_tokens, source.d_in)
-        return Plan.of(self.config, self.columns.width_out, source.n_tokens, self.shards.latent)
+        return several
 
     def fit(self, resume: bool = False) -> SAE:
         """Train to the last step and return the SAE, on the CPU, for activations as they are. Where
@@ -128,6 +137,7 @@ class Trainer:
 
     def loop(self, state: TrainState) -> None:
         """Take steps to the end of the run."""
+        config = self.config
         with (
             Interrupts() as interrupts,
             self.log(state) as log,
@@ -139,7 +149,7 @@ class Trainer:
             self.say(describe_forecast(self.forecast))
             while not self.ended(state):
                 start = time.perf_counter()
-                batch = take_together([(self, state)], batches, interrupts, self.config.out)
+                batch = take_together([(self, state)], batches, interrupts, config.out, state.step)
                 self.advance(state, self.standardized(batch, state), log, start)
 
     def start(self, resume: bool, checkpoint: Checkpoint | None) -> TrainState:
@@ -215,12 +225,12 @@ class Trainer:
             return source.batches(*arguments, part=part)  # pyright: ignore[reportCallIssue]
         return source.batches(*arguments)
 
-    def take(self, batches: Batches, state: TrainState, interrupts: Interrupts) -> Batch | None:
-        """The next batch; None if a signal comes before it."""
+    def take(self, batches: Batches, step: int, interrupts: Interrupts) -> Batch | None:
+        """The next batch, after `step`; None if a signal comes before it."""
         try:
             return batches.take(lambda: interrupts.signum)
         except ValueError as error:
-            raise ValueError(f"step {state.step + 1}: {error}") from error
+            raise ValueError(f"step {step + 1}: {error}") from error
 
     def standardized(self, batch: Batch, state: TrainState) -> Batch:
         """A batch as training sees it, on the device, with the tokens of all processes."""

@@ -284,3 +284,8 @@ def test_a_run_resumes_only_on_the_same_text(gpt2: Path, text: Path, tmp_path: P
     (text / "00.txt").write_text("another text")
     with pytest.raises(ValueError, match="written for other data: the text or settings of"):
         train(["--resume", "--out", str(out)])
+
+
+def test_the_default_buffer_fits_the_process_with_the_least_memory():
+    settings = StreamConfig(model="any", text=("any",), hookpoint=("any",))
+    assert settings.fitting(row_bytes=1000, memory=4_000_000) == 2000

@@ -1,5 +1,6 @@
 """Activations straight from a model whose work the processes of a mesh divide."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def first_batches(mesh: Mesh, folder: Path) -> tuple[torch.Tensor, list[int]]:
     source.sample(100)
     with source.batches(32, seed=3) as batches:
         taken = [next(batches) for _ in range(40)]
+    if mesh.rank == 0:  # alone from here on
+        source.divide(ONE_PROCESS)
+        source.sample(100)
     return torch.cat([b.x for b in taken]), [int(row) for b in taken for row in b.rows]
 
 
@@ -116,8 +120,9 @@ def test_the_command_shares_out_the_saes_of_a_stream(processes, gpt2, tmp_path):
         assert name in texts[0] and (out / name / "sae" / "sae.safetensors").exists()
 
 
-def breaks(shards: Shards, config: TrainConfig, folder: Path) -> str:
-    """The error of a run in which the model fails in one process, in the thread that loads."""
+def breaks(shards: Shards, config: TrainConfig, folder: Path) -> tuple[str, str]:
+    """The errors of a run in which the model fails in one process, in the thread that loads, and
+    of one whose text cannot be read there, as held-out rows are made."""
     source, calls = stream(folder), []
 
     def fail(module: Any, arguments: Any, named: Any) -> None:
@@ -129,10 +134,26 @@ def breaks(shards: Shards, config: TrainConfig, folder: Path) -> str:
     source.producer.model.register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.raises(ValueError) as failure:
         Trainer(config, source, progress=False, shards=shards).fit()
-    return str(failure.value)
+    source = stream(folder)
+    assert isinstance(source.producer, ModelProducer)
+    if shards.rank == 1:
+
+        def lost(start: int) -> Any:
+            yield from list(enumerate(TEXTS))[start:12]
+            raise OSError("a lost disk")
+
+        source.producer._documents = lost
+    with pytest.raises(OSError if shards.rank == 1 else ValueError) as unread:
+        Sweep({"a": replace(config, eval_every=4)}, source, config.out, False, shards, shards)
+    return str(failure.value), str(unread.value)
 
 
-def test_a_model_that_fails_in_one_process_ends_all(processes, gpt2, tmp_path):
+def test_a_model_or_text_that_fails_in_one_process_ends_all(processes, gpt2, tmp_path):
     run = config(None, tmp_path / "run", **STREAM | {"steps": 200, "eval_every": None})
     texts = processes.run((1, 2), breaks, run, gpt2)
-    assert all("could not run the model: a broken model" in text for text in texts)
+    assert "could not make activations: a broken model" in texts[0][0]
+    assert texts[1][0].endswith("a broken model")
+    assert [text for _, text in texts] == [
+        "another process could not make activations: a lost disk",
+        "a lost disk",
+    ]

@@ -83,10 +83,10 @@ def stop_a_group(mesh: Mesh, data: Path, out: Path) -> str:
     the first one, after its last step. The others do not get it."""
     take, finish = Trainer.take, Trainer.finish
 
-    def signalled(self: Trainer, batches: Any, state: Any, interrupts: Any) -> Any:
-        if state.step == 5 and mesh.rank == mesh.size - 1:
+    def signalled(self: Trainer, batches: Any, step: int, interrupts: Any) -> Any:
+        if step == 5 and mesh.rank == mesh.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take(self, batches, state, interrupts)
+        return take(self, batches, step, interrupts)
 
     def signalled_later(self: Trainer, state: Any) -> Any:
         if mesh.rank == 0 and self.config.out.name == "k2":  # once: a second signal kills

@@ -110,7 +110,7 @@ def test_the_saes_of_a_sweep_are_evaluated_too(config, data, tmp_path, monkeypat
 def test_an_sae_of_a_sweep_may_end_before_the_others(config, data, tmp_path, monkeypatch, capsys):
     """Its batches go to the other alone. Resumed before or after that, no bit is another."""
     monkeypatch.setattr("fastsae.train.comparison._plot", lambda *arguments: None)
-    every = {"eval_every": 2, "checkpoint_every": 3, "steps": 10}
+    every = {"eval_every": 2, "checkpoint_every": 4, "steps": 10}
     saes = {"stuck": {"patience": 1, "lr": 1e-30}, "k2": {"k": 2}}
     configs = {name: config(**every, **own) for name, own in saes.items()}
 
@@ -119,17 +119,25 @@ def test_an_sae_of_a_sweep_may_end_before_the_others(config, data, tmp_path, mon
 
     fit(Path("whole"), ActivationShards(data))
     assert "stuck: ended early at step" in capsys.readouterr().err
-    for left in (2, 8):
-        out = Path(f"stopped at {left}")
+    # left, damaged checkpoint of the one that ends, steps from which they continue
+    stops = [(2, "", [0, 0]), (9, "", [6, 8]), (9, "4", [6, 8]), (9, "6", [4, 4])]
+    for left, damage, steps in stops:
+        out = Path(f"stopped at {left}, damaged {damage}")
         with pytest.raises(Stop):
             fit(out, StoppingShards(data, left))
+        for file in (tmp_path / out / "stuck" / "checkpoints").glob(f"*{damage or 'none'}/*.s*"):
+            file.write_bytes(b"damaged")
+        begun = Sweep(configs, ActivationShards(data), tmp_path / out).start(resume=True)
+        assert [state.step for state in begun.values()] == steps
         fit(out, ActivationShards(data), resume=True)
         for name, own in configs.items():
             one, two = (replace(own, out=tmp_path / o / name) for o in (Path("whole"), out))
             assert weights(one) == weights(two) and lines_of(one) == lines_of(two)
     stuck, other = (read_json(tmp_path / "whole" / name / "summary.json") for name in configs)
-    assert "ended_early" in stuck and stuck["tokens"] < 1600
+    assert "ended_early" in stuck and stuck["tokens"] == 6 * 200
     assert "ended_early" not in other and other["tokens"] == 2000
+    configs = {name: configs["stuck"] for name in "ab"}
+    fit(Path("both"), StoppingShards(data, 6))  # once all have ended, it takes no batches
 
 
 class Recorder(Callback):
