@@ -123,7 +123,7 @@ def histogram(values: Float32[np.ndarray, " M"]) -> dict[str, Any] | None:
     if not len(values):
         return None
     ends = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    counts, _ = np.histogram(values, BINS, ends)
+    counts, _ = np.histogram(values.astype(np.float64), BINS, ends)
     return {"from": number(ends[0]), "to": number(ends[1]), "counts": counts.tolist()}
 
 

@@ -49,7 +49,8 @@ class Evidence:
             notes.append(f"Tokens are shown by their numbers: {no_tokenizer}.")
         if config.lens:
             try:
-                lens = logit_lens(sae, latents, data, config.trust_remote_code)
+                histograms = config.neuronpedia is not None
+                lens = logit_lens(sae, latents, data, config.trust_remote_code, histograms)
             except NoLens as reason:
                 notes.append(f"No logit lens: {reason}.")
         else:

@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from fastsae.train.describe import describe_activation
 from fastsae.train.run_folder import weights_digest
 from fastsae.version import __version__
 
-from .bars import Bars, bars
+from .bars import NO_BARS, Bars, bars
 from .config import ReportConfig
 from .contexts import Shown, number
 from .correlations import Correlated, LatentSums, correlated_inputs, correlated_latents
@@ -61,17 +63,12 @@ def write_dashboards(
     """Write batch-0.json and so on to `config.neuronpedia`, and provenance.json on all of them."""
     folder, latents = config.neuronpedia, known.latents
     assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
     head = {
         "model_id": model_name(data).rpartition("/")[2].lower(),
         "layer": layer_number(hookpoints(data)),
         "sae_set": re.sub(r"[^a-z0-9]+", "-", subject.title.lower()).strip("-"),
         "sae_id_suffix": None,
     }
-    features = dashboards(sae, data, known, config.seed)
-    for batch, some in enumerate(latents.split(BATCH)):
-        found = head | {"features": [next(features) for _ in some]}
-        write_json(folder / f"batch-{batch}.json", found)
     about = {
         "fastsae": __version__,
         "sae": subject.title,
@@ -86,7 +83,26 @@ def write_dashboards(
         "seed": config.seed,
         "notes": known.notes,
     }
-    write_json(folder / "provenance.json", about)
+    features = dashboards(sae, data, known, config.seed)
+    with new_folder(folder) as made:
+        for batch, some in enumerate(latents.split(BATCH)):
+            found = head | {"features": [next(features) for _ in some]}
+            write_json(made / f"batch-{batch}.json", found)
+        write_json(made / "provenance.json", about)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A directory that becomes `folder`, new or empty, if the block ends without an error."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:99]}-") as beside:
+        made = Path(beside) / "made"  # TemporaryDirectory's own is for its user only
+        made.mkdir()
+        yield made
+        if folder.exists():
+            folder.rmdir()
+        made.rename(folder)
 
 
 def dashboards(sae: SAE, data: StoredActivations, known: Evidence, seed: int) -> Iterator[Json]:
@@ -106,7 +122,7 @@ def dashboards(sae: SAE, data: StoredActivations, known: Evidence, seed: int) ->
         aligned(sae, latents),
         correlated_inputs(firings, sums, firings.inputs, latents.tolist()),
         correlated_latents(firings, sums, latents.tolist()),
-        known.lens or [Directions([], [], bars(np.zeros(0, np.float32)))] * len(latents),
+        known.lens or [Directions([], [], NO_BARS)] * len(latents),
         strict=True,
     )
     for latent, alignment, neurons, others, lens in tables:

@@ -13,6 +13,7 @@ from fastsae.nn import SAE, TopK
 from fastsae.report import ReportConfig, write_report
 from fastsae.report.correlations import LatentSums, correlated_inputs, correlated_latents
 from fastsae.report.firings import collect
+from fastsae.report.neuronpedia import new_folder
 from fastsae.report.text import plain
 
 from .conftest import HOSTILE, VOCABULARY, WIDTH
@@ -80,7 +81,7 @@ def test_values_are_those_of_the_dense_codes(batches, world, dense):
         latent = feature["feature_index"]
         own = codes[:, latent]
         close(feature["frac_nonzero"], (own != 0).mean())
-        heights, edges = np.histogram(own[own != 0], 50)
+        heights, edges = np.histogram(own[own != 0].astype(float), 50)
         assert feature["freq_hist_data_bar_heights"] == heights.tolist()
         close(feature["freq_hist_data_bar_values"], (edges[1:] + edges[:-1]) / 2)
         row = world.sae.W_dec[latent].detach().numpy()
@@ -151,6 +152,16 @@ def test_the_same_arguments_give_the_same_bytes_in_batches(world, tmp_path, monk
     assert not any(one["pos_str"] or one["logits_hist_data_bar_values"] for one in features)
     with pytest.raises(ValueError, match=r"must be a new or empty directory, got .*/a/batches"):
         exported(world.sae, world.heldout, tmp_path / "a")
+
+
+def test_a_failed_export_leaves_nothing_and_can_be_repeated(world, tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "other") as made:
+        (made / "batch-0.json").touch()
+        raise KeyError
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "batches").mkdir()
+    found = exported(world.sae, world.heldout, tmp_path, latents=3, lens=False)
+    assert len([*found.iterdir()]) == len([*tmp_path.iterdir()]) == 2
 
 
 def test_what_has_no_dashboards(world, tmp_path):
