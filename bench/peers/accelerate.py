@@ -109,7 +109,7 @@ def accelerated(sae: Any, remembered: dict[str, int]) -> Iterator[None]:
     try:
         yield
     finally:
-        remembered |= {name: n for name, n in vars(sae).items() if name == "dense_batches"}
+        remembered |= {name: n for name, n in vars(sae).items() if name in dense.COUNTERS}
         fastsae.restore(sae)
 
 
