@@ -81,7 +81,8 @@ class Shown:
             size = np.abs(values[part])
             contexts = [self.context(windows, latent, i) for i in chosen]
             ends = [number(size.min()), number(size.max())]
-            found.append({"range": ends, "count": len(part), "contexts": contexts})
+            counts = {"count": len(part), "negative": int((values[part] < 0).sum())}
+            found.append({"range": ends, **counts, "contexts": contexts})
         return found
 
     def context(self, windows: Windows, latent: int, entry: int) -> dict[str, Any]:
