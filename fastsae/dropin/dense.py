@@ -29,8 +29,8 @@ MIN_TOKENS = 128
 
 class Limits(NamedTuple):
     """Fractions of latents that may be active for the token with the most of them: with more, the
-    library's dense matmuls are faster than the sparse ops. Measured by `python -m bench
-    accelerate --active`."""
+    library's dense matmuls are faster than the sparse ops. Chosen in trials with `python -m bench
+    accelerate --active`, which prints and does not store them."""
 
     active: float
     """Of the tokens that are looked at."""

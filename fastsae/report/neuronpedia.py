@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from fastsae.data import StoredActivations
@@ -91,7 +91,7 @@ def write_dashboards(
         "seed": config.seed,
         "notes": notes,
     }
-    features = dashboards(sae, data, shown, config.seed)
+    features = dashboards(sae, data, shown, config.seed, config.batch_size)
     with new_folder(folder) as made:
         for batch, some in enumerate(latents.split(BATCH)):
             found = head | {"features": [next(features) for _ in some]}
@@ -113,10 +113,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
         made.rename(folder)
 
 
-def dashboards(sae: SAE, data: StoredActivations, evidence: Evidence, seed: int) -> Iterator[Json]:
+def dashboards(
+    sae: SAE, data: StoredActivations, evidence: Evidence, seed: int, batch_size: int
+) -> Iterator[Json]:
     """The dashboards of the latents, one by one."""
     firings, windows, latents = evidence.firings, evidence.windows, evidence.latents
     assert windows is not None and firings.inputs is not None
+    if not len(latents):
+        return
     text = evidence.text.shown_as(plain)
     shown = Shown(firings=firings, windows=windows, text=text, strings=Strings(), seed=seed)
     sums = LatentSums.of(firings)
@@ -128,7 +132,13 @@ def dashboards(sae: SAE, data: StoredActivations, evidence: Evidence, seed: int)
     tables = zip(
         latents.tolist(),
         aligned(sae, latents),
-        correlated_inputs(firings, sums, firings.inputs, latents.tolist()),
+        correlated_inputs(
+            firings,
+            sums,
+            firings.inputs,
+            latents.tolist(),
+            inputs(sae, data, firings.rows, batch_size),
+        ),
         correlated_latents(firings, sums, latents.tolist()),
         evidence.lens or [Directions([], [], NO_BARS)] * len(latents),
         strict=True,
@@ -149,6 +159,14 @@ def dashboards(sae: SAE, data: StoredActivations, evidence: Evidence, seed: int)
             "activations": [*activations(shown, latent, firings.found.tokens)],
             "vector": [],
         }
+
+
+def inputs(
+    sae: SAE, data: StoredActivations, rows: Int64[Tensor, " tokens"], batch_size: int
+) -> Iterator[Float32[Tensor, "_ d_in"]]:
+    """The SAE's inputs of some rows of the data, as it saw them."""
+    for some in rows.split(batch_size):
+        yield data.rows(some)[:, : sae.d_in].to(sae.b_dec.dtype).float()
 
 
 def aligned(sae: SAE, latents: Int64[Tensor, " n"]) -> Iterator[Json]:
