@@ -304,3 +304,4 @@ def test_the_committed_comparison_of_classes_is_whole():
         rows = {name: results[accelerate.key_of(name, size)]["phases"] for name in SUBJECTS}
         assert all(found.keys() == PHASES.keys() for found in rows.values())
         assert accelerate.table(rows).count("x, ") == len(SUBJECTS) * len(PHASES)
+        assert all(row["ratio"] >= 0.92 for found in rows.values() for row in found.values())
