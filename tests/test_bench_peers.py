@@ -328,6 +328,27 @@ def test_every_class_is_compared_in_every_phase(name):
         assert active.float().mean() == pytest.approx(1 / 32, rel=0.05)
 
 
+def test_phases_keep_their_own_stamp(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    for commit, phase in {"a": "start", "b": "middle", "c": "middle"}.items():
+        monkeypatch.setattr(record, "source_commit", lambda commit=commit: commit)
+        accelerate.keep("some", TINY, {phase: {"ratio": 1.0}})
+    (results,) = tmp_path.iterdir()
+    (found,) = json.loads(results.read_text()).values()
+    assert {phase: row["commit"] for phase, row in found["phases"].items()} == {
+        "start": "a",
+        "middle": "c",
+    }
+
+
+def test_comparisons_of_processor_time_need_one_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    parser = argparse.ArgumentParser()
+    accelerate.add_arguments(parser)
+    with pytest.raises(ValueError, match="OMP_NUM_THREADS=1, got 4"):
+        accelerate.bench(parser.parse_args([]))
+
+
 def test_the_interval_holds_the_median():
     """Known values for 95% from the binomial distribution, and rounds end when it is narrow."""
     for n, skipped in {5: 0, 6: 0, 8: 0, 9: 1, 20: 5, 100: 39}.items():
@@ -344,3 +365,4 @@ def test_the_committed_comparison_of_classes_is_whole():
         rows = {name: results[accelerate.key_of(name, size)]["phases"] for name in SUBJECTS}
         assert all(found.keys() == PHASES.keys() for found in rows.values())
         assert accelerate.table(rows).count("x, ") == len(SUBJECTS) * len(PHASES)
+        assert all(row["ratio"] >= 0.92 for found in rows.values() for row in found.values())

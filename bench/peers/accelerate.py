@@ -4,7 +4,8 @@ Every class that it supports, at the start, in the middle and at the end of trai
 says what these are. A round is four steps of the same SAE on the same batch: the library's, two
 accelerated ones and the library's again, so that a steady drift of the machine cancels out. Its
 ratio is of the time of all processor cores; above 1, the accelerated step is faster. Rounds are
-added until the 95% confidence interval of the median ratio is narrow, or there are too many.
+added until the confidence interval of the median ratio is narrow, or there are too many: as the
+number of rounds depends on the ratios, its 95% are nominal.
 
 Results go to bench/results/accelerate-MAKER.json, by class, shape and phase.
 Installation as for `python -m bench peers`.
@@ -57,9 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Measure, record and print; ValueError for unknown names."""
+    """Measure, record and print; ValueError for unknown names, and for more than one thread."""
     check_names("classes", arguments.classes, SUBJECTS)
     check_names("phases", arguments.phases, PHASES)
+    if (
+        threads := torch.get_num_threads()
+    ) > 1:  # waiting threads take time of processor cores, too
+        raise ValueError(f"accelerate needs OMP_NUM_THREADS=1, got {threads} threads")
     size, names = parse_shape(arguments.shape), arguments.classes or [*SUBJECTS]
     keep_freed_memory()
     phases = {name: PHASES[name] for name in arguments.phases}
@@ -79,11 +84,16 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def keep(name: str, size: Size, phases: dict[str, Any]) -> None:
-    """Record phases of a class at a shape; its other phases stay."""
+    """Record phases of a class at a shape, each with its stamp. Its other phases keep the stamp
+    that they were measured with."""
     stem, key = f"accelerate-{record.machine()}", key_of(name, size)
     path = record.RESULTS / f"{stem}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    record.write(stem, {key: {"phases": stored.get(key, {}).get("phases", {}) | phases}})
+    whole = stored.get(key, {"phases": {}})
+    shared = {name: value for name, value in whole.items() if name != "phases"}
+    kept = {phase: shared | found for phase, found in whole["phases"].items()}
+    phases = {phase: record.stamp() | found for phase, found in phases.items()}
+    record.write(stem, {key: {"phases": kept | phases}})
 
 
 def key_of(name: str, size: Size) -> str:
@@ -109,7 +119,7 @@ def accelerated(sae: Any, remembered: dict[str, int]) -> Iterator[None]:
     try:
         yield
     finally:
-        remembered |= {name: n for name, n in vars(sae).items() if name == "dense_batches"}
+        remembered |= {name: n for name, n in vars(sae).items() if name in dense.COUNTERS}
         fastsae.restore(sae)
 
 

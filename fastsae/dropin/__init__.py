@@ -10,6 +10,7 @@ from torch import nn
 
 from .classes import SUPPORTED as SUPPORTED
 from .classes import fast_class, library_class
+from .dense import COUNTERS
 from .patch import Patch, unpatch
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -97,6 +98,6 @@ def restore(target):
         )
     for module, kind in found.items():
         module.__class__ = kind
-        for name in ("exact_compat", "dense_batches"):
+        for name in ("exact_compat", *COUNTERS):
             vars(module).pop(name, None)
     return target

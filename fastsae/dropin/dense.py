@@ -29,8 +29,8 @@ MIN_TOKENS = 128
 
 class Limits(NamedTuple):
     """Fractions of latents that may be active for the token with the most of them: with more, the
-    library's dense matmuls are faster than the sparse ops. Measured by `python -m bench
-    accelerate --active`."""
+    library's dense matmuls are faster than the sparse ops. Chosen in trials with `python -m bench
+    accelerate --active`, which prints and does not store them."""
 
     active: float
     """Of the tokens that are looked at."""
@@ -45,12 +45,15 @@ LIMITS, INTEL_LIMITS = Limits(1 / 8, 3 / 16), Limits(1 / 20, 3 / 16)
 INTEL = processor()[0] == "Intel"
 
 DENSE_BATCHES = 8
-"""Batches that take the library's code without a look at them, including one that was dense: the
-look takes time, too."""
+"""Batches that take the library's code from a dense one on, of which the others are not examined:
+that takes time, too."""
 
 AFTER_OUTLIERS = 50
 """The same after a batch that was listed and then had a token with too many latents: such tokens
 may be so few that a look at some tokens misses them."""
+
+COUNTERS = "dense_batches", "dense_batches_without_grad"
+"""Attributes of an accelerated module that count such batches, with gradients and without."""
 
 SAMPLE = 32
 """Tokens that decide whether a batch is dense, at most, and at most one in 4 times as many."""
@@ -170,8 +173,8 @@ class Encoder(NamedTuple):
 
 
 class AboveThreshold:
-    """Mixin of classes in which all latents above a threshold are active, be they few or many:
-    while they are many, the library's own code is faster, and runs.
+    """Mixin of classes in which all latents above a threshold are active. While these are many,
+    the library's own code is faster, and runs.
 
     Which one runs depends on the batches that a module has seen and on the processor, and never on
     time.
@@ -190,16 +193,23 @@ class AboveThreshold:
         part = self.training_part if torch.is_grad_enabled() else self.inference_part
         return Limits(part * limits.active, part * limits.widest)
 
+    @staticmethod
+    def counter() -> str:
+        """The attribute that counts the next batches to take the library's code. Evaluations have
+        their own, as they have other limits: they do not change which code training runs."""
+        return COUNTERS[0 if torch.is_grad_enabled() else 1]
+
     def lowest(self) -> Tensor | float:
         """The pre-activation that latents must exceed to be listed."""
         return 0.0
 
     def is_dense(self, encoder: Encoder) -> bool:
         """Whether the library's own code is faster for these tokens."""
-        left = vars(self).get("dense_batches", 0)
+        counter = self.counter()
+        left = vars(self).get(counter, 0)
         if not left and encoder.is_dense(self.lowest(), self.limits(encoder.x).active):
             left = DENSE_BATCHES
-        vars(self)["dense_batches"] = max(left - 1, 0)
+        vars(self)[counter] = max(left - 1, 0)
         return left > 0
 
     def codes(self, encoder: Encoder) -> Codes:
@@ -214,7 +224,7 @@ class AboveThreshold:
         """The listed pre-activations; the next batches are dense if a token has too many."""
         widest = self.limits(found.pre).widest * found.d_sae
         if found.indices is None or found.indices.shape[1] > widest:
-            vars(self)["dense_batches"] = AFTER_OUTLIERS
+            vars(self)[self.counter()] = AFTER_OUTLIERS
         return found
 
     def codes_of(self, found: SparsePre) -> Codes:

@@ -17,9 +17,13 @@ class Bars(NamedTuple):
     """How many values are in each bar."""
 
 
+NO_BARS = Bars([], [])
+
+
 def bars(values: Float32[np.ndarray, " M"]) -> Bars:
-    """The histogram of some values; without bars if there are none."""
+    """The histogram of finite values; without bars if there are none."""
     if not len(values):
-        return Bars([], [])
-    heights, edges = np.histogram(values, BARS)
+        return NO_BARS
+    # in float64: between close float32 values there are fewer others than edges of bars
+    heights, edges = np.histogram(values.astype(np.float64), BARS)
     return Bars(((edges[:-1] + edges[1:]) / 2).tolist(), heights.tolist())

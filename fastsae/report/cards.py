@@ -13,11 +13,15 @@ Card = dict[str, Any]
 """What the page shows of a latent. Texts are numbers of strings."""
 
 
-def make_cards(sae: SAE, known: Evidence, strings: Strings, seed: int) -> list[Card]:
+def make_cards(sae: SAE, evidence: Evidence, strings: Strings, seed: int) -> list[Card]:
     """A card for each latent."""
-    latents = known.latents
+    latents = evidence.latents
     shown = Shown(
-        firings=known.firings, windows=known.windows, text=known.text, strings=strings, seed=seed
+        firings=evidence.firings,
+        windows=evidence.windows,
+        text=evidence.text,
+        strings=strings,
+        seed=seed,
     )
     cards = [{"id": latent, **shown.card(latent)} for latent in latents.tolist()]
     for card, near in zip(cards, neighbors(sae, latents), strict=True):
@@ -28,9 +32,9 @@ def make_cards(sae: SAE, known: Evidence, strings: Strings, seed: int) -> list[C
     if sae.layers > 1:
         for card, norms in zip(cards, sae.decoder_norms()[latents].tolist(), strict=True):
             card["norms"] = [number(norm) for norm in norms]
-    if known.lens is not None:
-        for card, directions in zip(cards, known.lens, strict=True):
+    if evidence.lens is not None:
+        for card, directions in zip(cards, evidence.lens, strict=True):
             for side in ("promoted", "suppressed"):
                 tokens = getattr(directions, side)
-                card[side] = [[strings.number(known.text[i]), number(v)] for i, v in tokens]
+                card[side] = [[strings.number(evidence.text[i]), number(v)] for i, v in tokens]
     return cards

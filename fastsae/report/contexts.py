@@ -81,7 +81,8 @@ class Shown:
             size = np.abs(values[part])
             contexts = [self.context(windows, latent, i) for i in chosen]
             ends = [number(size.min()), number(size.max())]
-            found.append({"range": ends, "count": len(part), "contexts": contexts})
+            counts = {"count": len(part), "negative": int((values[part] < 0).sum())}
+            found.append({"range": ends, **counts, "contexts": contexts})
         return found
 
     def context(self, windows: Windows, latent: int, entry: int) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def histogram(values: Float32[np.ndarray, " M"]) -> dict[str, Any] | None:
     if not len(values):
         return None
     ends = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    counts, _ = np.histogram(values, BINS, ends)
+    counts, _ = np.histogram(values.astype(np.float64), BINS, ends)
     return {"from": number(ends[0]), "to": number(ends[1]), "counts": counts.tolist()}
 
 

@@ -1,9 +1,12 @@
 """Which inputs and which other latents vary with a latent: Pearson correlations over tokens."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int32, Int64
+import torch
+from jaxtyping import Float32, Float64, Int32, Int64
+from torch import Tensor
 
 from .firings import Firings, InputMoments
 
@@ -35,17 +38,23 @@ class LatentSums(NamedTuple):
 
 
 def correlated_inputs(
-    firings: Firings, own: LatentSums, moments: InputMoments, latents: list[int]
+    firings: Firings,
+    own: LatentSums,
+    moments: InputMoments,
+    latents: list[int],
+    batches: Iterable[Float32[Tensor, "_ d_in"]],
 ) -> list[Correlated]:
-    """For each latent, the coordinates of the SAE's input that vary with it most."""
+    """For each latent, the coordinates of the SAE's input that vary with it most. `batches` are the
+    inputs of all of `firings.rows`, in this order."""
     n = firings.found.tokens
     shift, sums, squares = (
         part.cpu().numpy() for part in (moments.shift, moments.sums, moments.squares)
     )
     whole_squares = squares + 2 * shift * sums + n * shift * shift
     found = []
-    for latent in latents:
-        products = moments.products[latent].double().cpu().numpy()
+    for latent, products in zip(
+        latents, input_products(firings, shift, latents, batches), strict=True
+    ):
         total, square = own.sums[latent], own.squares[latent]
         pearson = ratio(
             n * products - total * sums, (n * square - total**2) * (n * squares - sums**2)
@@ -53,6 +62,37 @@ def correlated_inputs(
         cosine = ratio(products + shift * total, square * whole_squares)
         found.append(highest(pearson, cosine) if square else NOTHING)
     return found
+
+
+def input_products(
+    firings: Firings,
+    shift: Float64[np.ndarray, " d_in"],
+    latents: list[int],
+    batches: Iterable[Float32[Tensor, "_ d_in"]],
+) -> Float64[np.ndarray, "n d_in"]:
+    """For each latent, the sums over tokens of its activations times the inputs less `shift`.
+
+    From the inputs once more, as sums of the first pass would take memory for the whole dictionary.
+    """
+    numbers = np.repeat(np.arange(len(latents)), firings.counts[latents])
+    entries = [firings.of(latent) for latent in latents]
+    places, values = (np.concatenate([*parts]) for parts in zip(*entries, strict=True))
+    order = np.argsort(places, kind="stable")
+    numbers, places, values = numbers[order], places[order], values[order]
+    products = torch.zeros(len(latents), len(shift), dtype=torch.float64)
+    start = 0
+    for x in batches:
+        some = slice(*np.searchsorted(places, [start, start + len(x)]))
+        at = torch.from_numpy(np.stack([numbers[some], places[some] - start]))
+        codes = torch.sparse_coo_tensor(
+            at,
+            torch.from_numpy(values[some]).double(),
+            (len(latents), len(x)),
+            check_invariants=False,
+        )
+        products += codes @ (x.double() - torch.from_numpy(shift))
+        start += len(x)
+    return products.numpy()
 
 
 def correlated_latents(firings: Firings, own: LatentSums, latents: list[int]) -> list[Correlated]:

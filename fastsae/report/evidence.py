@@ -1,9 +1,9 @@
 """What cards and dashboards show of latents: where they are active, the text there, and the logit
 lens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from fastsae.data import StoredActivations
@@ -17,7 +17,7 @@ from .text import TokenText, Windows, token_text, windows_of
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known of some latents."""
+    """What cards and dashboards show, and what it is computed from."""
 
     latents: Int64[Tensor, " n"]
     """Their numbers."""
@@ -29,7 +29,12 @@ class Evidence:
     """One entry for each latent."""
 
     notes: list[str]
-    """What is unknown, and why."""
+    """What is missing, and why."""
+
+    def only(self, kept: Bool[Tensor, " n"]) -> "Evidence":
+        """The same of some of the latents."""
+        lens = self.lens and [one for one, keep in zip(self.lens, kept, strict=True) if keep]
+        return replace(self, latents=self.latents[kept], lens=lens)
 
     @classmethod
     def gather(
@@ -49,7 +54,8 @@ class Evidence:
             notes.append(f"Tokens are shown by their numbers: {no_tokenizer}.")
         if config.lens:
             try:
-                lens = logit_lens(sae, latents, data, config.trust_remote_code)
+                histograms = config.neuronpedia is not None
+                lens = logit_lens(sae, latents, data, config.trust_remote_code, histograms)
             except NoLens as reason:
                 notes.append(f"No logit lens: {reason}.")
         else:

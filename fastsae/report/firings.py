@@ -11,7 +11,6 @@ from fastsae.codes import Codes
 from fastsae.data import StoredActivations
 from fastsae.evals.reconstruction import Reconstruction, check_fits, evaluation_mode, reconstruction
 from fastsae.nn import SAE
-from fastsae_kernels import scatter_outer
 
 from .config import ReportConfig
 
@@ -63,26 +62,18 @@ class InputMoments:
     shift: Float64[Tensor, " d_in"]
     sums: Float64[Tensor, " d_in"]
     squares: Float64[Tensor, " d_in"]
-    products: Float32[Tensor, "d_sae d_in"]
-    """Of each latent's activations with x - shift."""
 
     def __init__(self, sae: SAE):
         self.shift = sae.W_enc.new_zeros(sae.d_in, dtype=torch.float64)
         self.sums, self.squares = self.shift.clone(), self.shift.clone()
-        self.products = sae.W_enc.new_zeros(sae.d_sae, sae.d_in, dtype=torch.float32)
         self.empty = True
 
-    def add(self, x: Float32[Tensor, "N d_in"], codes: Codes) -> None:
+    def add(self, x: Float32[Tensor, "N d_in"]) -> None:
         if self.empty:
             self.shift, self.empty = x.double().mean(0), False
         wide = x.double() - self.shift
         self.sums += wide.sum(0)
         self.squares += wide.square().sum(0)
-        x, values = wide.float(), codes.values.float()
-        if codes.indices is None:
-            self.products += values.T @ x
-        else:
-            self.products += scatter_outer(values, codes.indices, x, codes.d_sae)
 
 
 class _Kept:
@@ -96,7 +87,7 @@ class _Kept:
 
     def add(self, places: Int64[Tensor, " N"], x: Float32[Tensor, "N d_in"], codes: Codes) -> None:
         if self.inputs is not None:
-            self.inputs.add(x, codes)
+            self.inputs.add(x)
         active = codes.active
         token, entry = active.nonzero(as_tuple=True)
         self.places.append(places[token.cpu()].int().numpy())

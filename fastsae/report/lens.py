@@ -11,7 +11,7 @@ from fastsae.data.model import ModelFiles, load_causal
 from fastsae.memory import available_memory
 from fastsae.nn import SAE
 
-from .bars import Bars, bars
+from .bars import NO_BARS, Bars, bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,17 +38,22 @@ class Directions(NamedTuple):
     """The same of those it lowers most."""
 
     histogram: Bars
-    """Of the logits of the whole vocabulary."""
+    """Of the logits of the whole vocabulary; without bars unless it was asked for."""
 
 
 @torch.no_grad()
 def logit_lens(
-    sae: SAE, latents: Int64[Tensor, " n"], data: StoredActivations, trust_remote_code: bool
+    sae: SAE,
+    latents: Int64[Tensor, " n"],
+    data: StoredActivations,
+    trust_remote_code: bool,
+    histograms: bool = False,
 ) -> list[Directions]:
     """For each latent, the tokens whose logits its decoder row raises and lowers most.
 
     The row goes through the model's last normalization and its unembedding, without the layers
-    between; logits are relative to their mean over the vocabulary. NoLens says why not.
+    between; logits are relative to their mean over the vocabulary. With `histograms`, there is also
+    a histogram of each latent's logits. NoLens says why not.
     """
     model = causal_model(sae, data, trust_remote_code)
     head: Any = model.get_output_embeddings()
@@ -60,9 +65,13 @@ def logit_lens(
         rows = sae.W_dec.detach()[some].to(weight)
         logits = through_norm(model, rows) @ weight.T
         logits -= logits.mean(1, keepdim=True)
+        if not logits.isfinite().all():
+            raise NoLens("the logits of the decoder rows are not all finite")
         each = min(EACH, logits.shape[1])
         sides = (pairs(*logits.topk(each, largest=largest)) for largest in (True, False))
-        found += map(Directions, *sides, map(bars, logits.float().numpy()))
+        wide = logits.float().numpy()
+        counted = map(bars, wide) if histograms else [NO_BARS] * len(wide)
+        found += map(Directions, *sides, counted)
     return found
 
 

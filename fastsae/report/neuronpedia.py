@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from fastsae.data import StoredActivations
@@ -18,13 +20,13 @@ from fastsae.train.describe import describe_activation
 from fastsae.train.run_folder import weights_digest
 from fastsae.version import __version__
 
-from .bars import Bars, bars
+from .bars import NO_BARS, Bars, bars
 from .config import ReportConfig
 from .contexts import Shown, number
 from .correlations import Correlated, LatentSums, correlated_inputs, correlated_latents
 from .evidence import Evidence
 from .lens import Directions
-from .subject import Subject, hookpoints, model_name, sources_of
+from .subject import Subject, hookpoints, sources_of
 from .text import Strings, has_text, plain
 
 Json = dict[str, Any]
@@ -55,45 +57,71 @@ def write_dashboards(
     sae: SAE,
     data: StoredActivations,
     config: ReportConfig,
-    known: Evidence,
+    evidence: Evidence,
     subject: Subject,
 ) -> None:
     """Write batch-0.json and so on to `config.neuronpedia`, and provenance.json on all of them."""
-    folder, latents = config.neuronpedia, known.latents
+    folder = config.neuronpedia
     assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
+    active = torch.from_numpy(evidence.firings.counts)[evidence.latents] > 0
+    shown = evidence.only(active)
+    latents, layer = shown.latents, layer_number(hookpoints(data))
+    model = str(getattr(data, "model", None) or "")
+    notes = [note.replace(model, model_id(data)) if model else note for note in evidence.notes]
+    if layer is None:
+        notes.append(f"layer is 0: {hookpoints(data) or 'the hookpoint'} names no block.")
     head = {
-        "model_id": model_name(data).rpartition("/")[2].lower(),
-        "layer": layer_number(hookpoints(data)),
+        "model_id": model_id(data).rpartition("/")[2].lower(),
+        "layer": layer or 0,
         "sae_set": re.sub(r"[^a-z0-9]+", "-", subject.title.lower()).strip("-"),
         "sae_id_suffix": None,
     }
-    features = dashboards(sae, data, known, config.seed)
-    for batch, some in enumerate(latents.split(BATCH)):
-        found = head | {"features": [next(features) for _ in some]}
-        write_json(folder / f"batch-{batch}.json", found)
     about = {
         "fastsae": __version__,
         "sae": subject.title,
         "activation": describe_activation(sae.activation.cfg),
         "weights (BLAKE2b)": weights_digest(sae),
-        "model": model_name(data),
+        "model": model_id(data),
         "hookpoint": hookpoints(data),
         "dataset": dataset(data),
-        "tokens": known.firings.found.tokens,
+        "tokens": evidence.firings.found.tokens,
         "d_sae": sae.d_sae,
         "latents": len(latents),
+        "latents left out because they are never active": int((~active).sum()),
         "seed": config.seed,
-        "notes": known.notes,
+        "notes": notes,
     }
-    write_json(folder / "provenance.json", about)
+    features = dashboards(sae, data, shown, config.seed, config.batch_size)
+    with new_folder(folder) as made:
+        for batch, some in enumerate(latents.split(BATCH)):
+            found = head | {"features": [next(features) for _ in some]}
+            write_json(made / f"batch-{batch}.json", found)
+        write_json(made / "provenance.json", about)
 
 
-def dashboards(sae: SAE, data: StoredActivations, known: Evidence, seed: int) -> Iterator[Json]:
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A directory that becomes `folder`, new or empty, if the block ends without an error."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:99]}-") as beside:
+        made = Path(beside) / "made"  # TemporaryDirectory's own is for its user only
+        made.mkdir()
+        yield made
+        if folder.exists():
+            folder.rmdir()
+        made.rename(folder)
+
+
+def dashboards(
+    sae: SAE, data: StoredActivations, evidence: Evidence, seed: int, batch_size: int
+) -> Iterator[Json]:
     """The dashboards of the latents, one by one."""
-    firings, windows, latents = known.firings, known.windows, known.latents
+    firings, windows, latents = evidence.firings, evidence.windows, evidence.latents
     assert windows is not None and firings.inputs is not None
-    text = known.text.shown_as(plain)
+    if not len(latents):
+        return
+    text = evidence.text.shown_as(plain)
     shown = Shown(firings=firings, windows=windows, text=text, strings=Strings(), seed=seed)
     sums = LatentSums.of(firings)
     prompts = {
@@ -104,9 +132,15 @@ def dashboards(sae: SAE, data: StoredActivations, known: Evidence, seed: int) ->
     tables = zip(
         latents.tolist(),
         aligned(sae, latents),
-        correlated_inputs(firings, sums, firings.inputs, latents.tolist()),
+        correlated_inputs(
+            firings,
+            sums,
+            firings.inputs,
+            latents.tolist(),
+            inputs(sae, data, firings.rows, batch_size),
+        ),
         correlated_latents(firings, sums, latents.tolist()),
-        known.lens or [Directions([], [], bars(np.zeros(0, np.float32)))] * len(latents),
+        evidence.lens or [Directions([], [], NO_BARS)] * len(latents),
         strict=True,
     )
     for latent, alignment, neurons, others, lens in tables:
@@ -125,6 +159,14 @@ def dashboards(sae: SAE, data: StoredActivations, known: Evidence, seed: int) ->
             "activations": [*activations(shown, latent, firings.found.tokens)],
             "vector": [],
         }
+
+
+def inputs(
+    sae: SAE, data: StoredActivations, rows: Int64[Tensor, " tokens"], batch_size: int
+) -> Iterator[Float32[Tensor, "_ d_in"]]:
+    """The SAE's inputs of some rows of the data, as it saw them."""
+    for some in rows.split(batch_size):
+        yield data.rows(some)[:, : sae.d_in].to(sae.b_dec.dtype).float()
 
 
 def aligned(sae: SAE, latents: Int64[Tensor, " n"]) -> Iterator[Json]:
@@ -171,13 +213,18 @@ def activations(shown: Shown, latent: int, tokens: int) -> Iterator[Json]:
     card = shown.card(latent)
     for context in card.get("top", []):
         yield activation(shown, context, TOP | {"bin_max": card["histogram"]["to"]})
+    lowest = {"bin_min": card["histogram"]["from"], "bin_max": 0}
     for context in card.get("low", []):
-        yield activation(shown, context, TOP | {"bin_max": card["histogram"]["from"]})
+        yield activation(shown, context, TOP | lowest)
     for band in card.get("bands", []):
-        low, high = band["range"]
-        interval = {"bin_min": low, "bin_max": high, "bin_contains": number(band["count"] / tokens)}
+        low, high = band["range"]  # of magnitudes
+        below = {"bin_min": -high, "bin_max": -low, "bin_contains": band["negative"]}
+        above = {"bin_min": low, "bin_max": high, "bin_contains": band["count"] - band["negative"]}
+        for interval in below, above:
+            interval["bin_contains"] = number(interval["bin_contains"] / tokens)
         for context in band["contexts"]:
-            yield activation(shown, context, interval)
+            peak = context["active"][context["active"][::2].index(context["peak"]) * 2 + 1]
+            yield activation(shown, context, below if peak < 0 else above)
 
 
 def activation(shown: Shown, context: Json, interval: Json) -> Json:
@@ -194,17 +241,29 @@ def activation(shown: Shown, context: Json, interval: Json) -> Json:
     }
 
 
-def layer_number(hookpoint: str) -> int:
-    """The number of the block in a hookpoint's name; 0 if it has none."""
-    found = re.search(r"\.(\d+)(?=[.: ]|$)", hookpoint)
-    return int(found[1]) if found else 0
+def model_id(data: StoredActivations) -> str:
+    """The model's hub id, or the name of its directory; empty if it is unevidence."""
+    return published(str(getattr(data, "model", None) or ""))
+
+
+def layer_number(hookpoint: str) -> int | None:
+    """The number of the block in a hookpoint's name, in the first if there are several; None if it
+    has none."""
+    found = re.search(r"\.(\d+)(?=[.: ]|$)", hookpoint.partition(" + ")[0])
+    return int(found[1]) if found else None
 
 
 def dataset(data: StoredActivations) -> str:
-    """The dataset's hub id, or the name of its file or folder; empty if it is unknown."""
+    """The dataset's hub id, or the names of its files or folders; empty if it is unevidence."""
     harvests = (getattr(source, "harvest", None) or {} for source in sources_of(data))
-    name = str(next(harvests).get("dataset") or "")
-    return Path(name).name if Path(name).exists() else name
+    given = next(harvests)
+    names = given.get("dataset") or given.get("text") or []
+    return ", ".join(map(published, [names] if isinstance(names, str) else map(str, names)))
+
+
+def published(name: str) -> str:
+    """A name without the directories of an absolute path, which are this machine's affair."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def write_json(path: Path, contents: Json) -> None:

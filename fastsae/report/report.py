@@ -46,8 +46,8 @@ def write_report(
     firings = collect(sae.to(choose_device(config.device)), data, config, progress)
     sae, strings = sae.cpu(), Strings()
     latents = choose(firings.counts, config)
-    known = Evidence.gather(sae, data, config, firings, latents)
-    cards, notes = make_cards(sae, known, strings, config.seed), known.notes
+    evidence = Evidence.gather(sae, data, config, firings, latents)
+    cards, notes = make_cards(sae, evidence, strings, config.seed), [*evidence.notes]
     if subject.on_training_data:
         notes.insert(0, "There is no held-out data: latents are shown on training data.")
     compared = [run for run in (subject.run, config.compare) if run is not None]
@@ -75,7 +75,7 @@ def write_report(
         notes=notes,
     )
     if config.neuronpedia is not None:
-        write_dashboards(sae, data, config, known, subject)
+        write_dashboards(sae, data, config, evidence, subject)
 
 
 def names_of(runs: list[Path]) -> list[str]:

@@ -135,6 +135,21 @@ def test_after_a_dense_batch_the_library_runs_for_a_while():
     assert later.count(True) == dense.AFTER_OUTLIERS and not later[-1]
 
 
+def test_an_evaluation_does_not_change_which_code_training_runs():
+    def training(evaluated: bool) -> list[bool]:
+        some, found = AboveThreshold(), []
+        for batch in (few, many, few, few, few, many):
+            found.append(some.is_dense(batch))
+            if evaluated:
+                with torch.no_grad():
+                    assert some.is_dense(many)
+                    some.codes(many)
+        return found
+
+    few, many = (Encoder(torch.ones(4, D), torch.ones(F, D), bias) for bias in biases())
+    assert training(True) == training(False) == [False, *[True] * 5]
+
+
 def biases() -> tuple[torch.Tensor, torch.Tensor]:
     """With which no latent is active for tokens of ones, and with which all are."""
     return torch.full((F,), -D - 1.0), torch.zeros(F)

@@ -1,5 +1,6 @@
 """Dashboards for Neuronpedia: complete, valid, and of what a dense computation gives."""
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from fastsae.data import ActivationArray, Joined, StoredActivations
-from fastsae.nn import SAE, TopK
+from fastsae.nn import SAE, AbsTopK, TopK
 from fastsae.report import ReportConfig, write_report
 from fastsae.report.correlations import LatentSums, correlated_inputs, correlated_latents
 from fastsae.report.firings import collect
+from fastsae.report.neuronpedia import dataset, layer_number, new_folder
 from fastsae.report.text import plain
 
 from .conftest import HOSTILE, VOCABULARY, WIDTH
@@ -59,8 +61,13 @@ def test_every_dashboard_is_complete(batches, world):
     assert (found["layer"], found["sae_set"], found["sae_id_suffix"]) == (0, "report", None)
     assert found["model_id"] == world.model.name and about["hookpoint"] == "transformer.h.0"
     assert about["tokens"] == world.heldout.n_tokens and about["notes"] == []
+    assert about["model"] == world.model.name
     assert about["latents"] == len(found["features"]) > WIDTH / 2
-    for feature in found["features"]:
+    check(found["features"])
+
+
+def check(features: list[dict]) -> None:
+    for feature in features:
         lengths = {name: len(value) for name, value in feature.items() if isinstance(value, list)}
         for stem, length in LISTS.items():
             assert {n for name, n in lengths.items() if name.startswith(stem)} == {length}
@@ -73,6 +80,32 @@ def test_every_dashboard_is_complete(batches, world):
             assert one["bin_contains"] == -1 or 0 < one["bin_contains"] <= feature["frac_nonzero"]
 
 
+def test_intervals_of_signed_codes_are_of_one_sign(world, tmp_path):
+    sae = SAE(WIDTH, WIDTH + 8, AbsTopK(2)).eval()
+    (found,) = (
+        read(path)["features"]
+        for path in exported(sae, world.heldout, tmp_path).glob("batch-*.json")
+    )
+    check(found)
+    ends = {(one["bin_min"], one["bin_max"]) for a in found for one in a["activations"]}
+    assert all(low <= high for low, high in ends)
+    assert any(high == 0 for _, high in ends) and any(high < 0 for _, high in ends)
+
+
+def test_published_names_have_no_directories_of_this_machine():
+    def named(**harvest) -> str:
+        return dataset(ActivationArray(torch.randn(2, 3), harvest=harvest))
+
+    assert named(dataset="owner/name") == "owner/name" and named() == ""
+    assert named(dataset="/home/me/texts") == "texts" and len(named(dataset="x" * 300)) == 300
+    assert named(text=["/home/me/a.txt", "docs/*.md"]) == "a.txt, docs/*.md"
+
+
+def test_the_layer_is_that_of_the_first_hookpoint():
+    for name, layer in {"h.3.mlp": 3, "h.3 + h.5": 3, "embed + h.5": None, "": None}.items():
+        assert layer_number(name) == layer
+
+
 def test_values_are_those_of_the_dense_codes(batches, world, dense):
     x, codes = dense
     close = partial(np.testing.assert_allclose, rtol=1e-3)
@@ -80,7 +113,7 @@ def test_values_are_those_of_the_dense_codes(batches, world, dense):
         latent = feature["feature_index"]
         own = codes[:, latent]
         close(feature["frac_nonzero"], (own != 0).mean())
-        heights, edges = np.histogram(own[own != 0], 50)
+        heights, edges = np.histogram(own[own != 0].astype(float), 50)
         assert feature["freq_hist_data_bar_heights"] == heights.tolist()
         close(feature["freq_hist_data_bar_values"], (edges[1:] + edges[:-1]) / 2)
         row = world.sae.W_dec[latent].detach().numpy()
@@ -111,7 +144,7 @@ def test_correlations_are_those_of_the_dense_codes(kind):
     active = np.flatnonzero(codes.std(0))
     latents, sums = active[:8].tolist(), LatentSums.of(found)
     assert found.inputs is not None
-    inputs = correlated_inputs(found, sums, found.inputs, latents)
+    inputs = correlated_inputs(found, sums, found.inputs, latents, x[found.rows].split(70))
     others = correlated_latents(found, sums, latents)
     norms = np.linalg.norm(codes, axis=0)
     for latent, *tables in zip(latents, inputs, others, strict=True):
@@ -151,6 +184,27 @@ def test_the_same_arguments_give_the_same_bytes_in_batches(world, tmp_path, monk
     assert not any(one["pos_str"] or one["logits_hist_data_bar_values"] for one in features)
     with pytest.raises(ValueError, match=r"must be a new or empty directory, got .*/a/batches"):
         exported(world.sae, world.heldout, tmp_path / "a")
+
+
+def test_a_failed_export_leaves_nothing_and_can_be_repeated(world, tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "other") as made:
+        (made / "batch-0.json").touch()
+        raise KeyError
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "batches").mkdir()
+    found = exported(world.sae, world.heldout, tmp_path, latents=3, lens=False)
+    assert len([*found.iterdir()]) == len([*tmp_path.iterdir()]) == 2
+
+
+def test_latents_that_are_never_active_are_left_out_and_counted(world, tmp_path):
+    sae = copy.deepcopy(world.sae)
+    with torch.no_grad():
+        sae.b_enc[3] = -1000.0
+    found = exported(sae, world.heldout, tmp_path, latents=4, include=(3,))
+    numbers = [one["feature_index"] for one in read(found / "batch-0.json")["features"]]
+    about = read(found / "provenance.json")
+    assert 3 not in numbers and len(numbers) == about["latents"] == 4
+    assert about["latents left out because they are never active"] == 1
 
 
 def test_what_has_no_dashboards(world, tmp_path):

@@ -1,6 +1,7 @@
 """The parts of a report that are numbers: which latents have a card, frequencies, directions, the
 logit lens, verdicts."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from fastsae.config import to_dict
 from fastsae.data import ActivationArray
 from fastsae.evals import EvalConfig, evaluate, reconstruction
 from fastsae.nn import SAE, AbsTopK, TopK
+from fastsae.report.bars import bars
 from fastsae.report.config import ReportConfig
 from fastsae.report.contexts import number
 from fastsae.report.firings import collect
@@ -125,7 +127,7 @@ def test_a_map_by_umap():
 
 @pytest.fixture(scope="module")
 def lens(world):
-    return logit_lens(world.sae, torch.tensor([0, 7]), world.heldout, False)
+    return logit_lens(world.sae, torch.tensor([0, 7]), world.heldout, False, histograms=True)
 
 
 def test_no_latent_is_active():
@@ -152,16 +154,28 @@ def test_the_lens_is_the_last_norm_and_the_unembedding(lens, world):
         assert found.histogram.heights == torch.histc(own, 50).int().tolist()
 
 
+def test_a_histogram_of_neighboring_floats():
+    found = bars(np.float32([5.0, 5.0000005, 5.0000005]))
+    assert (found.heights[0], found.heights[-1], sum(found.heights)) == (1, 2, 3)
+    assert found.middles == sorted({*found.middles})
+    assert not bars(np.float32([])).heights
+
+
 def test_where_there_is_no_lens(world, monkeypatch):
     def why(sae, data):
         with pytest.raises(NoLens) as error:
             logit_lens(sae, torch.tensor([0]), data, False)
         return str(error.value)
 
+    assert not logit_lens(world.sae, torch.tensor([0]), world.heldout, False)[0].histogram.heights
     plain = ActivationArray(torch.randn(9, WIDTH))
     assert "names no model" in why(world.sae, plain)
     assert "width" in why(SAE(WIDTH, 8, TopK(1), d_out=5), world.heldout)
     assert "crosscoder" in why(SAE(WIDTH, 8, TopK(1), layers=2, by_norm=True), world.heldout)
+    endless = copy.deepcopy(world.sae)
+    with torch.no_grad():
+        endless.W_dec[0] = torch.inf
+    assert "not all finite" in why(endless, world.heldout)
     gone = ActivationArray(torch.randn(9, WIDTH), model="/no/such/model")
     assert "cannot load" in why(world.sae, gone)
     monkeypatch.setattr("fastsae.report.lens.available_memory", lambda: 1000)
