@@ -1,10 +1,10 @@
-"""What a run is expected to need, and what it needed."""
+"""What a run is expected to need."""
 
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,7 +26,6 @@ from fastsae.estimate import (
     refusal,
 )
 from fastsae.memory import (
-    anonymous_memory,
     keep_freed_memory,
     memory_left,
     release_freed_memory,
@@ -35,7 +34,6 @@ from fastsae.nn import ActivationConfig
 
 from .config import TrainConfig
 from .plan import Plan
-from .state import TrainState
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -45,18 +43,6 @@ NUMBERS = 8
 
 USUAL_L0 = 32
 """Active latents per token of an activation that neither fixes nor targets their number."""
-
-
-class Facts(TypedDict, total=False):
-    """Part of summary.json: what was planned, and what it took. What is not known is left out."""
-
-    planned_step_seconds: float
-    """Of a training step, with the time to wait for its data."""
-    step_seconds: float
-    planned_peak_bytes: int
-    """Most memory on the GPU, or of the process on a CPU without the pages of files, beyond what
-    it had before the run."""
-    peak_bytes: int
 
 
 def active_latents(activation: ActivationConfig, latents: int) -> int:
@@ -166,46 +152,3 @@ def describe_forecast(found: Forecast) -> str:
     if not found.fits:
         text += f"; only {gigabytes(found.machine.memory)} of memory is free: it may run out"
     return text if found.workload.fused else f"{text}; {LOWER_BOUND}"
-
-
-class MemoryMeter:
-    """The most memory that is used from its construction on.
-
-    On a CPU it is noted before freed memory is released: until then the process keeps what it has
-    freed (`keep_freed_memory`), but for blocks of more than 1 GB.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-        else:
-            self.before = anonymous_memory()
-        self.most = self.before or 0
-
-    def note(self) -> None:
-        """Take note of the memory that is used now, or on a GPU was used at most so far."""
-        if self.device.type == "cuda":
-            self.most = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.most = max(self.most, anonymous_memory() or 0)
-
-    def read(self) -> int | None:
-        """Bytes beyond those at its construction; None where it cannot be known."""
-        self.note()
-        return None if self.before is None else self.most - self.before
-
-
-def facts_of(trainer: "Trainer", state: TrainState, meter: MemoryMeter) -> Facts:
-    """What was planned of a run, and what it took."""
-    found = trainer.forecast
-    facts: Facts = {
-        "planned_peak_bytes": found.memory.peak,
-        "step_seconds": state.seconds / max(state.step, 1),
-    }
-    if found.step_seconds is not None and not found.workload.streamed:
-        facts["planned_step_seconds"] = found.step_seconds
-    if (peak := meter.read()) is not None:
-        facts["peak_bytes"] = peak
-    return facts

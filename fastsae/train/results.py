@@ -14,7 +14,7 @@ from fastsae.sharded import save_sharded
 
 from .curves import plot_curves
 from .describe import describe
-from .forecast import facts_of
+from .facts import facts_of
 from .log import read_lines
 from .origin import local_in, origin_of
 from .state import TrainState

@@ -1,14 +1,18 @@
 """A run says what it will need, refuses what cannot fit, and records plan and fact."""
 
 import math
+import mmap
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from fastsae.distributed.launch import Place
 from fastsae.train import Sweep, Trainer
+from fastsae.train.facts import MemoryMeter
 from fastsae.train.forecast import (
     check_fits,
     describe_forecast,
@@ -33,6 +37,18 @@ def test_the_summary_holds_plan_and_fact(activations, tmp_path):
     assert facts.get("planned_step_seconds") == trainer.forecast.step_seconds
     assert "  planned  " in run_table(config.out) and " ms per step, took " in run_table(config.out)
     assert " ms per step, " in describe_forecast(trainer.forecast)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_that_was_returned_between_phases_counts():
+    size = 64 << 20
+    with MemoryMeter(torch.device("cpu")) as meter:
+        with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+            block.write(b"1" * size)
+            end = time.monotonic() + 10
+            while meter.most - (meter.before or 0) < size and time.monotonic() < end:
+                time.sleep(0.01)
+        assert size <= (meter.read() or 0) < 4 * size
 
 
 def test_a_run_without_room_leaves_nothing(activations, tmp_path, monkeypatch):
