@@ -34,12 +34,14 @@ from fastsae.nn import ActivationConfig
 
 from .config import TrainConfig
 from .plan import Plan
+from .results import EVALUATION_BATCH
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-NUMBERS = 8
-"""Integers for each row of a window while it is loaded."""
+INDEX_BYTES = 8 * 8
+"""Bytes of a row of a window, besides its activations, while it is loaded: eight numbers in int64,
+of rows and of their places."""
 
 USUAL_L0 = 32
 """Active latents per token of an activation that neither fixes nor targets their number."""
@@ -64,6 +66,7 @@ def workload_of(
         latents=config.d_sae,
         active=active_latents(config.activation, config.d_sae),
         steps=plan.steps,
+        evaluated=EVALUATION_BATCH,
         gpu=plan.device != "cpu",
         fused=plan.step == "fused",
         precision=plan.encoder_precision,
@@ -89,7 +92,7 @@ def loaded_bytes(source: ActivationSource) -> int:
 
 def window_bytes(tokens: int, row_bytes: int) -> int:
     """A window of stored data, with the numbers of its rows and of their places."""
-    return min(tokens, WINDOW_BYTES // row_bytes) * (row_bytes + 8 * NUMBERS)
+    return min(tokens, WINDOW_BYTES // row_bytes) * (row_bytes + INDEX_BYTES)
 
 
 def this_machine(device: str, processes: int = 1) -> Machine:
@@ -121,7 +124,9 @@ def forecast_of(trainer: "Trainer") -> Forecast:
 
 def timed(found: Forecast) -> Forecast:
     """The same with the time of a step: on a CPU measured in about a second, if that is possible;
-    on a GPU as predicted."""
+    on a GPU as predicted.
+
+    Measuring calls `keep_freed_memory`, which lasts to the end of the process."""
     w = found.workload
     if w.gpu or not w.fused or w.streamed or w.axes.size > 1 or not found.fits:
         return found
@@ -132,7 +137,7 @@ def timed(found: Forecast) -> Forecast:
 
 
 def check_fits(forecasts: Sequence[Forecast]) -> None:
-    """ValueError unless all runs, which train at the same time, have room for what is certain."""
+    """ValueError unless runs that train at the same time all have room for what is certain."""
     *_, last = forecasts
     others = sum(one.memory.kept for one in forecasts) - last.memory.kept
     machine = replace(last.machine, memory=last.machine.memory - others)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import fastsae.interop as interop
 from fastsae.data import stored
 from fastsae.distributed.parallelize import per_latent
-from fastsae.estimate.memory import EVALUATED
 from fastsae.evals import Reconstruction, reconstruction
 from fastsae.files import write_json
 from fastsae.meeting import on_first
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
 
 EVALUATION_TOKENS = 65536
 
+EVALUATION_BATCH = 1024
+"""Tokens that are evaluated at a time: their copies in float64 then take less memory than a
+step."""
+
 
 def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
     """Save the SAE of a run, for activations as they are, and evaluate it; this leaves it on the
@@ -41,7 +44,7 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
         sae,
         source.heldout or stored(source),
         max_tokens=EVALUATION_TOKENS,
-        batch_size=EVALUATED,
+        batch_size=EVALUATION_BATCH,
         device=trainer.device,
         max_norm_ratio=config.max_norm_ratio,
     )

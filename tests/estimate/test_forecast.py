@@ -28,6 +28,7 @@ D = Workload(
     latents=1 << 20,
     active=128,
     steps=1000,
+    evaluated=1024,
     gpu=True,
     precision="fp8",
 )

@@ -59,7 +59,7 @@ def test_a_run_without_room_leaves_nothing(activations, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"does not fit: .* what would fit: --d-sae \d+ "):
         Trainer(config, activations, progress=False).fit()
     assert not config.out.exists()
-    room = memory.kept + memory.step["batches"]
+    room = memory.certain
     monkeypatch.setattr("fastsae.memory.available_memory", lambda: room)
     close = Trainer(config, activations, progress=False).forecast
     check_fits([close])  # no estimate refuses a run
@@ -70,7 +70,7 @@ def test_the_saes_of_a_sweep_need_memory_together(activations, tmp_path, monkeyp
     config = train_config(out=str(tmp_path), **SHAPE)
     configs = {name: config for name in "abc"}
     need = Trainer(config, activations, progress=False).forecast.memory
-    room = 2 * need.kept + need.step["batches"] + 1
+    room = 2 * need.kept + need.certain - 1
     monkeypatch.setattr("fastsae.memory.available_memory", lambda: room)
     with pytest.raises(ValueError, match="does not fit"):
         Sweep(configs, activations, tmp_path / "three", progress=False).fit()
