@@ -58,8 +58,8 @@ class Forecast:
 
     @property
     def cannot_fit(self) -> bool:
-        """Whether even what is known to the byte exceeds the memory."""
-        return self.memory.kept + self.memory.step["batches"] > self.machine.memory
+        """Whether even the lower bound exceeds the memory."""
+        return self.memory.certain > self.machine.memory
 
     @property
     def limit(self) -> str | None:
@@ -150,7 +150,7 @@ def remedies(f: Forecast) -> list[str]:
 def refusal(f: Forecast) -> str:
     """Why the run cannot be, and what would."""
     if f.cannot_fit:
-        certain = gigabytes(f.memory.kept + f.memory.step["batches"])
+        certain = gigabytes(f.memory.certain)
         need = f"weights, optimizer and batches need at least {certain}"
     else:
         about = "about" if f.workload.fused else "at least"

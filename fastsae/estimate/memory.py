@@ -19,21 +19,21 @@ from .workload import Workload
 FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
-EVALUATED = 1024
-"""Tokens that are evaluated at a time at the end of a run: their copies in float64 then take less
-memory than a step."""
+# `bench plan` checks LOADED and SCATTERED: its runs need most in a step, and no latent is dead. The
+# other factors were fitted once, to runs that need most at their start or end or have dead latents;
+# no benchmark checks them.
 
 COPIES, COVARIANCES, BESIDES = 8, 6, 40_000_000
 """Of evaluated tokens and of their covariances in float64 that exist at the same time, and bytes of
 all else on a CPU (fitted)."""
 
 LOADED = 5.4
-"""Batches in the loader's hands, ahead and in use, with what checking one takes (fitted): its
-thread frees nothing to other threads."""
+"""Batches that a predicted peak counts: those that the loader and the step hold, and what checking
+one takes (fitted). Other threads cannot use what the loader's thread frees."""
 
 SCATTERED = 0.75
-"""Fraction of the pre-activations' memory that they need again (fitted): other tensors lie where
-they were in the last step."""
+"""Fraction of the pre-activations' memory that is added to it (fitted): smaller tensors split the
+blocks that were freed in the last step, which are then too small for the next pre-activations."""
 
 REVIVED = 10
 """Copies of a batch that the aux-k loss of a few dead latents takes (fitted)."""
@@ -59,10 +59,17 @@ class Memory(NamedTuple):
     """What initialization needs, before there are moments."""
     end: dict[str, int]
     """What exporting and evaluating the SAE needs, when there are no moments any more."""
+    held: int
+    """The batches among `step` that surely exist at the same time; not fitted."""
 
     @property
     def kept(self) -> int:
         return sum(self.state.values())
+
+    @property
+    def certain(self) -> int:
+        """A lower bound of the peak that no fitted constant is part of."""
+        return self.kept + self.held
 
     @property
     def peak(self) -> int:
@@ -114,12 +121,19 @@ def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
     if w.auxk and not w.gpu:
         step["aux-k loss"] = REVIVED * FLOAT * w.tokens * w.d_out
     step |= {"codes and errors": code_bytes(w)} if w.fused else {"gradients": gradient_bytes(w)}
-    return Memory(state_bytes(w), step, start_bytes(w), end_bytes(w, gpu_bytes))
+    return Memory(state_bytes(w), step, start_bytes(w), end_bytes(w, gpu_bytes), held_bytes(w))
 
 
 def batch_bytes(w: Workload) -> int:
-    """Batches in all places at the same time."""
+    """Batches that the loader and the training step are predicted to hold at the same time."""
     return int(FLOAT * w.tokens * w.row_width * (1 if w.gpu else LOADED))
+
+
+def held_bytes(w: Workload) -> int:
+    """The batch that is trained on, and on a CPU this process' part of the next one, which is
+    loaded meanwhile."""
+    tokens = w.tokens + (0 if w.gpu else w.tokens // w.axes.data)
+    return FLOAT * tokens * w.row_width
 
 
 def data_bytes(w: Workload) -> int:
@@ -168,7 +182,7 @@ def end_bytes(w: Workload, gpu_bytes: int | float) -> dict[str, int]:
     """The weights, with what SAELens' file is written from or, after that, what evaluation needs.
     The loader's memory is not released."""
     width = w.d_out
-    evaluation = COPIES * INT * EVALUATED * width + COVARIANCES * INT * width**2
+    evaluation = COPIES * INT * w.evaluated * width + COVARIANCES * INT * width**2
     phases = {
         "export to SAELens": FLOAT * w.own_latents * w.d_in * (not w.gpu),
         "evaluation": evaluation + pre_bytes(w, gpu_bytes) + BESIDES * (not w.gpu),

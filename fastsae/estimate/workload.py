@@ -24,6 +24,8 @@ class Workload:
     active: int
     """Active latents per token."""
     steps: int
+    evaluated: int
+    """Tokens that are evaluated at a time at the end of the run."""
     gpu: bool = False
     """Whether it trains on a GPU."""
     fused: bool = True

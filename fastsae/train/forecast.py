@@ -1,10 +1,10 @@
-"""What a run is expected to need, and what it needed."""
+"""What a run is expected to need."""
 
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,7 +26,6 @@ from fastsae.estimate import (
     refusal,
 )
 from fastsae.memory import (
-    anonymous_memory,
     keep_freed_memory,
     memory_left,
     release_freed_memory,
@@ -35,28 +34,17 @@ from fastsae.nn import ActivationConfig
 
 from .config import TrainConfig
 from .plan import Plan
-from .state import TrainState
+from .results import EVALUATION_BATCH
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-NUMBERS = 8
-"""Integers for each row of a window while it is loaded."""
+INDEX_BYTES = 8 * 8
+"""Bytes of a row of a window, besides its activations, while it is loaded: eight numbers in int64,
+of rows and of their places."""
 
 USUAL_L0 = 32
 """Active latents per token of an activation that neither fixes nor targets their number."""
-
-
-class Facts(TypedDict, total=False):
-    """Part of summary.json: what was planned, and what it took. What is not known is left out."""
-
-    planned_step_seconds: float
-    """Of a training step, with the time to wait for its data."""
-    step_seconds: float
-    planned_peak_bytes: int
-    """Most memory on the GPU, or of the process on a CPU without the pages of files, beyond what
-    it had before the run."""
-    peak_bytes: int
 
 
 def active_latents(activation: ActivationConfig, latents: int) -> int:
@@ -78,6 +66,7 @@ def workload_of(
         latents=config.d_sae,
         active=active_latents(config.activation, config.d_sae),
         steps=plan.steps,
+        evaluated=EVALUATION_BATCH,
         gpu=plan.device != "cpu",
         fused=plan.step == "fused",
         precision=plan.encoder_precision,
@@ -103,7 +92,7 @@ def loaded_bytes(source: ActivationSource) -> int:
 
 def window_bytes(tokens: int, row_bytes: int) -> int:
     """A window of stored data, with the numbers of its rows and of their places."""
-    return min(tokens, WINDOW_BYTES // row_bytes) * (row_bytes + 8 * NUMBERS)
+    return min(tokens, WINDOW_BYTES // row_bytes) * (row_bytes + INDEX_BYTES)
 
 
 def this_machine(device: str, processes: int = 1) -> Machine:
@@ -135,7 +124,9 @@ def forecast_of(trainer: "Trainer") -> Forecast:
 
 def timed(found: Forecast) -> Forecast:
     """The same with the time of a step: on a CPU measured in about a second, if that is possible;
-    on a GPU as predicted."""
+    on a GPU as predicted.
+
+    Measuring calls `keep_freed_memory`, which lasts to the end of the process."""
     w = found.workload
     if w.gpu or not w.fused or w.streamed or w.axes.size > 1 or not found.fits:
         return found
@@ -146,7 +137,7 @@ def timed(found: Forecast) -> Forecast:
 
 
 def check_fits(forecasts: Sequence[Forecast]) -> None:
-    """ValueError unless all runs, which train at the same time, have room for what is certain."""
+    """ValueError unless runs that train at the same time all have room for what is certain."""
     *_, last = forecasts
     others = sum(one.memory.kept for one in forecasts) - last.memory.kept
     machine = replace(last.machine, memory=last.machine.memory - others)
@@ -166,46 +157,3 @@ def describe_forecast(found: Forecast) -> str:
     if not found.fits:
         text += f"; only {gigabytes(found.machine.memory)} of memory is free: it may run out"
     return text if found.workload.fused else f"{text}; {LOWER_BOUND}"
-
-
-class MemoryMeter:
-    """The most memory that is used from its construction on.
-
-    On a CPU it is noted before freed memory is released: until then the process keeps what it has
-    freed (`keep_freed_memory`), but for blocks of more than 1 GB.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-        else:
-            self.before = anonymous_memory()
-        self.most = self.before or 0
-
-    def note(self) -> None:
-        """Take note of the memory that is used now, or on a GPU was used at most so far."""
-        if self.device.type == "cuda":
-            self.most = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.most = max(self.most, anonymous_memory() or 0)
-
-    def read(self) -> int | None:
-        """Bytes beyond those at its construction; None where it cannot be known."""
-        self.note()
-        return None if self.before is None else self.most - self.before
-
-
-def facts_of(trainer: "Trainer", state: TrainState, meter: MemoryMeter) -> Facts:
-    """What was planned of a run, and what it took."""
-    found = trainer.forecast
-    facts: Facts = {
-        "planned_peak_bytes": found.memory.peak,
-        "step_seconds": state.seconds / max(state.step, 1),
-    }
-    if found.step_seconds is not None and not found.workload.streamed:
-        facts["planned_step_seconds"] = found.step_seconds
-    if (peak := meter.read()) is not None:
-        facts["peak_bytes"] = peak
-    return facts

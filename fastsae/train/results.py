@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import fastsae.interop as interop
 from fastsae.data import stored
 from fastsae.distributed.parallelize import per_latent
-from fastsae.estimate.memory import EVALUATED
 from fastsae.evals import Reconstruction, reconstruction
 from fastsae.files import write_json
 from fastsae.meeting import on_first
@@ -14,7 +13,7 @@ from fastsae.sharded import save_sharded
 
 from .curves import plot_curves
 from .describe import describe
-from .forecast import facts_of
+from .facts import facts_of
 from .log import read_lines
 from .origin import local_in, origin_of
 from .state import TrainState
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 EVALUATION_TOKENS = 65536
+
+EVALUATION_BATCH = 1024
+"""Tokens that are evaluated at a time: their copies in float64 then take less memory than a
+step."""
 
 
 def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
@@ -41,7 +44,7 @@ def write_results(trainer: "Trainer", state: TrainState, sae: SAE) -> None:
         sae,
         source.heldout or stored(source),
         max_tokens=EVALUATION_TOKENS,
-        batch_size=EVALUATED,
+        batch_size=EVALUATION_BATCH,
         device=trainer.device,
         max_norm_ratio=config.max_norm_ratio,
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from fastsae.estimate import gigabytes, milliseconds
 from fastsae.evals.verdict import remarks, verdict
 
-from .forecast import Facts
+from .facts import Facts
 from .summary import Summary, read_results
 
 REPORT = "report.html"

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict, TypeVar
 from fastsae.config import from_json
 from fastsae.files import read_json
 
-from .forecast import Facts
+from .facts import Facts
 
 T = TypeVar("T")
 

@@ -27,7 +27,8 @@ from .config import TrainConfig
 from .conflicts import check_mesh
 from .describe import describe, describe_data
 from .end_to_end import EndToEnd
-from .forecast import MemoryMeter, check_fits, describe_forecast, forecast_of
+from .facts import MemoryMeter
+from .forecast import check_fits, describe_forecast, forecast_of
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupts
@@ -126,7 +127,7 @@ class Trainer:
         check_same_run(self.shards, settled, self.source, config.seed)
         everywhere(self.shards, lambda: check_fits([self.forecast]))
         self.memory = MemoryMeter(self.device)
-        with claimed_run(config.out, self.shards):
+        with self.memory, claimed_run(config.out, self.shards):
             state = self.start(resume, latest([self])[0] if resume else None)
             self.release_memory()  # of the sample
             with self.loggers.started(config.out, state.step):

@@ -3,6 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsae.distributed import Axes
 from fastsae.estimate import (
@@ -10,6 +13,7 @@ from fastsae.estimate import (
     Machine,
     Workload,
     advice,
+    cpu_step,
     cpu_step_seconds,
     duration,
     forecast,
@@ -28,9 +32,13 @@ D = Workload(
     latents=1 << 20,
     active=128,
     steps=1000,
+    evaluated=1024,
     gpu=True,
     precision="fp8",
 )
+
+
+CPU = replace(D, gpu=False, precision="fp32", tokens=64, d_in=64, d_out=64, latents=256, active=8)
 
 
 def on(name: str, workload: Workload = D):
@@ -141,10 +149,40 @@ def test_an_unknown_gpu_is_an_error():
 
 
 def test_every_part_of_a_cpu_step_is_timed():
-    w = replace(D, gpu=False, precision="fp32", tokens=64, d_in=64, d_out=64, latents=256, active=8)
-    seconds = cpu_step_seconds(w)
+    seconds = cpu_step_seconds(CPU)
     assert seconds.keys() == {"encoder", "decode", "optimizer", "data and counters"}
     assert all(0 < value < 60 for value in seconds.values())
+
+
+class StoragesUsed(TorchDispatchMode):
+    """Notes the storages of all tensors that operations get."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+        self.found |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_part_is_timed_on_what_was_read_into_the_caches_before(monkeypatch):
+    sizes = []
+
+    def noted(run, read_before=None):
+        with StoragesUsed() as used:
+            run()
+        assert used.found
+        if read_before is not None:
+            assert read_before.untyped_storage().data_ptr() not in used.found
+            sizes.append(read_before.numel())
+        return 1.0
+
+    monkeypatch.setattr(cpu_step, "timed", noted)
+    cpu_step_seconds(CPU)
+    assert sizes == 3 * [CPU.latents * CPU.d_in]  # before all but the encoder
 
 
 def test_sizes_are_readable():

@@ -17,7 +17,15 @@ from fastsae.train.standardization import Standardization
 from fastsae.train.state import TrainState
 
 SMALL = Workload(
-    tokens=64, d_in=48, d_out=48, row_width=48, latents=320, active=4, steps=100, checkpoints=2
+    tokens=64,
+    d_in=48,
+    d_out=48,
+    row_width=48,
+    latents=320,
+    active=4,
+    steps=100,
+    evaluated=64,
+    checkpoints=2,
 )
 
 
@@ -85,3 +93,11 @@ def test_the_peak_is_above_what_is_kept_and_grows_with_the_batch():
     memory, larger = (memory_of(replace(SMALL, tokens=n)) for n in (64, 4096))
     assert memory.kept == larger.kept < memory.peak < larger.peak
     assert sum(memory.parts.values()) == memory.peak
+
+
+@pytest.mark.parametrize("gpu, axes, batches", [(False, 1, 2), (False, 4, 1.25), (True, 1, 1)])
+def test_no_fitted_constant_is_in_the_lower_bound(gpu, axes, batches):
+    w = replace(SMALL, gpu=gpu, axes=Axes(axes, 1))
+    memory = memory_of(w)
+    assert memory.certain == memory.kept + batches * 4 * w.tokens * w.row_width
+    assert memory.certain <= memory.kept + memory.step["batches"] < memory.peak

@@ -1,14 +1,18 @@
 """A run says what it will need, refuses what cannot fit, and records plan and fact."""
 
 import math
+import mmap
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from fastsae.distributed.launch import Place
 from fastsae.train import Sweep, Trainer
+from fastsae.train.facts import MemoryMeter
 from fastsae.train.forecast import (
     check_fits,
     describe_forecast,
@@ -35,6 +39,18 @@ def test_the_summary_holds_plan_and_fact(activations, tmp_path):
     assert " ms per step, " in describe_forecast(trainer.forecast)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_that_was_returned_between_phases_counts():
+    size = 64 << 20
+    with MemoryMeter(torch.device("cpu")) as meter:
+        with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+            block.write(b"1" * size)
+            end = time.monotonic() + 10
+            while meter.most - (meter.before or 0) < size and time.monotonic() < end:
+                time.sleep(0.01)
+        assert size <= (meter.read() or 0) < 4 * size
+
+
 def test_a_run_without_room_leaves_nothing(activations, tmp_path, monkeypatch):
     large: dict[str, Any] = {**SHAPE, "d_sae": 1 << 18}
     config = train_config(out=str(tmp_path / "run"), **large)
@@ -43,7 +59,7 @@ def test_a_run_without_room_leaves_nothing(activations, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"does not fit: .* what would fit: --d-sae \d+ "):
         Trainer(config, activations, progress=False).fit()
     assert not config.out.exists()
-    room = memory.kept + memory.step["batches"]
+    room = memory.certain
     monkeypatch.setattr("fastsae.memory.available_memory", lambda: room)
     close = Trainer(config, activations, progress=False).forecast
     check_fits([close])  # no estimate refuses a run
@@ -54,7 +70,7 @@ def test_the_saes_of_a_sweep_need_memory_together(activations, tmp_path, monkeyp
     config = train_config(out=str(tmp_path), **SHAPE)
     configs = {name: config for name in "abc"}
     need = Trainer(config, activations, progress=False).forecast.memory
-    room = 2 * need.kept + need.step["batches"] + 1
+    room = 2 * need.kept + need.certain - 1
     monkeypatch.setattr("fastsae.memory.available_memory", lambda: room)
     with pytest.raises(ValueError, match="does not fit"):
         Sweep(configs, activations, tmp_path / "three", progress=False).fit()
