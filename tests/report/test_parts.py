@@ -155,10 +155,10 @@ def test_the_lens_is_the_last_norm_and_the_unembedding(lens, world):
 
 
 def test_a_histogram_of_neighboring_floats():
-    found = bars(np.float32([5.0, 5.0000005, 5.0000005]))
+    found = bars(np.array([5.0, 5.0000005, 5.0000005], np.float32))
     assert (found.heights[0], found.heights[-1], sum(found.heights)) == (1, 2, 3)
     assert found.middles == sorted({*found.middles})
-    assert not bars(np.float32([])).heights
+    assert not bars(np.array([], np.float32)).heights
 
 
 def test_where_there_is_no_lens(world, monkeypatch):
