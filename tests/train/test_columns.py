@@ -50,7 +50,8 @@ def test_every_activation_trains_and_is_saved(name, activations, tmp_path):
     again = fastsae.load(tmp_path / "run" / "sae")
     assert again.activation.cfg == config.activation
     data = ActivationShards(activations)
-    assert reconstruction(again, data).fvu == summary["fvu"], "as trained, for data as they are"
+    found = reconstruction(again, data).fvu
+    assert found == pytest.approx(summary["fvu"], rel=1e-12), "as trained, for data as they are"
     assert torch.equal(again(data.sample(50)), sae.eval()(data.sample(50)))
 
 

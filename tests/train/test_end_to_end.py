@@ -161,10 +161,10 @@ def test_a_stopped_run_resumes_bit_for_bit(
 ):
     out, take = tmp_path / "stopped", Trainer.take
 
-    def stopping(self, batches, state, interrupts):
-        if state.step == 7:
+    def stopping(self, batches, step, interrupts):
+        if step == 7:
             raise Stop
-        return take(self, batches, state, interrupts)
+        return take(self, batches, step, interrupts)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Trainer, "take", stopping)
