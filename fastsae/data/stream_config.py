@@ -83,7 +83,7 @@ class StreamConfig(ProducerConfig):
         return replace(self, hookpoint=paths)
 
     def fitting(self, row_bytes: int, memory: int | None = None) -> int:
-        """The tokens in the buffer, in at most so many bytes."""
+        """The tokens in the buffer, in at most `memory` bytes."""
         left = memory_left("cpu", place().local_size)
         most = (left if memory is None else min(left, memory)) // row_bytes
         if self.buffer_tokens is None:

@@ -203,14 +203,20 @@ class AboveThreshold:
         """The pre-activation that latents must exceed to be listed."""
         return 0.0
 
-    def is_dense(self, encoder: Encoder) -> bool:
-        """Whether the library's own code is faster for these tokens."""
+    def stays_dense(self) -> bool:
+        """Whether the next batch takes the library's code because of one before it. If not,
+        `is_dense` examines it; neither is called twice for a batch."""
         counter = self.counter()
         left = vars(self).get(counter, 0)
-        if not left and encoder.is_dense(self.lowest(), self.limits(encoder.x).active):
-            left = DENSE_BATCHES
         vars(self)[counter] = max(left - 1, 0)
         return left > 0
+
+    def is_dense(self, encoder: Encoder) -> bool:
+        """Whether the library's own code is faster for these tokens."""
+        dense = encoder.is_dense(self.lowest(), self.limits(encoder.x).active)
+        if dense:
+            vars(self)[self.counter()] = DENSE_BATCHES - 1
+        return dense
 
     def codes(self, encoder: Encoder) -> Codes:
         """The codes of the tokens, with sparse gradients."""

@@ -56,9 +56,20 @@ class Fast(Library):
         """The codes of the tokens, with sparse gradients; each class implements it."""
         raise NotImplementedError
 
+    def stays_dense(self) -> bool:
+        """Whether the next batch takes the library's code without being examined."""
+        return False
+
     def is_dense(self, encoder: Encoder) -> bool:
         """Whether the library's own code is faster for these tokens."""
         return False
+
+    def examined(self, x: Tensor) -> Encoder | None:
+        """The encoder with tokens x; None if the library's own code is to encode them."""
+        if not self.uses_fast_path(x) or self.stays_dense():
+            return None
+        encoder = self.encoder_of(x)
+        return None if self.is_dense(encoder) else encoder
 
     def uses_fast_path(self, x: Tensor) -> bool:
         """Whether fastsae's ops can encode x: nothing was customized or hooked."""
@@ -81,8 +92,8 @@ class Fast(Library):
         return *x.shape[:-1], self.dict_size
 
     def encode(self, x: Tensor, *given: Any, **settings: Any) -> Any:
-        encoder = None if given or settings or not self.uses_fast_path(x) else self.encoder_of(x)
-        if encoder is None or self.is_dense(encoder):
+        encoder = None if given or settings else self.examined(x)
+        if encoder is None:
             return super().encode(x, *given, **settings)
         return to_dense(self.codes(encoder), self.dense_shape(x))
 
@@ -100,8 +111,8 @@ class Fast(Library):
         """Skips dense activations unless they are requested or hooked."""
         if given or settings or not self.skips_codes(x):
             return super().forward(x, *given, **settings)
-        encoder = self.encoder_of(x)
-        if self.is_dense(encoder):
+        encoder = self.examined(x)
+        if encoder is None:
             return self.decode(super().encode(x))
         return self.decode_codes(self.codes(encoder), x.shape)
 
@@ -151,8 +162,8 @@ class FastAutoEncoder(PlainReLU, AutoEncoder):
             return super().forward(x)
         if ghost_mask is not None or not self.skips_codes(x):
             return AutoEncoder.forward(self, x, output_features, ghost_mask)
-        encoder = self.encoder_of(x)
-        if self.is_dense(encoder):
+        encoder = self.examined(x)
+        if encoder is None:
             f = AutoEncoder.encode(self, x)
             return self.decode(f), f
         codes = self.codes(encoder)
@@ -193,8 +204,8 @@ class FastGatedAutoEncoder(Layers, Above, GatedAutoEncoder):
             settings = {"normalize_decoder": True} if normalize_decoder else {}
             settings |= {"return_gate": True} if return_gate else {}
             return super().encode(x, **settings)
-        encoder = self.encoder_of(x) if self.uses_fast_path(x) else None
-        if encoder is None or self.is_dense(encoder):
+        encoder = self.examined(x)
+        if encoder is None:
             return GatedAutoEncoder.encode(self, x, True)
         found, shape = self.listed(encoder), self.dense_shape(x)
         codes = self.codes_of(found)

@@ -242,7 +242,7 @@ def activation(shown: Shown, context: Json, interval: Json) -> Json:
 
 
 def model_id(data: StoredActivations) -> str:
-    """The model's hub id, or the name of its directory; empty if it is unevidence."""
+    """The model's hub id, or the name of its directory; empty if it is unknown."""
     return published(str(getattr(data, "model", None) or ""))
 
 
@@ -254,7 +254,7 @@ def layer_number(hookpoint: str) -> int | None:
 
 
 def dataset(data: StoredActivations) -> str:
-    """The dataset's hub id, or the names of its files or folders; empty if it is unevidence."""
+    """The dataset's hub id, or the names of its files or folders; empty if it is unknown."""
     harvests = (getattr(source, "harvest", None) or {} for source in sources_of(data))
     given = next(harvests)
     names = given.get("dataset") or given.get("text") or []

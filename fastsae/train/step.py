@@ -120,8 +120,8 @@ def operands_of(sae: SAE, adam: Adam) -> tuple[Weights, Shadow | None]:
 
 @torch.no_grad()
 def candidate_recall(sae: SAE, adam: Adam, x: Float[Tensor, "N d_in"]) -> dict[str, float]:
-    """As `candidate_recall`, the share of the active entries of the first of these tokens that are
-    among the low-precision candidates; empty if there are none, or in several processes."""
+    """For a line of the log: the share of the active entries of the first AUDITED tokens that are
+    among the low-precision candidates. Empty if the step uses none, or in several processes."""
     operands, shadow = operands_of(sae, adam)
     if shadow is None or sae.shards.size > 1:
         return {}

@@ -57,7 +57,8 @@ def compare(module, compiled, weights, x):
     assert_close(*(torch.autograd.grad(out.square().sum(), weights) for out in outs))
 
 rotations = [TopK(k=3, gradient="rotation", rotation=rotation) for rotation in ("support", "dense")]
-for activation in (TopK(k=3), *rotations, Rational(k=3), Variational(k=3)):
+rationals = [Rational(k=3, support=support) for support in ("teacher", "none")]
+for activation in (TopK(k=3), TopK(k=3, by="abs"), *rotations, *rationals, Variational(k=3)):
     torch._dynamo.reset()
     counters.clear()
     sae = SAE(6, 20, activation)

@@ -30,6 +30,10 @@ class Fast(Library):
         """The codes of the tokens, with sparse gradients; each class implements it."""
         raise NotImplementedError
 
+    def stays_dense(self) -> bool:
+        """Whether the next batch takes the library's code without being examined."""
+        return False
+
     def is_dense(self, encoder: Encoder) -> bool:
         """Whether the library's own code is faster for these tokens."""
         return False
@@ -68,6 +72,8 @@ class Fast(Library):
     def encode(self, x: Tensor) -> Tensor:
         if not self.uses_fast_path(x):
             return super().encode(x)
+        if self.stays_dense():
+            return self.library_encode(x)
         encoder, shape = self.encoder_of(x)
         if self.is_dense(encoder):
             return self.library_encode(x)
@@ -92,6 +98,8 @@ class Fast(Library):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Encode and decode without dense activations, unless these are faster."""
+        if self.stays_dense():
+            return self.decode(self.library_encode(x))
         encoder, shape = self.encoder_of(x)
         if self.is_dense(encoder):
             return self.decode(self.library_encode(x))

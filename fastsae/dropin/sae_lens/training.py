@@ -43,7 +43,7 @@ class FastTraining(Fast):
         return super().encode_with_hidden_pre(x)[0]
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.uses_fast_path(x):
+        if not self.uses_fast_path(x) or self.stays_dense():
             return super().encode_with_hidden_pre(x)
         encoder, shape = self.encoder_of(x)
         if self.is_dense(encoder):
