@@ -41,6 +41,9 @@ caches hold."""
 DECODED = 4096
 """Tokens that decoding is timed on."""
 
+BATCHES = 4
+"""Batches of tokens that one is drawn from."""
+
 SECONDS, ROUNDS = 0.15, 3
 """Each part is repeated for this long, and at least as often, after a first time that does not
 count."""
@@ -165,15 +168,16 @@ def rows_of(s: Sample, rows: int, name: str) -> Rows:
 
 
 def timed_rest(s: Sample) -> float:
-    """Standardizing and centering tokens, sorting codes, and counting what fired."""
+    """Drawing tokens, standardizing and centering them, sorting codes, and counting what fired."""
     w, N = s.w, s.w.tokens
-    batch, zero = s.x.clone(), s.x.new_zeros(s.x.shape[1])
+    data, zero = normal(BATCHES * N, s.x.shape[1], s.generator), s.x.new_zeros(s.x.shape[1])
+    rows = torch.randperm(len(data), generator=s.generator)[:N]
     indices = torch.randint(w.own_latents, (N, w.active), generator=s.generator)
     entries = torch.ones(2, N * w.active)
     counters = torch.zeros(w.own_latents, dtype=torch.int64)
 
     def run() -> None:
-        batch.sub_(zero).mul_(zero + 1)
+        batch = data[rows].sub_(zero).mul_(zero + 1)
         torch.linalg.vector_norm(batch, dim=1)
         center(batch, zero, torch.float32)
         runs = latent_major(indices, w.own_latents)

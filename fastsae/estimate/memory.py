@@ -31,9 +31,10 @@ LOADED = 5.4
 """Batches that a predicted peak counts: those that the loader and the step hold, and what checking
 one takes (fitted). Other threads cannot use what the loader's thread frees."""
 
-SCATTERED = 0.75
-"""Fraction of the pre-activations' memory that is added to it (fitted): smaller tensors split the
-blocks that were freed in the last step, which are then too small for the next pre-activations."""
+SCATTERED, SCATTERED_MOST = 0.75, 64_000_000
+"""Fraction of the pre-activations' memory that is added to it, and its limit in bytes (fitted):
+smaller tensors split the blocks that were freed in the last step, which are then too small for the
+next pre-activations."""
 
 REVIVED = 10
 """Copies of a batch that the aux-k loss of a few dead latents takes (fitted)."""
@@ -150,7 +151,7 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.precision == "bf16" else torch.float32)
     chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
     size = min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
-    return int((1 + SCATTERED) * size)
+    return size + min(int(SCATTERED * size), SCATTERED_MOST)
 
 
 def code_bytes(w: Workload) -> int:
