@@ -1,16 +1,21 @@
 """Train sparse autoencoders fast."""
 
+import sys
 from importlib import import_module
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
 
-if TYPE_CHECKING:
+COMMAND = "fastsae", "-m"
+"""What Python calls the program while it starts the command line, whose help needs no torch."""
+
+if TYPE_CHECKING or PurePath(*sys.argv[:1]).stem not in COMMAND:
     from .public import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
-    """What is public is imported at its first use: the command line's help needs no torch."""
+    """The command line imports what is public at its first use."""
     public = import_module("fastsae.public")
     if name == "__all__" or name in public.__all__:
         return getattr(public, name)

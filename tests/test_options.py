@@ -37,9 +37,9 @@ target_l0 = 16
 
 
 def shown(*words: str) -> str:
-    """What a process prints that may not import torch."""
-    code = "import sys; sys.modules['torch'] = None; from fastsae.cli import main; main()"
-    command = [sys.executable, "-c", code, *words]
+    """What the command line prints if it may not import torch."""
+    code = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'fastsae'"
+    command = [sys.executable, "-c", f"{code}; from fastsae.cli import main; main()", *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
