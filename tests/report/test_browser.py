@@ -12,6 +12,8 @@ import torch
 from fastsae.data import ActivationArray
 from fastsae.nn import SAE, TopK
 from fastsae.report import ReportConfig, Subject, write_report
+from fastsae.report.page import write_page
+from fastsae.report.sweep import SCRIPTS
 from fastsae.report.text import visible
 
 from .conftest import HOSTILE, VOCABULARY
@@ -21,6 +23,14 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 DESKTOP, MOBILE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+CUT_CHOICES = """() => [...document.querySelectorAll('select')].flatMap((choice) => {
+  const { font, paddingLeft, paddingRight } = getComputedStyle(choice);
+  const arrow = 20, room = choice.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight);
+  const pen = Object.assign(document.createElement('canvas').getContext('2d'), { font });
+  const fits = ({ text }) => pen.measureText(text).width <= room - arrow;
+  return [...choice.options].filter((one) => !fits(one)).map((one) => one.text);
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +164,33 @@ def test_two_runs_of_one_name_have_their_own_legends(browser, world, tmp_path):
 
 def test_it_fits_a_phone_and_paper(page):
     page.set_viewport_size(MOBILE)
-    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.evaluate(wide) == 0
+    assert page.evaluate(TOO_WIDE) == 0 and page.evaluate(CUT_CHOICES) == []
     page.emulate_media(media="print")
     assert page.locator("form.tools").is_hidden() and page.locator("#card").is_visible()
     page.emulate_media(media="screen")
     page.set_viewport_size(DESKTOP)
-    assert page.evaluate(wide) == 0
+    assert page.evaluate(TOO_WIDE) == 0
+
+
+def test_the_names_of_a_sweep_stay_in_view(browser, tmp_path):
+    """Of nine SAEs, so that not all have a color of the palette; one has a long, hostile name."""
+    names = [f"topk-k={2**i}" for i in range(8)] + ["jumprelu-target_l0=32-<b>d_sae=65536</b>"]
+    runs = [
+        {"name": name, "fvu": 0.5 - i / 20, "l0": 2.0**i, "dead": i / 100, "d_sae": 65536}
+        | {"speed": 12345.6, "seconds": 100 * i, "report": None}
+        for i, name in enumerate(names)
+    ]
+    out, words = tmp_path / "report.html", {"title": "sweep", "subtitle": "", "about_table": ""}
+    write_page(out, "sweep.html", SCRIPTS, {"runs": runs}, **words)
+    page = browser.new_page(viewport=MOBILE)
+    page.goto(out.as_uri())
+    shown = page.locator("tbody td:first-child")
+    assert shown.all_inner_texts() == names[::-1]  # sorted by FVU
+    assert page.evaluate(TOO_WIDE) == 0
+    scrolled = "(box) => { box.scrollLeft = 1e4; return box.scrollLeft }"
+    assert page.locator(".scroll").evaluate(scrolled) > 0
+    edges = [shown.nth(i).bounding_box() for i in range(len(names))]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] < 200 for box in edges)
+    page.get_by_role("button", name="seconds").click()
+    assert shown.all_inner_texts() == names
+    page.close()
