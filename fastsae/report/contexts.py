@@ -104,8 +104,8 @@ class Shown:
     def tokens(
         self, windows: Windows, places: Int32[np.ndarray, " M"], values: Float32[np.ndarray, " M"]
     ) -> list[list[Any]]:
-        """The tokens with most of a latent's activation: the string, its share of the entries, and
-        how much of the token's occurrences are among them."""
+        """The tokens with most of a latent's activation: the string, its share of the sum of
+        activations, and on how many of the token's occurrences the latent is active."""
         found, inverse, counts = np.unique(
             windows.tokens[places], return_inverse=True, return_counts=True
         )
@@ -114,7 +114,7 @@ class Shown:
         rows = []
         for i in best.tolist():
             token, count = int(found[i]), int(counts[i])
-            shares = count / len(values), count / int(windows.occurrences[token])
+            shares = total[i] / total.sum(), count / int(windows.occurrences[token])
             rows.append([self.strings.number(self.text[token]), *map(number, shares)])
         return rows
 

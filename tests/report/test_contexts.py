@@ -84,9 +84,11 @@ def test_the_tokens_that_it_is_active_on(shown):
     places, values = shown.firings.of(2)
     ids = shown.windows.tokens[places]
     sums = {token: np.abs(values[ids == token]).sum() for token in set(ids.tolist())}
-    for number, share, of in shown.card(2)["tokens"]:
+    rows = shown.card(2)["tokens"]
+    assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
+    for number, share, of in rows:
         token = int(shown.strings.texts[number][1:])
-        assert share == pytest.approx((ids == token).mean(), rel=1e-3)
+        assert share == pytest.approx(sums[token] / np.abs(values).sum(), rel=1e-3)
         assert of == pytest.approx(
             (ids == token).sum() / (shown.windows.tokens == token).sum(), 1e-3
         )

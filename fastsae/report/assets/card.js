@@ -60,7 +60,7 @@ class Card {
 
   tokens({ tokens = [] }) {
     const chip = ([number, share, of]) => {
-      const tip = `${percent(share)} of its activations are on this token.\nIt is active on ${percent(of)} of the token's occurrences.`;
+      const tip = `${percent(share)} of its activation is on this token.\nIt is active on ${percent(of)} of the token's occurrences.`;
       const parts = [this.token(number), el('small', { text: percent(share) })];
       return el('span', { class: 'chip', tabindex: 0, 'data-tip': tip }, ...parts);
     };
