@@ -6,7 +6,7 @@ from contextlib import suppress
 from unittest.mock import patch
 
 import pytest
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from fastsae.distributed.launch import ARRIVED, common_store, one_voice, place
 from fastsae.shards import Shards
