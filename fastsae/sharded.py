@@ -186,7 +186,8 @@ class _Stored(NamedTuple):
             shapes, stored, files, end = dict(about["sharded"]), dict(about["files"]), [], 0
             for name in file_names(len(stored) - 1):
                 size, (start, stop) = stored[name]["bytes"], stored[name].get("rows", (0, 0))
-                if not is_shape([size, start, stop]) or start != end or stop < start:
+                counts = all(is_shape([count]) for count in (size, start, stop))
+                if not counts or start != end or stop < start:
                     raise ValueError(f"{name} has {shown(stored[name])}")
                 files.append(_File(folder / name, size, stored[name][CHECKSUM], start, stop))
                 end = stop

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from fastsae import SAE, AbsTopK, TopK
 from fastsae.cli import main
@@ -392,3 +393,17 @@ def test_an_unknown_command():
     choices = ", ".join(COMMANDS)
     message = one_line_error("fly", run=in_process)
     assert f"must be one of {choices}, got 'fly'" in message
+
+
+def test_what_runs_in_one_process_refuses_many(monkeypatch, tmp_path):
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    many = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (many | address).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    message = one_line_error("convert", tmp_path, tmp_path / "out")
+    assert "fastsae convert runs in one process, got 2: leave out torchrun" in message
+    monkeypatch.setenv("RANK", "1")
+    other = fastsae("convert", tmp_path, tmp_path / "out")
+    assert (other.returncode, other.stderr) == (2, "")

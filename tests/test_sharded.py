@@ -82,6 +82,19 @@ def test_any_mesh_resumes_any_other(writers: tuple[int, int], tmp_path):
     assert all("not divisible by 5" in str(error) for error in errors)
 
 
+def test_a_checkpoint_of_many_latents_is_resumed(tmp_path, monkeypatch):
+    """Bytes and numbers of rows are counts, not the sizes of one tensor."""
+    monkeypatch.setattr(checksum, "PIECE", 1 << 20)
+    whole = torch.arange(1 << 17, dtype=torch.float32)
+
+    def save_half(shards: Shards) -> Path:
+        half = {"x": whole[shards.rows(len(whole))]}
+        return save_checkpoint(tmp_path, 1, half, {}, 1, ["x"], shards)
+
+    path, _ = run_all(1, 2, save_half)
+    assert torch.equal(load_checkpoint(path)[0]["x"], whole)
+
+
 def test_one_process_writes_what_it_always_wrote(tmp_path):
     save(tmp_path, 5)
     save_checkpoint(tmp_path, 6, state(5), META, 2)

@@ -1,7 +1,8 @@
 """Train an SAE on the activations of a TransformerLens model as it runs.
 
 A `Producer` runs the model over batches of tokens; the stream mixes its rows. A small model with
-random weights and random tokens stand in for yours. Prints FVU and L0 on held-out sequences.
+random weights and random tokens stand in for yours. Prints FVU and L0 on held-out sequences. Needs
+TransformerLens 3.9 or later.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.model_bridge import TransformerBridge
 
 from fastsae import TrainConfig, Trainer
 from fastsae.data import Contexts, Group, Stream
@@ -21,7 +22,7 @@ class LensProducer:
     """Rows at a hook of a model, for batches of tokens [sequences, length]; every 20th batch is
     held out. A place is the number of batches before it."""
 
-    def __init__(self, model: HookedTransformer, hook: str, batches: list[torch.Tensor]):
+    def __init__(self, model: TransformerBridge, hook: str, batches: list[torch.Tensor]):
         self.model, self.hook, self.batches = model, hook, batches
         self.widths = {hook: model.cfg.d_model}
         self.fingerprint = f"{model.cfg.model_name} {len(batches)}"  # of what determines the rows
@@ -48,7 +49,7 @@ options = parser.parse_args()
 
 torch.manual_seed(0)
 settings = {"n_layers": 2, "d_model": 64, "d_head": 16, "n_ctx": 32, "d_vocab": 1000}
-model = HookedTransformer(HookedTransformerConfig(**settings, act_fn="gelu"))
+model = TransformerBridge.boot_native({**settings, "n_heads": 4, "act_fn": "gelu"})
 batches = [*torch.randint(1000, (options.batches, 16, 32))]
 stream = Stream(LensProducer(model, "blocks.1.hook_resid_post", batches), buffer_tokens=16_384)
 

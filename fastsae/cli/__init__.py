@@ -16,6 +16,9 @@ from fastsae.version import __version__
 
 from .help import COMMANDS, command_help, overview
 
+IN_MANY_PROCESSES = ("train", "sweep", "eval")
+"""The commands that torchrun can start."""
+
 NO_MEMORY = "can't allocate memory|out of memory|Storage size calculation overflowed"
 """How torch's RuntimeErrors say it."""
 
@@ -61,9 +64,19 @@ def run(words: Sequence[str]) -> None:
     elif {"-h", "--help", "--help-all"} & {*rest}:
         show(command_help(name, rest))
     else:
+        if name not in IN_MANY_PROCESSES:
+            check_alone(name)
         text = import_module(f"fastsae.cli.{name}").main(rest)
         if text:  # of many processes, one has something to show
             show(text)
+
+
+def check_alone(name: str) -> None:
+    """ValueError, which process 0 says, in one of many processes."""
+    launch = import_module("fastsae.distributed.launch")  # it imports torch
+    with launch.one_voice():
+        if (size := launch.place().size) > 1:
+            raise ValueError(f"fastsae {name} runs in one process, got {size}: leave out torchrun")
 
 
 def say_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -1,6 +1,7 @@
 """What a trainer accepts as activations."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ def as_source(given: object) -> ActivationSource:
         return streamed(VllmHiddenStates(path)) if is_vllm(path) else open_path(path)
     if isinstance(given, Producer):
         return streamed(given)
+    if isinstance(given, Mapping) and given:  # such as a DatasetDict
+        keys = ", ".join(map(repr, islice(given, 5)))
+        raise ValueError(f"cannot train on {type(given).__name__}; give one of its values: {keys}")
     if _is_table(given):
         return streamed(IterableProducer(_Slices(given)))
     if isinstance(given, Dataset) and not isinstance(given, Iterable):

@@ -127,7 +127,10 @@ def is_float(x: Tensor | np.ndarray) -> bool:
 
 
 def check_rows(x: Tensor | np.ndarray) -> None:
-    """ValueError unless x is a matrix of floats."""
+    """ValueError unless x is a dense matrix of floats."""
+    if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_meta):
+        given = "on the meta device" if x.is_meta else f"with layout {x.layout}"
+        raise ValueError(f"activations must be a dense tensor with values, got one {given}")
     if x.ndim == 2 and is_float(x) and x.shape[0] and x.shape[1]:
         return
     hint = "; flatten the dimensions before the last, x.reshape(-1, x.shape[-1])"

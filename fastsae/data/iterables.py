@@ -1,7 +1,8 @@
 """Rows from whatever yields them: a DataLoader, a dataset, a generator, or a function."""
 
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from fastsae.data.arrays import ActivationArray, check_rows, is_float
 from fastsae.data.producer import Group, Part, Place
+from fastsae.files import shown
 
 GROUP_ROWS = 1024
 """Smaller batches are joined up to this."""
@@ -121,6 +123,8 @@ class IterableProducer:
 
     def _open(self) -> Iterator[Any]:
         batches = self._batches
+        if callable(batches):
+            _check_no_arguments(batches)
         found = batches() if callable(batches) else batches
         if not isinstance(found, Iterable):
             kind = type(found).__name__
@@ -133,6 +137,18 @@ def _number_of(batches: object) -> int:
         return len(batches) if isinstance(batches, Sized) else sys.maxsize
     except TypeError:  # a DataLoader over a dataset without a length
         return sys.maxsize
+
+
+def _check_no_arguments(function: Callable) -> None:
+    """ValueError if a function needs arguments."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a function that Python cannot look into
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ValueError(f"the function must work without arguments: {error}") from None
 
 
 def rows_of(batch: Any, number: int) -> Float[Tensor, "N D"]:
@@ -152,11 +168,22 @@ def rows_of(batch: Any, number: int) -> Float[Tensor, "N D"]:
             break
     if len(arrays) == 1:
         check_rows(arrays[0])
+    if len(lengths := _row_lengths([batch, *parts])) > 1:
+        raise ValueError(f"batch {number} must have rows of one length, got {shown(lengths)}")
     kinds = [f"{x.dtype} {[*x.shape]}" for x in parts if isinstance(x, Tensor | np.ndarray)]
+    found = ", ".join(kinds[:4]) + f" and {len(kinds) - 4} more" * (len(kinds) > 4)
     raise ValueError(
         f"batch {number} must hold one matrix of floats [n, d_in], "
-        f"got {type(batch).__name__} of {', '.join(kinds) or 'no arrays'}"
+        f"got {type(batch).__name__} of {found or 'no arrays'}"
     )
+
+
+def _row_lengths(values: Sequence[Any]) -> list[int]:
+    """The lengths of the float vectors in lists, such as datasets return where the rows of a column
+    differ in length."""
+    lists = [x for x in values if isinstance(x, list) or getattr(x, "dtype", 0) == np.object_]
+    vectors = (x for x in chain(*lists) if isinstance(x, Tensor | np.ndarray) and is_float(x))
+    return sorted({len(x) for x in vectors if x.ndim == 1})
 
 
 def _array(value: Any) -> Any:
@@ -169,4 +196,6 @@ def _array(value: Any) -> Any:
     try:
         return np.asarray(value, np.float32)
     except ValueError:
-        raise ValueError("rows that are lists of floats must have one length") from None
+        raise ValueError(
+            "rows that are lists of floats must have one length, and none may be missing"
+        ) from None

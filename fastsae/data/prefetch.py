@@ -127,8 +127,8 @@ class Batches:
             raise ValueError("pin_memory=True needs a CUDA device, and there is none")
         start = cursor or Cursor()
         loader.check(start)
-        self._queue: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)
-        self._error: Exception | None = None
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
+        self._error: BaseException | None = None
         stop = threading.Event()
         # A new thread's GPU is the first one, whichever is current here.
         gpu = torch.cuda.current_device() if loader.pin_memory else None
@@ -157,7 +157,7 @@ class Batches:
             except queue.Empty:
                 if interrupted():
                     return None
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             self._error = item
             self.close()
             raise item
@@ -177,7 +177,7 @@ class Batches:
 def _run(
     loader: BatchLoader,
     cursor: Cursor,
-    ready: "queue.Queue[Batch | Exception]",
+    ready: "queue.Queue[Batch | BaseException]",
     stop: threading.Event,
     gpu: int | None,
 ) -> None:
@@ -186,7 +186,7 @@ def _run(
     while not stop.is_set():
         try:
             batch = loader.batch(cursor, stop.is_set)
-        except Exception as error:  # the consumer raises it
+        except BaseException as error:  # the consumer, who would wait forever, raises it
             ready.put(error)
             return
         cursor = batch.cursor

@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -23,6 +23,10 @@ TIMEOUT = timedelta(seconds=300)
 
 LOST = "Connection closed|Connection reset|Broken pipe|[Tt]imed out|NCCL|gloo|Socket"
 """How the libraries' RuntimeErrors say that another process is gone."""
+
+
+ARRIVED = "arrived/0"
+"""Set once process 0 has joined the others or failed before that."""
 
 
 class LostError(OSError):
@@ -86,14 +90,28 @@ def device_of(device: str, own: Place) -> str:
     return chosen
 
 
+def common_store(own: Place) -> Store:
+    """What all processes of this start can write to and read."""
+    store, _, _ = next(iter(rendezvous("env://")))
+    if own.local_size == own.size:  # torchrun's store for one machine outlives a restart
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"restart {restarts}", store)
+    return store
+
+
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """For what all processes find at once, before they have joined: process 0 alone says it."""
+    """For what all processes should find alike, before they have joined: where they fail alike,
+    process 0 alone says it."""
     try:
         yield
-    except ValueError:
-        if place().rank:
-            raise SystemExit(2) from None
+    except (ValueError, OSError) as error:
+        if (own := place()).size > 1:
+            store = common_store(own)
+            if own.rank:  # torchrun ends process 0 once another one has ended
+                with suppress(RuntimeError):
+                    store.wait([ARRIVED], TIMEOUT)
+            raise_unless_said(store, own.rank, error, 0.0)
         raise
 
 
@@ -113,10 +131,9 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
         yield ONE_PROCESS
         return
     on_gpus = device.startswith("cuda") and own.local_size <= torch.cuda.device_count()
-    store, rank, size = next(iter(rendezvous("env://")))
-    if own.local_size == own.size:  # torchrun's store for one machine outlives a restart
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"restart {restarts}", store)
+    store, rank, size = common_store(own), own.rank, own.size
+    if rank == 0:
+        store.set(ARRIVED, "")
     group = {"store": store, "rank": rank, "world_size": size, "timeout": TIMEOUT}
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", **group)
     try:
@@ -127,15 +144,23 @@ def joined(mesh: str | None, device: str) -> Iterator[Shards]:
     except Exception as error:  # told to the other processes, then raised again
         if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
             raise LostError(lost(store, rank, size, error)) from None
-        text = re.sub(r"^(process \d+: )+", "", str(error))
-        store.set(f"failed/{rank}", text)
-        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), None)
-        if rank and kind:
-            if said(store, 0) == text:
-                raise SystemExit(2) from None
-            raise kind(f"process {rank}: {text}") from None
+        raise_unless_said(store, rank, error, 2.0)
         raise
     dist.destroy_process_group()
+
+
+def raise_unless_said(store: Store, rank: int, error: Exception, seconds: float) -> None:
+    """Tell other processes of an error. If it is one that a user can fix, of another process than
+    0, raise it with the rank, or only end the process if 0 says the same within these seconds."""
+    text = re.sub(r"^(process \d+: )+", "", str(error))
+    store.set(f"failed/{rank}", text)
+    if rank == 0:
+        store.set(ARRIVED, "")
+    kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), None)
+    if rank and kind:
+        if said(store, 0, seconds) == text:
+            raise SystemExit(2) from None
+        raise kind(f"process {rank}: {text}") from None
 
 
 def lost(store: Store, rank: int, size: int, error: RuntimeError) -> str:
@@ -146,7 +171,7 @@ def lost(store: Store, rank: int, size: int, error: RuntimeError) -> str:
     return f"process {rank}: {reason} ({str(error).splitlines()[0][:200]})"
 
 
-def said(store: Store, rank: int, seconds: float = 2.0) -> str | None:
+def said(store: Store, rank: int, seconds: float) -> str | None:
     """The error of a process that has failed; None if it has none after these seconds."""
     end = time.monotonic() + seconds
     try:

@@ -1,6 +1,8 @@
 """Where a run's numbers go: metrics.jsonl, the progress bar, and trackers."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -96,6 +98,22 @@ class Unlogged(Log):
 
     def write(self, line: dict[str, Any]) -> None:
         self.last = line
+
+
+def plain_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line with Python numbers in place of those of numpy and torch; ValueError, naming the
+    entry, for what is neither text nor a finite number."""
+    plain = dict(line)
+    for name, value in line.items():
+        if isinstance(value, str | int | None):
+            continue
+        try:
+            plain[name] = float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last one of a tensor of several
+            plain[name] = math.nan
+        if not math.isfinite(plain[name]):
+            raise ValueError(f"a line of metrics needs finite numbers, got {name} = {value!r}")
+    return plain
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

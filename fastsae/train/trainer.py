@@ -32,7 +32,7 @@ from .forecast import check_fits, describe_forecast, forecast_of
 from .gpu import GpuMeter
 from .graph import CapturedStep
 from .interrupt import Interrupts
-from .log import Log, Unlogged
+from .log import Log, Unlogged, plain_numbers
 from .loggers import Logger, Loggers, loggers_of
 from .optim import schedule
 from .plan import Plan, adam_of, check_batch
@@ -273,7 +273,7 @@ class Trainer:
             numbers |= candidate_recall(state.sae, state.adam, self.columns.split(batch.x)[0])
             line = {**state.metrics(self.plan.dead_after), **self.meter.read(), **numbers}
             self.callbacks.on_log(self, state, line)
-            log.write(line)
+            log.write(plain_numbers(line))
         log.advance()
         if self.ended(state) or saved:
             self.save(state)

@@ -164,10 +164,15 @@ def test_sources_and_producers():
         (torch.nn.Sequential(), "^cannot train on Sequential; give a tensor"),
         (lambda: 3, "^the function must return an iterable of batches, got int$"),
         ([], "^there are no activations: no batch has a row$"),
-        ({"train": X}, r"^batch 0 must hold one matrix .*, got str of no arrays$"),
+        (lambda x: [x], "^the function must work without arguments: missing .* 'x'$"),
+        ({"train": X, "test": X}, "^cannot train on dict; give one of its values: 'train', 'test'"),
+        (X.to_sparse(), "^activations must be a dense tensor .* layout torch.sparse_coo$"),
+        (X.to("meta"), "^activations must be a dense tensor .* the meta device$"),
         ([(X, X)], r"got tuple of torch.float32 \[400, 4\], torch.float32 \[400, 4\]$"),
         ([torch.zeros(2, 3, 4)], "flatten the dimensions before the last"),
-        ([[[0.5, 1.0], [2.0]]], "^rows that are lists of floats must have one length$"),
+        ([[X[0]] * 9], r"got list of torch.float32 \[4\], (.* \[4\], ){2}.* \[4\] and 5 more$"),
+        ([[[0.5, 1.0], [2.0]]], "^rows that are lists of floats must have one length, and none "),
+        ([{"acts": [X[0], X[0, :3]]}], r"^batch 0 must have rows of one length, got \[3, 4\]$"),
         ([torch.arange(3)], r"got Tensor of torch.int64 \[3\]$"),
     ],
 )
@@ -175,6 +180,15 @@ def test_anything_else_is_one_line_that_says_what_works(given: Any, message: str
     with pytest.raises(ValueError, match=message) as caught:
         as_source(given)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_of_a_column_that_differ_in_length_are_refused():
+    uneven = datasets.Dataset.from_dict({"acts": [[0.5] * (4 + row // 200) for row in range(300)]})
+    for form in ("torch", "numpy"):
+        dataset = uneven.with_format(form)
+        for given in (dataset, dataset["acts"]):
+            with pytest.raises(ValueError, match="batch 1 must have rows of one length"):
+                as_source(given).sample(1)
 
 
 def test_bad_rows_are_named():

@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsae.data import ActivationShards, ActivationSource, Cursor, ShardWriter
+from fastsae.data import (
+    ActivationShards,
+    ActivationSource,
+    Cursor,
+    IterableProducer,
+    ShardWriter,
+    Stream,
+)
 from fastsae.data.index import sha256
 
 N, D = 1000, 8
@@ -136,6 +143,17 @@ def test_no_thread_outlives_its_batches(shards: ActivationShards):
     next(abandoned)
     del abandoned
     gc.collect()
+    assert not batch_threads()
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_the_thread_is_raised(error: type[BaseException]):
+    def rows():
+        yield from torch.ones(6, 10, 4)
+        raise error
+
+    with Stream(IterableProducer(rows, 10), 40).batches(8) as batches, pytest.raises(error):
+        list(islice(batches, 10))
     assert not batch_threads()
 
 

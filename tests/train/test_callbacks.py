@@ -18,7 +18,7 @@ from fastsae.files import read_json
 from fastsae.train import Callback, EarlyStopping, StopTraining, Sweep, Trainer
 from fastsae.train.callbacks import HELDOUT_TOKENS
 from fastsae.train.curves import PANELS, plot_curves
-from fastsae.train.log import read_lines
+from fastsae.train.log import plain_numbers, read_lines
 
 from .conftest import Stop, StoppingShards, train_config
 
@@ -215,6 +215,20 @@ def test_a_callback_ends_the_run_as_if_that_step_was_its_last(hook, config, data
     Trainer(longer, ActivationShards(data)).fit(resume=True)
     assert len(lines_of(run)) == 8
     assert "ended_early" not in json.loads((run.out / "summary.json").read_text())
+
+
+def test_numbers_of_numpy_and_torch_are_logged_and_others_refused(config, data):
+    class Adding(Callback):
+        def on_log(self, trainer, state, line):
+            line |= {"numpy": np.float32(0.5), "torch": torch.tensor(0.25), "text": "added"}
+
+    run = config(steps=1)
+    Trainer(run, ActivationShards(data), callbacks=[Adding()]).fit()
+    (line,) = lines_of(run)
+    assert (line["numpy"], line["torch"], line["text"]) == (0.5, 0.25, "added")
+    for value in torch.ones(2), float("nan"), [1.0], np.float64("inf"):
+        with pytest.raises(ValueError, match="line of metrics needs finite numbers, got added = "):
+            plain_numbers({"step": 1, "added": value})
 
 
 def test_other_exceptions_propagate(config, data):
