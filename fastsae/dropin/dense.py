@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import Function
+from torch.jit._trace import is_tracing
 from torch.nn.functional import linear
 from torch.nn.modules.module import (
     _has_any_global_hook,  # pyright: ignore[reportPrivateUsage]
@@ -289,7 +290,7 @@ def worth_accelerating(x: Tensor) -> bool:
     neither a trace nor a transform of torch.func, in which sizes cannot depend on the data."""
     if x.shape[:-1].numel() <= MIN_TOKENS or x.is_meta:
         return False
-    if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or peek_interpreter_stack()):
+    if not torch.compiler.is_compiling() and (is_tracing() or peek_interpreter_stack()):
         return False
     return not torch.is_autocast_enabled(x.device.type)
 

@@ -87,7 +87,7 @@ def test_transforms(name):
 def test_a_trace_serves_other_inputs():
     (theirs, ours), x = both("dictionary_learning relu"), tokens()
     with torch.no_grad():
-        traced = torch.jit.trace(ours.requires_grad_(False), x / 10, check_trace=False)
+        traced: Any = torch.jit.trace(ours.requires_grad_(False), x / 10, check_trace=False)
         for other in (10 * x, tokens(57)):
             assert_close(traced(other), theirs(other))
 
