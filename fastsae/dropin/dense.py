@@ -9,8 +9,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import Function
+from torch.jit._trace import is_tracing
 from torch.nn.functional import linear
+from torch.nn.modules.module import (
+    _has_any_global_hook,  # pyright: ignore[reportPrivateUsage]
+)
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsae.codes import Codes
@@ -260,7 +265,7 @@ def attach(dense: Tensor, source: Codes | SparsePre) -> Tensor:
 def lookup(dense: Tensor, kind: type[T]) -> T | None:
     """What a dense tensor was made from, if it is of this kind; None if unknown or no longer equal
     to it."""
-    if torch.compiler.is_compiling() or dense not in _attached:
+    if not _attached or torch.compiler.is_compiling() or dense not in _attached:
         return None
     source, *then = _attached[dense]
     current = then == [dense._version, dense.requires_grad]
@@ -268,14 +273,26 @@ def lookup(dense: Tensor, kind: type[T]) -> T | None:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether a hook sees, or may change, what passes through one of the modules."""
-    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return any(getattr(module, name) for module in modules for name in names)
+    """Whether a hook, of its own or of all modules, sees or may change what passes through one of
+    the modules."""
+    if _has_any_global_hook():
+        return True
+    for module in modules:  # a plain loop: in a small SAE's inference, its time counts
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
+        if module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
 
 
 def worth_accelerating(x: Tensor) -> bool:
-    """Whether fastsae's ops are faster for x: enough tokens, and no autocast."""
-    return x.shape[:-1].numel() > MIN_TOKENS and not torch.is_autocast_enabled(x.device.type)
+    """Whether fastsae's ops support x and are faster for it: enough tokens, no autocast, and
+    neither a trace nor a transform of torch.func, in which sizes cannot depend on the data."""
+    if x.shape[:-1].numel() <= MIN_TOKENS or x.is_meta:
+        return False
+    if not torch.compiler.is_compiling() and (is_tracing() or peek_interpreter_stack()):
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 def has_overridden_methods(module: Any, *names: str) -> bool:

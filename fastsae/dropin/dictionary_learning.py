@@ -98,8 +98,8 @@ class Fast(Library):
         return to_dense(self.codes(encoder), self.dense_shape(x))
 
     def decode(self, f: Tensor, *given: Any, **settings: Any) -> Tensor:
-        codes = lookup(f, Codes) if self.can_decode() and not (given or settings) else None
-        if codes is None:
+        codes = None if given or settings else lookup(f, Codes)
+        if codes is None or not self.can_decode():
             return super().decode(f, *given, **settings)
         return self.decode_codes(codes, f.shape)
 
@@ -134,8 +134,9 @@ class Layers(Fast):
         return self.encoder.weight, self.encoder.bias, self.decoder.weight.T
 
     def uses_fast_path(self, x: Tensor) -> bool:
-        plain = type(self.encoder) is nn.Linear and not has_hooks(self.encoder)
-        return plain and super().uses_fast_path(x)
+        if not super().uses_fast_path(x):
+            return False
+        return type(self.encoder) is nn.Linear and not has_hooks(self.encoder)
 
     def can_decode(self) -> bool:
         return type(self.decoder) is nn.Linear and not has_hooks(self.decoder)

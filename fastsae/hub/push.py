@@ -70,7 +70,14 @@ def upload(folder: Path, config: PushConfig) -> str:
             delete_patterns=REPLACED,
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        reason = f"{error} {error.__cause__ or ''}"
-        text = " ".join(reason.split())[:300]
-        raise ValueError(f"cannot push to {name}: {text}") from error
+        raise ValueError(f"cannot push to {name}: {reason(error)}") from error
     return str(url)
+
+
+def reason(error: Exception) -> str:
+    """Why the hub refused, in one line, with what to do about a token that it does not know."""
+    parts = [str(error), str(error.__cause__ or "")]
+    text = " ".join((parts[0] if parts[1] in parts[0] else " ".join(parts)).split())[:300]
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        text += "; log in with `hf auth login`, or set HF_TOKEN to a token with write access"
+    return text

@@ -28,5 +28,5 @@ def download(source: str, files: Iterable[str]) -> Path:
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"{source} does not exist, locally or on the Hub: {text}") from None
     if not (copy / inside).exists():
-        raise ValueError(f"{repository} on the Hub has no {inside}")
+        raise ValueError(f"{repository} on the Hub has no {inside or 'files of an SAE'}")
     return copy / inside

@@ -119,9 +119,9 @@ def test_what_the_hub_refuses_is_one_line(hub, monkeypatch):
     ):
         sae.push_to_hub("org/name", private=True)
     monkeypatch.setenv("HF_TOKEN", "hf_of_another")
-    with pytest.raises(ValueError, match="cannot push to org/name: .*401") as caught:
+    with pytest.raises(ValueError, match="cannot push to org/name: .*401.*hf auth login") as caught:
         sae.push_to_hub("org/name")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).count("Unauthorized") == 1
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(ValueError, match="cannot push to org/name: .*[Cc]onnect"):
         sae.push_to_hub("org/name")
@@ -263,5 +263,9 @@ def test_the_hub_itself_loads_any_format(hub, tmp_path):
     assert torch.equal(fastsae.load("org/name/dl").W_enc, sae.W_enc)
     with pytest.raises(ValueError, match="org/name on the Hub has no layers.4"):
         fastsae.load("org/name/layers.4")
+    hub.repositories["org/name"].files.clear()
+    hub.repositories["org/name"].messages.append("Delete all")
+    with pytest.raises(ValueError, match="org/name on the Hub has no files of an SAE"):
+        fastsae.load("org/name")
     with pytest.raises(ValueError, match="org/other does not exist, locally or on the Hub: .*404"):
         fastsae.load("org/other")

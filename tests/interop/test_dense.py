@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.modules.module as every
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
 from fastsae.codes import Codes
 from fastsae.dropin import dense
-from fastsae.dropin.dense import AboveThreshold, Encoder, few_latents, lookup, to_dense
+from fastsae.dropin.dense import (
+    AboveThreshold,
+    Encoder,
+    few_latents,
+    has_hooks,
+    lookup,
+    to_dense,
+    worth_accelerating,
+)
 from fastsae_kernels.testing import assert_no_worse
 
 N, D, F = 9, 5, 24
@@ -110,6 +119,41 @@ def test_limits_depend_on_the_processor_the_gradient_and_the_class(monkeypatch):
         with torch.no_grad():
             assert some.limits(x) == (limits.active / 2, limits.widest / 2)
         assert some.limits(x.to("meta")) == dense.LIMITS
+
+
+def test_hooks_of_a_module_and_of_all_modules():
+    module = torch.nn.Linear(2, 3)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        every.register_module_forward_hook,
+        every.register_module_forward_pre_hook,
+        every.register_module_full_backward_hook,
+    ):
+        assert not has_hooks(module)
+        hook = register(lambda *_: None)
+        assert has_hooks(torch.nn.Identity(), module)
+        hook.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_no_sparse_ops_where_sizes_cannot_depend_on_data():
+    found = []
+
+    def f(x):
+        found.append(worth_accelerating(x))
+        return x
+
+    x = torch.randn(3, dense.MIN_TOKENS + 1, D)
+    for case in (x[:1], x[0, 1:], x.to("meta")):
+        f(case)
+    torch.func.vmap(f)(x)
+    torch.func.jvp(f, (x,), (x,))
+    torch.jit.trace(f, x, check_trace=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        f(x)
+    assert found == [True] + [False] * 6
 
 
 @pytest.mark.parametrize("latents", [[], [3], range(F)])

@@ -226,6 +226,9 @@ def test_nothing_to_recognize(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="holds no SAE"):
         fastsae.load(tmp_path / "notes.txt")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run holds no SAE yet: finish the run with .* --resume"):
+        fastsae.load(tmp_path / "run")
 
 
 def test_a_name_that_is_no_file_or_id(tmp_path, monkeypatch):

@@ -40,15 +40,17 @@ class Fast(Library):
 
     def uses_fast_path(self, x: Tensor) -> bool:
         """Whether fastsae's ops can encode x: nothing was customized or hooked."""
+        if not worth_accelerating(x):
+            return False
         plain = type(self.activation_fn) is self.activation
-        hooks = has_hooks(self.hook_sae_acts_pre, self.activation_fn)
-        return plain and not hooks and worth_accelerating(x)
+        return plain and not has_hooks(self.hook_sae_acts_pre, self.activation_fn)
 
     def skips_codes(self, x: Tensor) -> bool:
         """Whether the codes between x and its reconstruction are for nobody to see."""
-        seen = self.use_error_term or has_hooks(*self.hook_dict.values())
+        if not self.uses_fast_path(x) or self.use_error_term:
+            return False
         methods = "encode", "encode_with_hidden_pre", "decode"
-        return self.uses_fast_path(x) and not seen and not has_overridden_methods(self, *methods)
+        return not (has_hooks(*self.hook_dict.values()) or has_overridden_methods(self, *methods))
 
     @property
     def by_norm(self) -> bool:
