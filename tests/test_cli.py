@@ -402,6 +402,8 @@ def test_what_runs_in_one_process_refuses_many(monkeypatch, tmp_path):
     for name, value in (many | address).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "0")
+    assert "--to is required" in one_line_error("convert", tmp_path, tmp_path / "out")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     message = one_line_error("convert", tmp_path, tmp_path / "out")
     assert "fastsae convert runs in one process, got 2: leave out torchrun" in message
     monkeypatch.setenv("RANK", "1")

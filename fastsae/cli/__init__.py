@@ -19,6 +19,9 @@ from .help import COMMANDS, command_help, overview
 IN_MANY_PROCESSES = ("train", "sweep", "eval")
 """The commands that torchrun can start."""
 
+STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""The variable that tells; clusters set RANK and WORLD_SIZE for processes that start alone, too."""
+
 NO_MEMORY = "can't allocate memory|out of memory|Storage size calculation overflowed"
 """How torch's RuntimeErrors say it."""
 
@@ -64,7 +67,7 @@ def run(words: Sequence[str]) -> None:
     elif {"-h", "--help", "--help-all"} & {*rest}:
         show(command_help(name, rest))
     else:
-        if name not in IN_MANY_PROCESSES:
+        if STARTED_BY_TORCHRUN in os.environ and name not in IN_MANY_PROCESSES:
             check_alone(name)
         text = import_module(f"fastsae.cli.{name}").main(rest)
         if text:  # of many processes, one has something to show

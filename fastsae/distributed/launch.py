@@ -24,9 +24,11 @@ TIMEOUT = timedelta(seconds=300)
 LOST = "Connection closed|Connection reset|Broken pipe|[Tt]imed out|NCCL|gloo|Socket"
 """How the libraries' RuntimeErrors say that another process is gone."""
 
-
 ARRIVED = "arrived/0"
 """Set once process 0 has joined the others or failed before that."""
+
+_kept: list[Store] = []
+"""Stores that other processes may still read while this one ends: process 0 serves its own."""
 
 
 class LostError(OSError):
@@ -91,8 +93,9 @@ def device_of(device: str, own: Place) -> str:
 
 
 def common_store(own: Place) -> Store:
-    """What all processes of this start can write to and read."""
-    store, _, _ = next(iter(rendezvous("env://")))
+    """What all processes of this start can write to and read. ValueError without an address;
+    RuntimeError where no other process answers."""
+    store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     if own.local_size == own.size:  # torchrun's store for one machine outlives a restart
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"restart {restarts}", store)
@@ -107,7 +110,11 @@ def one_voice() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         if (own := place()).size > 1:
-            store = common_store(own)
+            try:
+                store = common_store(own)
+            except (ValueError, RuntimeError):  # nobody to agree with
+                raise error from None
+            _kept.append(store)
             if own.rank:  # torchrun ends process 0 once another one has ended
                 with suppress(RuntimeError):
                     store.wait([ARRIVED], TIMEOUT)
@@ -153,9 +160,10 @@ def raise_unless_said(store: Store, rank: int, error: Exception, seconds: float)
     """Tell other processes of an error. If it is one that a user can fix, of another process than
     0, raise it with the rank, or only end the process if 0 says the same within these seconds."""
     text = re.sub(r"^(process \d+: )+", "", str(error))
-    store.set(f"failed/{rank}", text)
-    if rank == 0:
-        store.set(ARRIVED, "")
+    with suppress(RuntimeError):  # the store is gone
+        store.set(f"failed/{rank}", text)
+        if rank == 0:
+            store.set(ARRIVED, "")
     kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), None)
     if rank and kind:
         if said(store, 0, seconds) == text:

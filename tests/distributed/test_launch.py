@@ -1,6 +1,8 @@
-"""What processes say of errors before they have joined, with a store as torchrun provides it."""
+"""What processes say of errors before they have joined, with a store as torchrun provides it, or
+one that process 0 serves."""
 
 import os
+import socket
 import time
 from contextlib import suppress
 from unittest.mock import patch
@@ -12,12 +14,15 @@ from fastsae.distributed.launch import ARRIVED, common_store, one_voice, place
 from fastsae.shards import Shards
 
 
-def outcome(shards: Shards, port: int, errors: list[str | None]) -> str | None:
+def outcome(
+    shards: Shards, port: int, errors: list[str | None], torchrun: bool = True
+) -> str | None:
     """What a process says whose rank has this error, process 0 last; one without an error joins."""
     rank = str(shards.rank)
     ranks = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with patch.dict(os.environ, ranks | where | {"TORCHELASTIC_USE_AGENT_STORE": "True"}):
+    where |= {"TORCHELASTIC_USE_AGENT_STORE": str(torchrun)}
+    with patch.dict(os.environ, ranks | where):
         if shards.rank == 0:
             time.sleep(0.2)
         try:
@@ -43,3 +48,20 @@ def outcome(shards: Shards, port: int, errors: list[str | None]) -> str | None:
 def test_an_error_before_processes_join_is_said_once(processes, errors, said):
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     assert processes.run((1, 2), outcome, store.port, errors) == said
+
+
+def test_process_0_serves_its_store_until_others_have_read_it(processes):
+    """As under torchrun on several machines with TORCH_DISABLE_SHARE_RDZV_TCP_STORE."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    errors = ["none here", "none here"]
+    assert processes.run((1, 2), outcome, port, errors, False) == ["none here", None]
+
+
+def test_an_error_where_nobody_else_was_started(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(OSError, match="^none here$"), one_voice():
+        raise OSError("none here")
