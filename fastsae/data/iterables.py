@@ -142,8 +142,8 @@ def _number_of(batches: object) -> int:
 def _check_no_arguments(function: Callable) -> None:
     """ValueError if a function needs arguments."""
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # of a function that Python cannot look into
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):  # of a function that Python cannot look into
         return
     try:
         signature.bind()

@@ -1,6 +1,7 @@
 """Whatever holds or yields activations can be trained on."""
 
 from collections.abc import Callable
+from functools import wraps
 from itertools import islice
 from typing import Any
 
@@ -146,6 +147,14 @@ def test_files_and_arrays(tmp_path):
         source = as_source(x)
         assert isinstance(source, ActivationArray) and source.n_tokens == N - N // 20
         assert source.heldout is not None and source.heldout.n_tokens == N // 20
+
+
+def test_a_decorator_may_give_a_function_its_arguments():
+    def rows(size: int):
+        yield from X.split(size)
+
+    given = wraps(rows)(lambda: rows(BATCH))
+    assert as_source(given).sample(3).shape == (3, D)
 
 
 def test_sources_and_producers():
