@@ -148,8 +148,8 @@ def detect(path: Path) -> tuple[Format, list[Path]]:
     for form in FORMATS.values():
         if form.suffix and path.is_file() and path.name.endswith(form.suffix):
             return form, [path]
-    if (path / "checkpoints").is_dir():
-        raise ValueError(f"{path} holds no SAE yet: finish the run with fastsae train --resume")
+    if any(path.glob("checkpoints/step-*")):
+        raise ValueError(f"{path} holds no SAE yet: finish its run with --resume")
     known = [f"{' and '.join(form.files)} ({name})" for name, form in FORMATS.items() if form.files]
     single = [f"{form.suffix} ({name})" for name, form in FORMATS.items() if form.suffix]
     raise ValueError(

@@ -226,8 +226,12 @@ def test_nothing_to_recognize(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="holds no SAE"):
         fastsae.load(tmp_path / "notes.txt")
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="run holds no SAE yet: finish the run with .* --resume"):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)  # as of dictionary_learning, too
+    with pytest.raises(ValueError, match="run holds no SAE: it must have"):
+        fastsae.load(tmp_path / "run")
+    (checkpoints / "step-00000000").mkdir()
+    with pytest.raises(ValueError, match="run holds no SAE yet: finish its run with --resume"):
         fastsae.load(tmp_path / "run")
 
 
