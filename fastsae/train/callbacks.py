@@ -39,7 +39,8 @@ class Callback:
         """Called after every step; `state.step` counts from 1."""
 
     def on_log(self, trainer: "Trainer", state: TrainState, line: dict[str, Any]) -> None:
-        """Called before a line of metrics is written; numbers added to it are logged too."""
+        """Called before a line of metrics is written; finite numbers, of Python, numpy or torch,
+        and text that are added to it are logged too."""
 
     def on_checkpoint(self, trainer: "Trainer", state: TrainState) -> None:
         """Called after a checkpoint was saved."""

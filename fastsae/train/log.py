@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from fastsae.config import from_json
-from fastsae.files import write_atomically
+from fastsae.files import shown, write_atomically
 from fastsae.progress import progress_bar, say, shows_bars
 
 from .loggers import Loggers
@@ -101,8 +101,8 @@ class Unlogged(Log):
 
 
 def plain_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line with Python numbers in place of those of numpy and torch; ValueError, naming the
-    entry, for what is neither text nor a finite number."""
+    """A line with Python numbers in place of those of numpy and torch, which become floats;
+    ValueError, naming the entry, for what is neither text nor a finite number."""
     plain = dict(line)
     for name, value in line.items():
         if isinstance(value, str | int | None):
@@ -112,7 +112,10 @@ def plain_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError, RuntimeError):  # the last one of a tensor of several
             plain[name] = math.nan
         if not math.isfinite(plain[name]):
-            raise ValueError(f"a line of metrics needs finite numbers, got {name} = {value!r}")
+            raise ValueError(
+                f"entries of a line of metrics must be finite numbers or text, "
+                f"got {name} = {' '.join(shown(value).split())}"
+            )
     return plain
 
 

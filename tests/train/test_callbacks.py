@@ -227,7 +227,7 @@ def test_numbers_of_numpy_and_torch_are_logged_and_others_refused(config, data):
     (line,) = lines_of(run)
     assert (line["numpy"], line["torch"], line["text"]) == (0.5, 0.25, "added")
     for value in torch.ones(2), float("nan"), [1.0], np.float64("inf"):
-        with pytest.raises(ValueError, match="line of metrics needs finite numbers, got added = "):
+        with pytest.raises(ValueError, match="finite numbers or text, got added = "):
             plain_numbers({"step": 1, "added": value})
 
 
