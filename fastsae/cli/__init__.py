@@ -19,9 +19,6 @@ from .help import COMMANDS, command_help, overview
 IN_MANY_PROCESSES = ("train", "sweep", "eval")
 """The commands that torchrun can start."""
 
-STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""The variable that tells; clusters set RANK and WORLD_SIZE for processes that start alone, too."""
-
 NO_MEMORY = "can't allocate memory|out of memory|Storage size calculation overflowed"
 """How torch's RuntimeErrors say it."""
 
@@ -67,7 +64,7 @@ def run(words: Sequence[str]) -> None:
     elif {"-h", "--help", "--help-all"} & {*rest}:
         show(command_help(name, rest))
     else:
-        if STARTED_BY_TORCHRUN in os.environ and name not in IN_MANY_PROCESSES:
+        if name not in IN_MANY_PROCESSES:
             check_alone(name)
         text = import_module(f"fastsae.cli.{name}").main(rest)
         if text:  # of many processes, one has something to show
@@ -75,10 +72,11 @@ def run(words: Sequence[str]) -> None:
 
 
 def check_alone(name: str) -> None:
-    """ValueError, which process 0 says, in one of many processes."""
+    """ValueError, which process 0 says, in one of many processes that torchrun has started.
+    Clusters set RANK and WORLD_SIZE for processes that start alone, too."""
     launch = import_module("fastsae.distributed.launch")  # it imports torch
     with launch.one_voice():
-        if (size := launch.place().size) > 1:
+        if (size := launch.place().size) > 1 and launch.dist.is_torchelastic_launched():
             raise ValueError(f"fastsae {name} runs in one process, got {size}: leave out torchrun")
 
 
