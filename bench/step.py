@@ -47,8 +47,10 @@ def with_product(name: str, step: Callable[[], object]) -> None:
     """Take a step with another GEMM than this processor's."""
     with patch.object(chosen, "CPU_PRODUCT", name):
         cpu_product.cache_clear()
-        step()
-    cpu_product.cache_clear()
+        try:
+            step()
+        finally:
+            cpu_product.cache_clear()
 
 
 def floor(shape: str) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
 
-COMMAND = "fastsae", "-m"
+_PROGRAM_NAMES = "fastsae", "-m"
 """What Python calls the program while it starts the command line, whose help needs no torch."""
 
-if TYPE_CHECKING or PurePath(*sys.argv[:1]).stem not in COMMAND:
+if TYPE_CHECKING or PurePath(*sys.argv[:1]).stem not in _PROGRAM_NAMES:
     from .public import *  # noqa: F403
 
 

@@ -65,13 +65,13 @@ def run(words: Sequence[str]) -> None:
         show(command_help(name, rest))
     else:
         if name not in IN_MANY_PROCESSES:
-            check_alone(name)
+            require_one_process(name)
         text = import_module(f"fastsae.cli.{name}").main(rest)
         if text:  # of many processes, one has something to show
             show(text)
 
 
-def check_alone(name: str) -> None:
+def require_one_process(name: str) -> None:
     """ValueError, which process 0 says, in one of many processes that torchrun has started.
     Clusters set RANK and WORLD_SIZE for processes that start alone, too."""
     launch = import_module("fastsae.distributed.launch")  # it imports torch

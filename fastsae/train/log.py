@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -101,17 +102,15 @@ class Unlogged(Log):
 
 
 def plain_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line with Python numbers in place of those of numpy and torch, which become floats;
-    ValueError, naming the entry, for what is neither text nor a finite number."""
+    """A line with Python numbers in place of those of numpy and torch; ValueError, naming the
+    entry, for what is neither text nor a finite number."""
     plain = dict(line)
     for name, value in line.items():
-        if isinstance(value, str | int | None):
-            continue
-        try:
-            plain[name] = float(value)
-        except (TypeError, ValueError, RuntimeError):  # the last one of a tensor of several
-            plain[name] = math.nan
-        if not math.isfinite(plain[name]):
+        with suppress(AttributeError, ValueError, RuntimeError):  # the last two: not of one number
+            plain[name] = value.item()
+        found = plain[name]
+        finite = isinstance(found, float) and math.isfinite(found)
+        if not finite and not isinstance(found, str | int | None):
             raise ValueError(
                 f"entries of a line of metrics must be finite numbers or text, "
                 f"got {name} = {' '.join(shown(value).split())}"
