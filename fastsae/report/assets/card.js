@@ -2,6 +2,8 @@
 
 const FIFTHS = ['top fifth', 'second fifth', 'middle fifth', 'fourth fifth', 'lowest fifth'];
 const WEAKEST = 0.15; // how strong the background of the weakest activation is
+const KEY =
+  'Contexts do not overlap, and none repeats the text of another. Tint: activation, relative to the largest of this latent. Bold and underlined: the token that the context is about, whose activation is on the left.';
 
 class Card {
   constructor(data, cards) {
@@ -104,7 +106,8 @@ class Card {
       );
     });
     const top = block('Strongest activations', one.top);
-    return [...top, ...block('Most negative activations', one.low), ...bands];
+    const shown = [...top, ...block('Most negative activations', one.low), ...bands];
+    return shown.length ? [el('p', { class: 'soft key', text: KEY }), ...shown] : [];
   }
 
   context({ text, peak, active, cut }, largest) {
