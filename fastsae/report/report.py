@@ -79,7 +79,11 @@ def write_report(
 
 
 def names_of(runs: list[Path]) -> list[str]:
-    """What runs are called in a legend: their directories' names, or their paths if these are
-    alike."""
-    names = [run.resolve().name for run in runs]
-    return names if len({*names}) == len(names) else [str(run) for run in runs]
+    """What runs are called in a legend: the ends of their paths, as long as it takes for them to
+    differ."""
+    parts = [run.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len({*names}) == len(names):
+            return names
+    return [run.name for run in runs]

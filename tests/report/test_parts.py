@@ -190,13 +190,16 @@ def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):
         return verdicts(sae, found, tmp_path)[-1]
 
     assert (recovered().value, recovered().grade) == ("not measured", "none")
-    assert f"fastsae eval {tmp_path}" in recovered().about
+    assert f"fastsae eval {tmp_path.name}" in recovered().about
     result = evaluate(sae, data, EvalConfig(windows=4), progress=False)
     assert result.downstream is not None
     written = to_dict(result) | {"sae": weights_digest(sae)}
     (tmp_path / "eval.json").write_text(json.dumps(written))
     assert recovered().value == f"{result.downstream.recovered_zero:.1%}"
-    assert "Cross-entropy" in recovered().about
+    found_ce = result.downstream
+    loss = f"Loss {found_ce.ce_clean:.3f} → {found_ce.ce:.3f} ({found_ce.ce - found_ce.ce_clean:+.3f}"
+    assert loss in recovered().about
+    assert f"zero ablation {found_ce.ce_zero:.3f}, mean" in recovered().about
     (tmp_path / "eval.json").write_text(json.dumps(written | {"sae": "0" * 32}))
     assert "another SAE" in recovered().about
     (tmp_path / "eval.json").write_text("[]")

@@ -116,8 +116,11 @@ class Latents {
       else link.removeAttribute('aria-current');
       if (current) this.reveal(link);
     }
-    for (const point of document.querySelectorAll('.map a'))
-      point.classList.toggle('current', Number(point.dataset.id) === this.current);
+    for (const point of document.querySelectorAll('.map a')) {
+      const current = Number(point.dataset.id) === this.current;
+      point.classList.toggle('current', current);
+      if (current && point.nextSibling) point.parentNode.append(point); // over the others
+    }
   }
 
   reveal(link) {

@@ -151,7 +151,7 @@ function showMap(data, latents) {
         color: `var(--f${number})`,
         kind: 'dot',
       })),
-      { name: 'dead', color: 'var(--f0)', kind: 'dot' },
+      ...(counts.includes(0) ? [{ name: 'dead', color: 'var(--f0)', kind: 'dot' }] : []),
     ]),
   );
   latents.mark();
