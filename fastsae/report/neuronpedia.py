@@ -138,7 +138,7 @@ def dashboards(
             inputs(sae, data, firings.rows, batch_size),
         ),
         correlated_latents(firings, sums, latents.tolist()),
-        evidence.lens or [Directions([], [], NO_BARS)] * len(latents),
+        evidence.lens or [Directions([], [], 1.0, 0.0, NO_BARS)] * len(latents),
         strict=True,
     )
     for latent, alignment, neurons, others, lens in tables:

@@ -8,6 +8,7 @@ from fastsae.nn import SAE
 
 from .cards import make_cards
 from .config import ReportConfig
+from .contexts import number
 from .curves import curves_of
 from .evidence import Evidence
 from .firings import collect
@@ -59,6 +60,7 @@ def write_report(
         "curves": [curves_of(*one) for one in zip(compared, names_of(compared), strict=True)],
         "frequencies": frequencies(firings),
         "map": latent_map(sae, firings.counts, latents, config.projection, config.seed),
+        "lens_level": number(evidence.lens[0].level) if evidence.lens else None,
         "latents": cards,
     }
     some = f"{len(latents):,} of {sae.d_sae:,} latents, drawn from all frequencies, have a card."

@@ -101,7 +101,11 @@ def provenance(
 def trained_on(config: TrainConfig) -> str:
     if config.stream is not None:
         return f"a stream of {published(config.stream.model)} over its text"
-    return published(str(config.data)) if config.data else "the demo's activations: MiniLM over the Python standard library"
+    return (
+        published(str(config.data))
+        if config.data
+        else "the demo's activations: MiniLM over the Python standard library"
+    )
 
 
 def training(run: Path | None) -> dict[str, str]:

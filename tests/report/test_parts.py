@@ -152,6 +152,13 @@ def test_the_lens_is_the_last_norm_and_the_unembedding(lens, world):
             assert [token for token, _ in side] == ids.tolist()
             np.testing.assert_allclose([v for _, v in side], values, rtol=1e-5)
         assert found.histogram.heights == torch.histc(own, 50).int().tolist()
+        assert found.deviation == pytest.approx(float(own.std(correction=0)), rel=1e-5)
+    with torch.no_grad():
+        random = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(0))
+        logits = layer_norm(random, (WIDTH,), gain) @ model.lm_head.weight.T
+        logits -= logits.mean(1, keepdim=True)
+        furthest = logits.abs().amax(1) / logits.std(1, correction=0)
+    assert {one.level for one in lens} == {pytest.approx(float(furthest.quantile(0.95)), rel=1e-5)}
 
 
 def test_a_histogram_of_neighboring_floats():
@@ -197,7 +204,9 @@ def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps(written))
     assert recovered().value == f"{result.downstream.recovered_zero:.1%}"
     found_ce = result.downstream
-    loss = f"Loss {found_ce.ce_clean:.3f} → {found_ce.ce:.3f} ({found_ce.ce - found_ce.ce_clean:+.3f}"
+    loss = (
+        f"Loss {found_ce.ce_clean:.3f} → {found_ce.ce:.3f} ({found_ce.ce - found_ce.ce_clean:+.3f}"
+    )
     assert loss in recovered().about
     assert f"zero ablation {found_ce.ce_zero:.3f}, mean" in recovered().about
     (tmp_path / "eval.json").write_text(json.dumps(written | {"sae": "0" * 32}))
