@@ -109,6 +109,5 @@ def umap(rows: Float[Tensor, "n D"], seed: int) -> tuple[Float[np.ndarray, "n 2"
         from umap import UMAP  # pyright: ignore[reportMissingImports]
 
         fitted = UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(rows.numpy())
-    return np.asarray(
-        fitted, np.float64
-    ), "UMAP by cosine: neighbors write alike, distances between clusters mean little"
+    about = "UMAP by cosine: neighbors write alike, distances between clusters mean little"
+    return np.asarray(fitted, np.float64), about

@@ -101,11 +101,9 @@ def provenance(
 def trained_on(config: TrainConfig) -> str:
     if config.stream is not None:
         return f"a stream of {published(config.stream.model)} over its text"
-    return (
-        published(str(config.data))
-        if config.data
-        else "the demo's activations: MiniLM over the Python standard library"
-    )
+    if config.data is None:
+        return "the demo's activations: MiniLM over the Python standard library"
+    return published(str(config.data))
 
 
 def training(run: Path | None) -> dict[str, str]:

@@ -115,8 +115,8 @@ def test_the_tokens_that_it_is_active_on(shown):
     sums = {token: np.abs(values[ids == token]).sum() for token in set(ids.tolist())}
     rows = shown.card(2)["tokens"]
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
-    for number, share, of in rows:
-        token = int(shown.strings.texts[number][1:])
+    for text, share, of in rows:
+        token = int(shown.strings.texts[text][1:])
         assert share == pytest.approx(sums[token] / np.abs(values).sum(), rel=1e-3)
         assert of == pytest.approx(
             (ids == token).sum() / (shown.windows.tokens == token).sum(), 1e-3
