@@ -10,7 +10,8 @@ from .geometry import encoder_decoder_cosines, neighbors
 from .text import Strings
 
 Card = dict[str, Any]
-"""What the page shows of a latent. Texts are numbers of strings."""
+"""What the page shows of a latent. Texts are numbers of strings; logits are in standard deviations
+over the vocabulary."""
 
 
 def make_cards(sae: SAE, evidence: Evidence, strings: Strings, seed: int) -> list[Card]:
@@ -36,5 +37,8 @@ def make_cards(sae: SAE, evidence: Evidence, strings: Strings, seed: int) -> lis
         for card, directions in zip(cards, evidence.lens, strict=True):
             for side in ("promoted", "suppressed"):
                 tokens = getattr(directions, side)
-                card[side] = [[strings.number(evidence.text[i]), number(v)] for i, v in tokens]
+                card[side] = [
+                    [strings.number(evidence.text[i]), number(v / directions.deviation)]
+                    for i, v in tokens
+                ]
     return cards

@@ -13,13 +13,53 @@ BEFORE, AFTER = 20, 10
 """Tokens of a context around the one that it is about."""
 TOP, BANDS, PER_BAND = 10, 5, 2
 CANDIDATES = 400
-"""Strongest entries among which TOP different contexts are looked for."""
+"""Entries of a band, drawn at random, among which PER_BAND contexts are looked for."""
 SAME = 4
 """Contexts whose last tokens up to the peak agree in this many places, and in the next one, show
 the same."""
 BINS = 24
 FRAMES = 8
 """Tokens that are listed as those that a latent is most active on."""
+
+
+def span(windows: Windows, place: int) -> tuple[int, int]:
+    """The places of the first token that is shown around a place, and after the last."""
+    first, end = int(windows.firsts[place]), int(windows.ends[place])
+    return max(first, place - BEFORE), min(end, place + AFTER + 1)
+
+
+class Distinct:
+    """Chooses contexts that neither overlap nor repeat the text of one chosen before."""
+
+    def __init__(self, windows: Windows):
+        self.windows = windows
+        self.spans: set[tuple[int, int]] = set()
+        self.texts: set[bytes] = set()
+
+    def choose(
+        self, places: Int32[np.ndarray, " M"], order: Int[np.ndarray, " O"], most: int
+    ) -> list[int]:
+        """The first entries in an order, up to `most`, whose contexts are distinct."""
+        chosen = []
+        for entry in order.tolist():
+            place = int(places[entry])
+            start, end = span(self.windows, place)
+            text = self.windows.tokens[max(start, place - SAME) : min(end, place + 2)].tobytes()
+            overlaps = any(start < other[1] and other[0] < end for other in self.spans)
+            if overlaps or text in self.texts:
+                continue
+            self.spans.add((start, end))
+            self.texts.add(text)
+            chosen.append(entry)
+            if len(chosen) == most:
+                break
+        return chosen
+
+    def __or__(self, other: "Distinct") -> "Distinct":
+        """Which also differs from what the other chose."""
+        both = Distinct(self.windows)
+        both.spans, both.texts = self.spans | other.spans, self.texts | other.texts
+        return both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,45 +79,32 @@ class Shown:
         if self.windows is None or not len(values):
             return card
         order = np.argsort(-np.abs(values), kind="stable")
+        above = Distinct(self.windows)
         signs = [("top", values > 0), ("low", values < 0)]
         for name, sign in signs:
             if sign.any():
-                chosen = self.different(self.windows, places, order[sign[order]])
-                card[name] = [self.context(self.windows, latent, int(i)) for i in chosen]
-        card["bands"] = self.bands(self.windows, latent, order)
+                own = Distinct(self.windows)
+                chosen = own.choose(places, order[sign[order]], TOP)
+                card[name] = [self.context(self.windows, latent, i) for i in chosen]
+                above |= own
+        card["bands"] = self.bands(self.windows, latent, order, above)
         card["tokens"] = self.tokens(self.windows, places, values)
         return card
 
-    def different(
-        self, windows: Windows, places: Int32[np.ndarray, " M"], order: Int[np.ndarray, " O"]
-    ) -> list[int]:
-        """The first TOP entries in an order that are in different windows, with other text."""
-        seen, chosen = set(), []
-        for entry in order[:CANDIDATES].tolist():
-            place = int(places[entry])
-            first, end = int(windows.firsts[place]), int(windows.ends[place])
-            near = windows.tokens[max(first, place - SAME) : min(end, place + 2)]
-            keys = {first, near.tobytes()}
-            if seen.isdisjoint(keys):
-                seen |= keys
-                chosen.append(entry)
-            if len(chosen) == TOP:
-                break
-        return chosen
-
     def bands(
-        self, windows: Windows, latent: int, order: Int[np.ndarray, " M"]
+        self, windows: Windows, latent: int, order: Int[np.ndarray, " M"], above: Distinct
     ) -> list[dict[str, Any]]:
-        """Contexts drawn at random from equal parts of the entries, strongest first; none if there
-        are so few that the strongest are all."""
+        """Contexts drawn at random from equal parts of the entries, strongest first, that differ
+        from those above; none if there are so few entries that the strongest are all."""
         places, values = self.firings.of(latent)
         if len(order) <= TOP:
             return []
         generator = np.random.Generator(np.random.PCG64([self.seed, latent]))
         found = []
         for part in np.array_split(order, BANDS):
-            mixed = generator.permutation(part)
-            chosen = sorted(self.different(windows, places, mixed)[:PER_BAND])
+            mixed = generator.permutation(part)[:CANDIDATES]
+            chosen = above.choose(places, mixed, PER_BAND)
+            chosen.sort(key=lambda i: -abs(float(values[i])))
             size = np.abs(values[part])
             contexts = [self.context(windows, latent, i) for i in chosen]
             ends = [number(size.min()), number(size.max())]
@@ -90,8 +117,7 @@ class Shown:
         places and activations of those tokens that the latent is active on."""
         places, values = self.firings.of(latent)
         place = int(places[entry])
-        start = max(int(windows.firsts[place]), place - BEFORE)
-        end = min(int(windows.ends[place]), place + AFTER + 1)
+        start, end = span(windows, place)
         low, high = np.searchsorted(places, [start, end])
         active = zip(places[low:high].tolist(), values[low:high].tolist(), strict=True)
         return {

@@ -12,6 +12,7 @@ from fastsae.nn import SAE
 from .config import ReportConfig
 from .firings import Firings
 from .lens import Directions, NoLens, logit_lens
+from .subject import published_text
 from .text import TokenText, Windows, token_text, windows_of
 
 
@@ -60,6 +61,7 @@ class Evidence:
                 notes.append(f"No logit lens: {reason}.")
         else:
             notes.append("No logit lens: `fastsae report RUN` adds it for a causal language model.")
+        notes = [published_text(note, getattr(data, "model", None)) for note in notes]
         return cls(
             latents=latents, firings=firings, windows=windows, text=text, lens=lens, notes=notes
         )

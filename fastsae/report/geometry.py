@@ -87,7 +87,7 @@ def pca(rows: Float[Tensor, "n D"]) -> tuple[Float[np.ndarray, "n 2"], str]:
     scores = torch.zeros(len(rows), 2, dtype=torch.float64)
     scores[:, : first.shape[1]] = centered @ first
     share = float(variances.flip(0)[:2].sum() / variances.sum().clamp_min(1e-300))
-    return scores.numpy(), f"PCA; the two components hold {share:.0%} of the variance"
+    return scores.numpy(), f"PCA: the two components hold {share:.0%} of the variance"
 
 
 def has_umap() -> bool:
@@ -109,4 +109,5 @@ def umap(rows: Float[Tensor, "n D"], seed: int) -> tuple[Float[np.ndarray, "n 2"
         from umap import UMAP  # pyright: ignore[reportMissingImports]
 
         fitted = UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(rows.numpy())
-    return np.asarray(fitted, np.float64), "UMAP by cosine; distances between clusters mean little"
+    about = "UMAP by cosine: neighbors write alike, distances between clusters mean little"
+    return np.asarray(fitted, np.float64), about

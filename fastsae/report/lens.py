@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from fastsae.data import StoredActivations
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EACH = 10
 """Tokens that are shown of each sign."""
+RANDOM, PART = 256, 0.95
+"""Random directions that rows are compared with, and the part of them without a clear effect."""
 AT_ONCE = 64
 """Latents whose logits of the whole vocabulary are in memory."""
 LAST_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
@@ -37,6 +39,13 @@ class Directions(NamedTuple):
     suppressed: list[tuple[int, float]]
     """The same of those it lowers most."""
 
+    deviation: float
+    """The standard deviation of its logits over the vocabulary; above 0."""
+
+    level: float
+    """Multiple of it from which the effect on a token is clear, the same for all latents: PART of
+    RANDOM directions have no logit that is as far from the mean."""
+
     histogram: Bars
     """Of the logits of the whole vocabulary; without bars unless it was asked for."""
 
@@ -52,8 +61,9 @@ def logit_lens(
     """For each latent, the tokens whose logits its decoder row raises and lowers most.
 
     The row goes through the model's last normalization and its unembedding, without the layers
-    between; logits are relative to their mean over the vocabulary. With `histograms`, there is also
-    a histogram of each latent's logits. NoLens says why not.
+    between; logits are relative to their mean over the vocabulary. Random directions go the same
+    way, so that noise can be told. With `histograms`, there is also a histogram of each latent's
+    logits. NoLens says why not.
     """
     model = causal_model(sae, data, trust_remote_code)
     head: Any = model.get_output_embeddings()
@@ -61,18 +71,38 @@ def logit_lens(
     if not isinstance(weight, Tensor) or weight.shape[1] != sae.W_dec.shape[1]:
         raise NoLens("the decoder rows do not have the width of the model's unembedding")
     found: list[Directions] = []
+    level = clear_level(model, weight)
     for some in latents.split(AT_ONCE):
-        rows = sae.W_dec.detach()[some].to(weight)
-        logits = through_norm(model, rows) @ weight.T
-        logits -= logits.mean(1, keepdim=True)
+        logits, deviations = through_head(model, weight, sae.W_dec.detach()[some])
         if not logits.isfinite().all():
             raise NoLens("the logits of the decoder rows are not all finite")
         each = min(EACH, logits.shape[1])
         sides = (pairs(*logits.topk(each, largest=largest)) for largest in (True, False))
-        wide = logits.float().numpy()
+        wide = logits.numpy()
         counted = map(bars, wide) if histograms else [NO_BARS] * len(wide)
-        found += map(Directions, *sides, counted)
+        levels = [level] * len(wide)
+        found += map(Directions, *sides, deviations.tolist(), levels, counted)
     return found
+
+
+def through_head(
+    model: "PreTrainedModel", weight: Float[Tensor, "V D"], rows: Float[Tensor, "n D"]
+) -> tuple[Float32[Tensor, "n V"], Float32[Tensor, " n"]]:
+    """Logits of rows, relative to each row's mean, and each row's standard deviation."""
+    logits = (through_norm(model, rows.to(weight)) @ weight.T).float()
+    logits -= logits.mean(1, keepdim=True)
+    return logits, logits.std(1, correction=0).clamp_min(torch.finfo().tiny)
+
+
+def clear_level(model: "PreTrainedModel", weight: Float[Tensor, "V D"]) -> float:
+    """The PART quantile of how far from the mean the furthest logit of a random direction is, in
+    standard deviations of its logits; always of the same directions."""
+    rows = torch.randn(RANDOM, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    furthest = []
+    for some in rows.split(AT_ONCE):
+        logits, deviations = through_head(model, weight, some)
+        furthest.append(logits.abs().amax(1) / deviations)
+    return float(torch.cat(furthest).quantile(PART))
 
 
 def pairs(values: Tensor, tokens: Tensor) -> list[list[tuple[int, float]]]:

@@ -25,7 +25,7 @@ from .contexts import Shown, number
 from .correlations import Correlated, LatentSums, correlated_inputs, correlated_latents
 from .evidence import Evidence
 from .lens import Directions
-from .subject import Subject, hookpoints, sources_of
+from .subject import Subject, hookpoints, published, sources_of
 from .text import Strings, has_text, plain
 
 Json = dict[str, Any]
@@ -65,8 +65,7 @@ def write_dashboards(
     active = torch.from_numpy(evidence.firings.counts)[evidence.latents] > 0
     shown = evidence.only(active)
     latents, layer = shown.latents, layer_number(hookpoints(data))
-    model = str(getattr(data, "model", None) or "")
-    notes = [note.replace(model, model_id(data)) if model else note for note in evidence.notes]
+    notes = [*evidence.notes]
     if layer is None:
         notes.append(f"layer is 0: {hookpoints(data) or 'the hookpoint'} names no block.")
     head = {
@@ -139,7 +138,7 @@ def dashboards(
             inputs(sae, data, firings.rows, batch_size),
         ),
         correlated_latents(firings, sums, latents.tolist()),
-        evidence.lens or [Directions([], [], NO_BARS)] * len(latents),
+        evidence.lens or [Directions([], [], 1.0, 0.0, NO_BARS)] * len(latents),
         strict=True,
     )
     for latent, alignment, neurons, others, lens in tables:
@@ -258,8 +257,3 @@ def dataset(data: StoredActivations) -> str:
     given = next(harvests)
     names = given.get("dataset") or given.get("text") or []
     return ", ".join(map(published, [names] if isinstance(names, str) else map(str, names)))
-
-
-def published(name: str) -> str:
-    """A name without the directories of an absolute path, which are this machine's affair."""
-    return Path(name).name if Path(name).is_absolute() else name

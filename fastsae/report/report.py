@@ -8,6 +8,7 @@ from fastsae.nn import SAE
 
 from .cards import make_cards
 from .config import ReportConfig
+from .contexts import number
 from .curves import curves_of
 from .evidence import Evidence
 from .firings import collect
@@ -59,6 +60,7 @@ def write_report(
         "curves": [curves_of(*one) for one in zip(compared, names_of(compared), strict=True)],
         "frequencies": frequencies(firings),
         "map": latent_map(sae, firings.counts, latents, config.projection, config.seed),
+        "lens_level": number(evidence.lens[0].level) if evidence.lens else None,
         "latents": cards,
     }
     some = f"{len(latents):,} of {sae.d_sae:,} latents, drawn from all frequencies, have a card."
@@ -79,7 +81,11 @@ def write_report(
 
 
 def names_of(runs: list[Path]) -> list[str]:
-    """What runs are called in a legend: their directories' names, or their paths if these are
-    alike."""
-    names = [run.resolve().name for run in runs]
-    return names if len({*names}) == len(names) else [str(run) for run in runs]
+    """What runs are called in a legend: the ends of their paths, as long as it takes for them to
+    differ."""
+    parts = [run.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len({*names}) == len(names):
+            return names
+    return [run.name for run in runs]

@@ -1,5 +1,6 @@
 """Where an SAE and the data that it is shown on are from."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from fastsae.train.run_folder import weights_digest
 from fastsae.train.summary import Summary, read_results
 
 from .firings import Firings
+
+ABSOLUTE = re.compile(r"""(?<![\w.:/])/(?:[^\s/'"]+/)+(?=[^\s/'"])""")
+"""The directories of an absolute path in a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +61,31 @@ def model_name(data: StoredActivations) -> str:
     return "/".join(Path(model).parts[-2:]) if model else ""
 
 
+def published(name: str) -> str:
+    """A name without the directories of an absolute path, which are this machine's affair."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def published_text(text: str, *names: str | Path | None) -> str:
+    """A text in which these names, and other absolute paths, have no directories."""
+    for name in filter(None, map(str, names)):
+        text = text.replace(name, published(name))
+    return ABSOLUTE.sub("", text)
+
+
 def provenance(
     sae: SAE, data: StoredActivations, firings: Firings, subject: Subject
 ) -> list[tuple[str, str]]:
-    """Names and values of what there is to know, in the order to be shown."""
+    """Names and values of what there is to know, in the order to be shown; paths as published."""
     found, config = firings.found, subject.trained
-    where = " + ".join(str(getattr(part, "path", None) or part) for part in sources_of(data))
+    where = " + ".join(
+        published(str(getattr(part, "path", None) or part)) for part in sources_of(data)
+    )
     left = f"; {found.left_out:,} of extreme norm left out" if found.left_out else ""
     rows = {
-        "SAE": str(subject.run or subject.title),
+        "SAE": published(str(subject.run or subject.title)),
         "activation": describe_activation(sae.activation.cfg),
-        "model": getattr(data, "model", None) or "unknown",
+        "model": published(str(getattr(data, "model", None) or "unknown")),
         "hookpoint": hookpoints(data) or "unknown",
         "shown on": f"{found.tokens:,} of {data.n_tokens:,} tokens of {where}{left}",
         "weights": f"{weights_digest(sae)} (BLAKE2b)",
@@ -82,8 +100,10 @@ def provenance(
 
 def trained_on(config: TrainConfig) -> str:
     if config.stream is not None:
-        return f"a stream of {config.stream.model} over its text"
-    return str(config.data or "the demo's activations: MiniLM over the Python standard library")
+        return f"a stream of {published(config.stream.model)} over its text"
+    if config.data is None:
+        return "the demo's activations: MiniLM over the Python standard library"
+    return published(str(config.data))
 
 
 def training(run: Path | None) -> dict[str, str]:

@@ -10,6 +10,8 @@ from fastsae.files import shown
 from fastsae.nn import SAE
 from fastsae.train.run_folder import weights_digest
 
+from .subject import published_text
+
 Grade = Literal["good", "fair", "poor", "none"]
 
 
@@ -95,13 +97,17 @@ def recovered_verdict(sae: SAE, run: Path | None) -> Verdict:
     name = "CE recovered" if causal else "embeddings recovered"
     good = good_and_poor("recovered_zero", ".1%")
     if effect is None or recovered is None:
-        about = why or "Zero ablation does the model no damage."
+        about = published_text(why, run) or "Zero ablation does the model no damage."
         return Verdict(name=name, value="not measured", grade="none", about=about, good=good)
     about = f"Of the damage of zero ablation, in {effect.windows:,} windows of text"
     if effect.recovered_mean is not None:
         about += f" ({effect.recovered_mean:.1%} of that of mean ablation)"
     if isinstance(effect, CausalEffect):
-        about += f". Cross-entropy {effect.ce_clean:.3f} becomes {effect.ce:.3f}."
+        about += (
+            f". Loss {effect.ce_clean:.3f} → {effect.ce:.3f} ({effect.ce - effect.ce_clean:+.3f} "
+            f"nats per token); zero ablation {effect.ce_zero:.3f}, mean ablation "
+            f"{effect.ce_mean:.3f}."
+        )
     else:
         about += f". The model is an encoder: cosine of its embeddings {effect.cosine:.4f}."
     return Verdict(

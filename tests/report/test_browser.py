@@ -17,6 +17,7 @@ from fastsae.report.sweep import SCRIPTS
 from fastsae.report.text import visible
 
 from .conftest import HOSTILE, VOCABULARY
+from .test_report import data_of
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -88,7 +89,7 @@ def test_hostile_tokens_are_text(page):
 
 def test_a_permalink_the_list_keys_and_the_map_open_cards(page, report):
     ids = [
-        int(text) for text in page.locator("[data-latents] a span:first-child").all_inner_texts()
+        int(text) for text in page.locator("[data-latents] a > span:first-child").all_inner_texts()
     ]
     assert len(ids) == 30
     page.goto(f"{report.as_uri()}#latent={ids[4]}")
@@ -103,19 +104,33 @@ def test_a_permalink_the_list_keys_and_the_map_open_cards(page, report):
     assert opens(page, ids[7])
     page.locator(f".map a[data-id='{ids[2]}'] circle").dispatch_event("click")
     assert opens(page, ids[2])
+    assert page.locator(".map a").last.get_attribute("data-id") == str(ids[2])
+    assert page.locator("[data-legend=map] span", has_text="dead").count() == 0
     page.evaluate("location.hash = 'latent=123456'")
     assert page.wait_for_selector("#card > p:text('There is no latent 123456')")
 
 
-def test_search_sort_and_filter(page):
-    found = lambda: page.locator("[data-latents] a span:first-child").all_inner_texts()  # noqa: E731
+def test_search_sort_and_filter(page, report):
+    found = lambda: page.locator("[data-latents] a > span:first-child").all_inner_texts()  # noqa: E731
+    cards = data_of(report.read_text())["latents"]
+    order = {str(c["id"]): (c["count"] < 20, -c["histogram"]["to"], c["id"]) for c in cards}
+    assert found() == sorted(order, key=order.__getitem__)
+    assert page.locator("[data-latents] .space").count() == 0  # no token begins with a space
+    page.evaluate(f"location.hash = 'latent={found()[0]}'")
+    assert opens(page, int(found()[0]))
     page.fill("[name=query]", "WORD3")
     assert "3" in found() or len(found()) < 30
     page.fill("[name=query]", "#5")
     assert found() in (["5"], [])
     page.fill("[name=query]", "no such token")
     assert found() == [] and "No latent" in page.inner_text("[data-found]")
+    assert page.inner_text("#card") == "No latent with a card matches."
+    without = next(i for i in range(40) if str(i) not in order)
+    page.fill("[name=query]", f"#{without}")
+    assert f"--include {without}" in page.inner_text("[data-found]")
+    assert f"--include {without}" in page.inner_text("#card")
     page.fill("[name=query]", "")
+    assert page.locator("#card h3").count() == 1
     page.select_option("[name=sort]", "id")
     assert found() == sorted(found(), key=int)
     page.select_option("[name=filter]", "rare")

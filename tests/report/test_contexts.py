@@ -1,5 +1,7 @@
 """Contexts show the text around a latent's activations, with the activations of its tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from fastsae.data import ActivationArray, Contexts
 from fastsae.nn import SAE, AbsTopK
 from fastsae.report.config import ReportConfig
-from fastsae.report.contexts import AFTER, BANDS, BEFORE, PER_BAND, TOP, Shown
+from fastsae.report.contexts import AFTER, BANDS, BEFORE, PER_BAND, TOP, Shown, number, span
 from fastsae.report.firings import collect
 from fastsae.report.text import Strings, TokenText, windows_of
 
@@ -73,11 +75,38 @@ def test_bands_are_equal_parts_of_all_strengths(shown):
         assert all(low * 0.999 <= abs(v) <= high * 1.001 for v in peaks(band["contexts"]))
 
 
-def test_no_window_or_text_is_shown_twice(shown):
-    order = np.arange(shown.firings.counts[0])
-    chosen = shown.different(shown.windows, shown.firings.of(0)[0], order)
-    windows = shown.firings.of(0)[0][chosen] // WINDOW
-    assert len(set(windows.tolist())) == len(chosen) == TOP
+def test_no_context_is_shown_twice_and_none_that_is_stronger_is_left_out(shown):
+    """Checked against all entries of a sign, one after the other."""
+    places, values = shown.firings.of(0)
+    spans = [span(shown.windows, place) for place in places.tolist()]
+    overlap = lambda a, b: a[0] < b[1] and b[0] < a[1]  # noqa: E731
+    wanted = []
+    for entry in np.argsort(-values):
+        if not any(overlap(spans[entry], spans[other]) for other in wanted):
+            wanted.append(entry)
+    card = shown.card(0)
+    assert peaks(card["top"]) == [number(values[i]) for i in wanted[:TOP]]
+    samples = [context for band in card["bands"] for context in band["contexts"]]
+    for band in card["bands"]:
+        size = np.abs(peaks(band["contexts"]))
+        assert (size[:-1] >= size[1:]).all()
+    assert all(v <= peaks(card["top"])[-1] for v in peaks(samples))
+    assert all(v >= peaks(card["low"])[-1] for v in peaks(samples))
+    texts = [tuple(one["text"]) for one in samples + card["top"]]
+    assert len(set(texts)) == len(texts)
+
+
+def test_repeated_text_is_shown_once(shown):
+    """All windows have the same text: a place in it has one context, the strongest."""
+    windows = replace(shown.windows, tokens=np.resize(np.arange(WINDOW), TOKENS))
+    card = replace(shown, windows=windows).card(0)
+    for name in ("top", "low"):
+        centers = [context["text"][context["peak"]] for context in card[name]]
+        assert len(set(centers)) == len(centers) == TOP
+    samples = [context for band in card["bands"] for context in band["contexts"]]
+    centers = [context["text"][context["peak"]] for context in card["top"] + samples]
+    assert len(set(centers)) == len(centers)
+    assert all(v <= peaks(card["top"])[-1] for v in peaks(samples))
 
 
 def test_the_tokens_that_it_is_active_on(shown):
@@ -86,8 +115,8 @@ def test_the_tokens_that_it_is_active_on(shown):
     sums = {token: np.abs(values[ids == token]).sum() for token in set(ids.tolist())}
     rows = shown.card(2)["tokens"]
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
-    for number, share, of in rows:
-        token = int(shown.strings.texts[number][1:])
+    for text, share, of in rows:
+        token = int(shown.strings.texts[text][1:])
         assert share == pytest.approx(sums[token] / np.abs(values).sum(), rel=1e-3)
         assert of == pytest.approx(
             (ids == token).sum() / (shown.windows.tokens == token).sum(), 1e-3

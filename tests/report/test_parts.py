@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm, normalize
 
 from fastsae.config import to_dict
 from fastsae.data import ActivationArray
-from fastsae.evals import EvalConfig, evaluate, reconstruction
+from fastsae.evals import CausalEffect, EvalConfig, evaluate, reconstruction
 from fastsae.nn import SAE, AbsTopK, TopK
 from fastsae.report.bars import bars
 from fastsae.report.config import ReportConfig
@@ -152,6 +152,14 @@ def test_the_lens_is_the_last_norm_and_the_unembedding(lens, world):
             assert [token for token, _ in side] == ids.tolist()
             np.testing.assert_allclose([v for _, v in side], values, rtol=1e-5)
         assert found.histogram.heights == torch.histc(own, 50).int().tolist()
+        assert found.deviation == pytest.approx(float(own.std(correction=0)), rel=1e-5)
+    with torch.no_grad():
+        random = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(0))
+        logits = layer_norm(random, (WIDTH,), gain) @ model.lm_head.weight.T
+        logits -= logits.mean(1, keepdim=True)
+        furthest = logits.abs().amax(1) / logits.std(1, correction=0)
+    for found in lens:
+        assert found.level == pytest.approx(float(furthest.quantile(0.95)), rel=1e-5)
 
 
 def test_a_histogram_of_neighboring_floats():
@@ -190,13 +198,16 @@ def test_an_evaluation_counts_for_its_own_sae(world, tmp_path):
         return verdicts(sae, found, tmp_path)[-1]
 
     assert (recovered().value, recovered().grade) == ("not measured", "none")
-    assert f"fastsae eval {tmp_path}" in recovered().about
+    assert f"fastsae eval {tmp_path.name}" in recovered().about
     result = evaluate(sae, data, EvalConfig(windows=4), progress=False)
-    assert result.downstream is not None
+    effect = result.downstream
+    assert isinstance(effect, CausalEffect) and effect.recovered_zero is not None
     written = to_dict(result) | {"sae": weights_digest(sae)}
     (tmp_path / "eval.json").write_text(json.dumps(written))
-    assert recovered().value == f"{result.downstream.recovered_zero:.1%}"
-    assert "Cross-entropy" in recovered().about
+    assert recovered().value == f"{effect.recovered_zero:.1%}"
+    change = f"{effect.ce_clean:.3f} → {effect.ce:.3f} ({effect.ce - effect.ce_clean:+.3f} nats"
+    assert f"Loss {change}" in recovered().about
+    assert f"zero ablation {effect.ce_zero:.3f}, mean" in recovered().about
     (tmp_path / "eval.json").write_text(json.dumps(written | {"sae": "0" * 32}))
     assert "another SAE" in recovered().about
     (tmp_path / "eval.json").write_text("[]")

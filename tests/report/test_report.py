@@ -15,6 +15,8 @@ from fastsae.cli import run
 from fastsae.data import ActivationArray, Contexts, Joined
 from fastsae.interop import load, save
 from fastsae.report import ReportConfig, Subject, write_comparison, write_report
+from fastsae.report.report import names_of
+from fastsae.report.subject import published_text
 from fastsae.report.text import visible
 
 from .conftest import HOSTILE, VOCABULARY
@@ -60,6 +62,17 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
         write_report(world.sae, world.heldout, config, out, progress=False)
         pages.append(out.read_bytes())
     assert pages[0] == pages[1] != pages[2]
+
+
+def test_paths_of_this_machine_are_shortened(tmp_path):
+    assert published_text("cannot load '/no/such dir/model' as", "/no/such dir/model") == (
+        "cannot load 'model' as"
+    )
+    kept = "see https://host/a/b, owner/name, 1/2 or runs/a"
+    assert published_text(f"{kept}: /a/b/c.json: no", None) == f"{kept}: c.json: no"
+    runs = [tmp_path / name / "run" for name in "ab"]
+    assert names_of(runs) == ["a/run", "b/run"] and names_of(runs[:1]) == ["run"]
+    assert names_of([runs[0], runs[0]]) == ["run", "run"] and names_of([]) == []
 
 
 def test_the_page_is_complete_and_runs_nothing_but_its_own_script(world, tmp_path):
@@ -130,6 +143,8 @@ def test_training_leaves_a_report(world, tmp_path, capsys):
     numbers = [feature["feature_index"] for feature in batch["features"]]
     assert numbers == [card["id"] for card in found["latents"]]
     assert "not measured" not in page and "CE recovered" in page
+    assert str(tmp_path) not in page and str(world.data.parent) not in page
+    assert str(world.model.parent) not in page
     assert "promoted" in found["latents"][0]
     assert 9 in [card["id"] for card in found["latents"]] and len(found["latents"]) <= 4
     second = tmp_path / "second"

@@ -2,6 +2,9 @@
 
 const FIFTHS = ['top fifth', 'second fifth', 'middle fifth', 'fourth fifth', 'lowest fifth'];
 const WEAKEST = 0.15; // how strong the background of the weakest activation is
+const FEW = 20; // active tokens below which a latent cannot be judged
+const KEY =
+  'Contexts of a list neither overlap nor repeat a text; those at random differ from those above. Tint: activation, relative to the largest of this latent. Bold and underlined: the token that the context is about, whose activation is on the left.';
 
 class Card {
   constructor(data, cards) {
@@ -12,6 +15,7 @@ class Card {
   content(one) {
     const facts = el('div', { class: 'facts' }, this.facts(one), this.histogram(one));
     return [
+      ...this.few(one),
       facts,
       ...this.tokens(one),
       ...this.lens(one),
@@ -26,9 +30,26 @@ class Card {
 
   // A token by itself, with spaces that can be seen.
   token(number) {
-    const [, spaces, rest] = /^( *)(.*)$/s.exec(this.string(number));
-    const dots = spaces ? el('span', { class: 'space', text: '·'.repeat(spaces.length) }) : null;
+    const [spaces, rest] = split(this.string(number));
+    const dots = spaces ? el('span', { class: 'space', text: spaces }) : null;
     return el('bdi', { class: 'token' }, dots, document.createTextNode(rest));
+  }
+
+  // The same without elements.
+  spelled(number) {
+    return split(this.string(number)).join('');
+  }
+
+  // That there are too few contexts to tell what a latent is of.
+  few(one) {
+    if (!few(one)) return [];
+    const text = `Too few activations to judge: it is active for fewer than ${FEW} tokens here.`;
+    return [el('p', { class: 'notice', text })];
+  }
+
+  // The tokens of its list entry, as text.
+  words(one) {
+    return one.words.map((number) => isolated(this.spelled(number))).join('  ');
   }
 
   facts(one) {
@@ -70,20 +91,29 @@ class Card {
   lens({ promoted, suppressed }) {
     if (!promoted) return [];
     const flip = this.data.signed ? ' (where negative, the other way around)' : '';
-    const chip = ([number, logit]) =>
-      el('span', { class: 'chip' }, this.token(number), el('small', { text: digits(logit) }));
-    const side = (name, pairs) => el('div', {}, ...titled(name + flip, pairs.map(chip)));
+    const level = this.data.lens_level;
+    const clear = ([, logit]) => Math.abs(logit) >= level;
+    const chip = (pair) => {
+      const parts = [this.token(pair[0]), el('small', { text: `${digits(pair[1])} SD` })];
+      return el('span', { class: clear(pair) ? 'chip' : 'chip off' }, ...parts);
+    };
+    const side = (name, pairs) => {
+      const none = pairs.some(clear) ? '' : ': no clear effect';
+      return el('div', {}, ...titled(name + flip + none, pairs.map(chip)));
+    };
     const sides = [side('Next tokens it promotes', promoted)];
     sides.push(side('Next tokens it suppresses', suppressed));
-    return [el('div', { class: 'pair' }, ...sides)];
+    const text = `Logit lens: the logits of the decoder row, in standard deviations (SD) from their mean over the vocabulary. Gray: below ${digits(level)} SD, which no logit of 95% of random directions reaches.`;
+    return [el('div', { class: 'pair' }, ...sides), el('p', { class: 'soft key', text })];
   }
 
   near({ near = [] }) {
     const chip = ([id, cosine]) => {
       const other = this.cards.get(id);
       const parts = [el('span', { text: id }), el('small', { text: digits(cosine) })];
-      const tip = other ? other.words.map(isolated).join('  ') : 'no card in this report';
-      const properties = { class: 'chip', 'data-tip': tip, href: other ? `#latent=${id}` : null };
+      const tip = other ? this.words(other) : 'no card in this report';
+      const kind = other ? 'chip' : 'chip off';
+      const properties = { class: kind, 'data-tip': tip, href: other ? `#latent=${id}` : null };
       return el(other ? 'a' : 'span', properties, ...parts);
     };
     return near.length ? titled('Nearest decoder rows, by cosine', near.map(chip)) : [];
@@ -104,14 +134,16 @@ class Card {
       );
     });
     const top = block('Strongest activations', one.top);
-    return [...top, ...block('Most negative activations', one.low), ...bands];
+    const shown = [...top, ...block('Most negative activations', one.low), ...bands];
+    return shown.length ? [el('p', { class: 'soft key', text: KEY }), ...shown] : [];
   }
 
   context({ text, peak, active, cut }, largest) {
     const values = new Map(pairs(active));
     const tokens = text.flatMap((number, i) => {
       const [, spaces, rest] = /^( *(?=[^ ]))?(.*)$/s.exec(this.string(number));
-      const node = el('bdi', { class: 'token', text: rest });
+      const blank = /^ +$/.test(rest) && (values.has(i) || i === peak);
+      const node = el('bdi', { class: 'token', text: blank ? '·' : rest });
       node.classList.toggle('peak', i === peak);
       if (values.has(i)) this.shade(node, rest, values.get(i), largest);
       return spaces ? [spaces, node] : [node];
@@ -129,6 +161,14 @@ class Card {
     node.dataset.tip = `${isolated(text.trim() || '(space)')}: ${digits(value)}`;
   }
 }
+
+const few = (one) => one.count < FEW;
+
+// The spaces at the start of a token, as dots, and the rest.
+const split = (text) => {
+  const [, spaces, rest] = /^( *)(.*)$/s.exec(text);
+  return ['·'.repeat(spaces.length), rest];
+};
 
 const titled = (title, chips) => [
   el('h4', { text: title }),

@@ -17,7 +17,12 @@ const ORDERS = {
   cosine: (one) => one.cosine,
   id: (one) => one.id,
 };
+const JUDGED = ['max', 'focused']; // orders with latents of too few activations at the end
 const STEPS = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1 };
+
+// The number of a latent that a search is for.
+const numbered = (text) => (/^#?\d+$/.test(text) ? Number(text.replace('#', '')) : null);
+const note = (text) => el('p', { class: 'soft', text });
 
 class Latents {
   constructor(data) {
@@ -64,7 +69,7 @@ class Latents {
     const tokens = (one.tokens ?? []).map(([number]) => this.view.string(number));
     const promoted = (one.promoted ?? []).map(([number]) => this.view.string(number));
     one.share = one.count / this.data.tokens;
-    one.words = tokens.slice(0, 4).map((text) => text.trim() || text);
+    one.words = (one.tokens ?? []).slice(0, 4).map(([number]) => number);
     one.focus = one.tokens?.length ? one.tokens[0][1] : 0;
     one.search = {
       active: [active.join(''), ...tokens].join('\n').toLowerCase(),
@@ -76,21 +81,22 @@ class Latents {
   kept() {
     const { query, where, sort, filter } = Object.fromEntries(new FormData(this.form));
     const wanted = query.trim().toLowerCase();
-    const number = /^#?\d+$/.test(wanted) ? Number(wanted.replace('#', '')) : null;
+    const number = numbered(wanted);
     const [low, high] = SHARES[filter] ?? SHARES.all;
     const shown = (one) =>
       one.share >= low && one.share < high && (filter !== 'negative' || one.low);
     const matches = (one) => !wanted || one.id === number || one.search[where].includes(wanted);
     const order = ORDERS[sort];
+    const late = (one) => Number(JUDGED.includes(sort) && few(one));
     return this.data.latents
       .filter((one) => shown(one) && matches(one))
-      .sort((a, b) => order(a) - order(b) || a.id - b.id);
+      .sort((a, b) => late(a) - late(b) || order(a) - order(b) || a.id - b.id);
   }
 
   showList() {
     this.shown = this.kept();
     const row = (one) => {
-      const words = one.words.map((text) => el('bdi', { text }));
+      const words = one.words.map((number) => this.view.token(number));
       const link = el(
         'a',
         { href: `#latent=${one.id}`, 'data-id': one.id },
@@ -102,9 +108,13 @@ class Latents {
     };
     this.list.replaceChildren(...this.shown.map(row));
     const [some, all] = [this.shown, this.data.latents].map((list) => group(list.length));
-    find('[data-found]').textContent = this.shown.length
-      ? `${some} of ${all} latents: number, frequency, tokens`
-      : 'No latent with a card matches.';
+    const number = numbered(this.form.elements.query.value.trim());
+    const found = number === null || this.cards.has(number) ? [] : [this.missing(number)];
+    if (this.shown.length) found.push(`${some} of ${all} latents: number, frequency, tokens`);
+    else if (!found.length) found.push('No latent with a card matches.');
+    find('[data-found]').textContent = found.join(' ');
+    if (!this.shown.length) this.card.replaceChildren(note(found[0]));
+    else if (this.current !== undefined) this.showCard();
     this.mark();
   }
 
@@ -116,8 +126,11 @@ class Latents {
       else link.removeAttribute('aria-current');
       if (current) this.reveal(link);
     }
-    for (const point of document.querySelectorAll('.map a'))
-      point.classList.toggle('current', Number(point.dataset.id) === this.current);
+    for (const point of document.querySelectorAll('.map a')) {
+      const current = Number(point.dataset.id) === this.current;
+      point.classList.toggle('current', current);
+      if (current && point.nextSibling) point.parentNode.append(point); // over the others
+    }
   }
 
   reveal(link) {
@@ -132,14 +145,19 @@ class Latents {
     const named = /^#latent=(\d+)$/.exec(location.hash);
     if (!named && this.current !== undefined) return;
     this.current = named ? Number(named[1]) : this.shown[0]?.id;
-    const one = this.cards.get(this.current);
-    const content = one ? [this.head(one), ...this.view.content(one)] : [this.missing()];
-    this.card.replaceChildren(...content);
+    this.showCard();
     this.mark();
     if (!named) return;
     const { top } = this.card.getBoundingClientRect();
     if (top < 0 || top > innerHeight / 2) this.card.scrollIntoView({ block: 'start' });
     if (asked) this.card.focus({ preventScroll: true });
+  }
+
+  showCard() {
+    const one = this.cards.get(this.current);
+    const content = one ? [this.head(one), ...this.view.content(one)] : [];
+    if (!one) content.push(note(this.missing(this.current)));
+    this.card.replaceChildren(...content);
   }
 
   head({ id }) {
@@ -154,13 +172,12 @@ class Latents {
     return el('header', {}, title, el('div', {}, ...buttons));
   }
 
-  missing() {
-    const id = this.current;
-    let text = `Latent ${id} has no card in this report. To make one: fastsae report … --include ${id}`;
-    if (id === undefined) text = 'No latent has a card.';
-    else if (id >= this.data.d_sae)
-      text = `There is no latent ${id}: this SAE has ${group(this.data.d_sae)}.`;
-    return el('p', { class: 'soft', text });
+  // Why there is no card of that number.
+  missing(id) {
+    if (id === undefined) return 'No latent has a card.';
+    if (id >= this.data.d_sae)
+      return `There is no latent ${id}: this SAE has ${group(this.data.d_sae)}.`;
+    return `Latent ${id} has no card in this report. To make one: fastsae report … --include ${id}`;
   }
 
   // The latent that is so many places further in the list.

@@ -77,7 +77,7 @@ function showFrequencies(data) {
   const chip = (id, note) =>
     el(
       cards.has(id) ? 'a' : 'span',
-      { class: 'chip', href: cards.has(id) ? `#latent=${id}` : null },
+      { class: cards.has(id) ? 'chip' : 'chip off', href: cards.has(id) ? `#latent=${id}` : null },
       el('span', { text: id }),
       note ? el('small', { text: note }) : null,
     );
@@ -127,7 +127,7 @@ function showMap(data, latents) {
       cy: height - pad - (y[i] / grid) * (height - 2 * pad),
       fill: colorOf(share),
     };
-    const words = card?.words.length ? `\n${card.words.map(isolated).join('  ')}` : '';
+    const words = card?.words.length ? `\n${latents.view.words(card)}` : '';
     const text = `latent ${id}: ${share ? percent(share) : 'dead'}${words}`;
     if (!card)
       small.push(svg('circle', { ...place, r: 2.2, opacity: 0.5, 'data-tip': `${text}\nno card` }));
@@ -151,7 +151,7 @@ function showMap(data, latents) {
         color: `var(--f${number})`,
         kind: 'dot',
       })),
-      { name: 'dead', color: 'var(--f0)', kind: 'dot' },
+      ...(counts.includes(0) ? [{ name: 'dead', color: 'var(--f0)', kind: 'dot' }] : []),
     ]),
   );
   latents.mark();
