@@ -42,6 +42,7 @@ VARIANTS = {name: one for name, one in CONTENDERS.items() if one.package is None
     "fastsae, second moment per row": Contender(
         options={"optimizer": Optimizer(adam_second="row")}
     ),
+    "fastsae, decay over half": Contender(options={"optimizer": Optimizer(decay=0.5)}),
     "fastsae, decay from the start": Contender(options={"optimizer": Optimizer(decay=1.0)}),
     "fastsae, window of 8": Contender(options={"optimizer": Optimizer(adam_window=8)}),
     "fastsae, fitted encoder": Contender(options={"init": Init(encoder="fitted")}),
