@@ -4,7 +4,7 @@ const FIFTHS = ['top fifth', 'second fifth', 'middle fifth', 'fourth fifth', 'lo
 const WEAKEST = 0.15; // how strong the background of the weakest activation is
 const FEW = 20; // active tokens below which a latent cannot be judged
 const KEY =
-  'Contexts of a list neither overlap nor repeat a text; those at random differ from those above. Tint: activation, relative to the largest of this latent. Bold and underlined: the token that the context is about, whose activation is on the left.';
+  'Contexts of a list neither overlap nor repeat a text; those at random differ from those above. Tint: activation, relative to the largest of this latent. Bold and underlined: the token that the context is about; the number is its activation.';
 
 class Card {
   constructor(data, cards) {
