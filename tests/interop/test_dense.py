@@ -137,7 +137,7 @@ def test_hooks_of_a_module_and_of_all_modules():
         hook.remove()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_no_sparse_ops_where_sizes_cannot_depend_on_data():
     found = []
 
