@@ -63,12 +63,16 @@ class Processes:
         self.folder.cleanup()
 
 
-def as_started(processes: Processes, size: int, *words: str | Path) -> list[str]:
-    """What `fastsae ...` returns in each of so many processes, as torchrun would start them."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    return processes.run((1, size), _command, str(port), [*map(str, words)])
+        return found.getsockname()[1]
+
+
+def as_started(processes: Processes, size: int, *words: str | Path) -> list[str]:
+    """What `fastsae ...` returns in each of so many processes, as torchrun would start them."""
+    return processes.run((1, size), _command, str(free_port()), [*map(str, words)])
 
 
 def _command(mesh: Mesh, port: str, words: list[str]) -> str:

@@ -2,7 +2,8 @@
 one that process 0 serves."""
 
 import os
-import socket
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from unittest.mock import patch
@@ -12,6 +13,17 @@ from torch._C._distributed_c10d import TCPStore
 
 from fastsae.distributed.launch import ARRIVED, common_store, one_voice, place
 from fastsae.shards import Shards
+from tests.distributed.processes import free_port
+
+KILLED = """
+import os, signal
+from fastsae.distributed.launch import joined
+with joined(None, "cpu") as shards:
+    shards.all_of(None)
+    if shards.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    shards.all_of(None)
+"""
 
 
 def outcome(
@@ -52,11 +64,28 @@ def test_an_error_before_processes_join_is_said_once(processes, errors, said):
 
 def test_process_0_serves_its_store_until_others_have_read_it(processes):
     """As under torchrun on several machines with TORCH_DISABLE_SHARE_RDZV_TCP_STORE."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     errors = ["none here", "none here"]
-    assert processes.run((1, 2), outcome, port, errors, False) == ["none here", None]
+    assert processes.run((1, 2), outcome, free_port(), errors, False) == ["none here", None]
+
+
+def test_a_process_says_that_another_one_was_killed():
+    """Without torchrun, which may end it before it can."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED],
+            env={**os.environ, **where, "RANK": str(rank)},
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [one.communicate(timeout=100)[1] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert "LostError: process 0: another process has ended" in errors[0]
 
 
 def test_an_error_where_nobody_else_was_started(monkeypatch):
