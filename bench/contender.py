@@ -18,7 +18,6 @@ from fastsae.train.plan import copies_of, encoder_precision
 from fastsae.train.step import fused_step
 from fastsae_kernels import _launch
 from fastsae_kernels.int8 import why_not_int8
-from fastsae_kernels.product import has_bf16
 
 from .dense import DenseTopK, dense_adam, dense_step
 from .ops import decode_torch
@@ -27,8 +26,8 @@ from .problem import Problem
 LR = 1e-5
 
 GPU = torch.cuda.is_available()
-LOW = ["bf16"] * (GPU or has_bf16()) + ["int8"] * (not GPU and why_not_int8("cpu") is None)
-"""Encoder precisions below fp32 that this machine supports."""
+LOW = ["bf16"] * GPU + ["int8"] * (not GPU and why_not_int8("cpu") is None)
+"""Encoder precisions below fp32 that this machine supports; on a CPU, bf16 is the same as fp32."""
 
 
 class Contender(NamedTuple):
@@ -99,7 +98,7 @@ def fused_update(contender: Contender, p: Problem, sae: SAE) -> Update:
     precision = "bf16" if config.encoder_precision == "auto" else config.encoder_precision
     if p.device.type == device:
         precision = encoder_precision(config, "fused", device, p.D, p.F)
-    adam = Adam(sae, config.optimizer, **copies_of(precision, device))
+    adam = Adam(sae, config.optimizer, **copies_of(precision))
     graph = config.cuda_graph == "on"
     if graph and p.device.type != "cuda":
         raise ValueError("a CUDA graph needs a GPU")

@@ -1,9 +1,10 @@
 """Times full training steps on the CPU against dense PyTorch and the machine's floor.
 
-The floor is what no step in fp32 can avoid: the encoder GEMM, by the faster of torch's libraries,
-and Adam reading and writing each parameter and its two moments once (24 bytes), at the bandwidth
-of a copy. All contenders take turns. The table shows milliseconds, multiples of the floor, and peak
-memory including imports. Shapes are in bench/problem.py.
+The floor is what no step with an fp32 GEMM can avoid: that of the encoder, by the faster of torch's
+libraries, and Adam reading and writing each parameter and its two moments once (24 bytes), at the
+bandwidth of a copy. On CPUs with bfloat16 instructions, fastsae can be below it: it finds the same
+active latents with a bfloat16 GEMM. All contenders take turns. The table shows milliseconds,
+multiples of the floor, and peak memory including imports. Shapes are in bench/problem.py.
 
 Results go to bench/results/step-amd.json or step-intel.json. The line printed before that is this
 processor's entry for CPU_PRODUCTS in kernels/fastsae_kernels/product.py: the GEMM whose fp32 steps
@@ -22,6 +23,7 @@ import torch
 
 from fastsae.memory import keep_freed_memory
 from fastsae_kernels import product as chosen
+from fastsae_kernels import proof
 from fastsae_kernels.product import LIBRARIES, CpuProduct, cpu_product, processor, product
 
 from .clock import interleaved, resident_bytes, summary
@@ -44,8 +46,8 @@ def run_of(shape: str, name: str):
 
 
 def with_product(name: str, step: Callable[[], object]) -> None:
-    """Take a step with another GEMM than this processor's."""
-    with patch.object(chosen, "CPU_PRODUCT", name):
+    """Take a step with this fp32 GEMM."""
+    with patch.object(chosen, "CPU_PRODUCT", name), patch.object(proof, "CPU_BF16", "0"):
         cpu_product.cache_clear()
         try:
             step()

@@ -177,7 +177,7 @@ def advice(f: Forecast) -> str:
         return fits[0] if fits else "take fewer latents"
     if f.limit in ("encoder", "encoder GEMM"):
         if w.precision == "fp32" and not w.gpu:
-            return "--encoder-precision int8 or bf16, where the CPU supports it, speeds it up"
+            return "--encoder-precision int8, where the CPU supports it, speeds it up"
         return "it is the only dense operation: its time is proportional to --d-sae"
     if f.limit == "optimizer":
         return cheaper_updates(w)

@@ -102,13 +102,8 @@ def state_bytes(w: Workload) -> dict[str, int]:
 
 def copy_bytes(w: Workload) -> int:
     """Copies of weights that GEMMs read."""
-    encoder = w.own_latents * w.d_in
-    if w.precision == "int8":
-        return encoder + FLOAT * w.own_latents
-    if not w.low_encoder or not w.fused:
-        return 0
-    low = LOW * (w.entries if w.gpu else encoder)
-    return low + (encoder + FLOAT * w.own_latents) * (w.precision == "fp8")
+    quantized = w.own_latents * (w.d_in + FLOAT) * (w.precision in ("int8", "fp8"))
+    return (LOW * w.entries * w.low_encoder + quantized) * w.fused
 
 
 def memory_of(w: Workload, gpu_bytes: int | float = 0) -> Memory:
@@ -143,15 +138,16 @@ def data_bytes(w: Workload) -> int:
 
 
 def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
-    """The chunk of pre-activations and what selects from it."""
+    """The chunk of pre-activations and what selects from it, with a copy of the encoder for it."""
     rows = w.tokens // w.axes.data
     if w.gpu:
         budget = max(512 << 20, int(gpu_bytes) // 32)
         return min(budget, (LOW if w.low_encoder else FLOAT) * rows * w.own_latents)
-    x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.precision == "bf16" else torch.float32)
+    x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.bf16_candidates else torch.float32)
     chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
     size = min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
-    return size + min(int(SCATTERED * size), SCATTERED_MOST)
+    copy = LOW * w.own_latents * w.d_in * w.bf16_candidates
+    return copy + size + min(int(SCATTERED * size), SCATTERED_MOST)
 
 
 def code_bytes(w: Workload) -> int:

@@ -32,6 +32,8 @@ class Workload:
     """Whether it takes the fused step."""
     precision: Precision = "fp32"
     """Of the encoder GEMM."""
+    bf16_candidates: bool = False
+    """Whether a CPU finds the k largest pre-activations with bfloat16 instructions."""
     low_moments: bool = False
     """Whether Adam's moments are in bf16."""
     row_second: bool = False

@@ -106,9 +106,9 @@ class TrainConfig:
     weights with bf16 and fp8: bf16 ranks latents by bf16 pre-activations; fp8 (TopK, compute
     capability 8.9 or higher, sizes divisible by 16) finds candidates in fp8 and ranks them in fp32.
     auto is fp8 where supported if d_sae >= 1500 k and k <= 512, else bf16; on a CPU or without the
-    fused step it is fp32. tf32 uses TF32 for all dense matmuls. On a CPU, bf16 and int8 find
-    candidates and rank them in fp32: almost always the same selection, and faster; the CPU must
-    support bf16 or, for int8, VNNI instructions."""
+    fused step it is fp32. tf32 uses TF32 for all dense matmuls. On a CPU, bf16 is the same as fp32,
+    which uses bf16 instructions where it can prove that this changes no active latent. int8 (TopK,
+    VNNI instructions) finds candidates and ranks them in fp32: almost always the same latents."""
 
     dead_after: int | None = None
     """Tokens without activation after which a latent counts as dead (default: 10 million, or an

@@ -30,7 +30,8 @@ from fastsae.memory import (
     memory_left,
     release_freed_memory,
 )
-from fastsae.nn import ActivationConfig
+from fastsae.nn import ActivationConfig, TopKConfig
+from fastsae_kernels import bfloat16_pays
 
 from .config import TrainConfig
 from .plan import Plan
@@ -57,7 +58,11 @@ def workload_of(
     config: TrainConfig, plan: Plan, d_in: int, d_out: int, axes: Axes | None = None
 ) -> Workload:
     """The run, as far as memory and time depend on it, with an SAE of these widths."""
-    optimizer = config.optimizer
+    optimizer, axes = config.optimizer, axes or Axes()
+    cpu, activation, proved = plan.device == "cpu", config.activation, False
+    if cpu and plan.encoder_precision == "fp32" and isinstance(activation, TopKConfig):
+        rows, latents = config.batch_size // axes.data, config.d_sae // axes.latent
+        proved = bfloat16_pays(rows, latents, activation.k)
     return Workload(
         tokens=config.batch_size,
         d_in=d_in,
@@ -67,9 +72,10 @@ def workload_of(
         active=active_latents(config.activation, config.d_sae),
         steps=plan.steps,
         evaluated=EVALUATION_BATCH,
-        gpu=plan.device != "cpu",
+        gpu=not cpu,
         fused=plan.step == "fused",
         precision=plan.encoder_precision,
+        bf16_candidates=proved,
         low_moments=optimizer.adam_moments == "bf16",
         row_second=optimizer.adam_second == "row",
         window=optimizer.adam_window,
@@ -77,7 +83,7 @@ def workload_of(
         auxk=config.objective.auxk_coef > 0 and plan.dead_after < plan.steps * config.batch_size,
         checkpoints=config.keep_checkpoints,
         streamed=config.stream is not None,
-        axes=axes or Axes(),
+        axes=axes,
     )
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, TypedDict
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -77,7 +76,7 @@ class Plan:
 def adam_of(sae: SAE, config: TrainConfig, plan: Plan, sample: Float[Tensor, "N d_in"]) -> Adam:
     """Adam, with the copies of weights in less precision that the plan asks for; those in int8 are
     fit for activations like the sample."""
-    copies, columns = copies_of(plan.encoder_precision, torch.device(plan.device).type), None
+    copies, columns = copies_of(plan.encoder_precision), None
     if copies["quantized"] == "int8":
         tokens = sae.tokens(sample)
         columns = balance(tokens - tokens.median(0).values)  # no massive token moves it
@@ -117,15 +116,16 @@ def encoder_precision(
     others = f"this CPU knows {', '.join(known)}" if device == "cpu" else "take bf16, tf32 or fp32"
     if precision == "tf32" and device == "cpu":
         raise ValueError(f"encoder_precision tf32 needs a GPU: {others}")
-    if precision == "bf16" and device == "cpu" and not has_bf16():
-        raise ValueError(
-            f"encoder_precision bf16 needs a processor with bfloat16 instructions: {others}"
-        )
+    if precision == "bf16" and device == "cpu":
+        if not has_bf16():
+            raise ValueError(
+                f"encoder_precision bf16 needs a processor with bfloat16 instructions: {others}"
+            )
+        precision = "fp32"  # uses these instructions where they are faster
     refusal = {"fp8": no_float8, "int8": no_int8}.get(precision)
     if refusal is not None:
         raise ValueError(f"encoder_precision {refusal}: {others}")
-    candidates = precision in ("fp8", "int8") or (precision == "bf16" and device == "cpu")
-    if k is None and candidates:
+    if k is None and precision in ("fp8", "int8"):
         where, others = (" on a CPU", "take fp32") if device == "cpu" else ("", others)
         raise ValueError(
             f"encoder_precision {precision}{where} is for topk, got {activation.name}: {others}"
@@ -157,8 +157,7 @@ class Copies(TypedDict):
     quantized: Literal["fp8", "int8"] | None
 
 
-def copies_of(precision: Resolved, device: str) -> Copies:
-    """On a GPU, bf16 and fp8 need both weights in bfloat16; on a CPU, bf16 the encoder alone."""
-    low = {"bf16": ("W_enc",) if device == "cpu" else BOTH, "fp8": BOTH}
+def copies_of(precision: Resolved) -> Copies:
+    """bf16 and fp8 need both weights in bfloat16."""
     quantized = precision if precision == "fp8" or precision == "int8" else None
-    return Copies(shadows=low.get(precision, ()), quantized=quantized)
+    return Copies(shadows=BOTH if precision in ("bf16", "fp8") else (), quantized=quantized)

@@ -114,8 +114,7 @@ def operands_of(sae: SAE, adam: Adam) -> tuple[Weights, Shadow | None]:
     finds candidates."""
     low = "W_dec" in adam.shadow  # then all matmuls are in bfloat16
     W_enc, W_dec = ((adam.shadow if low else adam.parameters)[name] for name in ("W_enc", "W_dec"))
-    shadow = adam.quantized or (None if low else adam.shadow.get("W_enc"))
-    return Weights(W_enc, sae.b_enc.to(W_enc.dtype), W_dec, sae.b_dec, sae.shards), shadow
+    return Weights(W_enc, sae.b_enc.to(W_enc.dtype), W_dec, sae.b_dec, sae.shards), adam.quantized
 
 
 @torch.no_grad()

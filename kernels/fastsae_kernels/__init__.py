@@ -40,6 +40,7 @@ from .jumprelu import jumprelu, jumprelu_l0
 from .latent_major import latent_major as latent_major
 from .loss import squared_error
 from .product import has_bf16 as has_bf16
+from .proof import bfloat16_pays as bfloat16_pays
 from .rational import rational
 from .sparse import decode, gather_dot, scatter_outer
 from .topk import By as By

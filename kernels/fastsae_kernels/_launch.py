@@ -22,6 +22,11 @@ if ENCODER not in (None, "cublas", "triton"):
 CPU_PRODUCT = os.environ.get("FASTSAE_CPU_PRODUCT")
 """Overrides product.py's choice of library and chunk size on a CPU: "mkl:1024", "onednn:256"."""
 
+CPU_BF16 = os.environ.get("FASTSAE_CPU_BF16")
+"""Overrides proof.py's choice of the GEMM on a CPU: "1" is bfloat16, "0" fp32."""
+if CPU_BF16 not in (None, "0", "1"):
+    raise ValueError(f"FASTSAE_CPU_BF16 must be 0 or 1, got {CPU_BF16!r}")
+
 _local = threading.local()
 
 

@@ -22,6 +22,7 @@ from ._op import register
 from .float8 import E4M3, Float8Rows, scaled_product, why_not_float8
 from .int8 import Int8Rows, int8_product, unsigned, why_not_int8
 from .product import product, tokens_at_a_time
+from .proof import bfloat16_pays, select_proved
 from .rescore import rescore
 from .sparse import decode, scatter_outer
 from .topk import By, check_by, check_choice, largest_in_columns, topk_reference, write_topk
@@ -55,8 +56,23 @@ def _fuses_maxima(x: Tensor, F: int, k: int) -> bool:
     return ENCODER == "triton" or (wins and ENCODER is None)
 
 
+def _in_bfloat16(x: Tensor, W: Tensor, k: int) -> bool:
+    """Whether a bfloat16 GEMM finds candidates that are proved to contain the k largest."""
+    eligible = x.device.type == "cpu" and x.dtype == torch.float32 and not use_triton(x)
+    return eligible and bfloat16_pays(len(x), len(W), k)
+
+
 def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
     """Values and indices as of topk: [N, D], [F, D], [F] -> [N, K], [N, K]."""
+    if not _in_bfloat16(x, W, k):
+        return _select_directly(x, W, b, k, by)
+    values, indices, left = select_proved(x, W, b, k, by)
+    if len(left):
+        values[left], indices[left] = _select_directly(x[left], W, b, k, by)
+    return values, indices
+
+
+def _select_directly(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
     N, F = x.shape[0], W.shape[0]
     values = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
@@ -99,8 +115,7 @@ def candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
     """Latents that a shadow proposes for the k largest pre-activations: [N, D], [F] -> [N, C].
 
     C is `candidates_for(k, ...)`, in any order. In fp8, ties go to the lowest latent, so that equal
-    rows of W, which are equal in fp8 too, are ranked correctly. On a CPU, bfloat16 and int8 break
-    ties arbitrarily.
+    rows of W, which are equal in fp8 too, are ranked correctly. Others break ties arbitrarily.
     """
     N, F = len(x), len(b)
     k = candidates_for(k, F, (shadow[0] if isinstance(shadow, tuple) else shadow).dtype)
@@ -112,7 +127,7 @@ def candidates(x: Tensor, shadow: Shadow, b: Tensor, k: int, by: By) -> Tensor:
         rows = slice(start, min(start + chunk, N))
         if isinstance(shadow, Int8Rows):
             pre = int8_product(x[rows], shadow, b, shifted)
-            found[rows] = largest_in_columns(pre, k, by)
+            found[rows] = largest_in_columns(pre.abs_() if by == "abs" else pre, k)
         elif isinstance(shadow, Float8Rows):
             pre = scaled_product(low[rows], shadow, bias)
             write_topk(pre, k, by, None, found[rows])
@@ -270,9 +285,13 @@ def encode_topk_each(
     if not S or len(W_enc) % S:
         raise ValueError(f"W_enc must have a multiple of {S} rows, got {list(W_enc.shape)}")
     F = len(W_enc) // S
-    found = []
     for k, by in choices:
         check_choice(k, by, F)
+    if all(_in_bfloat16(x, W_enc[:F], k) for k, _ in choices):
+        parts = zip(W_enc.split(F), b_enc.split(F), choices, strict=True)
+        return [_select(x, W, b, k, by) for W, b, (k, by) in parts]
+    found = []
+    for k, _ in choices:
         found.append((x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64, device=x.device)))
     x, W_enc = x.contiguous(), W_enc.contiguous()
     chunk = tokens_at_a_time(x, S * F)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._launch import use_triton, wide_dtype
 from .sparse import gather_dot
-from .topk import By, topk, topk_reference
+from .topk import By, activated, topk_indices, topk_reference
 
 # --- reference: the specification -----------------------------------------------------------
 
@@ -30,13 +30,22 @@ def rescore_reference(
 # --- torch path: what runs without a GPU ----------------------------------------------------
 
 
+def ranked(
+    x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By
+) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations among the candidates, in fp32 (fp64 for fp64), and their
+    latents: [N, K], [N, K], in the order of topk."""
+    latents = candidates.sort(dim=1).values  # so that ties go to the lowest latent
+    h = gather_dot(x.to(wide_dtype(x)), latents, W) + b[latents]
+    place = topk_indices(h, k, by)
+    return h.gather(1, place), latents.gather(1, place)
+
+
 def _rescore_torch(
     x: Tensor, W: Tensor, b: Tensor, candidates: Tensor, k: int, by: By
 ) -> tuple[Tensor, Tensor]:
-    latents = candidates.sort(dim=1).values  # so that ties go to the lowest latent
-    h = gather_dot(x.to(wide_dtype(x)), latents, W) + b[latents]
-    values, place = topk(h, k, by)
-    return values.to(x.dtype), latents.gather(1, place)
+    h, latents = ranked(x, W, b, candidates, k, by)
+    return activated(h, by).to(x.dtype), latents
 
 
 # --- public ---------------------------------------------------------------------------------

@@ -77,14 +77,15 @@ def test_the_product_is_rounded_to_bfloat16_twice(gemm, shape):
     assert ((h.double() - exact).abs() <= allowed * terms).all()
 
 
-@each_by
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("F", "k"), [(1, 1), (9, 3), (1000, 20), (1000, 3), (1003, 5), (40, 40)])
-def test_largest_in_columns(F, k, by):
-    pre = torch.stack([torch.randperm(F) - F // 3 for _ in range(6)], 1).to(torch.bfloat16)
-    found = pre.t().gather(1, largest_in_columns(pre, k, by)).sort(1).values
-    rank = pre.float().abs() if by == "abs" else pre.float()
-    expected = rank.topk(k, dim=0).values.t().flip(1)
-    assert torch.equal((found.abs() if by == "abs" else found).float().sort(1).values, expected)
+def test_largest_in_columns(F, k, dtype, sign):
+    """Positive, mixed and negative."""
+    pre = torch.stack([(torch.randperm(F) - n).div(100) for n in (0, F // 3, F)], 1)
+    pre = (sign * pre).to(dtype)
+    found = pre.t().gather(1, largest_in_columns(pre, k))
+    assert torch.equal(found.sort(1, descending=True).values, pre.t().topk(k).values)
 
 
 @each_by
@@ -121,7 +122,7 @@ def test_a_wrong_shadow_only_proposes(gemm, by):
     spare = candidates_for(K, 200, torch.int8)
     pre, low = linear(x, W, b), int8_product(x, shadow, b)
     proposed = torch.zeros_like(pre, dtype=torch.bool)
-    proposed.scatter_(1, largest_in_columns(low, spare, by), True)
+    proposed.scatter_(1, largest_in_columns(low.abs() if by == "abs" else low, spare), True)
     pre = pre.masked_fill(~proposed, -1e9 if by == "value" else 0.0)
     expected, places = topk_reference(pre, K, by)
     assert torch.equal(values, expected)
