@@ -22,7 +22,7 @@ from ._op import register
 from .float8 import E4M3, Float8Rows, scaled_product, why_not_float8
 from .int8 import Int8Rows, int8_product, unsigned, why_not_int8
 from .product import product, tokens_at_a_time
-from .proof import bfloat16_pays, select_proved
+from .proof import bfloat16_pays, proofs_are_likely, select_proved
 from .rescore import rescore
 from .sparse import decode, scatter_outer
 from .topk import By, check_by, check_choice, largest_in_columns, topk_reference, write_topk
@@ -57,14 +57,14 @@ def _fuses_maxima(x: Tensor, F: int, k: int) -> bool:
 
 
 def _in_bfloat16(x: Tensor, W: Tensor, k: int) -> bool:
-    """Whether a bfloat16 GEMM finds candidates that are proved to contain the k largest."""
+    """Whether a bfloat16 GEMM may find candidates that are proved to contain the k largest."""
     eligible = x.device.type == "cpu" and x.dtype == torch.float32 and not use_triton(x)
     return eligible and bfloat16_pays(len(x), len(W), k)
 
 
 def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
     """Values and indices as of topk: [N, D], [F, D], [F] -> [N, K], [N, K]."""
-    if not _in_bfloat16(x, W, k):
+    if not (_in_bfloat16(x, W, k) and proofs_are_likely(x, W, b, k, by)):
         return _select_directly(x, W, b, k, by)
     values, indices, left = select_proved(x, W, b, k, by)
     if len(left):

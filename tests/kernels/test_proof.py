@@ -6,7 +6,13 @@ import torch
 from fastsae_kernels import encode_topk
 from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.product import product
-from fastsae_kernels.proof import bfloat16_pays, low_rows, rounding_bound, select_proved
+from fastsae_kernels.proof import (
+    bfloat16_pays,
+    low_rows,
+    proofs_are_likely,
+    rounding_bound,
+    select_proved,
+)
 from fastsae_kernels.testing import assert_no_worse
 
 from .parametrize import each_by
@@ -137,10 +143,22 @@ def test_without_tokens():
 def test_where_it_pays(monkeypatch):
     assert bfloat16_pays(1, 1, 1)
     monkeypatch.setattr("fastsae_kernels.proof.CPU_BF16", "0")
-    assert not bfloat16_pays(512, 4096, 32)
+    assert not bfloat16_pays(1024, 4096, 32)
     monkeypatch.setattr("fastsae_kernels.proof.CPU_BF16", None)
     monkeypatch.setattr("fastsae_kernels.proof.has_bf16", lambda: True)
-    assert bfloat16_pays(512, 4096, 32)
-    assert not (bfloat16_pays(511, 4096, 32) or bfloat16_pays(512, 4095, 32))
+    assert bfloat16_pays(1024, 4096, 32)
+    assert not (bfloat16_pays(1023, 4096, 32) or bfloat16_pays(1024, 4095, 32))
     monkeypatch.setattr("fastsae_kernels.proof.has_bf16", lambda: False)
-    assert not bfloat16_pays(512, 4096, 32)
+    assert not bfloat16_pays(1024, 4096, 32)
+
+
+@each_by
+@pytest.mark.parametrize(("D", "likely"), [(256, True), (65_536, False)])
+def test_where_proofs_are_likely(monkeypatch, D, likely, by):
+    """The rows of wide SAEs differ too little; the fp32 GEMM is taken then."""
+    monkeypatch.setattr("fastsae_kernels.proof.CPU_BF16", None)
+    monkeypatch.setattr("fastsae_kernels.encode.bfloat16_pays", lambda N, F, k: True)
+    x, W, b = torch.randn(40, D), torch.randn(512, D), torch.zeros(512)
+    assert proofs_are_likely(x, W, b, 4, by) == likely
+    assert (share_proved(x, W, b, 4, by) > 0.75) == likely
+    assert equal_to_reference(x, W, b, 4, by) or likely
