@@ -29,7 +29,7 @@ from fastsae_kernels import (
 )
 from fastsae_kernels.latent_major import LatentMajor
 from fastsae_kernels.product import product, tokens_at_a_time
-from fastsae_kernels.proof import low_rows
+from fastsae_kernels.proof import prepare, select_proved
 
 from .workload import Workload
 
@@ -113,10 +113,12 @@ def timed(run: Callable[[], object], read_before: Tensor | None = None) -> float
 def timed_encoder(s: Sample) -> float:
     """The encoder GEMM with top-k, on a chunk of tokens."""
     W, b, k = s.W, torch.zeros(len(s.W)), min(s.w.active, len(s.W))
-    x, once = s.x[: tokens_at_a_time(s.x, s.w.own_latents)], 0.0
+    x, once, low = s.x[: tokens_at_a_time(s.x, s.w.own_latents)], 0.0, None
     if s.w.bf16_candidates:
-        x, once = s.x[: max(len(x), 512)], timed(lambda: low_rows(W))
-        seconds = timed(lambda: encode_topk(x, W, b, k)) - once
+        low = prepare(s.x, W, b, k, "value")
+        once = timed(lambda: prepare(s.x, W, b, k, "value"))
+    if low is not None:
+        seconds = timed(lambda: select_proved(x, W, b, low, k, "value"))
     elif s.w.precision == "int8":
         shadow = quantize_int8(W)
         seconds = timed(lambda: encode_topk(x, W, b, k, shadow=shadow))

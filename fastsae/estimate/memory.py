@@ -138,7 +138,7 @@ def data_bytes(w: Workload) -> int:
 
 
 def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
-    """The chunk of pre-activations and what selects from it, with a copy of the encoder for it."""
+    """The chunk of pre-activations, what selects from it, and copies of its operands in bf16."""
     rows = w.tokens // w.axes.data
     if w.gpu:
         budget = max(512 << 20, int(gpu_bytes) // 32)
@@ -146,7 +146,7 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.bf16_candidates else torch.float32)
     chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
     size = min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
-    copy = LOW * w.own_latents * w.d_in * w.bf16_candidates
+    copy = LOW * (w.own_latents + rows) * w.d_in * w.bf16_candidates
     return copy + size + min(int(SCATTERED * size), SCATTERED_MOST)
 
 

@@ -1,4 +1,4 @@
-"""One encoder GEMM for several SAEs of the same shape.
+"""One encoder GEMM for several SAEs of the same shape, unless each is faster in bfloat16.
 
 Their encoders are slices of one matrix, and h = x W_enc^T + (b_enc - W_enc b_dec), so that all take
 the same x. For TopK in the fused step, whose codes need no gradient, in fp32 or tf32.

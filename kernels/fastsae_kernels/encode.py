@@ -22,7 +22,7 @@ from ._op import register
 from .float8 import E4M3, Float8Rows, scaled_product, why_not_float8
 from .int8 import Int8Rows, int8_product, unsigned, why_not_int8
 from .product import product, tokens_at_a_time
-from .proof import bfloat16_pays, proofs_are_likely, select_proved
+from .proof import bfloat16_pays, prepare, select_proved
 from .rescore import rescore
 from .sparse import decode, scatter_outer
 from .topk import By, check_by, check_choice, largest_in_columns, topk_reference, write_topk
@@ -57,16 +57,18 @@ def _fuses_maxima(x: Tensor, F: int, k: int) -> bool:
 
 
 def _in_bfloat16(x: Tensor, W: Tensor, k: int) -> bool:
-    """Whether a bfloat16 GEMM may find candidates that are proved to contain the k largest."""
+    """Whether a bfloat16 GEMM may find candidates, if these are proved to contain the k largest."""
     eligible = x.device.type == "cpu" and x.dtype == torch.float32 and not use_triton(x)
     return eligible and bfloat16_pays(len(x), len(W), k)
 
 
 def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
     """Values and indices as of topk: [N, D], [F, D], [F] -> [N, K], [N, K]."""
-    if not (_in_bfloat16(x, W, k) and proofs_are_likely(x, W, b, k, by)):
+    W = W.contiguous()
+    low = prepare(x, W, b, k, by) if _in_bfloat16(x, W, k) else None
+    if low is None:
         return _select_directly(x, W, b, k, by)
-    values, indices, left = select_proved(x, W, b, k, by)
+    values, indices, left = select_proved(x, W, b, low, k, by)
     if len(left):
         values[left], indices[left] = _select_directly(x[left], W, b, k, by)
     return values, indices
@@ -230,8 +232,10 @@ def encode_topk(
     not among the candidates. On a GPU, fp8 needs d_in and F to be multiples of 16
     (`why_not_float8`); on a CPU it is emulated. int8 is for CPUs, and emulated without VNNI.
 
-    Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time.
-    ValueError for wrong shapes or dtypes, or unless 1 <= k <= F.
+    Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time. On a CPU
+    with bfloat16 instructions, the GEMM of float32 tensors is in bfloat16, and W_enc copied, where
+    it pays and provably changes nothing (proof.py). With a shadow in bfloat16 or int8, a NaN in a
+    row of W_enc may be missed. ValueError for wrong shapes or dtypes, or unless 1 <= k <= F.
     """
     check_encoder(x, W_enc, b_enc, by)
     check_choice(k, by, W_enc.shape[0])
@@ -272,7 +276,8 @@ def check_shadow(
 def encode_topk_each(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, choices: Sequence[tuple[int, By]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """encode_topk for S stacked encoders of F latents each, with a single GEMM.
+    """encode_topk for S stacked encoders of F latents each, with a single GEMM, unless each is
+    faster in bfloat16.
 
     x [N, D], W_enc [S F, D], b_enc [S F], one floating dtype, and for each encoder its (k, by)
     -> S pairs of values [N, K] in that dtype and indices [N, K] int64, as of encode_topk.

@@ -6,13 +6,8 @@ import torch
 from fastsae_kernels import encode_topk
 from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.product import product
-from fastsae_kernels.proof import (
-    bfloat16_pays,
-    low_rows,
-    proofs_are_likely,
-    rounding_bound,
-    select_proved,
-)
+from fastsae_kernels.proof import bfloat16_pays, prepare, rounding_bound, select_proved
+from fastsae_kernels.rescore import ranked
 from fastsae_kernels.testing import assert_no_worse
 
 from .parametrize import each_by
@@ -31,7 +26,9 @@ def on_any_cpu(monkeypatch):
 
 
 def share_proved(x, W, b, k, by):
-    return 1 - len(select_proved(x, W, b, k, by)[2]) / len(x)
+    low = prepare(x, W, b, k, by)
+    assert low is not None
+    return 1 - len(select_proved(x, W, b, low, k, by)[2]) / len(x)
 
 
 OPERANDS = {
@@ -41,21 +38,43 @@ OPERANDS = {
     "outliers": lambda N, D, F: (
         torch.randn(N, D) * torch.randn(D).exp() ** 3, torch.randn(F, D), torch.zeros(F)
     ),
-    "subnormal": lambda N, D, F: (torch.randn(N, D) * 1e-38, torch.randn(F, D), torch.zeros(F)),
     "large": lambda N, D, F: (torch.randn(N, D) * 1e30, torch.randn(F, D), torch.randn(F)),
 }  # fmt: skip
+# Squares are subnormal, then the numbers themselves.
+for scale in (1e-20, 1e-24, 1e-38):
+    OPERANDS[f"x * {scale}"] = lambda N, D, F, scale=scale: (
+        torch.randn(N, D) * scale, torch.randn(F, D), torch.zeros(F)
+    )  # fmt: skip
+OPERANDS["W * 1e-24"] = lambda N, D, F: (
+    torch.randn(N, D), torch.randn(F, D) * 1e-24, torch.zeros(F)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OPERANDS)
-@pytest.mark.parametrize("D", [1, 33, 768, 5000])
+@pytest.mark.parametrize("D", [1, 33, 5000])
 def test_no_rounding_error_exceeds_the_bound(kind, D):
+    """Of the product in bfloat16 and of rescoring together."""
     x, W, b = OPERANDS[kind](64, D, 200)
-    low = product(x.bfloat16(), W.bfloat16(), b.bfloat16()).float()
-    exact = torch.addmm(b.double(), x.double(), W.double().t())
-    copy = low_rows(W)
-    assert torch.equal(copy.rows, W.bfloat16())
-    for h, expected in zip(low.unbind(1), exact.unbind(1), strict=True):
-        assert ((h - expected).abs() <= rounding_bound(x, x.bfloat16(), b, copy, h)).all()
+    low = prepare(x, W, b, 1, "value")
+    assert low is not None
+    assert torch.equal(low.rows, W.bfloat16())
+    proposed = product(x.bfloat16(), low.rows, b.bfloat16()).float()
+    every = torch.arange(200).expand(64, -1)
+    h, latents = ranked(x, W, b, every, 200, "value")
+    rescored = torch.empty_like(h).scatter_(1, latents, h)
+    for one, two in zip(proposed.unbind(1), rescored.unbind(1), strict=True):
+        bound = rounding_bound(x, x.bfloat16(), b, low, one)
+        assert ((one.double() - two.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("scale", [1, 2.0**-40, 2.0**-80])
+def test_no_false_proof_however_small_the_numbers(scale):
+    """The largest latent is proposed last."""
+    e = 2.0**-8
+    x, W = scale * torch.tensor([[1 + 0.99 * e, 1 + 1.01 * e]]), torch.zeros(400, 2)
+    W[:, 0], W[0], W[399] = 1, torch.tensor([0, 1 + 0.5 * e]), torch.tensor([1 + 0.99 * e, 0])
+    assert encode_topk(x, W, torch.zeros(400), 1)[1].tolist() == [[399]]
+    assert encode_topk(x / scale, W * scale, torch.zeros(400), 1)[1].tolist() == [[399]]
 
 
 def equal_to_reference(x, W, b, k, by):
@@ -99,17 +118,21 @@ def test_more_candidates_are_tried_before_fp32(by, monkeypatch):
     assert 0 < shares[0] < shares[1] < shares[2] == 1
 
 
-def test_where_the_first_chunk_is_not_proved_all_goes_through_fp32(monkeypatch):
-    products = []
+@pytest.mark.parametrize(("hopeless", "tried"), [(slice(0, 1000), 1), (slice(300, 1000), 6)])
+def test_without_proofs_for_most_tokens_no_others_are_tried(monkeypatch, hopeless, tried):
+    chunks = []
 
     def counted(low, *rest):
-        products.append(len(low))
+        chunks.append(low)
         return product(low, *rest)
 
     monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 100 * 400 * 2)
     monkeypatch.setattr("fastsae_kernels.proof.product", counted)
-    assert equal_to_reference(torch.ones(1000, 8), torch.ones(400, 8), torch.zeros(400), 4, "value")
-    assert products == [100]
+    x, W, b = torch.zeros(1000, 2), torch.zeros(400, 2), torch.zeros(400)
+    x[:, 0], W[:, 0] = 1, torch.arange(400) / 400
+    x[hopeless] = torch.tensor([0.0, 1.0])  # all latents are equal
+    assert equal_to_reference(x, W, b, 4, "value")
+    assert len(chunks) == tried + 1 if hopeless.start else tried
 
 
 @each_by
@@ -155,10 +178,10 @@ def test_where_it_pays(monkeypatch):
 @each_by
 @pytest.mark.parametrize(("D", "likely"), [(256, True), (65_536, False)])
 def test_where_proofs_are_likely(monkeypatch, D, likely, by):
-    """The rows of wide SAEs differ too little; the fp32 GEMM is taken then."""
-    monkeypatch.setattr("fastsae_kernels.proof.CPU_BF16", None)
-    monkeypatch.setattr("fastsae_kernels.encode.bfloat16_pays", lambda N, F, k: True)
+    """The rows of wide SAEs differ too little."""
     x, W, b = torch.randn(40, D), torch.randn(512, D), torch.zeros(512)
-    assert proofs_are_likely(x, W, b, 4, by) == likely
     assert (share_proved(x, W, b, 4, by) > 0.75) == likely
-    assert equal_to_reference(x, W, b, 4, by) or likely
+    monkeypatch.setattr("fastsae_kernels.proof.CPU_BF16", None)
+    assert (prepare(x, W, b, 4, by) is not None) == likely
+    b[7] = -1e4  # its rounding error is a part of every bound
+    assert prepare(x, W, b, 4, by) is None

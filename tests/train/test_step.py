@@ -167,7 +167,7 @@ def test_no_launch_changes_from_step_to_step(sae, monkeypatch):
             monkeypatch.setattr(module, "launch", launch)
     small = Optimizer(adam_moments="bf16", adam_window=3)
     sae, options = sae.float(), small if sae.activation.signed else Optimizer()
-    adam = Adam(sae, options, shadows=("W_enc",))
+    adam = Adam(sae, options)
     adam.at = adam.at._replace(scalars=scalars_of(AdamStep(1, 0.0)))  # as on a GPU
     x, steps = torch.randn(3, 5, D_IN), []
     for n in range(3):
