@@ -1,7 +1,7 @@
 """Compares what `fastsae train` plans of its memory and time with what it takes.
 
-Each run trains at a shape for some steps on random activations in a file, in a process of its own,
-and leaves both in its summary.json. columns: planned and measured milliseconds per step, planned
+Each run trains at a shape for some steps on planted activations in a file, in a process of its own,
+and leaves both in its summary.json. Columns: planned and measured milliseconds per step, planned
 and measured peak memory in MB beyond what the process had before, and the relative errors.
 
 Results go to bench/results/plan-amd.json or plan-intel.json.
@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from fastsae.data import Synthetic
+
 from .clock import significant
 from .problem import SHAPES
 from .record import machine, markdown, write
 
 ROWS = 16384
-"""Random activations to train on."""
+"""Planted activations to train on: with noise, no dictionary is learned."""
 
 
 COMPARED = (("step_seconds", "ms", 1e3), ("peak_bytes", "MB", 1e-6))
@@ -35,7 +37,8 @@ def run(shape: str, steps: int, options: list[str], memory: bool) -> dict[str, A
     N, d, F, k = SHAPES[shape]
     with TemporaryDirectory() as folder:
         data, out = Path(folder) / "acts.npy", Path(folder) / "run"
-        np.save(data, np.random.default_rng(0).standard_normal((ROWS, d), np.float32))
+        planted = Synthetic(d_in=d, n_latents=4 * d, active=k, n_tokens=ROWS, noise=0.1)
+        np.save(data, planted.sample(ROWS).numpy())
         command = [
             *(sys.executable, "-m", "fastsae", "train", "--data", data, "--out", out),
             *("--d-sae", F, "--k", k, "--batch-size", N, "--steps", steps, "--device", "cpu"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.data import ActivationShards
+from fastsae.data import ActivationShards, Synthetic
 from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
 from fastsae.train.standardization import Standardization, replace_rows
 
@@ -38,7 +38,7 @@ class Task:
     """Stop after timing steps for this long."""
 
     data: str | None = None
-    """Directory of activations; None alternates two batches of Gaussian noise."""
+    """Directory of activations; None alternates two batches of planted ones."""
 
     steps: int = LONG
     """Optimization steps."""
@@ -137,10 +137,9 @@ class Stream:
 def open_stream(task: Task) -> Stream:
     """A task's batches on its device, standardized as fastsae does, for every library alike."""
     if task.data is None:
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randn(SAMPLE_TOKENS, task.d_in, generator=generator)
-        pair = torch.randn(2, task.tokens, task.d_in, generator=generator).to(task.device)
-        return Stream(sample, cycle(pair), task)
+        planted = Synthetic(d_in=task.d_in, n_latents=4 * task.d_in, active=32, noise=0.1)
+        pair = planted.sample(2 * task.tokens).to(task.device).split(task.tokens)
+        return Stream(planted.sample(SAMPLE_TOKENS, seed=1), cycle(pair), task)
     shards = ActivationShards(task.data)
     standardized = standardization_of(shards)
     batches = shards.batches(task.tokens, task.seed)

@@ -70,7 +70,7 @@ class PlanRun:
     """US dollars per hour of one GPU, or of this machine (default: an example for --gpu)."""
 
     probe: bool = False
-    """Measure 20 steps of the run on this machine, on random activations, instead of estimating
+    """Measure 20 steps of the run on this machine, on planted activations, instead of estimating
     their time."""
 
     config: TrainConfig = field(default_factory=TrainConfig)

@@ -1,4 +1,4 @@
-"""Measures a few steps of a run on random activations."""
+"""Measures a few steps of a run on planted activations."""
 
 import statistics
 import time
@@ -7,8 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
-from fastsae.data import Joined, as_source
+from fastsae.data import Joined, Synthetic, as_source
 
 from .callbacks import Callback
 from .config import TrainConfig
@@ -19,7 +20,7 @@ PROBED_STEPS, FIRST = 20, 4
 """Steps that are run, and how many of them do not count: they allocate memory and compile."""
 
 BATCHES = 4
-"""Batches of random activations."""
+"""Batches of planted activations."""
 
 NEVER = 1 << 40
 """Tokens after which a latent counts as dead, and steps between checkpoints: more than there
@@ -43,15 +44,22 @@ class Stopwatch(Callback):
         self.last = now
 
 
+def planted(tokens: int, width: int) -> Tensor:
+    """Sums of directions, as an SAE learns them: [N, D]"""
+    source = Synthetic(
+        d_in=width, n_latents=4 * width, active=min(8, width), n_tokens=tokens, noise=0.1
+    )
+    return source.sample(tokens)
+
+
 def probe(config: TrainConfig, d_in: int, d_out: int) -> float:
-    """Seconds of a step of the run, on random activations of these widths: the median of
+    """Seconds of a step of the run, on planted activations of these widths: the median of
     PROBED_STEPS real steps of a Trainer."""
-    generator = torch.Generator().manual_seed(0)
     tokens = BATCHES * config.batch_size
     widths = (d_in, *(d_in for _ in config.layers))
     if config.target is not None:
         widths = d_in, d_out
-    parts = [as_source(torch.randn(tokens, width, generator=generator)) for width in widths]
+    parts = [as_source(planted(tokens, width)) for width in widths]
     source = Joined(*parts) if len(parts) > 1 else parts[0]  # pyright: ignore[reportArgumentType]
     watch = Stopwatch()
     with TemporaryDirectory() as folder:
