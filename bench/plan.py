@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsae.data import Synthetic
+from fastsae.train.probe import planted
 
 from .clock import significant
 from .problem import SHAPES
@@ -37,8 +37,7 @@ def run(shape: str, steps: int, options: list[str], memory: bool) -> dict[str, A
     N, d, F, k = SHAPES[shape]
     with TemporaryDirectory() as folder:
         data, out = Path(folder) / "acts.npy", Path(folder) / "run"
-        planted = Synthetic(d_in=d, n_latents=4 * d, active=k, n_tokens=ROWS, noise=0.1)
-        np.save(data, planted.sample(ROWS).numpy())
+        np.save(data, planted(ROWS, d).numpy())
         command = [
             *(sys.executable, "-m", "fastsae", "train", "--data", data, "--out", out),
             *("--d-sae", F, "--k", k, "--batch-size", N, "--steps", steps, "--device", "cpu"),

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.data import ActivationShards, Synthetic
+from fastsae.data import ActivationShards
 from fastsae.data.ordinary import MAX_NORM_RATIO, SAMPLE_TOKENS, Ordinary
+from fastsae.train.probe import planted
 from fastsae.train.standardization import Standardization, replace_rows
 
 LONG = 10_000
@@ -137,9 +138,9 @@ class Stream:
 def open_stream(task: Task) -> Stream:
     """A task's batches on its device, standardized as fastsae does, for every library alike."""
     if task.data is None:
-        planted = Synthetic(d_in=task.d_in, n_latents=4 * task.d_in, active=32, noise=0.1)
-        pair = planted.sample(2 * task.tokens).to(task.device).split(task.tokens)
-        return Stream(planted.sample(SAMPLE_TOKENS, seed=1), cycle(pair), task)
+        rows = planted(2 * task.tokens + SAMPLE_TOKENS, task.d_in)
+        pair = rows[SAMPLE_TOKENS:].to(task.device).split(task.tokens)
+        return Stream(rows[:SAMPLE_TOKENS], cycle(pair), task)
     shards = ActivationShards(task.data)
     standardized = standardization_of(shards)
     batches = shards.batches(task.tokens, task.seed)

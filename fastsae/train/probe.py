@@ -45,11 +45,10 @@ class Stopwatch(Callback):
 
 
 def planted(tokens: int, width: int) -> Tensor:
-    """Sums of directions, as an SAE learns them: [N, D]"""
-    source = Synthetic(
-        d_in=width, n_latents=4 * width, active=min(8, width), n_tokens=tokens, noise=0.1
-    )
-    return source.sample(tokens)
+    """Sums of directions, of which some are frequent, as an SAE learns them: [N, D]. Of noise it
+    learns none, and its steps would take another time."""
+    active, noise, exponent = min(8, width), 0.02, 1.0
+    return Synthetic(width, 4 * width, active, tokens, noise, exponent).sample(tokens)
 
 
 def probe(config: TrainConfig, d_in: int, d_out: int) -> float:
