@@ -47,8 +47,8 @@ class Stopwatch(Callback):
 def planted(tokens: int, width: int) -> Tensor:
     """Sums of directions, of which some are frequent, as an SAE learns them: [N, D]. Of noise it
     learns none, and its steps would take another time."""
-    active, noise, exponent = min(8, width), 0.02, 1.0
-    return Synthetic(width, 4 * width, active, tokens, noise, exponent).sample(tokens)
+    size = dict(d_in=width, n_latents=4 * width, active=min(8, width), n_tokens=tokens)
+    return Synthetic(**size, noise=0.02, frequency_exponent=1.0).sample(tokens)
 
 
 def probe(config: TrainConfig, d_in: int, d_out: int) -> float:
