@@ -24,8 +24,8 @@ from .clock import significant
 from .problem import SHAPES
 from .record import machine, markdown, write
 
-ROWS = 16384
-"""Planted activations to train on: with noise, no dictionary is learned."""
+ROWS = 131_072
+"""Planted activations to train on: each only once or twice, as in long runs."""
 
 
 COMPARED = (("step_seconds", "ms", 1e3), ("peak_bytes", "MB", 1e-6))

@@ -47,8 +47,15 @@ class Stopwatch(Callback):
 def planted(tokens: int, width: int) -> Tensor:
     """Sums of directions, of which some are frequent, as an SAE learns them: [N, D]. Of noise it
     learns none, and its steps would take another time."""
-    size = dict(d_in=width, n_latents=4 * width, active=min(8, width), n_tokens=tokens)
-    return Synthetic(**size, noise=0.02, frequency_exponent=1.0).sample(tokens)
+    rows = Synthetic(
+        d_in=width,
+        n_latents=4 * width,
+        active=min(8, width),
+        n_tokens=tokens,
+        noise=0.02,
+        frequency_exponent=1.0,
+    )
+    return rows.sample(tokens)
 
 
 def probe(config: TrainConfig, d_in: int, d_out: int) -> float:
