@@ -19,9 +19,9 @@ from .workload import Workload
 FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
-# `bench plan` checks LOADED and SCATTERED: its runs need most in a step, and no latent is dead. The
-# other factors were fitted once, to runs that need most at their start or end or have dead latents;
-# no benchmark checks them.
+# `bench plan` checks LOADED, and SCATTERED or SCATTERED_COPIES: its runs need most in a step, and
+# no latent is dead. The other factors were fitted once, to runs that need most at their start or
+# end or have dead latents; no benchmark checks them.
 
 COPIES, COVARIANCES, BESIDES = 8, 6, 40_000_000
 """Of evaluated tokens and of their covariances in float64 that exist at the same time, and bytes of
@@ -35,6 +35,9 @@ SCATTERED, SCATTERED_MOST = 0.75, 64_000_000
 """Fraction of the pre-activations' memory that is added to it, and its limit in bytes (fitted):
 smaller tensors split the blocks that were freed in the last step, which are then too small for the
 next pre-activations."""
+
+SCATTERED_COPIES = 2.0
+"""The same for pre-activations in bf16 and copies of their operands (fitted), as a multiple."""
 
 REVIVED = 10
 """Copies of a batch that the aux-k loss of a few dead latents takes (fitted)."""
@@ -146,8 +149,9 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     x = torch.empty(rows, 0, dtype=torch.bfloat16 if w.bf16_candidates else torch.float32)
     chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
     size = min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
-    copy = LOW * (w.own_latents + rows) * w.d_in * w.bf16_candidates
-    return copy + size + min(int(SCATTERED * size), SCATTERED_MOST)
+    if w.bf16_candidates:
+        return int(SCATTERED_COPIES * (size + LOW * (w.own_latents + rows) * w.d_in))
+    return size + min(int(SCATTERED * size), SCATTERED_MOST)
 
 
 def code_bytes(w: Workload) -> int:
