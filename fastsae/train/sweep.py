@@ -3,7 +3,7 @@
 Each is a run like any other, with a folder of its own under the sweep's, and takes the same batches
 in the same order: they are read and shuffled once for all. SAEs for several hookpoints of a stream
 take the same tokens. TopK SAEs of one shape and hookpoint share the encoder GEMM, unless they keep
-bfloat16 copies.
+copies in less precision or are faster in bfloat16 one by one.
 """
 
 import dataclasses

@@ -10,9 +10,8 @@ for rounding to bfloat16 and gamma for what rounding can change two fp32 sums of
     |x - low(x)| max_f |W[f]| + |x| max_f (|W[f] - low(W[f])| + gamma |W[f]|)
       + max_f |b[f] - low(b[f])| + gamma max_f |b[f]| + 2^-8 |a|
 
-With 2 k candidates that holds for nearly all tokens of the SAEs and activations that we measured.
-For the others, more candidates are tried. On processors with bfloat16 instructions this takes about
-half of the time of the fp32 GEMM. For by="abs", pre-activations are magnitudes.
+For tokens where that does not hold, more candidates are tried. On processors with bfloat16
+instructions this is faster than the fp32 GEMM. For by="abs", pre-activations are magnitudes.
 Shapes: N tokens, K kept, C candidates per token, F latents, D model width; all float32.
 """
 
@@ -42,7 +41,6 @@ LEAST = 8
 UNIT = 2.0**-8
 """The largest relative error of rounding to bfloat16."""
 
-
 SMALL = 2.0**-60
 """The squares of smaller numbers may be 0 in fp32, so that norms lack them."""
 
@@ -69,20 +67,22 @@ def sums_error(D: int) -> float:
     return 3 * (D + 2) * 2.0**-24
 
 
-def rounding_bound(x: Tensor, low: Tensor, b: Tensor, W: LowRows, h: Tensor) -> Tensor:
-    """Bound on how much a bfloat16 product lies below h, the pre-activation as rescored.
+def rounding_bound(x: Tensor, low: Tensor, b: Tensor, W: LowRows, proposed: Tensor) -> Tensor:
+    """Bound on the difference between a pre-activation as proposed and as rescored.
 
-    x and its copy in bfloat16 [N, D], b [F], the product of each token [N] -> [N], for all latents.
+    x and its copy in bfloat16 [N, D], b [F], a pre-activation of each token as proposed [N] -> [N],
+    for all latents.
     """
     D, gamma = x.shape[1], sums_error(x.shape[1])
     x_norm, x_error = norms(x), norms(low.float().sub_(x))
     products = x_error * W.norm + (x_norm + x_error) * (W.error + gamma * W.norm)
     bias = bias_error(b) + gamma * b.abs().amax()
     flushed = D * torch.finfo(torch.float32).tiny  # subnormal products may count as 0
-    return 1.01 * (products + bias + UNIT * h.abs()) + flushed
+    return 1.01 * (products + bias + UNIT * proposed.abs()) + flushed
 
 
 def bias_error(b: Tensor) -> Tensor:
+    """The largest error of rounding biases to bfloat16: [F] -> []"""
     return (b.to(torch.bfloat16).float() - b).abs().amax()
 
 

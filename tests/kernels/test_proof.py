@@ -85,13 +85,17 @@ def equal_to_reference(x, W, b, k, by):
 
 @each_by
 def test_most_tokens_are_proved(by):
+    """With gradients."""
     x, W, _ = separated((200, 256, 2048, 16), "cpu", torch.float32, by)
     W, b = W / W.norm(dim=1, keepdim=True), torch.zeros(len(W))
     assert share_proved(x, W, b, 16, by) > 0.95
-    values, indices = encode_topk(x, W, b, 16, by)
-    exact, best = encode_topk_reference(x.double(), W.double(), b.double(), 16, by)
-    assert torch.equal(indices, best)
-    torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5)
+    _, best = encode_topk_reference(x.double(), W.double(), b.double(), 16, by)
+    assert torch.equal(encode_topk(x, W, b, 16, by)[1], best)
+    assert_no_worse(
+        lambda x, W, b: encode_topk(x, W, b, 16, by),
+        lambda x, W, b: encode_topk_reference(x, W, b, 16, by),
+        x, W, b,
+    )  # fmt: skip
 
 
 @each_by
@@ -133,16 +137,6 @@ def test_without_proofs_for_most_tokens_no_others_are_tried(monkeypatch, hopeles
     x[hopeless] = torch.tensor([0.0, 1.0])  # all latents are equal
     assert equal_to_reference(x, W, b, 4, "value")
     assert len(chunks) == tried + 1 if hopeless.start else tried
-
-
-@each_by
-def test_gradients(by):
-    x, W, b = separated((9, 32, 300, 4), "cpu", torch.float32, by)
-    assert_no_worse(
-        lambda x, W, b: encode_topk(x, W, b, 4, by),
-        lambda x, W, b: encode_topk_reference(x, W, b, 4, by),
-        x, W, b,
-    )  # fmt: skip
 
 
 def test_nan_is_never_dropped():

@@ -276,6 +276,7 @@ FLOAT8 = {"encoder_precision": "fp8"}  # emulated: the plan of a run on a CPU re
     ("stops", "options", "planned"),
     [
         ([1], {}, {}),
+        ([23, 1, 1], {}, {}),
         ([7, 20], OPTIONS[1], {}),
         ([5, 3], OPTIONS[1], FLOAT8),
         ([9, 2], OPTIONS[2], {}),
