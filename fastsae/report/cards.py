@@ -9,6 +9,9 @@ from .evidence import Evidence
 from .geometry import encoder_decoder_cosines, neighbors
 from .text import Strings
 
+NEIGHBOR_TOKENS = 2
+"""Tokens that are shown of each neighbor, of those that it is most active on."""
+
 Card = dict[str, Any]
 """What the page shows of a latent. Texts are numbers of strings; logits are in standard deviations
 over the vocabulary."""
@@ -26,7 +29,10 @@ def make_cards(sae: SAE, evidence: Evidence, strings: Strings, seed: int) -> lis
     )
     cards = [{"id": latent, **shown.card(latent)} for latent in latents.tolist()]
     for card, near in zip(cards, neighbors(sae, latents), strict=True):
-        card["near"] = near
+        card["near"] = [
+            [latent, cosine, [token for token, *_ in shown.tokens(latent, NEIGHBOR_TOKENS)]]
+            for latent, cosine in near
+        ]
     if (cosines := encoder_decoder_cosines(sae, latents)) is not None:
         for card, cosine in zip(cards, cosines.tolist(), strict=True):
             card["cosine"] = number(cosine)

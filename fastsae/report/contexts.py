@@ -88,7 +88,7 @@ class Shown:
                 card[name] = [self.context(self.windows, latent, i) for i in chosen]
                 above |= own
         card["bands"] = self.bands(self.windows, latent, order, above)
-        card["tokens"] = self.tokens(self.windows, places, values)
+        card["tokens"] = self.tokens(latent)
         return card
 
     def bands(
@@ -127,20 +127,21 @@ class Shown:
             "cut": [int(start > windows.firsts[place]), int(end < windows.ends[place])],
         }
 
-    def tokens(
-        self, windows: Windows, places: Int32[np.ndarray, " M"], values: Float32[np.ndarray, " M"]
-    ) -> list[list[Any]]:
+    def tokens(self, latent: int, most: int = FRAMES) -> list[list[Any]]:
         """The tokens with most of a latent's activation: the string, its share of the sum of
         activations, and on how many of the token's occurrences the latent is active."""
+        if self.windows is None:
+            return []
+        places, values = self.firings.of(latent)
         found, inverse, counts = np.unique(
-            windows.tokens[places], return_inverse=True, return_counts=True
+            self.windows.tokens[places], return_inverse=True, return_counts=True
         )
         total = np.bincount(inverse, np.abs(values).astype(np.float64))
-        best = np.argsort(-total, kind="stable")[:FRAMES]
+        best = np.argsort(-total, kind="stable")[:most]
         rows = []
         for i in best.tolist():
             token, count = int(found[i]), int(counts[i])
-            shares = total[i] / total.sum(), count / int(windows.occurrences[token])
+            shares = total[i] / total.sum(), count / int(self.windows.occurrences[token])
             rows.append([self.strings.number(self.text[token]), *map(number, shares)])
         return rows
 

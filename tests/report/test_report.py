@@ -47,7 +47,12 @@ def test_every_kind_of_sae_has_a_report(name, tmp_path):
     found = data_of(page)
     assert 0 < len(found["latents"]) <= 9
     assert found["signed"] == any("low" in card for card in found["latents"])
-    for card in found["latents"]:
+    cards = {card["id"]: card for card in found["latents"]}
+    for card in cards.values():
+        assert any(tokens for _, _, tokens in card["near"])
+        for near, _, tokens in card["near"]:
+            if near in cards:
+                assert tokens == [token for token, *_ in cards[near]["tokens"][:2]]
         assert ("cosine" in card) == (sae.d_out is None)
         assert len(card.get("norms", [])) == (sae.layers if sae.layers > 1 else 0)
         assert card["tokens"] and card["top" if "top" in card else "low"]

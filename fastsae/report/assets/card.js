@@ -108,15 +108,16 @@ class Card {
   }
 
   near({ near = [] }) {
-    const chip = ([id, cosine]) => {
-      const other = this.cards.get(id);
-      const parts = [el('span', { text: id }), el('small', { text: digits(cosine) })];
-      const tip = other ? this.words(other) : 'no card in this report';
+    const chip = ([id, cosine, tokens]) => {
+      const other = this.cards.has(id);
+      const words = tokens.map((number) => this.token(number));
+      const parts = [el('span', { text: id }), el('small', { text: digits(cosine) }), ...words];
+      const tip = other ? null : `No card in this report: --include ${id} makes one`;
       const kind = other ? 'chip' : 'chip off';
       const properties = { class: kind, 'data-tip': tip, href: other ? `#latent=${id}` : null };
       return el(other ? 'a' : 'span', properties, ...parts);
     };
-    return near.length ? titled('Nearest decoder rows, by cosine', near.map(chip)) : [];
+    return near.length ? titled('Nearest decoder rows, with cosine and main tokens', near.map(chip)) : [];
   }
 
   contexts(one) {
