@@ -13,6 +13,10 @@ COMMANDS = {
         "bench.peers.accelerate",
         "compare other libraries' training steps before and after accelerate",
     ),
+    "programs": (
+        "bench.peers.programs",
+        "compare other libraries' training programs before and after accelerate",
+    ),
     "mixing": ("bench.mixing", "compare sizes of the buffer that mixes a stream's documents"),
     "study": ("bench.study.run", "compare the error of every method on real and synthetic data"),
     "scaling": ("bench.scaling", "simulate many GPUs; or measure the memory of many processes"),
