@@ -16,6 +16,9 @@ TRAINING = "training"
 FAST = ", accelerated"
 """Ends the name of a contender with fastsae's layers in its library's trainer."""
 
+ADAM = ", Adam"
+"""In the names of contenders with another optimizer than their library's default."""
+
 Rows = dict[str, dict[str, Any]]
 """Results of each contender that finished."""
 
@@ -140,7 +143,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def plot_steps(figure: Any, sizes: list[dict[str, Any]]) -> None:
     axes = figure.subplots()
-    colors = colors_of(name for found in sizes for name in finished(found))
+    names = [name for found in sizes for name in finished(found)]
+    colors = colors_of(names)
     for place, found in enumerate(sizes):
         for name, row in finished(found).items():
             left = (list(colors).index(plain(name)) + 0.5) * 0.8 / len(colors) - 0.4
@@ -150,14 +154,15 @@ def plot_steps(figure: Any, sizes: list[dict[str, Any]]) -> None:
     axes.set(xlabel="tokens x d_in, latents", ylabel="time per training step (ms)", yscale="log")
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.grid(visible=True, alpha=0.3)
-    legend(figure, colors, 3)
+    legend(figure, names, 3)
 
 
 def plot_training(figure: Any, found: dict[str, Any]) -> None:
     from matplotlib.ticker import LogLocator, PercentFormatter
 
     rows = training_rows(found)
-    colors = colors_of(name for one in rows.values() for name in one)
+    names = list(dict.fromkeys(name for one in rows.values() for name in one))
+    colors = colors_of(names)
     panels = [("million tokens", FVU), ("seconds", FVU), ("million tokens", NEVER)]
     if not any(map(has_seconds, rows.values())):
         del panels[1]
@@ -170,7 +175,7 @@ def plot_training(figure: Any, found: dict[str, Any]) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(visible=True, which="both", alpha=0.3)
-    for name in dict.fromkeys(name for one in rows.values() for name in one):
+    for name in names:
         during, finished = points(found, rows, name)
         marked = style(name, colors)
         line, dots = ({"color": marked["color"], "linestyle": kind} for kind in "-:")
@@ -181,7 +186,7 @@ def plot_training(figure: Any, found: dict[str, Any]) -> None:
         for axes, (x, y) in zip(figure.axes, panels, strict=True):
             for some, look in drawn:
                 axes.plot(*([row.get(key, math.nan) for row in some] for key in (x, y)), **look)
-    legend(figure, colors, 6)
+    legend(figure, names, 6)
 
 
 LINES = (
@@ -206,12 +211,17 @@ def points(found: dict[str, Any], rows: dict[str, Rows], name: str) -> tuple[Poi
     return [placed(row) for row in curve if row["step"] < longest], [*map(placed, own)]
 
 
-def legend(figure: Any, colors: dict[str, str], columns: int) -> None:
+def legend(figure: Any, names: list[str], columns: int) -> None:
+    """The trainers' colors, and what the markers of their variants mean."""
     from matplotlib.lines import Line2D
 
-    swatches = [Line2D([], [], marker="s", linestyle="", color=color) for color in colors.values()]
-    title = "hollow: fastsae.accelerate; squares: Adam"
-    figure.legend(swatches, list(colors), loc="outside lower center", ncols=columns, title=title)
+    colors = colors_of(names)
+    dots = [Line2D([], [], marker="o", linestyle="", color=color) for color in colors.values()]
+    meanings = {"hollow: fastsae.accelerate": FAST, "squares: Adam": ADAM}
+    title = "; ".join(text for text, part in meanings.items() if any(part in n for n in names))
+    figure.legend(
+        dots, list(colors), loc="outside lower center", ncols=columns, title=title or None
+    )
 
 
 def colors_of(names: Iterable[str]) -> dict[str, str]:
@@ -221,12 +231,12 @@ def colors_of(names: Iterable[str]) -> dict[str, str]:
 
 def plain(name: str) -> str:
     """The trainer's name without its variant: trainers share a color, variants have markers."""
-    return name.removesuffix(FAST).removesuffix(", Adam")
+    return name.removesuffix(FAST).removesuffix(ADAM)
 
 
 def style(name: str, colors: dict[str, str]) -> dict[str, Any]:
     """How a contender is drawn; its marker shows the variant."""
-    hollow, adam = name.endswith(FAST), ", Adam" in name
+    hollow, adam = name.endswith(FAST), ADAM in name
     return {
         "marker": "s" if adam else "o",
         "linestyle": "",
