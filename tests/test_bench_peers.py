@@ -358,21 +358,11 @@ def test_the_interval_holds_the_median():
     assert accelerate.narrow(1.96, 2.04) and not accelerate.narrow(1.9, 2.1)
 
 
-SLOWER = {("SAELens Standard, inference", phase) for phase in ("start", "middle")}
-"""Rows that miss the aim of at least 0.97 times the library's speed, as docs/benchmarks.md says."""
-
-
-def test_the_committed_comparison_of_classes_is_whole():
+def test_the_committed_comparison_of_classes_is_whole_and_none_is_slower():
     for path in record.RESULTS.glob("accelerate-*.json"):
         results = json.loads(path.read_text())
         size = parse_shape(accelerate.SHAPE)
         rows = {name: results[accelerate.key_of(name, size)]["phases"] for name in SUBJECTS}
         assert all(found.keys() == PHASES.keys() for found in rows.values())
         assert accelerate.table(rows).count("x, ") == len(SUBJECTS) * len(PHASES)
-        slower = {
-            (name, phase)
-            for name, found in rows.items()
-            for phase, row in found.items()
-            if row["ratio"] < 0.97
-        }
-        assert slower == SLOWER
+        assert all(row["ratio"] >= 0.97 for found in rows.values() for row in found.values())
