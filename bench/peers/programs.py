@@ -1,9 +1,11 @@
-"""Times whole training programs of other libraries after `fastsae.accelerate`, and as they are.
+"""Compares whole training programs of other libraries before and after `fastsae.accelerate`.
 
 SAELens' LanguageModelSAETrainingRunner and the command of sparsify train on the activations of a
 tiny transformer with random weights, dictionary_learning's trainSAE on Gaussian ones, so that most
-of the time is the SAE's. In each round, both programs train the same SAE on the same
-batches; their times are of all processor cores, with loading and saving. FVU is on held-out tokens.
+of the time is the SAE's. In each round, both programs train the same SAE on the same batches. Times
+are of all processor cores, with loading and saving, without imports; use OMP_NUM_THREADS=1, as
+waiting threads count. FVU is on held-out tokens. With its option --exact-compat, sparsify's
+gradients are its own, otherwise the true ones.
 
 Results go to bench/results/programs-MAKER.json. Installation as for `python -m bench peers`.
 """
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from runpy import run_module
 from statistics import median
@@ -70,7 +73,7 @@ class Trained(NamedTuple):
     heldout: Tensor
 
 
-def run_sae_lens(folder: Path, work: Work, accelerate: bool) -> Trained:
+def run_sae_lens(folder: Path, work: Work, accelerate: bool, kind: str = "TopK") -> Trained:
     """LanguageModelSAETrainingRunner, as its tutorial uses it."""
     library, lens = import_module("sae_lens"), import_module("transformer_lens")
     data = import_module("datasets").Dataset.from_dict({"tokens": work.texts()})
@@ -89,7 +92,9 @@ def run_sae_lens(folder: Path, work: Work, accelerate: bool) -> Trained:
     )
     hook = "blocks.0.hook_resid_post"
     cfg = library.LanguageModelSAERunnerConfig(
-        sae=library.TopKTrainingSAEConfig(d_in=work.d_in, d_sae=work.d_sae, k=work.k),
+        sae=getattr(library, f"{kind}TrainingSAEConfig")(
+            d_in=work.d_in, d_sae=work.d_sae, k=work.k
+        ),
         hook_name=hook,
         is_dataset_tokenized=True,
         prepend_bos=False,
@@ -114,27 +119,29 @@ def run_sae_lens(folder: Path, work: Work, accelerate: bool) -> Trained:
     return Trained(folder, cache[hook].flatten(0, 1))
 
 
-def run_dictionary_learning(folder: Path, work: Work, accelerate: bool) -> Trained:
-    """trainSAE, on batches of activations."""
-    trainers = import_module("dictionary_learning.trainers.top_k")
+def run_dictionary_learning(
+    folder: Path, work: Work, accelerate: bool, trainer: str = "top_k.TopKTrainer"
+) -> Trained:
+    """trainSAE, on batches of activations, with one of the library's trainers."""
+    module, _, name = trainer.partition(".")
+    trainers = import_module(f"dictionary_learning.trainers.{module}")
     training = import_module("dictionary_learning.training")
     generator = torch.Generator().manual_seed(3)
     *batches, heldout = (
         torch.randn(work.tokens, work.d_in, generator=generator) for _ in range(work.steps + 1)
     )
-    settings = {"trainer": trainers.TopKTrainer, "activation_dim": work.d_in, "k": work.k}
+    settings = {"trainer": getattr(trainers, name), "activation_dim": work.d_in, "seed": 0}
     settings |= {"dict_size": work.d_sae, "steps": work.steps, "lr": work.lr, "warmup_steps": 1}
-    settings |= {"layer": 0, "lm_name": "none", "device": "cpu", "seed": 0}
+    settings |= {"layer": 0, "lm_name": "none", "device": "cpu"}
+    settings |= {"k": work.k} if "TopK" in name else {"sparsity_warmup_steps": 2}
     with fastsae.accelerate("dictionary_learning") if accelerate else nullcontext():
         training.trainSAE(batches, [settings], work.steps, save_dir=str(folder), device="cpu")
     return Trained(folder / "trainer_0", heldout)
 
 
-def run_sparsify(folder: Path, work: Work, accelerate: bool) -> Trained:
-    """`python -m sparsify`, or `python -m fastsae.dropin sparsify -m sparsify`, with the library's
-    own gradients. The command has no option for a CPU."""
-    if not torch.cuda.is_available():
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+def run_sparsify(folder: Path, work: Work, accelerate: bool, exact: bool = False) -> Trained:
+    """`python -m sparsify`, or `python -m fastsae.dropin sparsify -m sparsify`, if `exact` with the
+    library's own gradients. The command has no option for a CPU."""
     datasets, transformers = import_module("datasets"), import_module("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -143,28 +150,32 @@ def run_sparsify(folder: Path, work: Work, accelerate: bool) -> Trained:
     model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(folder / "model")
     datasets.Dataset.from_dict({"input_ids": work.texts()}).save_to_disk(folder / "data")
-    words = ["-m", "sparsify", str(folder / "model"), str(folder / "data")]
-    words += ["--num_latents", str(work.d_sae), "--k", str(work.k), "--ctx_len", str(CONTEXT)]
-    words += ["--batch_size", str(work.tokens // CONTEXT), "--save_dir", str(folder)]
-    words += ["--hookpoints", "h.0", "--log_to_wandb", "False", "--auxk_alpha", "0.03"]
-    words += ["--max_examples", str(work.steps * work.tokens // CONTEXT)]
-    words += ["--optimizer", "adam", "--lr", str(work.lr)]
+    argv = ["sparsify", str(folder / "model"), str(folder / "data")]
+    argv += ["--num_latents", str(work.d_sae), "--k", str(work.k), "--ctx_len", str(CONTEXT)]
+    argv += ["--batch_size", str(work.tokens // CONTEXT), "--save_dir", str(folder)]
+    argv += ["--hookpoints", "h.0", "--log_to_wandb", "False", "--auxk_alpha", "0.03"]
+    argv += ["--max_examples", str(work.steps * work.tokens // CONTEXT)]
+    argv += ["--optimizer", "adam", "--lr", str(work.lr)]
     load = transformers.AutoModel.from_pretrained
 
     def on_cpu(*arguments: Any, **settings: Any) -> Any:
         return load(*arguments, **settings | {"device_map": {"": "cpu"}})
 
-    given = ["", "--exact-compat", "sparsify", *words] if accelerate else words[1:]
+    if accelerate:
+        argv = ["", *["--exact-compat"] * exact, "sparsify", "-m", *argv]
+    # In Triton's interpreter, sparsify's decode reads weights in the wrong order.
+    triton = {} if torch.cuda.is_available() else {"SPARSIFY_DISABLE_TRITON": "1"}
     torch.manual_seed(0)
     with (
+        patch.dict(os.environ, triton),
         patch.object(transformers.AutoModel, "from_pretrained", on_cpu),
-        patch.object(sys, "argv", given),
+        patch.object(sys, "argv", argv),
     ):
         if accelerate:
             run_accelerated()
         else:
             run_module("sparsify", run_name="__main__", alter_sys=True)
-    with torch.no_grad():
+    with torch.no_grad():  # the last of the hidden states would be normalized
         states = model.eval()(work.heldout(), output_hidden_states=True).hidden_states
     return Trained(folder / "unnamed" / "h.0", states[1].flatten(0, 1))
 
@@ -174,13 +185,16 @@ PROGRAMS: dict[str, Program] = {
     "sae_lens": run_sae_lens,
     "dictionary_learning": run_dictionary_learning,
     "sparsify": run_sparsify,
+    "sparsify --exact-compat": partial(run_sparsify, exact=True),
 }
-"""The program of each library."""
+PACKAGES = {"sae_lens": "sae-lens", "sparsify": "eai-sparsify"}
+PACKAGES["dictionary_learning"] = "dictionary-learning"
+"""The distributions of libraries."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--libraries", nargs="+", help="whose programs to run (default: all)")
+    add("--programs", nargs="+", help="which to run, as in the results (default: all)")
     add("--shape", default=SHAPE, help=f"a letter, or tokens,d_in,d_sae,k (default: {SHAPE})")
     add("--steps", type=int, default=60, help="steps of training (default: 60)")
     add("--rounds", type=int, default=5, help="rounds of two runs each (default: 5)")
@@ -188,43 +202,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure, record and print."""
-    check_names("libraries", arguments.libraries, PROGRAMS)
+    check_names("programs", arguments.programs, PROGRAMS)
     work = Work(*parse_shape(arguments.shape), arguments.steps)
-    keep_freed_memory()
+    keep_freed_memory()  # as fastsae's trainer does; it helps the libraries as well
     rows = {}
-    for name in arguments.libraries or PROGRAMS:
+    for name in arguments.programs or PROGRAMS:
         rows[name] = record.attempt(partial(compare, PROGRAMS[name], work, arguments.rounds))
-        record.write(f"programs-{record.machine()}", {name: rows[name]})
-    print(
-        record.markdown(
-            ["", "library", "accelerated", "ratio", "held-out FVU"], map(cells, rows, rows.values())
-        )
-    )
+        versions = {package: version(package) for package in (PACKAGES[name.split()[0]],)}
+        found = {"versions": versions, "rounds": arguments.rounds, **rows[name]}
+        record.write(f"programs-{record.machine()}", {name: found})
+    titles = ["", "library", "accelerated", "ratio", "held-out FVU"]
+    print(record.markdown(titles, map(cells, rows, rows.values())))
 
 
 def compare(program: Program, work: Work, rounds: int) -> dict[str, Any]:
     """Seconds of all processor cores, the median of the rounds' ratios, and the FVU of both SAEs.
 
-    A round before the first is for imports and warm-up. Whichever was first is second in the next.
+    A round before the first is for imports and warm-up. Which of the two is first alternates.
     """
     times: dict[bool, list[float]] = {False: [], True: []}
-    error: dict[bool, float] = {}
+    fvus: dict[bool, float] = {}
     for number in range(-1, rounds):
         for accelerate in (False, True) if number % 2 else (True, False):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.process_time()
                 trained = program(Path(folder), work, accelerate)
                 took = time.process_time() - start
-                error[accelerate] = fvu(trained)
+                fvus[accelerate] = fvu(trained)
             if number >= 0:
                 times[accelerate].append(took)
     ratios = [before / after for before, after in zip(times[False], times[True], strict=True)]
     return {
         **work._asdict(),
-        "library": {"cpu s": summary(times[False]), "FVU": round(error[False], 4)},
-        "accelerated": {"cpu s": summary(times[True]), "FVU": round(error[True], 4)},
+        "library": {"cpu s": summary(times[False]), "FVU": round(fvus[False], 4)},
+        "accelerated": {"cpu s": summary(times[True]), "FVU": round(fvus[True], 4)},
         "ratio": round(median(ratios), 3),
-        "of rounds": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ratio range": [round(min(ratios), 3), round(max(ratios), 3)],
     }
 
 
@@ -232,15 +245,15 @@ def compare(program: Program, work: Work, rounds: int) -> dict[str, Any]:
 def fvu(trained: Trained) -> float:
     """Held-out fraction of variance unexplained of the SAE that a program saved."""
     x = trained.heldout
-    error = fastsae.load(trained.folder)(x) - x
-    return float(error.square().sum() / (x - x.mean(0)).square().sum())
+    residual = fastsae.load(trained.folder)(x) - x
+    return float(residual.square().sum() / (x - x.mean(0)).square().sum())
 
 
 def cells(name: str, row: dict[str, Any]) -> list[object]:
     if "error" in row:
         return [name, row["error"], "", "", ""]
     before, after = row["library"], row["accelerated"]
-    low, high = row["of rounds"]
+    low, high = row["ratio range"]
     seconds = [f"{one['cpu s']['median']:.1f} s" for one in (before, after)]
-    error = f"{before['FVU']:.4f} / {after['FVU']:.4f}"
-    return [name, *seconds, f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", error]
+    ratio, fvus = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", (before["FVU"], after["FVU"])
+    return [name, *seconds, ratio, "{:.4f} / {:.4f}".format(*fvus)]

@@ -217,8 +217,8 @@ def legend(figure: Any, names: list[str], columns: int) -> None:
 
     colors = colors_of(names)
     dots = [Line2D([], [], marker="o", linestyle="", color=color) for color in colors.values()]
-    meanings = {"hollow: fastsae.accelerate": FAST, "squares: Adam": ADAM}
-    title = "; ".join(text for text, part in meanings.items() if any(part in n for n in names))
+    meanings = {"hollow: fastsae.accelerate": accelerated, "squares: Adam": with_adam}
+    title = "; ".join(text for text, test in meanings.items() if any(map(test, names)))
     figure.legend(
         dots, list(colors), loc="outside lower center", ncols=columns, title=title or None
     )
@@ -234,14 +234,21 @@ def plain(name: str) -> str:
     return name.removesuffix(FAST).removesuffix(ADAM)
 
 
+def accelerated(name: str) -> bool:
+    return name.endswith(FAST)
+
+
+def with_adam(name: str) -> bool:
+    return name.removesuffix(FAST).endswith(ADAM)
+
+
 def style(name: str, colors: dict[str, str]) -> dict[str, Any]:
     """How a contender is drawn; its marker shows the variant."""
-    hollow, adam = name.endswith(FAST), ADAM in name
     return {
-        "marker": "s" if adam else "o",
+        "marker": "s" if with_adam(name) else "o",
         "linestyle": "",
         "color": colors[plain(name)],
-        "fillstyle": "none" if hollow else "full",
+        "fillstyle": "none" if accelerated(name) else "full",
         "markersize": 8,
         "markeredgewidth": 2,
     }

@@ -1,5 +1,6 @@
 """The cards of a report, one for each latent that is shown."""
 
+from functools import cache
 from typing import Any
 
 from fastsae.nn import SAE
@@ -27,12 +28,14 @@ def make_cards(sae: SAE, evidence: Evidence, strings: Strings, seed: int) -> lis
         strings=strings,
         seed=seed,
     )
+
+    @cache
+    def main_tokens(latent: int) -> list[int]:
+        return [token for token, *_ in shown.tokens(latent, NEIGHBOR_TOKENS)]
+
     cards = [{"id": latent, **shown.card(latent)} for latent in latents.tolist()]
     for card, near in zip(cards, neighbors(sae, latents), strict=True):
-        card["near"] = [
-            [latent, cosine, [token for token, *_ in shown.tokens(latent, NEIGHBOR_TOKENS)]]
-            for latent, cosine in near
-        ]
+        card["near"] = [[other, cosine, main_tokens(other)] for other, cosine in near]
     if (cosines := encoder_decoder_cosines(sae, latents)) is not None:
         for card, cosine in zip(cards, cosines.tolist(), strict=True):
             card["cosine"] = number(cosine)

@@ -15,6 +15,7 @@ from fastsae.cli import run
 from fastsae.data import ActivationArray, Contexts, Joined
 from fastsae.interop import load, save
 from fastsae.report import ReportConfig, Subject, write_comparison, write_report
+from fastsae.report.cards import NEIGHBOR_TOKENS
 from fastsae.report.report import names_of
 from fastsae.report.subject import published_text
 from fastsae.report.text import visible
@@ -52,7 +53,7 @@ def test_every_kind_of_sae_has_a_report(name, tmp_path):
         assert any(tokens for _, _, tokens in card["near"])
         for near, _, tokens in card["near"]:
             if near in cards:
-                assert tokens == [token for token, *_ in cards[near]["tokens"][:2]]
+                assert tokens == [token for token, *_ in cards[near]["tokens"][:NEIGHBOR_TOKENS]]
         assert ("cosine" in card) == (sae.d_out is None)
         assert len(card.get("norms", [])) == (sae.layers if sae.layers > 1 else 0)
         assert card["tokens"] and card["top" if "top" in card else "low"]

@@ -109,15 +109,16 @@ class Card {
 
   near({ near = [] }) {
     const chip = ([id, cosine, tokens]) => {
-      const other = this.cards.has(id);
       const words = tokens.map((number) => this.token(number));
       const parts = [el('span', { text: id }), el('small', { text: digits(cosine) }), ...words];
-      const tip = other ? null : `No card in this report: --include ${id} makes one`;
-      const kind = other ? 'chip' : 'chip off';
-      const properties = { class: kind, 'data-tip': tip, href: other ? `#latent=${id}` : null };
-      return el(other ? 'a' : 'span', properties, ...parts);
+      if (this.cards.has(id)) return el('a', { class: 'chip', href: `#latent=${id}` }, ...parts);
+      const tip = `No card in this report: --include ${id} makes one`;
+      return el('span', { class: 'chip off', 'data-tip': tip }, ...parts);
     };
-    return near.length ? titled('Nearest decoder rows, with cosine and main tokens', near.map(chip)) : [];
+    const title = near.some(([, , tokens]) => tokens.length)
+      ? 'Nearest decoder rows, with cosine and main tokens'
+      : 'Nearest decoder rows, by cosine';
+    return near.length ? titled(title, near.map(chip)) : [];
   }
 
   contexts(one) {
