@@ -52,7 +52,8 @@ class Method(NamedTuple):
         """
         d_sae = round(self.expansion * d_in)
         size = f"--d-sae {d_sae} --steps {scale.steps} --batch-size {scale.batch_size}"
-        rate = f"--lr {factor * default_lr(d_sae, scale.steps)} --seed {seed} --data-seed 0"
+        lr = factor * default_lr(d_sae, scale.steps, scale.batch_size)
+        rate = f"--lr {lr} --seed {seed} --data-seed 0"
         rare = f"--log-every 50 --checkpoint-every {10 * scale.steps}"
         return read_train(f"{self.options} {size} {rate} {rare}".split()).config
 

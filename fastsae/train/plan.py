@@ -66,7 +66,7 @@ class Plan:
             device=device,
             step=step,
             encoder_precision=precision,
-            lr=optimizer.lr or default_lr(config.d_sae, steps),
+            lr=optimizer.lr or default_lr(config.d_sae, steps, config.batch_size),
             warmup=min(1000, steps // 20) if optimizer.warmup is None else optimizer.warmup,
             dead_after=dead_after,
             dead_every=max(1, dead_after // (100 * config.batch_size)),

@@ -203,9 +203,10 @@ def test_schedule():
     assert factors[90] == 0.5
     assert factors[-1] == 1 / 20
     assert schedule(0, 100, 0, 0.0) == 1
-    assert default_lr(2**14, 50_000) == 2e-4
-    assert default_lr(2**12, 10**6) == 4e-4
-    assert default_lr(2**12, 600) == 2e-3
+    assert default_lr(2**14, 50_000, 1024) == 2e-4
+    assert default_lr(2**12, 10**6, 4096) == 4e-4
+    assert default_lr(2**12, 600, 4096) == 2e-3
+    assert default_lr(2**12, 600, 256) == 1e-3
 
 
 def test_float32_fvu_at_a_real_size():
