@@ -40,8 +40,8 @@ class Optimizer:
     """Optimizer."""
 
     lr: float | None = None
-    """Peak learning rate (default: 2e-4 / sqrt(d_sae / 16384), up to 5 times that in runs shorter
-    than 50000 steps, less with batches of under 1024 tokens)."""
+    """Peak learning rate (default: 2e-4 / sqrt(d_sae / 16384), up to 5 times that in runs under
+    50000 steps, less with batches under 1024)."""
 
     warmup: int | None = None
     """Learning-rate warmup steps (default: 5% of the run, at most 1000)."""
