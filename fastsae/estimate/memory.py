@@ -36,8 +36,9 @@ SCATTERED, SCATTERED_MOST = 0.75, 64_000_000
 smaller tensors split the blocks that were freed in the last step, which are then too small for the
 next pre-activations."""
 
-SCATTERED_COPIES = 2.0
-"""The same for pre-activations in bf16 and copies of their operands (fitted), as a multiple."""
+SCATTERED_COPIES, PROVED = 1.2, 4.0
+"""The same for pre-activations in bf16 and copies of their operands (fitted), as a multiple; and
+batches that candidates, their proofs and what these leave free take (fitted)."""
 
 REVIVED = 10
 """Copies of a batch that the aux-k loss of a few dead latents takes (fitted)."""
@@ -150,7 +151,8 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     chunk = rows_at_a_time(x, w.own_latents, cpu_product().tokens)
     size = min(buffer_bytes(x.device), x.itemsize * chunk * w.own_latents)
     if w.bf16_candidates:
-        return int(SCATTERED_COPIES * (size + LOW * (w.own_latents + rows) * w.d_in))
+        copies = LOW * (w.own_latents + rows) * w.d_in
+        return int(SCATTERED_COPIES * (size + copies) + PROVED * FLOAT * rows * w.row_width)
     return size + min(int(SCATTERED * size), SCATTERED_MOST)
 
 

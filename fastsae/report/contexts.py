@@ -128,9 +128,9 @@ class Shown:
         }
 
     def tokens(self, latent: int, most: int = FRAMES) -> list[list[Any]]:
-        """Up to `most` tokens with most of a latent's activation, none without text: the string, its
-        share of the sum of activations, and on how many of its occurrences the latent is active.
-        """
+        """Up to `most` tokens with most of a latent's activation, none without text: the string,
+        its share of the sum of activations, and on how many of its occurrences the latent is
+        active."""
         if self.windows is None:
             return []
         places, values = self.firings.of(latent)

@@ -101,7 +101,7 @@ class Optimizer:
 
 
 def default_lr(d_sae: int, steps: int, batch_size: int) -> float:
-    """The field's rule for long runs, 2e-4 / sqrt(d_sae / 16384); more where time is short, and less
+    """The field's rule for long runs, 2e-4 / sqrt(d_sae / 16384); more where time is short, less
     for small batches.
 
     A run of under 50000 steps ends far from where it could at that rate; its rate is higher by
