@@ -36,7 +36,7 @@ SCATTERED, SCATTERED_MOST = 0.75, 64_000_000
 smaller tensors split the blocks that were freed in the last step, which are then too small for the
 next pre-activations."""
 
-SCATTERED_COPIES, PROVED = 1.2, 4.0
+SCATTERED_COPIES, PROVED = 1.4, 4.0
 """The same for pre-activations in bf16 and copies of their operands (fitted), as a multiple; and
 batches that candidates, their proofs and what these leave free take (fitted)."""
 
