@@ -107,10 +107,21 @@ def test_latents_that_bfloat16_does_not_tell_apart(by):
 
 
 @each_by
+def test_tokens_with_few_positive_pre_activations(by):
+    """Fewer than candidates, and for some tokens than k."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 32, generator=generator) for n in (64, 512))
+    b = torch.full((512,), -13.0)
+    positive = (x @ W.T + b > 0).sum(1)
+    assert positive.min() < 4 < positive.max()
+    assert equal_to_reference(x, W, b, 4, by)
+
+
+@each_by
 def test_more_candidates_are_tried_before_fp32(by, monkeypatch):
     """In chunks of eight tokens, of which half need one or two more tries."""
     monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 8 * 300 * 2)
-    x, W, b = torch.zeros(40, 3), torch.zeros(300, 3), torch.zeros(300)
+    x, W, b = torch.zeros(40, 3), torch.zeros(300, 3), torch.full((300,), 0.25)
     x[0::4, 0], W[:100, 0] = 1, 1  # a hundred equal latents
     x[1::4, 1], W[:20, 1] = 1, 1  # twenty
     x[2::4, 2], x[3::4, 2], W[:, 2] = 1, -1, torch.arange(300) / 300
