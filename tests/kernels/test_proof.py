@@ -110,8 +110,8 @@ def test_latents_that_bfloat16_does_not_tell_apart(by):
 def test_tokens_with_few_positive_pre_activations(by):
     """Fewer than candidates, and for some tokens than k."""
     generator = torch.Generator().manual_seed(0)
-    x, W = (torch.randn(n, 32, generator=generator) for n in (64, 512))
-    b = torch.full((512,), -13.0)
+    x, W = (torch.randint(-3, 4, (n, 32), generator=generator).float() for n in (64, 512))
+    b = torch.full((512,), -52.0)
     positive = (x @ W.T + b > 0).sum(1)
     assert positive.min() < 4 < positive.max()
     assert equal_to_reference(x, W, b, 4, by)
