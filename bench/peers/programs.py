@@ -187,9 +187,12 @@ PROGRAMS: dict[str, Program] = {
     "sparsify": run_sparsify,
     "sparsify --exact-compat": partial(run_sparsify, exact=True),
 }
-PACKAGES = {"sae_lens": "sae-lens", "sparsify": "eai-sparsify"}
-PACKAGES["dictionary_learning"] = "dictionary-learning"
-"""The distributions of libraries."""
+PACKAGES = {
+    "sae_lens": "sae-lens",
+    "dictionary_learning": "dictionary-learning",
+    "sparsify": "eai-sparsify",
+}
+"""What pip calls each library."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,12 +210,17 @@ def bench(arguments: argparse.Namespace) -> None:
     keep_freed_memory()  # as fastsae's trainer does; it helps the libraries as well
     rows = {}
     for name in arguments.programs or PROGRAMS:
-        rows[name] = record.attempt(partial(compare, PROGRAMS[name], work, arguments.rounds))
-        versions = {package: version(package) for package in (PACKAGES[name.split()[0]],)}
-        found = {"versions": versions, "rounds": arguments.rounds, **rows[name]}
-        record.write(f"programs-{record.machine()}", {name: found})
+        rows[name] = record.attempt(partial(measure, name, work, arguments.rounds))
+        record.write(f"programs-{record.machine()}", {name: rows[name]})
     titles = ["", "library", "accelerated", "ratio", "held-out FVU"]
     print(record.markdown(titles, map(cells, rows, rows.values())))
+
+
+def measure(name: str, work: Work, rounds: int) -> dict[str, Any]:
+    """A program's comparison, with its library's version."""
+    package = PACKAGES[name.split()[0]]
+    about = {"versions": {package: version(package)}, "rounds": rounds}
+    return about | compare(PROGRAMS[name], work, rounds)
 
 
 def compare(program: Program, work: Work, rounds: int) -> dict[str, Any]:

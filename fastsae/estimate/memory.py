@@ -19,9 +19,9 @@ from .workload import Workload
 FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
-# `bench plan` checks LOADED, and SCATTERED or SCATTERED_COPIES: its runs need most in a step, and
-# no latent is dead. The other factors were fitted once, to runs that need most at their start or
-# end or have dead latents; no benchmark checks them.
+# `bench plan` checks LOADED, and SCATTERED or, with candidates in bfloat16, SCATTERED_COPIES and
+# PROVED: its runs need most in a step, and no latent is dead. The other factors were fitted once,
+# to runs that need most at their start or end or have dead latents; no benchmark checks them.
 
 COPIES, COVARIANCES, BESIDES = 8, 6, 40_000_000
 """Of evaluated tokens and of their covariances in float64 that exist at the same time, and bytes of
@@ -37,8 +37,8 @@ smaller tensors split the blocks that were freed in the last step, which are the
 next pre-activations."""
 
 SCATTERED_COPIES, PROVED = 1.4, 4.0
-"""The same for pre-activations in bf16 and copies of their operands (fitted), as a multiple; and
-batches that candidates, their proofs and what these leave free take (fitted)."""
+"""For candidates in bf16: what counts instead of 1 + SCATTERED, of pre-activations and the copies
+of their operands; and batches whose memory candidates and their proofs take (both fitted)."""
 
 REVIVED = 10
 """Copies of a batch that the aux-k loss of a few dead latents takes (fitted)."""

@@ -11,7 +11,9 @@ for rounding to bfloat16 and gamma for what rounding can change two fp32 sums of
       + max_f |b[f] - low(b[f])| + gamma max_f |b[f]| + 2^-8 |a|
 
 For tokens where that does not hold, more candidates are tried. On processors with bfloat16
-instructions this is faster than the fp32 GEMM. For by="abs", pre-activations are magnitudes.
+instructions this is faster than the fp32 GEMM. For by="abs", pre-activations are magnitudes; for
+by="value", negative ones in bfloat16 count as 0, so a token with fewer than k positive ones has no
+proof.
 Shapes: N tokens, K kept, C candidates per token, F latents, D model width; all float32.
 """
 
@@ -123,7 +125,9 @@ def proofs_are_likely(x: Tensor, W: Tensor, norm: Tensor, b: Tensor, k: int, by:
     """
     x, k = x[:: max(len(x) // PROBED, 1)].contiguous(), max(k // PART, 1)
     pre = product(x, W[::PART].contiguous(), b[::PART].contiguous())
-    rank = (pre.abs_() if by == "abs" else pre).topk(min(ROUNDS[0] * k, pre.shape[1])).values
+    rank = (
+        (pre.abs_() if by == "abs" else pre.relu_()).topk(min(ROUNDS[0] * k, pre.shape[1])).values
+    )
     gap, last = rank[:, k - 1] - rank[:, -1], rank[:, -1].abs()
     error = 2 * USUAL_ERROR * UNIT + sums_error(x.shape[1])
     bound = error * norm * norms(x) + bias_error(b) + UNIT * last
@@ -145,8 +149,7 @@ def select_proved(
     for start in range(0, N, chunk):
         rows: slice | Tensor = slice(start, min(start + chunk, N))
         pre = product(low[rows], W_low.rows, low_b)
-        # Order among negative numbers takes several times as long to find, and the bound holds
-        # for 0 as well.
+        # Candidates among negative numbers would take several times as long to find.
         pre = pre.abs_() if by == "abs" else pre.relu_()
         for times in ROUNDS:
             found = torch.empty(len(pre), min(max(times * k, k + LEAST), F), dtype=torch.int64)
