@@ -65,8 +65,11 @@ def shell_output(command: str) -> str:
 
 
 def machine(device: str = "cpu") -> str:
-    """The suffix of result files: cuda, or the CPU's vendor."""
-    return device if device == "cuda" else processor()[0].lower()
+    """The suffix of result files: cuda, or the CPU's vendor, with "-avx2" if it lacks AVX-512."""
+    if device == "cuda":
+        return device
+    maker, instructions = processor()
+    return maker.lower() + "-avx2" * (instructions == "avx2")
 
 
 def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") -> Path:

@@ -6,9 +6,9 @@ bandwidth of a copy. On CPUs with bfloat16 instructions, fastsae can be below it
 active latents with a bfloat16 GEMM. All contenders take turns. The table shows milliseconds,
 multiples of the floor, and peak memory including imports. Shapes are in bench/problem.py.
 
-Results go to bench/results/step-amd.json or step-intel.json. The line printed before that is this
-processor's entry for CPU_PRODUCTS in kernels/fastsae_kernels/product.py: the GEMM whose fp32 steps
-are fastest.
+Results go to bench/results/step-intel.json, or that of another machine. The line printed before
+that is this processor's entry for CPU_PRODUCTS in kernels/fastsae_kernels/product.py: the GEMM
+whose fp32 steps are fastest.
 """
 
 import argparse

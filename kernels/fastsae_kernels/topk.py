@@ -89,12 +89,14 @@ def _largest(pre: Tensor, k: int, by: By, ordered: bool = False) -> Tensor:
 def _largest_any(pre: Tensor, k: int, by: By) -> Tensor:
     """_largest, but NaN may count as a negative number."""
     if by == "value" and pre.itemsize == 2:
-        # Maxima of integers take a third of the time. Negative numbers are in reverse order, which
-        # does not matter if none is among the largest.
+        # Maxima of integers take a third of the time. Negative numbers are in reverse order: rows
+        # where one is among the largest are searched again.
         bits = pre.view(torch.int16)
         found = _largest(bits, k, by)
-        if not found.numel() or bits.gather(1, found).amin() >= 0:
-            return found
+        rows = (bits.gather(1, found) < 0).any(1).nonzero()[:, 0]
+        if len(rows):
+            found[rows] = _largest(pre[rows], k, by)
+        return found
     return _largest(pre, k, by)
 
 
@@ -107,7 +109,9 @@ def largest_in_columns(pre: Tensor, k: int) -> Tensor:
     if pre.itemsize == 2:
         bits = pre.view(torch.int16)  # as in _largest_any
         found = _columns(bits, k)
-        if not found.numel() or bits.gather(0, found.t()).amin() >= 0:
+        columns = (bits.gather(0, found.t()) < 0).any(0).nonzero()[:, 0]
+        if 2 * len(columns) <= pre.shape[1]:
+            found[columns] = _columns(pre.index_select(1, columns), k)
             return found
     return _columns(pre, k)
 
@@ -135,14 +139,11 @@ def _best(rank: Tensor, k: int, ordered: bool) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32}.get(rank.itemsize)
     if integer is None or (rank.is_floating_point() and rank.sum().isnan()):
         return rank.topk(k, sorted=ordered).indices
-    # Comparing bits as integers takes two thirds of the time. It reverses the order of negative
-    # numbers; if any of these is among the best, their bits are flipped for a second try.
+    # Comparing bits as integers takes two thirds of the time. Bits of negative numbers are flipped,
+    # because their order is reversed.
     bits = rank.contiguous().view(integer)
-    best = bits.topk(k, sorted=ordered)
-    if best.values.amin() < 0:
-        sign = bits >> (8 * rank.itemsize - 1)
-        best = (bits ^ (sign & torch.iinfo(integer).max)).topk(k, sorted=ordered)
-    return best.indices
+    flipped = (bits >> (8 * rank.itemsize - 1)).bitwise_and_(torch.iinfo(integer).max)
+    return flipped.bitwise_xor_(bits).topk(k, sorted=ordered).indices
 
 
 def _lowest_of_equals(rank: Tensor, least: Tensor, k: int) -> Tensor:
