@@ -4,7 +4,7 @@ Each run trains at a shape for some steps on planted activations in a file, in a
 and leaves both in its summary.json. Columns: planned and measured milliseconds per step, planned
 and measured peak memory in MB beyond what the process had before, and the relative errors.
 
-Results go to bench/results/plan-amd.json or plan-intel.json.
+Results go to bench/results/plan-intel.json, or that of another machine.
 """
 
 import argparse

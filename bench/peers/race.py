@@ -9,9 +9,10 @@ Warm-ups are each library's own, but at most 1/20 of the run; results have the w
 Other settings are each library's own. An accelerated contender trains the same SAE as its library,
 up to rounding: its runs stand for the library's where it has none.
 
-Results go to bench/results/peers-{amd,intel,cuda}.json (variants-... with --variants), which keeps
-results of other shapes and data, and, if matplotlib is installed, to plots. Every training run is
-saved at once: the same command continues an interrupted one. One environment for all:
+Results go to bench/results/peers-intel.json, or that of another machine (variants-... with
+--variants), which keeps results of other shapes and data, and, if matplotlib is installed, to
+plots. Every training run is saved at once: the same command continues an interrupted one. One
+environment for all:
 
     pip install -c constraints.txt -e '.[demo,peers]' && pip uninstall torchvision
 

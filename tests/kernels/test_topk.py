@@ -57,6 +57,20 @@ def test_values_indices_and_gradient(device, shape, dtype, by):
 
 
 @each_by
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("F", "k"), [(37, 3), (1003, 5), (4096, 40), (40, 40)])
+def test_ties_to_any(F, k, dtype, by):
+    """Rows with many, exactly k, k - 1 and no positive entries."""
+    positive = torch.tensor([F // 2, k, k - 1, 0])[:, None]
+    pre = torch.stack([torch.randperm(F) for _ in range(4)]).where(torch.arange(F) < positive, 0)
+    pre = (pre + 1).where(torch.arange(F) < positive, -1 - torch.rand(4, F)).to(dtype)
+    pre = pre[:, torch.randperm(F)]
+    rank = pre.abs() if by == "abs" else pre
+    found = rank.gather(1, topk_indices(pre, k, by, ties="any"))
+    assert torch.equal(found.sort(1, descending=True).values, rank.topk(k).values)
+
+
+@each_by
 @pytest.mark.parametrize("kind", ["integers", "negative", "constant", "zeros", "block"])
 @pytest.mark.parametrize("F, k", [(33, 33), (3000, 20)])
 def test_ties_go_to_the_lowest_index(device, kind, F, k, by):
