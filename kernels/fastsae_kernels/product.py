@@ -35,7 +35,6 @@ INSTRUCTIONS = "avx512_f", "avx2"
 
 CPU_PRODUCTS: dict[tuple[str, str], CpuProduct] = {
     ("AMD", "avx512_f"): CpuProduct("onednn", 256),
-    ("AMD", "avx2"): CpuProduct("onednn", 1024),
     ("Intel", "avx512_f"): CpuProduct("mkl", 1024),
 }
 """By vendor and the first of INSTRUCTIONS that the processor supports."""
