@@ -19,7 +19,7 @@ from .workload import Workload
 FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
-# `bench plan` checks LOADED, and SCATTERED or, with candidates in bfloat16, SCATTERED_COPIES and
+# `bench plan` checks LOADED, and SCATTERED and SELECTED or, with candidates in bfloat16, SCATTERED_COPIES and
 # PROVED: its runs need most in a step, and no latent is dead. The other factors were fitted once,
 # to runs that need most at their start or end or have dead latents; no benchmark checks them.
 
@@ -35,6 +35,9 @@ SCATTERED, SCATTERED_MOST = 0.75, 64_000_000
 """Fraction of the pre-activations' memory that is added to it, and its limit in bytes (fitted):
 smaller tensors split the blocks that were freed in the last step, which are then too small for the
 next pre-activations."""
+
+SELECTED = 12_000_000
+"""Bytes that selecting from fp32 pre-activations takes on a CPU (fitted)."""
 
 SCATTERED_COPIES, PROVED = 1.4, 4.0
 """For candidates in bf16: what counts instead of 1 + SCATTERED, of pre-activations and the copies
@@ -153,7 +156,7 @@ def pre_bytes(w: Workload, gpu_bytes: int | float) -> int:
     if w.bf16_candidates:
         copies = LOW * (w.own_latents + rows) * w.d_in
         return int(SCATTERED_COPIES * (size + copies) + PROVED * FLOAT * rows * w.row_width)
-    return size + min(int(SCATTERED * size), SCATTERED_MOST)
+    return size + min(int(SCATTERED * size), SCATTERED_MOST) + SELECTED
 
 
 def code_bytes(w: Workload) -> int:
