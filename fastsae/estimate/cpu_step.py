@@ -78,7 +78,7 @@ class Sample(NamedTuple):
             generator,
             normal(w.tokens // w.axes.data, w.d_in, generator),
             normal(rows, w.d_in, generator),
-            torch.zeros(min(all_bytes, TABLE_BYTES) // 4),
+            torch.ones(min(all_bytes, TABLE_BYTES) // 4),
         )
 
 

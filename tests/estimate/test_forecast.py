@@ -182,7 +182,8 @@ def test_no_part_is_timed_on_what_was_read_into_the_caches_before(monkeypatch):
 
     monkeypatch.setattr(cpu_step, "timed", noted)
     cpu_step_seconds(CPU)
-    assert sizes == 3 * [CPU.latents * CPU.d_in]  # before all but the encoder
+    # before all but the encoder: weights with two moments, and four batches
+    assert sizes == 3 * [3 * CPU.entries + 4 * CPU.tokens * CPU.row_width]
 
 
 def test_sizes_are_readable():
