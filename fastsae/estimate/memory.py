@@ -20,7 +20,7 @@ FLOAT, INT, LOW = 4, 8, 2
 """Bytes of a number in fp32, int64 and bf16."""
 
 # `bench plan` checks LOADED, and SCATTERED and SELECTED or, with candidates in bfloat16,
-# SCATTERED_COPIES and PROVED: its runs need most in a step, and no latent is dead. The other factors
+# SCATTERED_COPIES and PROVED: its runs need most in a step, and no latent is dead. Other factors
 # were fitted once, to runs that need most at their start or end or have dead latents; no benchmark
 # checks them.
 

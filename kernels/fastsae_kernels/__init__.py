@@ -28,7 +28,6 @@ from .encode import straight_through as straight_through
 from .encode_above import Ragged as Ragged
 from .encode_above import encode_above
 from .encode_above import in_rows as in_rows
-from .encode_above import list_above as list_above
 from .encode_decode import encode_decode
 from .float8 import float8_pays as float8_pays
 from .float8 import quantize_rows as quantize_rows
@@ -38,6 +37,7 @@ from .int8 import quantize_int8 as quantize_int8
 from .int8 import why_not_int8 as why_not_int8
 from .jumprelu import jumprelu, jumprelu_l0
 from .latent_major import latent_major as latent_major
+from .listing import list_above as list_above
 from .loss import squared_error
 from .product import has_bf16 as has_bf16
 from .proof import bfloat16_pays as bfloat16_pays

@@ -56,7 +56,7 @@ def _fuses_maxima(x: Tensor, F: int, k: int) -> bool:
     return ENCODER == "triton" or (wins and ENCODER is None)
 
 
-def _in_bfloat16(x: Tensor, W: Tensor, k: int) -> bool:
+def in_bfloat16(x: Tensor, W: Tensor, k: int) -> bool:
     """Whether a bfloat16 GEMM may find candidates, if these are proved to contain the k largest."""
     eligible = x.device.type == "cpu" and x.dtype == torch.float32 and not use_triton(x)
     return eligible and bfloat16_pays(len(x), len(W), k)
@@ -65,7 +65,7 @@ def _in_bfloat16(x: Tensor, W: Tensor, k: int) -> bool:
 def _select(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> tuple[Tensor, Tensor]:
     """Values and indices as of topk: [N, D], [F, D], [F] -> [N, K], [N, K]."""
     W = W.contiguous()
-    low = prepare(x, W, b, k, by) if _in_bfloat16(x, W, k) else None
+    low = prepare(x, W, b, k, by) if in_bfloat16(x, W, k) else None
     if low is None:
         return _select_directly(x, W, b, k, by)
     values, indices, left = select_proved(x, W, b, low, k, by)
@@ -292,7 +292,7 @@ def encode_topk_each(
     F = len(W_enc) // S
     for k, by in choices:
         check_choice(k, by, F)
-    if all(_in_bfloat16(x, W_enc[:F], k) for k, _ in choices):
+    if all(in_bfloat16(x, W_enc[:F], k) for k, _ in choices):
         parts = zip(W_enc.split(F), b_enc.split(F), choices, strict=True)
         return [_select(x, W, b, k, by) for W, b, (k, by) in parts]
     found = []

@@ -5,24 +5,22 @@
     encode_above(x, W_enc, b_enc, threshold, by="abs")  h where |h| > threshold
 
 For activations whose number of active latents varies from token to token. The GEMM runs over chunks
-of tokens as in encode.py. Each chunk becomes two flat lists, of its entries above the threshold and
-of their positions n F + f, in ascending order. On a GPU one pass over the chunk counts each row's
-entries, and a second one lists them. Finally, the lists become rows that are padded to the largest
+of tokens as in encode.py. Each chunk becomes two flat lists (listing.py), of its entries above the
+threshold and of their positions. Finally, the lists become rows that are padded to the largest
 count of the batch. topk_batch.py selects from the flat lists.
 Shapes: N tokens, F latents, D model width, K the largest count, M entries in all.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._launch import check_devices, use_triton, wide_dtype
+from ._launch import check_devices, wide_dtype
 from ._op import register
 from .encode import check_encoder, straight_through
-from .product import product, tokens_at_a_time
+from .listing import Listing
 from .topk import By, _rank
 
 
@@ -62,47 +60,7 @@ def encode_above_reference(
     return listed_reference(h, _rank(h, by).to(wide) > threshold)
 
 
-# --- torch path: what runs without a GPU ----------------------------------------------------
-
-
-def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
-    """Entries above the threshold and their positions."""
-    above = torch.zeros(-(-pre.numel() // 8) * 8, dtype=torch.bool)
-    torch.gt(_rank(pre, by), threshold, out=above[: pre.numel()].view(pre.shape))
-    # Few are true: test eight at a time, as one int64, then only the eights that are not all false.
-    eights = above.view(torch.int64)
-    some = eights.nonzero()[:, 0]
-    found = eights[some].view(torch.bool).view(len(some), 8).nonzero()
-    position = some[found[:, 0]].mul_(8).add_(found[:, 1])
-    return pre.flatten()[position], position
-
-
-# --- flat lists -----------------------------------------------------------------------------
-
-
-def products(x: Tensor, W: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Pre-activations, a chunk of tokens at a time: the position of the first, then [n, F].
-
-    The caller must delete each chunk before it asks for the next one: the budget is for one.
-    """
-    x, W, b = x.contiguous(), W.contiguous(), b.contiguous()  # oneDNN's operator ignores strides
-    chunk = tokens_at_a_time(x, len(W))
-    for start in range(0, len(x), chunk):
-        yield start * len(W), product(x[start : start + chunk], W, b)
-
-
-def list_above(pre: Tensor, threshold: Tensor, by: By) -> tuple[Tensor, Tensor]:
-    """Entries above the threshold and their positions: contiguous [N, F], [F] -> [M], [M].
-
-    Reading M waits for the GPU.
-    """
-    if not use_triton(pre):
-        return _list_torch(pre, threshold, by)
-    from ._encode_above_kernel import launch_count, launch_list
-
-    count = launch_count(pre, threshold, by)
-    end = count.cumsum(0)
-    return launch_list(pre, threshold, by, end - count, int(end[-1]))
+# --- rows -----------------------------------------------------------------------------------
 
 
 def in_rows(values: Tensor, position: Tensor, N: int, F: int) -> Ragged:
@@ -147,10 +105,9 @@ class _EncodeAbove(RaggedEncoder):
         x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, by: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         lists = [(x.new_empty(0), x.new_empty(0, dtype=torch.int64))]
-        for first, pre in products(x, W_enc, b_enc):
-            values, position = list_above(pre, threshold, by)
+        for first, above in Listing(x, W_enc, b_enc, by).chunks():
+            values, position = above(threshold)
             lists.append((values, position.add_(first)))
-            del pre
         values, position = (torch.cat(parts) for parts in zip(*lists, strict=True))
         return in_rows(values, position, len(x), len(W_enc))
 
@@ -180,7 +137,8 @@ def encode_above(
     in x, W_enc and b_enc, twice and more, through every entry that is listed.
 
     Costs 2 N F D FLOPs and, on a GPU, two reads of the pre-activations, of which no more than
-    FASTSAE_BUFFER_MB exist at a time. Sizes depend on the number of entries, so the host waits for
+    FASTSAE_BUFFER_MB exist at a time. On a CPU with bfloat16 instructions, the GEMM of float32
+    tensors is in bfloat16, and W_enc copied, where it pays; it changes nothing (listing.py). Sizes depend on the number of entries, so the host waits for
     a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
     """
     check_encoder(x, W_enc, b_enc, by)

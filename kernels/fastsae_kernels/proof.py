@@ -108,6 +108,12 @@ def prepare(x: Tensor, W: Tensor, b: Tensor, k: int, by: By) -> LowRows | None:
     norm = norms(W).amax()
     if CPU_BF16 is None and not proofs_are_likely(x, W, norm, b, k, by):
         return None
+    return low_rows(W, norm)
+
+
+def low_rows(W: Tensor, norm: Tensor | None = None) -> LowRows:
+    """W in bfloat16: [F, D] and, if known, the largest of its `norms`."""
+    norm = norms(W).amax() if norm is None else norm
     copy, errors = torch.empty_like(W, dtype=torch.bfloat16), []
     at_a_time = max(1, (4 << 20) // (4 * max(W.shape[1], 1)))  # what stays in the cache
     for w, low in zip(W.split(at_a_time), copy.split(at_a_time), strict=True):

@@ -55,13 +55,18 @@ def _gather_dot_torch(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         rows = zip(x.to(wide).split(64), indices.split(64), strict=True)
         return torch.cat([(W[i].to(wide) @ t[:, :, None])[:, :, 0] for t, i in rows]).to(x)
     start = torch.arange(0, N * K + 1, K, dtype=indices.dtype)
-    zeros = x.new_zeros(N * K)
+    return ragged_dots(x, start, indices.flatten(), W).view(N, K)
+
+
+def ragged_dots(x: Tensor, start: Tensor, latents: Tensor, W: Tensor) -> Tensor:
+    """Dot products of token n with the rows latents[start[n] : start[n + 1]] of W, distinct, on a
+    CPU: contiguous [N, D], [N + 1], [M], [F, D], of one wide dtype -> [M]. M must not be 0."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(
-            start, indices.flatten(), zeros, (N, F), check_invariants=False
+            start, latents, x.new_zeros(len(latents)), (len(x), len(W)), check_invariants=False
         )
-    return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values().view(N, K)
+    return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0.0).values()
 
 
 # --- autograd -------------------------------------------------------------------------------

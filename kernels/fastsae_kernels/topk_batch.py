@@ -15,6 +15,7 @@ Shapes: N tokens, F latents, D model width, K the largest count of a row, M entr
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,15 +24,8 @@ from torch.nn.functional import linear, pad
 from ._launch import check_shape, rows_at_a_time
 from ._op import register, register_constant
 from .encode import check_encoder
-from .encode_above import (
-    Ragged,
-    RaggedEncoder,
-    fake_rows,
-    in_rows,
-    list_above,
-    listed_reference,
-    products,
-)
+from .encode_above import Ragged, RaggedEncoder, fake_rows, in_rows, listed_reference
+from .listing import Listing, Lists, list_above
 from .product import product
 from .topk import By, _rank, check_by
 
@@ -68,8 +62,9 @@ def encode_topk_batch_reference(
 
 # --- the algorithm --------------------------------------------------------------------------
 
-Chunks = Iterable[tuple[int, Tensor]]
-"""Chunks of pre-activations: the position of the first entry, then contiguous [n, F]."""
+Chunks = Iterable[tuple[int, Callable[[Tensor], Lists]]]
+"""For each chunk of tokens the position of its first entry, and what lists entries above thresholds
+[F], as of Listing.chunks."""
 
 SAMPLE = 64
 """Rows that a guess is made from; up to twice as many."""
@@ -109,9 +104,8 @@ def _largest_above(
         like.shape[1:], guess, dtype=torch.promote_types(like.dtype, torch.float32),
         device=like.device,
     )  # fmt: skip
-    for first, pre in chunks:
-        more, places = list_above(pre, threshold, by)
-        del pre
+    for first, above in chunks:
+        more, places = above(threshold)
         values = torch.cat([values, more])
         position = torch.cat([position, places.add_(first)])
         if len(values) > 2 * k_total:
@@ -142,8 +136,8 @@ def _topk_batch(pre: Tensor, k_total: int, by: str) -> Tensor:
     pre, (N, F) = pre.contiguous(), pre.shape
     rows = rows_at_a_time(pre, F)
 
-    def chunks() -> Iterator[tuple[int, Tensor]]:
-        return ((n * F, pre[n : n + rows]) for n in range(0, N, rows))
+    def chunks() -> Chunks:
+        return ((n * F, partial(list_above, pre[n : n + rows], by=by)) for n in range(0, N, rows))
 
     def guesses() -> Iterator[float]:
         yield _guess(pre[:: max(N // SAMPLE, 1)], N, k_total, by)
@@ -179,7 +173,8 @@ class _EncodeTopkBatch(RaggedEncoder):
             yield 0.0
 
         like = x.new_empty(0, F)
-        chosen = _choose(lambda: products(x, W_enc, b_enc), guesses(), like, k_total, by)
+        listing = Listing(x, W_enc, b_enc, by, -(-k_total // max(N, 1)))
+        chosen = _choose(listing.chunks, guesses(), like, k_total, by)
         return in_rows(*chosen, N, F)
 
 
@@ -238,8 +233,9 @@ def encode_topk_batch(
     only: a value somewhat below that of the last batch saves sampling a few rows. 0 is no hint. If
     it is too high, the GEMM runs again; far too low, lists of entries take more memory.
 
-    Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time. The
-    host waits for a GPU a few times per chunk. ValueError for wrong shapes or dtypes, or unless
+    Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time. On a CPU
+    with bfloat16 instructions, the GEMM may be in bfloat16, as that of encode_above. The host waits
+    for a GPU a few times per chunk. ValueError for wrong shapes or dtypes, or unless
     0 <= k_total <= N F.
     """
     check_encoder(x, W_enc, b_enc, by)

@@ -1,0 +1,117 @@
+"""Flat lists of the pre-activations above a threshold, a chunk of tokens at a time.
+
+    values [M]      h where h > threshold, or where |h| > threshold for by="abs"
+    position [M]    n F + f of each, ascending
+
+On a GPU one pass over a chunk counts each row's entries, and a second one lists them. On a CPU with
+bfloat16 instructions, a bfloat16 GEMM lists what may be above the threshold, by the bound of
+proof.py on all rounding errors, and the fp32 pre-activations of these decide.
+Shapes: N tokens, M entries, F latents, D model width.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ._launch import use_triton
+from .encode import in_bfloat16
+from .product import product, tokens_at_a_time
+from .proof import UNIT, LowRows, low_rows, rounding_bound, sums_error
+from .sparse import ragged_dots
+from .topk import By, _rank
+
+SPARSE = 64
+"""Entries are rescored if they are at most one in so many; more would take longer than the GEMM."""
+
+Lists = tuple[Tensor, Tensor]
+"""Values and positions."""
+
+
+def list_above(pre: Tensor, threshold: Tensor, by: By) -> Lists:
+    """Entries above the threshold and their positions: contiguous [N, F], [F] -> [M], [M].
+
+    Reading M waits for the GPU.
+    """
+    if not use_triton(pre):
+        return _list_torch(pre, threshold, by)
+    from ._encode_above_kernel import launch_count, launch_list
+
+    count = launch_count(pre, threshold, by)
+    end = count.cumsum(0)
+    return launch_list(pre, threshold, by, end - count, int(end[-1]))
+
+
+def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> Lists:
+    position = _above(_rank(pre, by), threshold)
+    return pre.flatten()[position], position
+
+
+def _above(rank: Tensor, threshold: Tensor) -> Tensor:
+    """Positions of entries above the threshold, which may also be [N, 1], on a CPU."""
+    above = torch.zeros(-(-rank.numel() // 8) * 8, dtype=torch.bool)
+    torch.gt(rank, threshold, out=above[: rank.numel()].view(rank.shape))
+    # Few are true: test eight at a time, as one int64, then only the eights that are not all false.
+    eights = above.view(torch.int64)
+    some = eights.nonzero()[:, 0]
+    found = eights[some].view(torch.bool).view(len(some), 8).nonzero()
+    return some[found[:, 0]].mul_(8).add_(found[:, 1])
+
+
+def list_proved(
+    x: Tensor, W: Tensor, b: Tensor, W_low: LowRows, threshold: Tensor, by: By
+) -> Lists | None:
+    """As list_above, of pre-activations in fp32: [N, D], contiguous [F, D], [F], [F] -> [M], [M].
+
+    None where the fp32 GEMM is the better choice: if too many entries need to be rescored, or not
+    all numbers are finite.
+    """
+    # h > threshold is the same as h - threshold > 0, but |h| needs one threshold for all latents.
+    least = threshold.amin() if by == "abs" else threshold.new_zeros(())
+    shifted = b if by == "abs" else b - threshold
+    low = x.to(torch.bfloat16).contiguous()
+    pre = product(low, W_low.rows, shifted.to(torch.bfloat16))
+    bound = rounding_bound(x, low, shifted, W_low, least) + sums_error(x.shape[1]) * b.abs().amax()
+    if not bound.isfinite().all():
+        return None
+    limit = least - bound
+    limit -= 3 * UNIT * limit.abs()  # rounding an entry at the limit, and then the limit itself
+    position = _above(_rank(pre, by), limit.to(torch.bfloat16)[:, None])
+    if SPARSE * len(position) > pre.numel():
+        return None
+    if not len(position):
+        return x.new_empty(0), position
+    start = torch.searchsorted(position, torch.arange(len(x) + 1) * len(W))
+    latents = position % len(W)
+    h = ragged_dots(x, start, latents, W) + b[latents]
+    kept = (_rank(h, by) > threshold[latents]).nonzero()[:, 0]
+    return h[kept], position[kept]
+
+
+class Listing:
+    """Lists the entries of x W^T + b above a threshold: [N, D], [F, D], [F].
+
+    `expected` is how many entries a token has, if known: it affects the cost only.
+    """
+
+    def __init__(self, x: Tensor, W: Tensor, b: Tensor, by: By, expected: int = 1):
+        # oneDNN's operator ignores strides
+        self.x, self.W, self.b, self.by = x.contiguous(), W.contiguous(), b.contiguous(), by
+        self.low = low_rows(self.W) if in_bfloat16(x, W, expected) else None
+
+    def chunks(self) -> Iterator[tuple[int, Callable[[Tensor], Lists]]]:
+        """For each chunk of tokens, the position of its first entry, and what lists its entries
+        above thresholds [F], with positions in the chunk."""
+        rows = tokens_at_a_time(self.x, len(self.W))
+        for start in range(0, len(self.x), rows):
+            x = self.x[start : start + rows]
+            yield start * len(self.W), lambda threshold, x=x: self.above(x, threshold)
+
+    def above(self, x: Tensor, threshold: Tensor) -> Lists:
+        """Entries of some tokens."""
+        if self.low is not None:
+            found = list_proved(x, self.W, self.b, self.low, threshold, self.by)
+            if found is not None:
+                return found
+            self.low = None  # other tokens are probably no better
+        return list_above(product(x, self.W, self.b), threshold, self.by)

@@ -1,0 +1,112 @@
+"""What exceeds a threshold, listed from bfloat16 candidates on a CPU."""
+
+import pytest
+import torch
+
+from fastsae_kernels import encode_above, encode_topk_batch, gather_dot
+from fastsae_kernels.encode_above import encode_above_reference
+from fastsae_kernels.listing import Listing, list_above
+from fastsae_kernels.product import product
+from fastsae_kernels.testing import assert_no_worse
+from fastsae_kernels.topk_batch import encode_topk_batch_reference
+
+from .parametrize import each_by
+from .test_encode_above import integers, separated
+from .test_proof import OPERANDS
+
+
+@pytest.fixture(autouse=True)
+def on_any_cpu(monkeypatch):
+    monkeypatch.setattr("fastsae_kernels.proof.CPU_BF16", "1")
+    monkeypatch.setattr("fastsae_kernels.listing.SPARSE", 0)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The dtypes of all GEMMs."""
+    dtypes = []
+
+    def recorded(x, *rest):
+        dtypes.append(x.dtype)
+        return product(x, *rest)
+
+    monkeypatch.setattr("fastsae_kernels.listing.product", recorded)
+    return dtypes
+
+
+def in_lists(x, W, b, threshold, by):
+    """All entries above a threshold per latent, and their positions."""
+    values, positions = [], []
+    for first, above in Listing(x, W, b, by).chunks():
+        more, places = above(threshold)
+        values.append(more)
+        positions.append(places + first)
+    return torch.cat(values), torch.cat(positions)
+
+
+@each_by
+@pytest.mark.parametrize("kind", {*OPERANDS} - {"large"})  # of which norms are infinite
+@pytest.mark.parametrize("D", [1, 33, 5000])
+def test_nothing_above_the_threshold_is_missed(kind, D, by, products):
+    """With thresholds that an entry of each latent equals or exceeds by the least amount."""
+    F = 200
+    x, W, b = OPERANDS[kind](64, D, F)
+    h = gather_dot(x, torch.arange(F).expand(64, -1), W) + b
+    rank = h.abs() if by == "abs" else h
+    equal = rank[torch.randint(64, (F,)), torch.arange(F)]
+    if by == "abs":  # one threshold for all, so that bfloat16 matters
+        equal = equal.median().expand(F)
+    for threshold in (equal, equal.nextafter(torch.tensor(-torch.inf))):
+        got = in_lists(x, W, b, threshold, by)
+        for one, two in zip(got, list_above(h, threshold, by), strict=True):
+            assert torch.equal(one, two)
+    assert set(products) == {torch.bfloat16}
+
+
+@each_by
+@pytest.mark.parametrize("shape", [(7, 33, 20), (6, 64, 70), (0, 8, 20)])
+def test_entries_and_gradients(shape, by):
+    x, W, b, threshold = separated(shape, "cpu", torch.float32, by)
+    assert_no_worse(
+        lambda x, W, b: encode_above(x, W, b, threshold, by),
+        lambda x, W, b: encode_above_reference(x, W, b, threshold, by),
+        x, W, b,
+    )  # fmt: skip
+
+
+@each_by
+@pytest.mark.parametrize("k_total", [0, 1, 30, 300, 9 * 70])
+def test_the_largest_of_a_batch(k_total, by, monkeypatch):
+    """With ties, in chunks of three tokens."""
+    x, W, b = integers((9, 5, 70), "cpu")
+    expected = encode_topk_batch_reference(x, W, b, k_total, by)
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 3 * 70 * 4)
+    for hint in (0.0, 1.0, 100.0):
+        got = encode_topk_batch(x, W, b, k_total, by, hint)
+        for one, two in zip(got, expected, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf"), 3e38])
+def test_numbers_without_a_bound_are_left_to_fp32(broken, products):
+    for which in range(3):
+        operands = list(integers((8, 6, 40), "cpu"))
+        operands[which].view(-1)[3] = broken
+        expected = encode_above_reference(*operands, 0.5)
+        for one, two in zip(encode_above(*operands, 0.5), expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert torch.float32 in products
+
+
+def test_after_a_chunk_with_too_many_entries_bfloat16_is_not_tried(monkeypatch, products):
+    monkeypatch.setattr("fastsae_kernels.listing.SPARSE", 4)
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 10 * 40 * 4)
+    x, W, b = torch.ones(40, 2), torch.ones(40, 2), torch.zeros(40)
+    x[:10], W[20:] = -1, torch.tensor([-1.0, 0.5])
+    W[20:28] = -1
+    x[10:20, 1] = -1
+    for one, two in zip(
+        encode_above(x, W, b, 0.9), encode_above_reference(x, W, b, 0.9), strict=True
+    ):
+        assert torch.equal(one, two)
+    assert products == [torch.bfloat16, torch.bfloat16, torch.bfloat16, *[torch.float32] * 2]
