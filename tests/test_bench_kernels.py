@@ -11,6 +11,7 @@ import fastsae_kernels
 from bench import __main__, kernels
 from bench.ops import OPS
 from bench.problem import Problem, parse_shape
+from bench.record import machine
 from bench.roofs import Roofs
 
 ROOFS = Roofs(1e10, {"fp32": 1e11})
@@ -131,3 +132,17 @@ def test_what_the_user_can_get_wrong(words, message, monkeypatch, capsys):
 def test_shapes_by_letter():
     assert parse_shape("A") == (8192, 4096, 131072, 64)
     assert parse_shape("8,4,16,2") == (8, 4, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("processor", "name"),
+    [
+        (("AMD", "avx2"), "amd-avx2"),
+        (("Intel", "avx512_f"), "intel"),
+        (("other", "other"), "other"),
+    ],
+)
+def test_names_of_result_files(monkeypatch, processor, name):
+    monkeypatch.setattr("bench.record.processor", lambda: processor)
+    assert machine() == name
+    assert machine("cuda") == "cuda"

@@ -48,7 +48,7 @@ BATCHES = 4
 """Batches of tokens that one is drawn from, and that a step reads or writes."""
 
 WITH_MOMENTS = 3
-"""Numbers per entry of a weight."""
+"""Arrays per weight: itself and two moments."""
 
 SECONDS, ROUNDS = 0.15, 3
 """Each part is repeated for this long, and at least as often, after a first time that does not
@@ -65,8 +65,8 @@ class Sample(NamedTuple):
     W: Tensor
     """[F', D]: as many rows as TABLE_BYTES has room for."""
     others: Tensor
-    """As large as all weights, moments and batches, which take the place of each other in the
-    caches during a step."""
+    """As large as all weights, moments and batches, up to TABLE_BYTES: they take the place of each
+    other in the caches during a step."""
 
     @classmethod
     def of(cls, w: Workload) -> "Sample":

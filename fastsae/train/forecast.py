@@ -30,7 +30,7 @@ from fastsae.memory import (
     memory_left,
     release_freed_memory,
 )
-from fastsae.nn import ActivationConfig, BatchTopKConfig, TopKConfig
+from fastsae.nn import ActivationConfig, TopKConfig
 from fastsae_kernels import bfloat16_pays
 
 from .config import TrainConfig
@@ -60,8 +60,7 @@ def workload_of(
     """The run, as far as memory and time depend on it, with an SAE of these widths."""
     optimizer, axes = config.optimizer, axes or Axes()
     cpu, activation, proved = plan.device == "cpu", config.activation, False
-    chosen = isinstance(activation, TopKConfig | BatchTopKConfig)
-    if cpu and plan.encoder_precision == "fp32" and chosen:
+    if cpu and plan.encoder_precision == "fp32" and isinstance(activation, TopKConfig):
         rows, latents = config.batch_size // axes.data, config.d_sae // axes.latent
         proved = bfloat16_pays(rows, latents, activation.k)
     return Workload(

@@ -57,8 +57,10 @@ def _fuses_maxima(x: Tensor, F: int, k: int) -> bool:
 
 
 def in_bfloat16(x: Tensor, W: Tensor, k: int) -> bool:
-    """Whether a bfloat16 GEMM may find candidates, if these are proved to contain the k largest."""
+    """Whether a bfloat16 GEMM may find candidates, with a bound on its errors, where a token keeps
+    about k entries."""
     eligible = x.device.type == "cpu" and x.dtype == torch.float32 and not use_triton(x)
+    eligible = eligible and len(x) > 0 and len(W) > 0
     return eligible and bfloat16_pays(len(x), len(W), k)
 
 

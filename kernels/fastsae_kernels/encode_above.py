@@ -105,8 +105,8 @@ class _EncodeAbove(RaggedEncoder):
         x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, by: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         lists = [(x.new_empty(0), x.new_empty(0, dtype=torch.int64))]
-        for first, above in Listing(x, W_enc, b_enc, by).chunks():
-            values, position = above(threshold)
+        for first, list_chunk in Listing(x, W_enc, b_enc, by).chunks():
+            values, position = list_chunk(threshold)
             lists.append((values, position.add_(first)))
         values, position = (torch.cat(parts) for parts in zip(*lists, strict=True))
         return in_rows(values, position, len(x), len(W_enc))
@@ -138,8 +138,9 @@ def encode_above(
 
     Costs 2 N F D FLOPs and, on a GPU, two reads of the pre-activations, of which no more than
     FASTSAE_BUFFER_MB exist at a time. On a CPU with bfloat16 instructions, the GEMM of float32
-    tensors is in bfloat16, and W_enc copied, where it pays; it changes nothing (listing.py). Sizes depend on the number of entries, so the host waits for
-    a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
+    tensors is in bfloat16, and W_enc copied, where it pays (listing.py): the entries are those of
+    fp32 sums, values can differ in the last bits. Sizes depend on the number of entries, so the
+    host waits for a GPU once per chunk and once for K. ValueError for wrong shapes or dtypes.
     """
     check_encoder(x, W_enc, b_enc, by)
     wide, F = wide_dtype(x), W_enc.shape[0]

@@ -4,12 +4,13 @@
     position [M]    n F + f of each, ascending
 
 On a GPU one pass over a chunk counts each row's entries, and a second one lists them. On a CPU with
-bfloat16 instructions, a bfloat16 GEMM lists what may be above the threshold, by the bound of
+bfloat16 instructions, a bfloat16 GEMM finds what may be above the threshold, given the bound of
 proof.py on all rounding errors, and the fp32 pre-activations of these decide.
 Shapes: N tokens, M entries, F latents, D model width.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from torch import Tensor
 from ._launch import use_triton
 from .encode import in_bfloat16
 from .product import product, tokens_at_a_time
-from .proof import UNIT, LowRows, low_rows, rounding_bound, sums_error
+from .proof import UNIT, LowRows, bias_error, low_rows, rounding_bound, sums_error
 from .sparse import ragged_dots
 from .topk import By, _rank
 
 SPARSE = 64
-"""Entries are rescored if they are at most one in so many; more would take longer than the GEMM."""
+"""At most 1 / SPARSE of a chunk's entries are rescored: more would take longer than the fp32 GEMM,
+by an estimate."""
 
 Lists = tuple[Tensor, Tensor]
 """Values and positions."""
@@ -43,16 +45,20 @@ def list_above(pre: Tensor, threshold: Tensor, by: By) -> Lists:
 
 
 def _list_torch(pre: Tensor, threshold: Tensor, by: By) -> Lists:
-    position = _above(_rank(pre, by), threshold)
+    position = _positions(_above(_rank(pre, by), threshold))
     return pre.flatten()[position], position
 
 
 def _above(rank: Tensor, threshold: Tensor) -> Tensor:
-    """Positions of entries above the threshold, which may also be [N, 1], on a CPU."""
-    above = torch.zeros(-(-rank.numel() // 8) * 8, dtype=torch.bool)
+    """Mask of entries above the threshold, flat and padded to a multiple of eight."""
+    above = torch.zeros(-(-rank.numel() // 8) * 8, dtype=torch.bool, device=rank.device)
     torch.gt(rank, threshold, out=above[: rank.numel()].view(rank.shape))
+    return above
+
+
+def _positions(mask: Tensor) -> Tensor:
     # Few are true: test eight at a time, as one int64, then only the eights that are not all false.
-    eights = above.view(torch.int64)
+    eights = mask.view(torch.int64)
     some = eights.nonzero()[:, 0]
     found = eights[some].view(torch.bool).view(len(some), 8).nonzero()
     return some[found[:, 0]].mul_(8).add_(found[:, 1])
@@ -66,19 +72,26 @@ def list_proved(
     None where the fp32 GEMM is the better choice: if too many entries need to be rescored, or not
     all numbers are finite.
     """
-    # h > threshold is the same as h - threshold > 0, but |h| needs one threshold for all latents.
-    least = threshold.amin() if by == "abs" else threshold.new_zeros(())
-    shifted = b if by == "abs" else b - threshold
     low = x.to(torch.bfloat16).contiguous()
-    pre = product(low, W_low.rows, shifted.to(torch.bfloat16))
-    bound = rounding_bound(x, low, shifted, W_low, least) + sums_error(x.shape[1]) * b.abs().amax()
-    if not bound.isfinite().all():
-        return None
-    limit = least - bound
+    if by == "abs":
+        least, bias = threshold.amin(), b.to(torch.bfloat16)
+        error = bias_error(b)
+    else:  # the same as h - threshold > 0, with biases that are never too low
+        shifted = b - threshold
+        least, bias = threshold.new_zeros(()), rounded_up(shifted)
+        error = sums_error(x.shape[1]) * shifted.abs().amax()
+    error = error + 2 * sums_error(x.shape[1]) * b.abs().amax()
+    limit = least - rounding_bound(x, low, W_low, error, least)
     limit -= 3 * UNIT * limit.abs()  # rounding an entry at the limit, and then the limit itself
-    position = _above(_rank(pre, by), limit.to(torch.bfloat16)[:, None])
-    if SPARSE * len(position) > pre.numel():
+    if not limit.isfinite().all():
         return None
+    pre = product(low, W_low.rows, bias)
+    mask = _above(pre.abs_() if by == "abs" else pre, limit.to(torch.bfloat16)[:, None])
+    too_many = SPARSE * mask.count_nonzero() > pre.numel()
+    del pre
+    if too_many:
+        return None
+    position = _positions(mask)
     if not len(position):
         return x.new_empty(0), position
     start = torch.searchsorted(position, torch.arange(len(x) + 1) * len(W))
@@ -86,6 +99,12 @@ def list_proved(
     h = ragged_dots(x, start, latents, W) + b[latents]
     kept = (_rank(h, by) > threshold[latents]).nonzero()[:, 0]
     return h[kept], position[kept]
+
+
+def rounded_up(b: Tensor) -> Tensor:
+    """The smallest number in bfloat16 that is at least as large, for each."""
+    low = b.to(torch.bfloat16)
+    return torch.where(low.float() < b, low.nextafter(low.new_tensor(torch.inf)), low)
 
 
 class Listing:
@@ -100,15 +119,14 @@ class Listing:
         self.low = low_rows(self.W) if in_bfloat16(x, W, expected) else None
 
     def chunks(self) -> Iterator[tuple[int, Callable[[Tensor], Lists]]]:
-        """For each chunk of tokens, the position of its first entry, and what lists its entries
-        above thresholds [F], with positions in the chunk."""
+        """For each chunk of tokens, the position of its first entry, and a function that lists its
+        entries above thresholds [F], with positions in the chunk."""
         rows = tokens_at_a_time(self.x, len(self.W))
         for start in range(0, len(self.x), rows):
             x = self.x[start : start + rows]
-            yield start * len(self.W), lambda threshold, x=x: self.above(x, threshold)
+            yield start * len(self.W), partial(self._list, x)
 
-    def above(self, x: Tensor, threshold: Tensor) -> Lists:
-        """Entries of some tokens."""
+    def _list(self, x: Tensor, threshold: Tensor) -> Lists:
         if self.low is not None:
             found = list_proved(x, self.W, self.b, self.low, threshold, self.by)
             if found is not None:

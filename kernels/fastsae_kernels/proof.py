@@ -1,4 +1,5 @@
-"""The k largest pre-activations, from a bfloat16 GEMM on a CPU and a proof that they are.
+"""The k largest pre-activations, from a bfloat16 GEMM on a CPU and a proof that they are; with the
+bound that listing.py needs for those above a threshold.
 
     found = the C latents with the largest bfloat16 pre-activations, C > k
     h = x . W[found] + b[found], by sums in fp32; kept are the k largest of these
@@ -69,16 +70,15 @@ def sums_error(D: int) -> float:
     return 3 * (D + 2) * 2.0**-24
 
 
-def rounding_bound(x: Tensor, low: Tensor, b: Tensor, W: LowRows, proposed: Tensor) -> Tensor:
+def rounding_bound(x: Tensor, low: Tensor, W: LowRows, bias: Tensor, proposed: Tensor) -> Tensor:
     """Bound on the difference between a pre-activation as proposed and as rescored.
 
-    x and its copy in bfloat16 [N, D], b [F], a pre-activation of each token as proposed [N] -> [N],
-    for all latents.
+    x and its copy in bfloat16 [N, D], a bound on what biases add to it [], a pre-activation of each
+    token as proposed [N] or [] -> [N], for all latents.
     """
     D, gamma = x.shape[1], sums_error(x.shape[1])
     x_norm, x_error = norms(x), norms(low.float().sub_(x))
     products = x_error * W.norm + (x_norm + x_error) * (W.error + gamma * W.norm)
-    bias = bias_error(b) + gamma * b.abs().amax()
     flushed = D * torch.finfo(torch.float32).tiny  # subnormal products may count as 0
     return 1.01 * (products + bias + UNIT * proposed.abs()) + flushed
 
@@ -89,7 +89,8 @@ def bias_error(b: Tensor) -> Tensor:
 
 
 def bfloat16_pays(N: int, F: int, k: int) -> bool:
-    """Whether `select_proved` is faster than the fp32 GEMM, if proofs are likely.
+    """Whether a bfloat16 GEMM with `select_proved`, if proofs are likely, or with `list_proved` is
+    faster than the fp32 GEMM.
 
     Otherwise, copying W or rescoring 2 k candidates costs more than the GEMM saves.
     FASTSAE_CPU_BF16=0 or 1 decides for all sizes and CPUs.
@@ -151,6 +152,7 @@ def select_proved(
     N, F = len(x), len(W)
     values, indices = x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
     low, low_b = x.to(torch.bfloat16).contiguous(), b.to(torch.bfloat16)
+    bias = bias_error(b) + sums_error(x.shape[1]) * b.abs().amax()
     unproved, chunk = torch.arange(0), tokens_at_a_time(low, F)
     for start in range(0, N, chunk):
         rows: slice | Tensor = slice(start, min(start + chunk, N))
@@ -165,7 +167,7 @@ def select_proved(
             if found.shape[1] == F:
                 break
             least = pre.gather(1, found).amin(1).float()
-            bound = rounding_bound(x[rows], low[rows], b, W_low, least)
+            bound = rounding_bound(x[rows], low[rows], W_low, bias, least)
             last = h[:, -1].abs() if by == "abs" else h[:, -1]
             left = (~(last > least + bound)).nonzero()[:, 0]  # also with NaN
             if not len(left):

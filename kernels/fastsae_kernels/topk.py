@@ -94,9 +94,10 @@ def _largest_any(pre: Tensor, k: int, by: By) -> Tensor:
         bits = pre.view(torch.int16)
         found = _largest(bits, k, by)
         rows = (bits.gather(1, found) < 0).any(1).nonzero()[:, 0]
-        if len(rows):
-            found[rows] = _largest(pre[rows], k, by)
-        return found
+        if 2 * len(rows) <= len(pre):
+            if len(rows):
+                found[rows] = _largest(pre[rows], k, by)
+            return found
     return _largest(pre, k, by)
 
 
@@ -111,7 +112,8 @@ def largest_in_columns(pre: Tensor, k: int) -> Tensor:
         found = _columns(bits, k)
         columns = (bits.gather(0, found.t()) < 0).any(0).nonzero()[:, 0]
         if 2 * len(columns) <= pre.shape[1]:
-            found[columns] = _columns(pre.index_select(1, columns), k)
+            if len(columns):
+                found[columns] = _columns(pre.index_select(1, columns), k)
             return found
     return _columns(pre, k)
 
@@ -139,8 +141,7 @@ def _best(rank: Tensor, k: int, ordered: bool) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32}.get(rank.itemsize)
     if integer is None or (rank.is_floating_point() and rank.sum().isnan()):
         return rank.topk(k, sorted=ordered).indices
-    # Comparing bits as integers takes two thirds of the time. Bits of negative numbers are flipped,
-    # because their order is reversed.
+    # Integers are compared faster. Bits of negative numbers are flipped: their order is reversed.
     bits = rank.contiguous().view(integer)
     flipped = (bits >> (8 * rank.itemsize - 1)).bitwise_and_(torch.iinfo(integer).max)
     return flipped.bitwise_xor_(bits).topk(k, sorted=ordered).indices

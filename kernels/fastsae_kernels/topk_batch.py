@@ -63,8 +63,8 @@ def encode_topk_batch_reference(
 # --- the algorithm --------------------------------------------------------------------------
 
 Chunks = Iterable[tuple[int, Callable[[Tensor], Lists]]]
-"""For each chunk of tokens the position of its first entry, and what lists entries above thresholds
-[F], as of Listing.chunks."""
+"""For each chunk of tokens the position of its first entry, and a function that lists its entries
+above thresholds [F], as of Listing.chunks."""
 
 SAMPLE = 64
 """Rows that a guess is made from; up to twice as many."""
@@ -104,8 +104,8 @@ def _largest_above(
         like.shape[1:], guess, dtype=torch.promote_types(like.dtype, torch.float32),
         device=like.device,
     )  # fmt: skip
-    for first, above in chunks:
-        more, places = above(threshold)
+    for first, list_chunk in chunks:
+        more, places = list_chunk(threshold)
         values = torch.cat([values, more])
         position = torch.cat([position, places.add_(first)])
         if len(values) > 2 * k_total:
@@ -234,9 +234,9 @@ def encode_topk_batch(
     it is too high, the GEMM runs again; far too low, lists of entries take more memory.
 
     Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time. On a CPU
-    with bfloat16 instructions, the GEMM may be in bfloat16, as that of encode_above. The host waits
-    for a GPU a few times per chunk. ValueError for wrong shapes or dtypes, or unless
-    0 <= k_total <= N F.
+    with bfloat16 instructions, the GEMM may be in bfloat16, as that of encode_above: entries are
+    those of fp32 sums. The host waits for a GPU a few times per chunk. ValueError for wrong shapes
+    or dtypes, or unless 0 <= k_total <= N F.
     """
     check_encoder(x, W_enc, b_enc, by)
     _check_total(k_total, x.shape[0], W_enc.shape[0])

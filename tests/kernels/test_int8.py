@@ -88,6 +88,15 @@ def test_largest_in_columns(F, k, dtype, sign):
     assert torch.equal(found.sort(1, descending=True).values, pre.t().topk(k).values)
 
 
+@pytest.mark.parametrize("negative", [0, 1, 5, 8])
+def test_columns_of_negative_numbers(negative):
+    """Few are searched again alone, most together with the others."""
+    pre = torch.stack([(torch.randperm(500) + 1).bfloat16() for _ in range(8)], 1)
+    pre[:, :negative] *= -1
+    found = pre.t().gather(1, largest_in_columns(pre, 3))
+    assert torch.equal(found.sort(1, descending=True).values, pre.t().topk(3).values)
+
+
 @each_by
 @each_dtype
 def test_where_candidates_hold_all_the_ranking_is_exact(gemm, dtype, by):

@@ -5,7 +5,7 @@ import torch
 
 from fastsae_kernels import encode_above, encode_topk_batch, gather_dot
 from fastsae_kernels.encode_above import encode_above_reference
-from fastsae_kernels.listing import Listing, list_above
+from fastsae_kernels.listing import Listing, list_above, rounded_up
 from fastsae_kernels.product import product
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk_batch import encode_topk_batch_reference
@@ -37,8 +37,8 @@ def products(monkeypatch):
 def in_lists(x, W, b, threshold, by):
     """All entries above a threshold per latent, and their positions."""
     values, positions = [], []
-    for first, above in Listing(x, W, b, by).chunks():
-        more, places = above(threshold)
+    for first, list_chunk in Listing(x, W, b, by).chunks():
+        more, places = list_chunk(threshold)
         values.append(more)
         positions.append(places + first)
     return torch.cat(values), torch.cat(positions)
@@ -54,9 +54,10 @@ def test_nothing_above_the_threshold_is_missed(kind, D, by, products):
     h = gather_dot(x, torch.arange(F).expand(64, -1), W) + b
     rank = h.abs() if by == "abs" else h
     equal = rank[torch.randint(64, (F,)), torch.arange(F)]
-    if by == "abs":  # one threshold for all, so that bfloat16 matters
-        equal = equal.median().expand(F)
-    for threshold in (equal, equal.nextafter(torch.tensor(-torch.inf))):
+    thresholds = [equal, equal.nextafter(torch.tensor(-torch.inf))]
+    if by == "abs":  # with one threshold for all, bfloat16 leaves out most of what is below
+        thresholds += [t.quantile(0.9).expand(F) for t in (rank, equal)]
+    for threshold in thresholds:
         got = in_lists(x, W, b, threshold, by)
         for one, two in zip(got, list_above(h, threshold, by), strict=True):
             assert torch.equal(one, two)
@@ -64,9 +65,11 @@ def test_nothing_above_the_threshold_is_missed(kind, D, by, products):
 
 
 @each_by
-@pytest.mark.parametrize("shape", [(7, 33, 20), (6, 64, 70), (0, 8, 20)])
+@pytest.mark.parametrize("shape", [(7, 33, 20), (6, 64, 70)])
 def test_entries_and_gradients(shape, by):
+    """With thresholds that differ."""
     x, W, b, threshold = separated(shape, "cpu", torch.float32, by)
+    assert len(threshold.unique()) > 1
     assert_no_worse(
         lambda x, W, b: encode_above(x, W, b, threshold, by),
         lambda x, W, b: encode_above_reference(x, W, b, threshold, by),
@@ -76,7 +79,7 @@ def test_entries_and_gradients(shape, by):
 
 @each_by
 @pytest.mark.parametrize("k_total", [0, 1, 30, 300, 9 * 70])
-def test_the_largest_of_a_batch(k_total, by, monkeypatch):
+def test_the_largest_of_a_batch(k_total, by, monkeypatch, products):
     """With ties, in chunks of three tokens."""
     x, W, b = integers((9, 5, 70), "cpu")
     expected = encode_topk_batch_reference(x, W, b, k_total, by)
@@ -85,17 +88,36 @@ def test_the_largest_of_a_batch(k_total, by, monkeypatch):
         got = encode_topk_batch(x, W, b, k_total, by, hint)
         for one, two in zip(got, expected, strict=True):
             assert torch.equal(one, two)
+    assert set(products) == ({torch.bfloat16} if k_total else set())
+
+
+@each_by
+@pytest.mark.parametrize("shape", [(0, 8, 20), (3, 8, 0)])
+def test_nothing_to_list(shape, by):
+    operands = integers(shape, "cpu")
+    expected = encode_above_reference(*operands, 0.5, by) if shape[2] else 3 * [torch.zeros(3, 1)]
+    for got in (encode_above(*operands, 0.5, by), encode_topk_batch(*operands, 0, by)):
+        for one, two in zip(got[:2], expected[:2], strict=True):
+            assert one.shape == two.shape and not one.any()
+
+
+def test_rounding_up_to_bfloat16():
+    numbers = torch.tensor([1.0, 1.001, -1.001, 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38])
+    expected = [1, 1.0078125, -1, 0, 0, 2**-133, 0, torch.inf, torch.finfo(torch.bfloat16).min]
+    assert rounded_up(numbers).tolist() == expected
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf"), 3e38])
 def test_numbers_without_a_bound_are_left_to_fp32(broken, products):
-    for which in range(3):
-        operands = list(integers((8, 6, 40), "cpu"))
+    """In tokens, weights, biases and thresholds."""
+    for which in range(4):
+        operands = [*integers((8, 6, 40), "cpu"), torch.full((40,), 0.5)]
         operands[which].view(-1)[3] = broken
-        expected = encode_above_reference(*operands, 0.5)
-        for one, two in zip(encode_above(*operands, 0.5), expected, strict=True):
+        expected = encode_above_reference(*operands)
+        for one, two in zip(encode_above(*operands), expected, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=0)
-    assert torch.float32 in products
+        if broken != 3e38 or which < 2:
+            assert products.pop() == torch.float32
 
 
 def test_after_a_chunk_with_too_many_entries_bfloat16_is_not_tried(monkeypatch, products):

@@ -6,7 +6,14 @@ import torch
 from fastsae_kernels import encode_topk
 from fastsae_kernels.encode import encode_topk_reference
 from fastsae_kernels.product import product
-from fastsae_kernels.proof import bfloat16_pays, prepare, rounding_bound, select_proved
+from fastsae_kernels.proof import (
+    bfloat16_pays,
+    bias_error,
+    prepare,
+    rounding_bound,
+    select_proved,
+    sums_error,
+)
 from fastsae_kernels.rescore import ranked
 from fastsae_kernels.testing import assert_no_worse
 
@@ -62,8 +69,9 @@ def test_no_rounding_error_exceeds_the_bound(kind, D):
     every = torch.arange(200).expand(64, -1)
     h, latents = ranked(x, W, b, every, 200, "value")
     rescored = torch.empty_like(h).scatter_(1, latents, h)
+    bias = bias_error(b) + sums_error(D) * b.abs().amax()
     for one, two in zip(proposed.unbind(1), rescored.unbind(1), strict=True):
-        bound = rounding_bound(x, x.bfloat16(), b, low, one)
+        bound = rounding_bound(x, x.bfloat16(), low, bias, one)
         assert ((one.double() - two.double()).abs() <= bound).all()
 
 

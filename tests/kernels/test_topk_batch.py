@@ -125,7 +125,7 @@ def test_a_good_hint_saves_the_look_at_some_rows(device, by, monkeypatch):
         rows.append(len(x))
         return product_module.product(x, W, b)
 
-    for module in ("encode_above", "topk_batch"):
+    for module in ("listing", "topk_batch"):
         monkeypatch.setattr(import_module(f"fastsae_kernels.{module}"), "product", product)
     assert_encoded_as_reference(x, W, b, 40, by, 0.9 * least)
     assert rows == [20]
