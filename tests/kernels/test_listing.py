@@ -94,9 +94,9 @@ def test_the_largest_of_a_batch(k_total, by, monkeypatch, products):
 @each_by
 @pytest.mark.parametrize("shape", [(0, 8, 20), (3, 8, 0)])
 def test_nothing_to_list(shape, by):
-    operands = integers(shape, "cpu")
-    expected = encode_above_reference(*operands, 0.5, by) if shape[2] else 3 * [torch.zeros(3, 1)]
-    for got in (encode_above(*operands, 0.5, by), encode_topk_batch(*operands, 0, by)):
+    x, W, b = integers(shape, "cpu")
+    expected = encode_above_reference(x, W, b, 0.5, by) if shape[2] else 3 * [torch.zeros(3, 1)]
+    for got in (encode_above(x, W, b, 0.5, by), encode_topk_batch(x, W, b, 0, by)):
         for one, two in zip(got[:2], expected[:2], strict=True):
             assert one.shape == two.shape and not one.any()
 
@@ -111,10 +111,11 @@ def test_rounding_up_to_bfloat16():
 def test_numbers_without_a_bound_are_left_to_fp32(broken, products):
     """In tokens, weights, biases and thresholds."""
     for which in range(4):
-        operands = [*integers((8, 6, 40), "cpu"), torch.full((40,), 0.5)]
-        operands[which].view(-1)[3] = broken
-        expected = encode_above_reference(*operands)
-        for one, two in zip(encode_above(*operands), expected, strict=True):
+        x, W, b = integers((8, 6, 40), "cpu")
+        threshold = torch.full((40,), 0.5)
+        (x, W, b, threshold)[which].view(-1)[3] = broken
+        expected = encode_above_reference(x, W, b, threshold)
+        for one, two in zip(encode_above(x, W, b, threshold), expected, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=0)
         if broken != 3e38 or which < 2:
             assert products.pop() == torch.float32
