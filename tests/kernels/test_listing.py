@@ -45,7 +45,7 @@ def in_lists(x, W, b, threshold, by):
 
 
 @each_by
-@pytest.mark.parametrize("kind", [kind for kind in OPERANDS if kind != "large"])  # not infinite
+@pytest.mark.parametrize("kind", [kind for kind in OPERANDS if kind != "large"])  # no finite norms
 @pytest.mark.parametrize("D", [1, 33, 5000])
 def test_nothing_above_the_threshold_is_missed(kind, D, by, products):
     """With thresholds that an entry of each latent equals or exceeds by the least amount."""
