@@ -105,9 +105,9 @@ class _EncodeAbove(RaggedEncoder):
         x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, by: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         lists = [(x.new_empty(0), x.new_empty(0, dtype=torch.int64))]
-        for first, list_chunk in Listing(x, W_enc, b_enc, by).chunks():
+        for at, list_chunk in Listing(x, W_enc, b_enc, by).chunks():
             values, position = list_chunk(threshold)
-            lists.append((values, position.add_(first)))
+            lists.append((values, position.add_(at.start)))
         values, position = (torch.cat(parts) for parts in zip(*lists, strict=True))
         return in_rows(values, position, len(x), len(W_enc))
 

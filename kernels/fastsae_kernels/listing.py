@@ -26,6 +26,10 @@ SPARSE = 64
 """At most 1 / SPARSE of a chunk's entries are rescored: more would take longer than the fp32 GEMM,
 by an estimate."""
 
+TRIES = 2
+"""After so many chunks that are not sparse, other tokens are probably no better; but thresholds may
+rise after the first one."""
+
 Lists = tuple[Tensor, Tensor]
 """Values and positions."""
 
@@ -117,19 +121,22 @@ class Listing:
         # oneDNN's operator ignores strides
         self.x, self.W, self.b, self.by = x.contiguous(), W.contiguous(), b.contiguous(), by
         self.low = low_rows(self.W) if in_bfloat16(x, W, expected) else None
+        self.failed = 0
 
-    def chunks(self) -> Iterator[tuple[int, Callable[[Tensor], Lists]]]:
-        """For each chunk of tokens, the position of its first entry, and a function that lists its
-        entries above thresholds [F], with positions in the chunk."""
-        rows = tokens_at_a_time(self.x, len(self.W))
+    def chunks(self) -> Iterator[tuple[slice, Callable[[Tensor], Lists]]]:
+        """For each chunk of tokens, the positions of its entries, and a function that lists those
+        above thresholds [F], with positions in the chunk."""
+        F, rows = len(self.W), tokens_at_a_time(self.x, len(self.W))
         for start in range(0, len(self.x), rows):
             x = self.x[start : start + rows]
-            yield start * len(self.W), partial(self._list, x)
+            yield slice(start * F, (start + len(x)) * F), partial(self._list, x)
 
     def _list(self, x: Tensor, threshold: Tensor) -> Lists:
         if self.low is not None:
             found = list_proved(x, self.W, self.b, self.low, threshold, self.by)
             if found is not None:
                 return found
-            self.low = None  # other tokens are probably no better
+            self.failed += 1
+            if self.failed == TRIES:
+                self.low = None
         return list_above(product(x, self.W, self.b), threshold, self.by)

@@ -5,17 +5,19 @@
     encode_topk_batch(x, W_enc, b_enc, k_total)  the same for h = x W_enc^T + b_enc, as padded rows
 
 The algorithm guesses the smallest value that is kept, and lists the entries above the guess, a
-chunk of tokens at a time. Whenever a list exceeds 2 k_total entries, only the largest k_total stay,
-and the smallest of them becomes the guess, so that later ties lose to earlier ones. If k_total
-entries were found, the guess was low enough and these are the largest; if not, a lower guess is
-tried. A guess of 0 always succeeds, since entries of value 0 are not active. The first guess comes
-from the caller or from a few rows of the batch.
+chunk of tokens at a time. Whenever a list exceeds its limit, only the largest stay, k_total or
+somewhat more than this part of the batch should have, and the smallest of them becomes the guess,
+so that later ties lose to earlier ones. If k_total entries were found, the guess was low enough and
+these are the largest; if not, another guess is tried. A guess of 0 always succeeds if k_total
+stay each time, since entries of value 0 are not active. The first guess comes from the caller or
+from a few rows of the batch.
 Shapes: N tokens, F latents, D model width, K the largest count of a row, M entries of a list.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,9 +64,9 @@ def encode_topk_batch_reference(
 
 # --- the algorithm --------------------------------------------------------------------------
 
-Chunks = Iterable[tuple[int, Callable[[Tensor], Lists]]]
-"""For each chunk of tokens the position of its first entry, and a function that lists its entries
-above thresholds [F], as of Listing.chunks."""
+Chunks = Iterable[tuple[slice, Callable[[Tensor], Lists]]]
+"""For each chunk of tokens the positions of its entries, and a function that lists those above
+thresholds [F], as of Listing.chunks."""
 
 SAMPLE = 64
 """Rows that a guess is made from; up to twice as many."""
@@ -73,7 +75,16 @@ MARGIN = 1.25
 """Entries to expect above a guess, as a multiple of k_total, since rows differ."""
 
 
-def _guess(rows: Tensor, N: int, k_total: int, by: By) -> float:
+class Guess(NamedTuple):
+    """A guess of the smallest value that is kept."""
+
+    value: float
+    adapts: bool = False
+    """Whether a part of the batch that has far too many entries above it raises it. It fails if
+    later parts have far fewer."""
+
+
+def _sampled(rows: Tensor, N: int, k_total: int, by: By) -> float:
     """A value that about MARGIN k_total entries exceed, estimated from some of N rows; or 0."""
     wanted = math.ceil(MARGIN * k_total * len(rows) / N)
     rank = _rank(rows, by).flatten()
@@ -83,47 +94,54 @@ def _guess(rows: Tensor, N: int, k_total: int, by: By) -> float:
     return float(rank.topk(wanted, sorted=False).values.amin())
 
 
-def _largest(
-    values: Tensor, position: Tensor, k_total: int, by: By
-) -> tuple[Tensor, Tensor, float]:
-    """The k_total largest of more active entries, in the same order, and the smallest rank kept."""
+def _largest(values: Tensor, position: Tensor, k: int, by: By) -> tuple[Tensor, Tensor, float]:
+    """The k largest of more active entries, in the same order, and the smallest rank kept."""
     rank = _rank(values, by)
-    least = rank.topk(k_total, sorted=False).values.amin()
+    least = rank.topk(k, sorted=False).values.amin()
     above, equal = rank > least, rank == least
-    chosen = above | (equal & (equal.cumsum(0) <= k_total - above.sum()))
-    at = torch.nonzero_static(chosen, size=k_total)[:, 0]
+    chosen = above | (equal & (equal.cumsum(0) <= k - above.sum()))
+    at = torch.nonzero_static(chosen, size=k)[:, 0]
     return values[at], position[at], float(least)
 
 
 def _largest_above(
-    guess: float, chunks: Chunks, like: Tensor, k_total: int, by: By
+    guess: Guess, chunks: Chunks, like: Tensor, size: int, k_total: int, by: By
 ) -> tuple[Tensor, Tensor]:
-    """The entries above the guess, at most the k_total largest; `like` is an empty [0, F]."""
+    """The entries above the guess, at most the k_total largest of `size`; `like` is [0, F]."""
     values, position = like.flatten(), like.flatten().long()
     threshold = torch.full(
-        like.shape[1:], guess, dtype=torch.promote_types(like.dtype, torch.float32),
+        like.shape[1:], guess.value, dtype=torch.promote_types(like.dtype, torch.float32),
         device=like.device,
     )  # fmt: skip
-    for first, list_chunk in chunks:
+    for at, list_chunk in chunks:
         more, places = list_chunk(threshold)
         values = torch.cat([values, more])
-        position = torch.cat([position, places.add_(first)])
-        if len(values) > 2 * k_total:
-            values, position, guess = _largest(values, position, k_total, by)
-            threshold.fill_(guess)
+        position = torch.cat([position, places.add_(at.start)])
+        keep, limit = k_total, 2 * k_total
+        if guess.adapts:
+            keep = min(k_total, math.ceil(MARGIN * k_total * at.stop / size))
+            limit = MARGIN * keep
+        if len(values) > limit:
+            values, position, least = _largest(values, position, keep, by)
+            threshold.fill_(least)
     if len(values) > k_total:
         values, position, _ = _largest(values, position, k_total, by)
     return values, position
 
 
 def _choose(
-    chunks: Callable[[], Chunks], guesses: Iterable[float], like: Tensor, k_total: int, by: By
+    chunks: Callable[[], Chunks],
+    guesses: Iterable[Guess],
+    like: Tensor,
+    size: int,
+    k_total: int,
+    by: By,
 ) -> tuple[Tensor, Tensor]:
     """Active entries and their positions, ascending, from the first guess that is low enough."""
     values, position = like.flatten(), like.flatten().long()
     for guess in guesses if k_total else ():
-        values, position = _largest_above(guess, chunks(), like, k_total, by)
-        if len(values) == k_total:
+        values, position = _largest_above(guess, chunks(), like, size, k_total, by)
+        if len(values) == k_total or guess == Guess(0.0):
             break
     return values, position
 
@@ -137,13 +155,15 @@ def _topk_batch(pre: Tensor, k_total: int, by: str) -> Tensor:
     rows = rows_at_a_time(pre, F)
 
     def chunks() -> Chunks:
-        return ((n * F, partial(list_above, pre[n : n + rows], by=by)) for n in range(0, N, rows))
+        for n in range(0, N, rows):
+            chunk = pre[n : n + rows]
+            yield slice(n * F, (n + len(chunk)) * F), partial(list_above, chunk, by=by)
 
-    def guesses() -> Iterator[float]:
-        yield _guess(pre[:: max(N // SAMPLE, 1)], N, k_total, by)
-        yield 0.0
+    def guesses() -> Iterator[Guess]:
+        yield Guess(_sampled(pre[:: max(N // SAMPLE, 1)], N, k_total, by))
+        yield Guess(0.0)
 
-    _, position = _choose(chunks, guesses(), pre[:0], k_total, by)
+    _, position = _choose(chunks, guesses(), pre[:0], N * F, k_total, by)
     return pad(position, (0, k_total - len(position)), value=-1)
 
 
@@ -162,19 +182,18 @@ class _EncodeTopkBatch(RaggedEncoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         N, F = len(x), len(W_enc)
 
-        def guesses() -> Iterator[float]:
+        def guesses() -> Iterator[Guess]:
             hinted = float(hint)
             if hinted > 0:
-                yield hinted
+                yield Guess(hinted, adapts=True)
             rows = x[:: max(N // SAMPLE, 1)].contiguous()
-            sampled = _guess(product(rows, W_enc.contiguous(), b_enc.contiguous()), N, k_total, by)
-            if sampled > 0 and not 0 < hinted <= sampled:
-                yield sampled
-            yield 0.0
+            pre = product(rows, W_enc.contiguous(), b_enc.contiguous())
+            yield Guess(_sampled(pre, N, k_total, by))
+            yield Guess(0.0)
 
         like = x.new_empty(0, F)
         listing = Listing(x, W_enc, b_enc, by, -(-k_total // max(N, 1)))
-        chosen = _choose(listing.chunks, guesses(), like, k_total, by)
+        chosen = _choose(listing.chunks, guesses(), like, N * F, k_total, by)
         return in_rows(*chosen, N, F)
 
 

@@ -37,10 +37,10 @@ def products(monkeypatch):
 def in_lists(x, W, b, threshold, by):
     """All entries above a threshold per latent, and their positions."""
     values, positions = [], []
-    for first, list_chunk in Listing(x, W, b, by).chunks():
+    for at, list_chunk in Listing(x, W, b, by).chunks():
         more, places = list_chunk(threshold)
         values.append(more)
-        positions.append(places + first)
+        positions.append(places + at.start)
     return torch.cat(values), torch.cat(positions)
 
 
@@ -121,9 +121,9 @@ def test_numbers_without_a_bound_are_left_to_fp32(broken, products):
             assert products.pop() == torch.float32
 
 
-def test_after_a_chunk_with_too_many_entries_bfloat16_is_not_tried(monkeypatch, products):
+def test_after_two_chunks_with_too_many_entries_bfloat16_is_not_tried(monkeypatch, products):
     monkeypatch.setattr("fastsae_kernels.listing.SPARSE", 4)
-    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 10 * 40 * 4)
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 5 * 40 * 4)
     x, W, b = torch.ones(40, 2), torch.ones(40, 2), torch.zeros(40)
     x[:10], W[20:] = -1, torch.tensor([-1.0, 0.5])
     W[20:28] = -1
@@ -132,4 +132,5 @@ def test_after_a_chunk_with_too_many_entries_bfloat16_is_not_tried(monkeypatch, 
         encode_above(x, W, b, 0.9), encode_above_reference(x, W, b, 0.9), strict=True
     ):
         assert torch.equal(one, two)
-    assert products == [torch.bfloat16, torch.bfloat16, torch.bfloat16, *[torch.float32] * 2]
+    low, high = torch.bfloat16, torch.float32
+    assert products == [low] * 5 + [high, low, high, high, high]

@@ -151,7 +151,26 @@ def test_hard_batches(device, chunks, kind, by):
     W, b = torch.eye(20, device=device), torch.zeros(20, device=device)
     for k in (9, 240):
         assert_as_reference(pre.to(device), k, by)
-        assert_encoded_as_reference(pre.to(device), W, b, k, by)
+        for hint in (0.0, 1e-9):  # the first rows of "block" raise a hint too far
+            assert_encoded_as_reference(pre.to(device), W, b, k, by, hint)
+
+
+@each_by
+def test_a_chunk_raises_a_hint_that_is_too_low(device, by, monkeypatch):
+    listed, listing = [], import_module("fastsae_kernels.listing")
+
+    def list_above(*args):
+        lists = original(*args)
+        listed.append(len(lists[0]))
+        return lists
+
+    original = listing.list_above
+    monkeypatch.setattr(listing, "list_above", list_above)
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 100 * 20 * 4)
+    W, b = torch.eye(20, device=device), torch.zeros(20, device=device)
+    assert_encoded_as_reference(torch.rand(500, 20).to(device), W, b, 1000, by, 1e-9)
+    assert listed[0] > 1900 and len(listed) == 5
+    assert all(150 < one < 350 for one in listed[1:])  # expected are 250
 
 
 def test_fewer_positive_than_asked_for(device):
