@@ -75,7 +75,9 @@ class BatchTopK(Activation, config=BatchTopKConfig):
         else:
             # In training, each place on the data axis has other tokens of the batch.
             places = self.shards.data if self.training else 1
-            total, hint = self.cfg.k * len(x) * places, HINT * max(threshold, 0.0)
+            total = self.cfg.k * len(x) * places
+            # Each place lists `total` entries, so that the smallest is below the batch's threshold.
+            hint = HINT * max(threshold, 0.0) if places == 1 else 0.0
             own = min(total, len(x) * len(weights.W_enc))
             listed = encode_topk_batch(x, *encoder, own, self.cfg.by, hint)
             found = SparsePre.listed(listed, x, *encoder)

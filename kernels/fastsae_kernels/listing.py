@@ -26,10 +26,6 @@ SPARSE = 64
 """At most 1 / SPARSE of a chunk's entries are rescored: more would take longer than the fp32 GEMM,
 by an estimate."""
 
-TRIES = 2
-"""After so many chunks that are not sparse, other tokens are probably no better; but thresholds may
-rise after the first one."""
-
 Lists = tuple[Tensor, Tensor]
 """Values and positions."""
 
@@ -114,14 +110,15 @@ def rounded_up(b: Tensor) -> Tensor:
 class Listing:
     """Lists the entries of x W^T + b above a threshold: [N, D], [F, D], [F].
 
-    `expected` is how many entries a token has, if known: it affects the cost only.
+    `expected` is how many entries a token has, if known, and after `tries` chunks that bfloat16 did
+    not list, the others are probably no better, unless thresholds rise: both affect the cost only.
     """
 
-    def __init__(self, x: Tensor, W: Tensor, b: Tensor, by: By, expected: int = 1):
+    def __init__(self, x: Tensor, W: Tensor, b: Tensor, by: By, expected: int = 1, tries: int = 1):
         # oneDNN's operator ignores strides
         self.x, self.W, self.b, self.by = x.contiguous(), W.contiguous(), b.contiguous(), by
         self.low = low_rows(self.W) if in_bfloat16(x, W, expected) else None
-        self.failed = 0
+        self.tries = tries
 
     def chunks(self) -> Iterator[tuple[slice, Callable[[Tensor], Lists]]]:
         """For each chunk of tokens, the positions of its entries, and a function that lists those
@@ -136,7 +133,7 @@ class Listing:
             found = list_proved(x, self.W, self.b, self.low, threshold, self.by)
             if found is not None:
                 return found
-            self.failed += 1
-            if self.failed == TRIES:
+            self.tries -= 1
+            if not self.tries:
                 self.low = None
         return list_above(product(x, self.W, self.b), threshold, self.by)

@@ -80,8 +80,16 @@ class Guess(NamedTuple):
 
     value: float
     adapts: bool = False
-    """Whether a part of the batch that has far too many entries above it raises it. It fails if
-    later parts have far fewer."""
+    """Whether it rises where the first chunks have about twice their share of entries above it. It
+    then fails if later chunks have about a third fewer than these."""
+
+    def limits(self, k_total: int, share: float) -> tuple[int, float]:
+        """How many entries stay, of more than how many, in this share of the batch."""
+        if not self.adapts:
+            return k_total, 2 * k_total
+        expected = share * k_total
+        keep = min(k_total, math.ceil(1.5 * expected + 4 * math.sqrt(expected)))
+        return keep, MARGIN * keep
 
 
 def _sampled(rows: Tensor, N: int, k_total: int, by: By) -> float:
@@ -106,9 +114,10 @@ def _largest(values: Tensor, position: Tensor, k: int, by: By) -> tuple[Tensor, 
 
 def _largest_above(
     guess: Guess, chunks: Chunks, like: Tensor, size: int, k_total: int, by: By
-) -> tuple[Tensor, Tensor]:
-    """The entries above the guess, at most the k_total largest of `size`; `like` is [0, F]."""
-    values, position = like.flatten(), like.flatten().long()
+) -> tuple[Tensor, Tensor, float]:
+    """The entries above the guess, at most the k_total largest of `size`, and what the guess was in
+    the end; `like` is an empty [0, F]."""
+    values, position, least = like.flatten(), like.flatten().long(), guess.value
     threshold = torch.full(
         like.shape[1:], guess.value, dtype=torch.promote_types(like.dtype, torch.float32),
         device=like.device,
@@ -117,16 +126,13 @@ def _largest_above(
         more, places = list_chunk(threshold)
         values = torch.cat([values, more])
         position = torch.cat([position, places.add_(at.start)])
-        keep, limit = k_total, 2 * k_total
-        if guess.adapts:
-            keep = min(k_total, math.ceil(MARGIN * k_total * at.stop / size))
-            limit = MARGIN * keep
+        keep, limit = guess.limits(k_total, at.stop / size)
         if len(values) > limit:
             values, position, least = _largest(values, position, keep, by)
             threshold.fill_(least)
     if len(values) > k_total:
         values, position, _ = _largest(values, position, k_total, by)
-    return values, position
+    return values, position, least
 
 
 def _choose(
@@ -138,10 +144,12 @@ def _choose(
     by: By,
 ) -> tuple[Tensor, Tensor]:
     """Active entries and their positions, ascending, from the first guess that is low enough."""
-    values, position = like.flatten(), like.flatten().long()
+    values, position, too_high = like.flatten(), like.flatten().long(), math.inf
     for guess in guesses if k_total else ():
-        values, position = _largest_above(guess, chunks(), like, size, k_total, by)
-        if len(values) == k_total or guess == Guess(0.0):
+        if guess.value >= too_high:
+            continue
+        values, position, too_high = _largest_above(guess, chunks(), like, size, k_total, by)
+        if len(values) == k_total or too_high == 0:
             break
     return values, position
 
@@ -184,7 +192,7 @@ class _EncodeTopkBatch(RaggedEncoder):
 
         def guesses() -> Iterator[Guess]:
             hinted = float(hint)
-            if hinted > 0:
+            if 0 < hinted <= torch.finfo(torch.float32).max:
                 yield Guess(hinted, adapts=True)
             rows = x[:: max(N // SAMPLE, 1)].contiguous()
             pre = product(rows, W_enc.contiguous(), b_enc.contiguous())
@@ -192,7 +200,7 @@ class _EncodeTopkBatch(RaggedEncoder):
             yield Guess(0.0)
 
         like = x.new_empty(0, F)
-        listing = Listing(x, W_enc, b_enc, by, -(-k_total // max(N, 1)))
+        listing = Listing(x, W_enc, b_enc, by, -(-k_total // max(N, 1)), tries=2)
         chosen = _choose(listing.chunks, guesses(), like, N * F, k_total, by)
         return in_rows(*chosen, N, F)
 
@@ -250,7 +258,8 @@ def encode_topk_batch(
 
     hint, a number or a tensor of one, is a guess of the smallest value kept. It affects the cost
     only: a value somewhat below that of the last batch saves sampling a few rows. 0 is no hint. If
-    it is too high, the GEMM runs again; far too low, lists of entries take more memory.
+    it is too high, the GEMM runs again; if it is far too low, lists of entries take more memory,
+    and the GEMM also runs again where the first tokens have far more entries than others.
 
     Costs 2 N F D FLOPs; no more than FASTSAE_BUFFER_MB of pre-activations exist at a time. On a CPU
     with bfloat16 instructions, the GEMM may be in bfloat16, as that of encode_above: entries are

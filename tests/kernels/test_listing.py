@@ -121,9 +121,9 @@ def test_numbers_without_a_bound_are_left_to_fp32(broken, products):
             assert products.pop() == torch.float32
 
 
-def test_after_two_chunks_with_too_many_entries_bfloat16_is_not_tried(monkeypatch, products):
+def test_after_a_chunk_with_too_many_entries_bfloat16_is_not_tried(monkeypatch, products):
     monkeypatch.setattr("fastsae_kernels.listing.SPARSE", 4)
-    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 5 * 40 * 4)
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 10 * 40 * 4)
     x, W, b = torch.ones(40, 2), torch.ones(40, 2), torch.zeros(40)
     x[:10], W[20:] = -1, torch.tensor([-1.0, 0.5])
     W[20:28] = -1
@@ -132,5 +132,17 @@ def test_after_two_chunks_with_too_many_entries_bfloat16_is_not_tried(monkeypatc
         encode_above(x, W, b, 0.9), encode_above_reference(x, W, b, 0.9), strict=True
     ):
         assert torch.equal(one, two)
-    low, high = torch.bfloat16, torch.float32
-    assert products == [low] * 5 + [high, low, high, high, high]
+    assert products == [torch.bfloat16, torch.bfloat16, torch.bfloat16, *[torch.float32] * 2]
+
+
+@pytest.mark.parametrize(("hint", "dtypes"), [(1e-9, "lhlll"), (0.75, "llll")])
+def test_the_largest_of_a_batch_after_a_hint_that_is_too_low(hint, dtypes, monkeypatch, products):
+    """Its first chunk has too many entries; the others have a threshold that this chunk raised."""
+    monkeypatch.setattr("fastsae_kernels.listing.SPARSE", 4)
+    monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 50 * 40 * 4)
+    x, W, b = torch.rand(200, 40), torch.eye(40), torch.full((40,), -0.1)
+    got = encode_topk_batch(x, W, b, 600, "value", hint)
+    for one, two in zip(got, encode_topk_batch_reference(x, W, b, 600), strict=True):
+        assert torch.equal(one, two)
+    names = {"l": torch.bfloat16, "h": torch.float32}
+    assert products == [names[name] for name in dtypes]

@@ -1,4 +1,5 @@
 from importlib import import_module
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastsae_kernels import encode_topk_batch, topk_batch
+from fastsae_kernels import _launch, encode_topk_batch, topk_batch
 from fastsae_kernels import product as product_module
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
@@ -151,7 +152,7 @@ def test_hard_batches(device, chunks, kind, by):
     W, b = torch.eye(20, device=device), torch.zeros(20, device=device)
     for k in (9, 240):
         assert_as_reference(pre.to(device), k, by)
-        for hint in (0.0, 1e-9):  # the first rows of "block" raise a hint too far
+        for hint in (0.0, 1e-9):
             assert_encoded_as_reference(pre.to(device), W, b, k, by, hint)
 
 
@@ -168,9 +169,17 @@ def test_a_chunk_raises_a_hint_that_is_too_low(device, by, monkeypatch):
     monkeypatch.setattr(listing, "list_above", list_above)
     monkeypatch.setattr("fastsae_kernels._launch.buffer_bytes", lambda device: 100 * 20 * 4)
     W, b = torch.eye(20, device=device), torch.zeros(20, device=device)
-    assert_encoded_as_reference(torch.rand(500, 20).to(device), W, b, 1000, by, 1e-9)
+    x = torch.rand(500, 20)
+    if by == "abs":
+        x[::2] *= -1
+    assert_encoded_as_reference(x.to(device), W, b, 1000, by, 1e-9)
+    # 200 are expected in a chunk; 1.5 times as many and 4 standard deviations stay
     assert listed[0] > 1900 and len(listed) == 5
-    assert all(150 < one < 350 for one in listed[1:])  # expected are 250
+    assert all(280 < one < 430 for one in listed[1:4])
+    listed.clear()
+    x[:100] += x[:100].sign()  # the others have too few above the raised guess, and a new one
+    assert_encoded_as_reference(x.to(device), W, b, 3000, by, 1e-9)
+    assert len(listed) == 10
 
 
 def test_fewer_positive_than_asked_for(device):
@@ -206,6 +215,9 @@ def test_any_batch(device, data, N, F, by):
     pre = (torch.randint(-3, 4, (N, F)) * torch.rand(N, 1)).to(device)
     dtype = data.draw(st.sampled_from(DTYPES))
     assert_as_reference(pre.to(dtype), k, by)
+    hint, rows = data.draw(st.sampled_from([0.0, 1e-9, 0.5, 2.0])), data.draw(st.integers(1, 30))
+    with patch.object(_launch, "buffer_bytes", lambda device: rows * F * 4):
+        assert_encoded_as_reference(pre, torch.eye(F).to(pre), pre.new_zeros(F), k, by, hint)
 
 
 @each_by
