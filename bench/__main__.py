@@ -40,6 +40,8 @@ def main() -> None:
         sys.exit(import_module(module).bench(arguments))
     except ValueError as error:  # it says what was given and what is allowed
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{arguments.command} was interrupted\n")
 
 
 if __name__ == "__main__":
