@@ -110,8 +110,8 @@ def rounded_up(b: Tensor) -> Tensor:
 class Listing:
     """Lists the entries of x W^T + b above a threshold: [N, D], [F, D], [F].
 
-    `expected` is how many entries a token has, if known, and after `tries` chunks that bfloat16 did
-    not list, the others are probably no better, unless thresholds rise: both affect the cost only.
+    `expected` is how many entries a token has, if known. After `tries` chunks that bfloat16 did not
+    list, the others, which are probably no better, use fp32. Both affect the cost only.
     """
 
     def __init__(self, x: Tensor, W: Tensor, b: Tensor, by: By, expected: int = 1, tries: int = 1):

@@ -72,7 +72,8 @@ SAMPLE = 64
 """Rows that a guess is made from; up to twice as many."""
 
 MARGIN = 1.25
-"""Entries to expect above a guess, as a multiple of k_total, since rows differ."""
+"""Entries to expect above a guess, as a multiple of k_total, since rows differ; and how many more
+than should stay a list may have."""
 
 
 class Guess(NamedTuple):
@@ -200,6 +201,7 @@ class _EncodeTopkBatch(RaggedEncoder):
             yield Guess(0.0)
 
         like = x.new_empty(0, F)
+        # Two tries: the first chunk may raise the guess, so that the second has fewer entries.
         listing = Listing(x, W_enc, b_enc, by, -(-k_total // max(N, 1)), tries=2)
         chosen = _choose(listing.chunks, guesses(), like, N * F, k_total, by)
         return in_rows(*chosen, N, F)
