@@ -11,7 +11,7 @@ from fastsae_kernels import _launch, encode_topk_batch, topk_batch
 from fastsae_kernels import product as product_module
 from fastsae_kernels.testing import assert_no_worse
 from fastsae_kernels.topk import By
-from fastsae_kernels.topk_batch import encode_topk_batch_reference, topk_batch_reference
+from fastsae_kernels.topk_batch import Guess, encode_topk_batch_reference, topk_batch_reference
 
 from .parametrize import BY, each_by, pairwise
 
@@ -173,9 +173,10 @@ def test_a_chunk_raises_a_hint_that_is_too_low(device, by, monkeypatch):
     if by == "abs":
         x[::2] *= -1
     assert_encoded_as_reference(x.to(device), W, b, 1000, by, 1e-9)
-    # 200 are expected in a chunk; 1.5 times as many and 4 standard deviations stay
-    assert listed[0] > 1900 and len(listed) == 5
-    assert all(280 < one < 430 for one in listed[1:4])
+    assert listed[0] == 100 * 20 and len(listed) == 5
+    # The next chunks have as many as stayed of the first: both are counts, with their deviations.
+    stayed, _ = Guess(1e-9, adapts=True).limits(1000, 1 / 5)
+    assert all(abs(one - stayed) < 5 * (2 * stayed) ** 0.5 for one in listed[1:4])
     listed.clear()
     x[:100] += x[:100].sign()  # the others have too few above the raised guess, and a new one
     assert_encoded_as_reference(x.to(device), W, b, 3000, by, 1e-9)
