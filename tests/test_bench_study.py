@@ -11,12 +11,15 @@ from bench.corrections import NUMBERS, corrections
 from bench.record import RESULTS, ROOT
 from bench.study.claims import CLAIMS, T95, Claim, difference
 from bench.study.measure import pursuit
+from bench.study.per_latent import per_latent
 from bench.study.plan import DATA, PATHS, Data, Method, Scale, Upgrade
 from bench.study.report import report
-from bench.study.run import Study
+from bench.study.run import Study, known_runs
 from fastsae import SAE, AbsTopK
 from fastsae.data import Synthetic
+from fastsae.files import write_json
 from fastsae.nn import init_from_data
+from fastsae.nn.rational import Rational
 
 LOWER = Claim("paper", "better", "new", "old")
 STAMP = {"cpu": "none", "torch": "0", "commit": "0"}
@@ -109,22 +112,57 @@ def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch)
     methods = {"tuned": Method(options, lr=(0.1, 1.0)), "fixed": Method(options)}
     methods["relu"] = Method("--activation relu --target-l0 4")
     upgrades = {"copy": Upgrade("relu", {}), "paper": Upgrade("relu", {"path": "paper"})}
+    upgrades["per latent"] = Upgrade("relu", {}, per_latent=50.0)
     made = Data(lambda _: source, methods, upgrades)
     monkeypatch.setitem(DATA, "made", made)
-    assert Study("made", tmp_path, tmp_path, Scale(), -math.inf).runs([0]) == {}, "no time"
+    assert Study("made", tmp_path, tmp_path, Scale(), -math.inf).runs([0], {}) == {}, "no time"
     scale = Scale(steps=40, tune_steps=4, batch_size=64, tokens=500)
-    runs = Study("made", tmp_path, tmp_path, scale).runs([0, 1])
+    runs = Study("made", tmp_path, tmp_path, scale).runs([0, 1], {})
     assert {name: set(found) for name, found in runs.items()} == {
         name: {"0", "1"} for name in (*methods, *upgrades, "relu, tuned")
     }
-    assert runs["copy"]["0"]["fvu"] != runs["paper"]["0"]["fvu"], "they start from other functions"
+    errors = {runs[name]["0"]["fvu"] for name in upgrades}
+    assert len(errors) == 3, "they start from other functions, or each latent's is trained"
     assert runs["tuned"] == runs["fixed"], "the better rate of the two is the default"
     assert runs["fixed"]["0"]["fvu"] != runs["fixed"]["1"]["fvu"]
     assert len([*tmp_path.glob("made/*/tuning.json")]) == 2
-    assert len([*tmp_path.glob("made/*/study.json")]) == 10, "of each seed, one is shared"
+    assert len([*tmp_path.glob("made/*/study.json")]) == 12, "of each seed, one is shared"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    assert Study("made", tmp_path, tmp_path, scale).runs([0, 1]) == runs
+    assert Study("made", tmp_path, tmp_path, scale).runs([0, 1], {}) == runs
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    del runs["tuned"]["1"], runs["paper"]["0"]
+    fixed = {**runs["fixed"]["0"], "fvu": 0.25, "lr": 0.1}
+    known = {**runs, "fixed": {"0": fixed, "1": fixed}, "tuned": {"0": fixed}}
+    found = Study("made", tmp_path, tmp_path / "new", scale).runs([0, 1], known)
+    assert found["fixed"] == known["fixed"] and found["tuned"]["0"] == fixed, "they are known"
+    assert found["tuned"]["1"]["lr"] == 0.1, "the rate of the known seed"
+    assert set(found["paper"]) == {"0", "1"} and found["copy"]["1"] == runs["copy"]["1"]
+    assert len([*tmp_path.glob("new/made/*/study.json")]) == 6, "one tuned, a teacher and upgrades"
+
+
+def test_known_results_are_of_the_same_scale(tmp_path):
+    write_json(tmp_path / "known.json", {"scale": vars(Scale(steps=7)), "runs": {"a": {}}})
+    assert known_runs(tmp_path / "known.json", Scale(steps=7)) == {"a": {}}
+    with pytest.raises(ValueError, match="has runs of the scale"):
+        known_runs(tmp_path / "known.json", Scale())
+
+
+@pytest.mark.parametrize("degree", [(3, 2), (1, 0)])
+@pytest.mark.parametrize("gate", ["relu", "topk"])
+def test_a_function_per_latent_starts_as_the_shared_one(gate, degree):
+    k = 4 if gate == "topk" else None
+    sae = SAE(8, 24, Rational(gate=gate, k=k, degree=degree))
+    sae.activation.change.data.normal_(std=0.1)
+    each = per_latent(sae, 2.0)
+    x, expected = torch.randn(50, 8), {}
+    for one in (sae, each):
+        codes = one.encode(x).to_dense()
+        expected[one] = codes.detach()
+        codes.square().sum().backward()
+    torch.testing.assert_close(expected[each], expected[sae])
+    assert each.activation.change.shape == (24, sum(degree) + 1)
+    change = each.activation.change.grad.sum(0) / 2
+    torch.testing.assert_close(change, sae.activation.change.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_differences_in_the_documentation_are_results():

@@ -52,6 +52,7 @@ class Difference(NamedTuple):
 
 ABS, RT = "AbsTopK, arXiv:2510.00404", "RT-TopKSAE (rotation trick, arXiv:2410.06424)"
 RSAE, VSAE = "RSAE, arXiv:2606.14990", "vSAE, arXiv:2509.22994"
+EACH = "RSAE with a function per latent (our experiment)"
 CELLS = [at(*cell) for cell in (USUAL, *MAP, WIDE, TENTH, THIRD, EIGHT)]
 
 CLAIMS = [
@@ -62,7 +63,11 @@ CLAIMS = [
       for metric in ("dead", "utilization", "pcr", "components", "fvu") for label in ROOM),
     *(Claim(RSAE, "better", f"{path} {teacher}", other, metric)
       for metric in ("fvu", "ce recovered") for teacher in TEACHERS for path in PATHS
-      for other in (f"{teacher}, tuned", f"scale and shift of {teacher}")),
+      for other in (f"{teacher}, tuned", f"scale and shift of {teacher}")
+      if not PATHS[path][1]),
+    *(Claim(EACH, "better", f"{path} {teacher}", other)
+      for teacher in TEACHERS for path in PATHS if PATHS[path][1]
+      for other in (f"{teacher}, tuned", f"RSAE of {teacher}")),
     *(Claim(VSAE, "worse", name, "TopK, aux-k" if ", aux-k" in name else "TopK, no aux-k", metric)
       for metric in ("fvu", "dead") for name in VARIATIONAL if name.startswith("vSAE")),
     Claim("fastsae", "better", "TopK, log_fvu", "TopK, fvu"),

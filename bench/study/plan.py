@@ -63,6 +63,8 @@ class Upgrade(NamedTuple):
 
     teacher: str
     settings: dict[str, Any]
+    per_latent: float | None = None
+    """If each latent has a function, the factor of its learning rate (per_latent.py)."""
 
     def config(self, seed: int, scale: Scale) -> UpgradeConfig:
         """The upgrade's configuration, with checkpoints only at its end."""
@@ -114,10 +116,13 @@ TEACHERS = {
     "TopK": "--k 32",
     "JumpReLU": "--activation jumprelu --target-l0 32 --threshold 1 --bandwidth 0.5",
 }
-PATHS: dict[str, dict[str, Any]] = {
-    "RSAE of": {},
-    "RSAE, paper's path, of": {"path": "paper"},
-    "scale and shift of": {"degree": (1, 0)},
+PATHS: dict[str, tuple[dict[str, Any], float | None]] = {
+    "RSAE of": ({}, None),
+    "RSAE, paper's path, of": ({"path": "paper"}, None),
+    "scale and shift of": ({"degree": (1, 0)}, None),
+    "RSAE per latent of": ({}, 1.0),
+    "RSAE per latent, 50 x rate, of": ({}, 50.0),
+    "scale and shift per latent, 50 x rate, of": ({"degree": (1, 0)}, 50.0),
 }
 
 
@@ -140,7 +145,7 @@ def abs_top_k(*cells: tuple[int, float], **changes: Any) -> dict[str, Method]:
 
 
 def upgrades(*teachers: str) -> dict[str, Upgrade]:
-    return {f"{path} {t}": Upgrade(t, PATHS[path]) for t in teachers for path in PATHS}
+    return {f"{path} {t}": Upgrade(t, *PATHS[path]) for t in teachers for path in PATHS}
 
 
 def relative(k: int) -> dict[str, Method]:

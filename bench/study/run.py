@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -32,7 +33,8 @@ from fastsae.upgrade import UpgradeConfig, initial, own_objective, tuning
 
 from .claims import Runs
 from .measure import CrossEntropy, measure, tuning_error
-from .plan import DATA, SEEDS, TUNING_SEED, Scale
+from .per_latent import per_latent
+from .plan import DATA, SEEDS, TUNING_SEED, Method, Scale
 from .plot import plot
 from .report import report
 
@@ -49,24 +51,33 @@ class Study:
         self.plan, self.work, self.scale = DATA[name], work / slug(name), scale
         self.source, self.until = self.plan.open(smollm), until
 
-    def runs(self, seeds: list[int]) -> Runs:
-        """Train what is missing; the metrics of each method and seed that there was time for."""
-        found: Runs = defaultdict(dict)
+    def runs(self, seeds: list[int], known: Runs) -> Runs:
+        """Train what is missing; the metrics of each method and seed that are known or that there
+        was time for."""
+        found: Runs = defaultdict(dict, {name: dict(runs) for name, runs in known.items()})
         for name, method in self.plan.methods.items():
+            upgrades = [n for n, u in self.plan.upgrades.items() if u.teacher == name]
+            missing = [s for s in seeds if any(str(s) not in found[n] for n in (name, *upgrades))]
             with suppress(OutOfTime):
                 config = partial(method.config, self.source.d_in, scale=self.scale)
-                factor = method.lr[0]
-                if len(method.lr) > 1:
-                    configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
-                    errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
-                    factor = min(method.lr, key=errors.__getitem__)
-                for seed in seeds:
+                factor = self.factor(method, config, known.get(name, {})) if missing else 1.0
+                for seed in missing:
                     out, metrics = self.train(config(seed=seed, factor=factor))
                     found[name][str(seed)] = {"lr": factor, **metrics}
-                    for new in (n for n, u in self.plan.upgrades.items() if u.teacher == name):
+                    for new in upgrades:
                         both = self.upgrade(new, out, seed)
                         found[new][str(seed)], found[f"{name}, tuned"][str(seed)] = both
-        return found
+        return {name: runs for name, runs in found.items() if runs}
+
+    def factor(
+        self, method: Method, config: Callable[..., TrainConfig], known: dict[str, dict[str, Any]]
+    ) -> float:
+        """The factor of the learning rate of known runs, or the best one."""
+        if known or len(method.lr) == 1:
+            return next(iter(known.values()))["lr"] if known else method.lr[0]
+        configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
+        errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
+        return min(method.lr, key=errors.__getitem__)
 
     def train(self, config: TrainConfig, tuning: bool = False) -> tuple[Path, dict[str, Any]]:
         """The run directory of an SAE, which methods with equal settings share, and its metrics."""
@@ -78,9 +89,13 @@ class Study:
 
         As `fastsae.upgrade.upgrade`, but the unchanged one is trained once for all upgrades.
         """
-        config, sae = self.plan.upgrades[name].config(seed, self.scale), load(teacher / "sae")
+        plan, sae = self.plan.upgrades[name], load(teacher / "sae")
+        config = plan.config(seed, self.scale)
         start, about = initial(sae, self.source, config)
-        rational = tuning(start, config), self.work / f"{teacher.name}-{digest(config)}", start
+        if plan.per_latent is not None:
+            start = per_latent(start, plan.per_latent)
+        new = self.work / f"{teacher.name}-{digest(config)}-{plan.per_latent}"
+        rational = tuning(start, config), new, start
         own = replace(tuning(sae, config), activation=own_objective(sae, about["calibration_l0"]))
         unchanged = own, self.work / f"{teacher.name}-{digest(own)}", sae
         return self.metrics(*rational), self.metrics(*unchanged)
@@ -114,6 +129,16 @@ class Study:
         return CrossEntropy(heldout, self.scale.windows)
 
 
+def known_runs(file: Path | None, scale: Scale) -> dict[str, Runs]:
+    """The runs of every data set in a file of results; ValueError for others of another scale."""
+    if file is None:
+        return {}
+    known = read_json(file)
+    if known["scale"] != vars(scale):
+        raise ValueError(f"{file} has runs of the scale {known['scale']}, not {vars(scale)}")
+    return known["runs"]
+
+
 def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
@@ -130,6 +155,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smollm", type=Path, default=Path("smol"), help="SmolLM2's activations (default: smol)")
     add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: all)")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="training seeds (default: 0 to 4)")
+    add("--known", type=Path, metavar="FILE", help="results.json whose runs are not made again "
+        "(default: none)")  # fmt: skip
     add("--steps", type=int, default=Scale.steps, help="training steps (default: 300)")
     add("--minutes", type=float, default=math.inf, help="when to begin no more (default: never)")
     add("--out", type=Path, default=out, help="where results go (default: bench/results/study)")
@@ -139,11 +166,11 @@ def bench(arguments: argparse.Namespace) -> None:
     """Train and measure what is missing, then write and print the report."""
     until = time.monotonic() + 60 * arguments.minutes
     scale = Scale(arguments.steps, max(1, 3 * arguments.steps // 10))
-    runs = {
-        name: Study(name, arguments.smollm, arguments.work, scale, until).runs(arguments.seeds)
-        for name in arguments.data
-    }
-    runs = {name: found for name, found in runs.items() if found}
+    runs = known_runs(arguments.known, scale)
+    for name in arguments.data:
+        study = Study(name, arguments.smollm, arguments.work, scale, until)
+        if found := study.runs(arguments.seeds, runs.get(name, {})):
+            runs[name] = found
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "results.json", {"scale": vars(scale), "runs": runs})
     print(report(scale, runs, arguments.out))
