@@ -12,7 +12,7 @@ import math
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from .plan import EIGHT, MAP, PATHS, ROOM, TEACHERS, TENTH, THIRD, USUAL, VARIATIONAL, WIDE, at
+from .plan import CELLS, PATHS, PER_LATENT, ROOM, TEACHERS, VARIATIONAL
 
 Runs = dict[str, dict[str, dict[str, Any]]]
 """Results of one data set, by method and seed."""
@@ -53,7 +53,6 @@ class Difference(NamedTuple):
 ABS, RT = "AbsTopK, arXiv:2510.00404", "RT-TopKSAE (rotation trick, arXiv:2410.06424)"
 RSAE, VSAE = "RSAE, arXiv:2606.14990", "vSAE, arXiv:2509.22994"
 EACH = "RSAE with a function per latent (our experiment)"
-CELLS = [at(*cell) for cell in (USUAL, *MAP, WIDE, TENTH, THIRD, EIGHT)]
 
 CLAIMS = [
     *(Claim(ABS, "better", f"AbsTopK, {cell}", f"TopK, {cell}", metric)
@@ -63,11 +62,9 @@ CLAIMS = [
       for metric in ("dead", "utilization", "pcr", "components", "fvu") for label in ROOM),
     *(Claim(RSAE, "better", f"{path} {teacher}", other, metric)
       for metric in ("fvu", "ce recovered") for teacher in TEACHERS for path in PATHS
-      for other in (f"{teacher}, tuned", f"scale and shift of {teacher}")
-      if not PATHS[path][1]),
-    *(Claim(EACH, "better", f"{path} {teacher}", other)
-      for teacher in TEACHERS for path in PATHS if PATHS[path][1]
-      for other in (f"{teacher}, tuned", f"RSAE of {teacher}")),
+      for other in (f"{teacher}, tuned", f"scale and shift of {teacher}")),
+    *(Claim(EACH, "better", f"{path} {teacher}", f"RSAE of {teacher}")
+      for teacher in TEACHERS for path in PER_LATENT),
     *(Claim(VSAE, "worse", name, "TopK, aux-k" if ", aux-k" in name else "TopK, no aux-k", metric)
       for metric in ("fvu", "dead") for name in VARIATIONAL if name.startswith("vSAE")),
     Claim("fastsae", "better", "TopK, log_fvu", "TopK, fvu"),

@@ -63,14 +63,15 @@ class Upgrade(NamedTuple):
 
     teacher: str
     settings: dict[str, Any]
-    per_latent: float | None = None
-    """If each latent has a function, the factor of its learning rate (per_latent.py)."""
+    """Of UpgradeConfig; per_latent, if each latent has a function, is the factor of its learning
+    rate."""
 
     def config(self, seed: int, scale: Scale) -> UpgradeConfig:
         """The upgrade's configuration, with checkpoints only at its end."""
         steps = scale.tune_steps
         run: dict[str, Any] = {"steps": steps, "batch_size": scale.batch_size, "seed": seed}
-        return UpgradeConfig(lr=2e-4, checkpoint_every=10 * steps, **run, **self.settings)
+        run |= {name: value for name, value in self.settings.items() if name != "per_latent"}
+        return UpgradeConfig(lr=2e-4, checkpoint_every=10 * steps, **run)
 
 
 class Data(NamedTuple):
@@ -116,14 +117,17 @@ TEACHERS = {
     "TopK": "--k 32",
     "JumpReLU": "--activation jumprelu --target-l0 32 --threshold 1 --bandwidth 0.5",
 }
-PATHS: dict[str, tuple[dict[str, Any], float | None]] = {
-    "RSAE of": ({}, None),
-    "RSAE, paper's path, of": ({"path": "paper"}, None),
-    "scale and shift of": ({"degree": (1, 0)}, None),
-    "RSAE per latent of": ({}, 1.0),
-    "RSAE per latent, 50 x rate, of": ({}, 50.0),
-    "scale and shift per latent, 50 x rate, of": ({"degree": (1, 0)}, 50.0),
+PATHS: dict[str, dict[str, Any]] = {
+    "RSAE of": {},
+    "RSAE, paper's path, of": {"path": "paper"},
+    "scale and shift of": {"degree": (1, 0)},
 }
+PER_LATENT: dict[str, dict[str, Any]] = {
+    "RSAE per latent of": {"per_latent": 1.0},
+    "RSAE per latent, 50 x rate, of": {"per_latent": 50.0},
+    "scale and shift per latent, 50 x rate, of": {"degree": (1, 0), "per_latent": 50.0},
+}
+"""A function for each latent, and the factor of its learning rate."""
 
 
 def at(k: int, expansion: float) -> str:
@@ -144,8 +148,8 @@ def abs_top_k(*cells: tuple[int, float], **changes: Any) -> dict[str, Method]:
     return methods
 
 
-def upgrades(*teachers: str) -> dict[str, Upgrade]:
-    return {f"{path} {t}": Upgrade(t, *PATHS[path]) for t in teachers for path in PATHS}
+def upgrades(paths: dict[str, dict[str, Any]], *teachers: str) -> dict[str, Upgrade]:
+    return {f"{path} {t}": Upgrade(t, paths[path]) for t in teachers for path in paths}
 
 
 def relative(k: int) -> dict[str, Method]:
@@ -164,6 +168,9 @@ PLANTED: dict[str, Any] = {"n_latents": 1024, "active": 8, "noise": 0.02}
 PLANTED |= {"d_in": 256, "frequency_exponent": 0.5, "n_tokens": 600_000}
 TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
 """A tenth and a third of SmolLM2's width; as many as are active in planted data."""
+
+
+CELLS = [at(*cell) for cell in (USUAL, *MAP, WIDE, TENTH, THIRD, EIGHT)]
 
 
 class Planted(Synthetic):
@@ -187,11 +194,11 @@ DATA = {
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
         abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(TEACHERS) | tied(VARIATIONAL)
         | ROTATION | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
-        upgrades(*TEACHERS),
+        upgrades(PATHS | PER_LATENT, *TEACHERS),
     ),
     "SmolLM2 layer 15": smollm(
         "model.layers.15", abs_top_k(THIRD), tied({"ReLU": TEACHERS["ReLU"]}), relative(TENTH[0]),
-        upgrades=upgrades("ReLU"),
+        upgrades=upgrades(PATHS, "ReLU"),
     ),
     "SmolLM2 layer 10": smollm("model.layers.10"),
     "SmolLM2 layer 20": smollm("model.layers.20"),

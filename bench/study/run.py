@@ -92,9 +92,9 @@ class Study:
         plan, sae = self.plan.upgrades[name], load(teacher / "sae")
         config = plan.config(seed, self.scale)
         start, about = initial(sae, self.source, config)
-        if plan.per_latent is not None:
-            start = per_latent(start, plan.per_latent)
-        new = self.work / f"{teacher.name}-{digest(config)}-{plan.per_latent}"
+        if rate := plan.settings.get("per_latent"):
+            start = per_latent(start, rate)
+        new = self.work / f"{teacher.name}-{digest(config)}-{rate}"
         rational = tuning(start, config), new, start
         own = replace(tuning(sae, config), activation=own_objective(sae, about["calibration_l0"]))
         unchanged = own, self.work / f"{teacher.name}-{digest(own)}", sae
