@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from fastsae.environment import cpu_name, source_commit
+from fastsae.files import claimed, write_atomically
 from fastsae_kernels.product import has_bf16, processor
 
 from .clock import free
@@ -77,8 +79,18 @@ def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") ->
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept.update({key: {**stamp(device), **result} for key, result in results.items()})
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    write_atomically(path, lambda to: to.write_text(json.dumps(kept, indent=1) + "\n"))
     return path
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Holds the results' folder, for a benchmark that keeps results in memory and would overwrite
+    another one's. ValueError if it is held."""
+    with claimed(RESULTS) as free:
+        if not free:
+            raise ValueError(f"another benchmark is writing to {RESULTS}: wait until it has ended")
+        yield
 
 
 def markdown(titles: list[str], rows: Iterable[Iterable[object]]) -> str:

@@ -63,11 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variants", action="store_true", help="compare settings of fastsae instead")
 
 
+@record.alone()
 def bench(arguments: argparse.Namespace) -> None:
     """Time steps at every shape, then train at shape a with the data's width; print tables.
 
     Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, data
-    without a held-out part, and stored runs with warm-ups longer than runs have now.
+    without a held-out part, stored runs with warm-ups longer than runs have now, and if another
+    benchmark holds the results' folder.
     """
     rounds, lengths = arguments.rounds, [n for n in arguments.steps if n]
     if rounds < 0 or not (rounds or lengths):
