@@ -85,11 +85,11 @@ def write(name: str, results: dict[str, dict[str, Any]], device: str = "cpu") ->
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Holds the results' folder, for a benchmark that keeps results in memory and would overwrite
-    another one's. ValueError if it is held."""
-    with claimed(RESULTS) as free:
-        if not free:
-            raise ValueError(f"another benchmark is writing to {RESULTS}: wait until it has ended")
+    """Holds the results' folder, for a benchmark that keeps its results in memory: two of them
+    would overwrite each other's. ValueError if it is held."""
+    with claimed(RESULTS) as held:
+        if not held:
+            raise ValueError(f"a race is writing to {RESULTS}: wait until it has ended")
         yield
 
 

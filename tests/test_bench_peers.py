@@ -113,7 +113,7 @@ def test_a_race(data, tmp_path, monkeypatch, capsys, one_process):
     monkeypatch.setattr(race, "GRID", training.GRID)
     words = ["--shapes", "a", "--rounds", "1", "--steps", "60", "--data", str(data)]
     words += ["--seeds", "2", "--tokens", "128", "--latents", "80", "--contenders", *names]
-    with record.alone(), pytest.raises(ValueError, match="another benchmark is writing to"):
+    with record.alone(), pytest.raises(ValueError, match="a race is writing to"):
         race.bench(parse(*words))
     race.bench(parse(*words))
     text = capsys.readouterr().out

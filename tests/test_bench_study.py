@@ -130,14 +130,18 @@ def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert Study("made", tmp_path, tmp_path, scale).runs([0, 1], {}) == runs
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    del runs["tuned"]["1"], runs["paper"]["0"]
-    fixed = {**runs["fixed"]["0"], "fvu": 0.25, "lr": 0.1}
-    known = {**runs, "fixed": {"0": fixed, "1": fixed}, "tuned": {"0": fixed}}
+    # Of known runs, which are marked, what is missing is made, at the known rate.
+    known = {name: {s: {**one, "l0": -1.0} for s, one in r.items()} for name, r in runs.items()}
+    known["tuned"] = {"0": {**known["tuned"]["0"], "lr": 0.1}}
+    del known["paper"]["0"]
     found = Study("made", tmp_path, tmp_path / "new", scale).runs([0, 1], known)
-    assert found["fixed"] == known["fixed"] and found["tuned"]["0"] == fixed, "they are known"
-    assert found["tuned"]["1"]["lr"] == 0.1, "the rate of the known seed"
-    assert set(found["paper"]) == {"0", "1"} and found["copy"]["1"] == runs["copy"]["1"]
-    assert len([*tmp_path.glob("new/made/*/study.json")]) == 6, "one tuned, a teacher and upgrades"
+    assert found["fixed"] == known["fixed"] and found["tuned"]["0"] == known["tuned"]["0"]
+    assert found["tuned"]["1"]["lr"] == 0.1 and found["tuned"]["1"]["l0"] > 0
+    for name in ("relu", *upgrades, "relu, tuned"):  # all of seed 0, from one teacher
+        assert found[name]["0"] == runs[name]["0"] and found[name]["1"]["l0"] == -1
+    assert len([*tmp_path.glob("new/made/*/study.json")]) == 6
+    late = Study("made", tmp_path, tmp_path / "late", scale, -math.inf).runs([0, 1], known)
+    assert late == known, "no time"
 
 
 def test_known_results_are_of_the_same_scale(tmp_path):
@@ -148,21 +152,29 @@ def test_known_results_are_of_the_same_scale(tmp_path):
 
 
 @pytest.mark.parametrize("degree", [(3, 2), (1, 0)])
-@pytest.mark.parametrize("gate", ["relu", "topk"])
-def test_a_function_per_latent_starts_as_the_shared_one(gate, degree):
+@pytest.mark.parametrize("gate", ["relu", "topk", "jumprelu"])
+def test_a_function_per_latent(gate, degree):
+    """It starts as the shared one, whose gradient is the sum of theirs; then each is its own."""
     k = 4 if gate == "topk" else None
     sae = SAE(8, 24, Rational(gate=gate, k=k, degree=degree))
     sae.activation.change.data.normal_(std=0.1)
-    each = per_latent(sae, 2.0)
-    x, expected = torch.randn(50, 8), {}
-    for one in (sae, each):
-        codes = one.encode(x).to_dense()
-        expected[one] = codes.detach()
-        codes.square().sum().backward()
-    torch.testing.assert_close(expected[each], expected[sae])
-    assert each.activation.change.shape == (24, sum(degree) + 1)
-    change = each.activation.change.grad.sum(0) / 2
-    torch.testing.assert_close(change, sae.activation.change.grad, rtol=1e-4, atol=1e-5)
+    each, x = per_latent(sae, 2.0), torch.randn(50, 8)
+    codes = [one.encode(x).to_dense() for one in (sae, each)]
+    torch.testing.assert_close(*codes)
+    for found in codes:
+        found.square().sum().backward()
+    for name, rate in {"change": 2.0, "scale_change": 1.0}.items():
+        shared, own = (getattr(one.activation, name) for one in (sae, each))
+        if isinstance(shared, torch.nn.Parameter):
+            assert own.shape == (24, *shared.shape)
+            torch.testing.assert_close(own.grad.sum(0) / rate, shared.grad, rtol=1e-4, atol=1e-5)
+    each.activation.change.data.normal_(std=0.1)
+    found = each.encode(x).to_dense()
+    for latent, change in enumerate(each.activation.change):
+        sae.activation.change.data.copy_(2.0 * change)
+        torch.testing.assert_close(found[:, latent], sae.encode(x).to_dense()[:, latent])
+    with pytest.raises(ValueError, match='needs support "teacher"'):
+        per_latent(SAE(8, 24, Rational(gate=gate, k=k, support="none")), 1.0)
 
 
 def test_differences_in_the_documentation_are_results():

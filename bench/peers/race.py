@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from bench import record
 from bench.clock import summary
 from bench.problem import SHAPES, Size, check_names
@@ -69,7 +71,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
     Raises ValueError for unknown contenders, nothing to do, runs too short to be timed, data
     without a held-out part, stored runs with warm-ups longer than runs have now, and if another
-    benchmark holds the results' folder.
+    race holds the results' folder.
     """
     rounds, lengths = arguments.rounds, [n for n in arguments.steps if n]
     if rounds < 0 or not (rounds or lengths):
@@ -171,7 +173,8 @@ def race(shape: str, task: dict[str, Any], names: list[str], rounds: int) -> dic
             turns[name].append(found)
             shown = found.get("error") or f"{median(found['ms']):.1f} ms"
             print(f"{shape}, round {number + 1} of {rounds}, {name}: {shown}", flush=True)
-    return {name: of_turns(found, task["tokens"]) for name, found in turns.items()}
+    threads = {"threads": torch.get_num_threads()}  # training runs may have another number
+    return {name: of_turns(found, task["tokens"]) | threads for name, found in turns.items()}
 
 
 def of_turns(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:

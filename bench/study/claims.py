@@ -12,7 +12,8 @@ import math
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from .plan import CELLS, PATHS, PER_LATENT, ROOM, TEACHERS, VARIATIONAL
+from . import plan
+from .plan import PATHS, PER_LATENT, ROOM, TEACHERS, VARIATIONAL, at
 
 Runs = dict[str, dict[str, dict[str, Any]]]
 """Results of one data set, by method and seed."""
@@ -30,7 +31,7 @@ FRACTIONS = {"dead", "utilization", "ce recovered", "recovery", "pursuit gap"}
 
 
 class Claim(NamedTuple):
-    """A paper says that `method` is better, or worse, than `other` in a metric."""
+    """That `method` is better, or worse, than `other` in a metric, as a paper says or we ask."""
 
     paper: str
     says: str
@@ -54,6 +55,11 @@ ABS, RT = "AbsTopK, arXiv:2510.00404", "RT-TopKSAE (rotation trick, arXiv:2410.0
 RSAE, VSAE = "RSAE, arXiv:2606.14990", "vSAE, arXiv:2509.22994"
 EACH = "RSAE with a function per latent (our experiment)"
 
+CELLS = [
+    at(*cell) for cell in (plan.USUAL, *plan.MAP, plan.WIDE, plan.TENTH, plan.THIRD, plan.EIGHT)
+]
+"""k and expansions at which AbsTopK and TopK are compared."""
+
 CLAIMS = [
     *(Claim(ABS, "better", f"AbsTopK, {cell}", f"TopK, {cell}", metric)
       for metric in ("fvu", "ce recovered", "recovery", "pursuit gap") for cell in CELLS),
@@ -63,8 +69,8 @@ CLAIMS = [
     *(Claim(RSAE, "better", f"{path} {teacher}", other, metric)
       for metric in ("fvu", "ce recovered") for teacher in TEACHERS for path in PATHS
       for other in (f"{teacher}, tuned", f"scale and shift of {teacher}")),
-    *(Claim(EACH, "better", f"{path} {teacher}", f"RSAE of {teacher}")
-      for teacher in TEACHERS for path in PER_LATENT),
+    *(Claim(EACH, "better", f"{path} {t}", f"{path.partition(' per latent')[0]} of {t}")
+      for t in TEACHERS for path in PER_LATENT),
     *(Claim(VSAE, "worse", name, "TopK, aux-k" if ", aux-k" in name else "TopK, no aux-k", metric)
       for metric in ("fvu", "dead") for name in VARIATIONAL if name.startswith("vSAE")),
     Claim("fastsae", "better", "TopK, log_fvu", "TopK, fvu"),

@@ -19,16 +19,21 @@ from fastsae_kernels.rational import rational_reference
 
 @dataclass(frozen=True, kw_only=True)
 class PerLatentConfig(RationalConfig):
-    """The settings of each latent's function."""
+    """The settings of each latent's function; ValueError without the teacher's support."""
 
     name = "rational-per-latent"
 
     rate: float = 1.0
-    """Factor of the learning rate of a and b."""
+    """Factor of the learning rate of a and b, whose steps Adam makes independent of scale."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.support != "teacher":
+            raise ValueError(f'a function per latent needs support "teacher", got "{self.support}"')
 
 
 class PerLatent(Rational, config=PerLatentConfig):
-    """A rational function per latent, with the teacher's support."""
+    """A rational function per latent."""
 
     cfg: PerLatentConfig
 
@@ -38,13 +43,19 @@ class PerLatent(Rational, config=PerLatentConfig):
         if self.degree[1]:
             self.scale_change = nn.Parameter(torch.zeros(d_sae, 2))
 
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a [p + 1, d_sae], b [q, d_sae], c_in and c_out [d_sae]."""
+        p, q = self.degree
+        each = torch.addcmul(self.start, self.unit, self.change * self.cfg.rate)
+        a, b = each.T.split([p + 1, q])
+        c_in, c_out = (self.scale * self.scale_change.exp()).expand(len(each), 2).unbind(1)
+        return a, b, c_in, c_out
+
     def codes(self, found: SparsePre, s: Tensor | float) -> Codes:
         p, q = self.degree
-        change, d_sae = self.change * self.cfg.rate, len(self.change)
-        own = torch.addcmul(self.start, self.unit, change)
-        scales = (self.scale * self.scale_change.exp()).expand(d_sae, 2)
-        latents = Codes(found.pre, found.indices, d_sae).latents()
-        entries = embedding(latents, torch.cat([own, scales], 1))  # [N, K, p + 1 + q + 2]
+        table = torch.cat([part.reshape(-1, found.d_sae) for part in self.coefficients()])
+        latents = Codes(found.pre, found.indices, found.d_sae).latents()
+        entries = embedding(latents, table.T)  # [N, K, p + 1 + q + 2]
         a, b, (c_in, c_out) = entries.movedim(2, 0).split([p + 1, q, 2])
         return found.codes(rational_reference(found.pre, a, b, c_in, c_out, s))
 

@@ -63,8 +63,7 @@ class Upgrade(NamedTuple):
 
     teacher: str
     settings: dict[str, Any]
-    """Of UpgradeConfig; per_latent, if each latent has a function, is the factor of its learning
-    rate."""
+    """Of UpgradeConfig; per_latent, if each latent has a function, is PerLatentConfig's rate."""
 
     def config(self, seed: int, scale: Scale) -> UpgradeConfig:
         """The upgrade's configuration, with checkpoints only at its end."""
@@ -92,6 +91,8 @@ MAP = (128, 4.0), (32, 0.5), (64, 4.0), (32, 1.0)
 """More k and expansions, at the default rate."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
+TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
+"""A tenth and a third of SmolLM2's width; as many as are active in planted data."""
 ROOM = {"lr x7.5": 7.5, "lr x1": 1.0, "lr x6": 6.0, "lr x4": 4.0}
 """Factors of the learning rate at which about 70, 0, 50 and 30 % of the latents die in a TopK SAE
 without aux-k."""
@@ -127,7 +128,7 @@ PER_LATENT: dict[str, dict[str, Any]] = {
     "RSAE per latent, 50 x rate, of": {"per_latent": 50.0},
     "scale and shift per latent, 50 x rate, of": {"degree": (1, 0), "per_latent": 50.0},
 }
-"""A function for each latent, and the factor of its learning rate."""
+"""A function for each latent, with PerLatentConfig's rate."""
 
 
 def at(k: int, expansion: float) -> str:
@@ -166,11 +167,6 @@ ROTATION = {
 
 PLANTED: dict[str, Any] = {"n_latents": 1024, "active": 8, "noise": 0.02}
 PLANTED |= {"d_in": 256, "frequency_exponent": 0.5, "n_tokens": 600_000}
-TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
-"""A tenth and a third of SmolLM2's width; as many as are active in planted data."""
-
-
-CELLS = [at(*cell) for cell in (USUAL, *MAP, WIDE, TENTH, THIRD, EIGHT)]
 
 
 class Planted(Synthetic):

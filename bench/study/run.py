@@ -26,7 +26,7 @@ from typing import Any
 from bench.record import RESULTS, stamp
 from fastsae import SAE, load
 from fastsae.config import to_dict
-from fastsae.data import ActivationShards
+from fastsae.data import ActivationShards, ActivationSource
 from fastsae.files import read_json, write_json
 from fastsae.train import TrainConfig, Trainer
 from fastsae.upgrade import UpgradeConfig, initial, own_objective, tuning
@@ -49,33 +49,51 @@ class Study:
     def __init__(self, name: str, smollm: Path, work: Path, scale: Scale, until: float = math.inf):
         """No training begins after `until`, in seconds of `time.monotonic`."""
         self.plan, self.work, self.scale = DATA[name], work / slug(name), scale
-        self.source, self.until = self.plan.open(smollm), until
+        self.smollm, self.until = smollm, until
+
+    @cached_property
+    def source(self) -> ActivationSource:
+        """The activations, which need not be there if all runs are known."""
+        return self.plan.open(self.smollm)
 
     def runs(self, seeds: list[int], known: Runs) -> Runs:
         """Train what is missing; the metrics of each method and seed that are known or that there
-        was time for."""
+        was time for.
+
+        Upgrades start from a trained SAE, which results do not hold: if one is missing, the method
+        and all its upgrades are made again for that seed, so that they can be compared.
+        """
         found: Runs = defaultdict(dict, {name: dict(runs) for name, runs in known.items()})
         for name, method in self.plan.methods.items():
             upgrades = [n for n, u in self.plan.upgrades.items() if u.teacher == name]
-            missing = [s for s in seeds if any(str(s) not in found[n] for n in (name, *upgrades))]
+            parts = [name, *upgrades] + [f"{name}, tuned"] * bool(upgrades)
+            missing = [seed for seed in seeds if any(str(seed) not in found[n] for n in parts)]
+            if not missing:
+                continue
             with suppress(OutOfTime):
-                config = partial(method.config, self.source.d_in, scale=self.scale)
-                factor = self.factor(method, config, known.get(name, {})) if missing else 1.0
+                config_of = partial(method.config, self.source.d_in, scale=self.scale)
+                factor = self.factor(method, config_of, known.get(name, {}))
                 for seed in missing:
-                    out, metrics = self.train(config(seed=seed, factor=factor))
-                    found[name][str(seed)] = {"lr": factor, **metrics}
+                    out, metrics = self.train(config_of(seed=seed, factor=factor))
+                    made = {name: {"lr": factor, **metrics}}
                     for new in upgrades:
-                        both = self.upgrade(new, out, seed)
-                        found[new][str(seed)], found[f"{name}, tuned"][str(seed)] = both
+                        made[new], made[f"{name}, tuned"] = self.upgrade(new, out, seed)
+                    for one, metrics in made.items():
+                        found[one][str(seed)] = metrics
         return {name: runs for name, runs in found.items() if runs}
 
     def factor(
-        self, method: Method, config: Callable[..., TrainConfig], known: dict[str, dict[str, Any]]
+        self,
+        method: Method,
+        config_of: Callable[..., TrainConfig],
+        known: dict[str, dict[str, Any]],
     ) -> float:
         """The factor of the learning rate of known runs, or the best one."""
-        if known or len(method.lr) == 1:
-            return next(iter(known.values()))["lr"] if known else method.lr[0]
-        configs = {f: config(seed=TUNING_SEED, factor=f) for f in method.lr}
+        if known:
+            return next(iter(known.values()))["lr"]
+        if len(method.lr) == 1:
+            return method.lr[0]
+        configs = {f: config_of(seed=TUNING_SEED, factor=f) for f in method.lr}
         errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
         return min(method.lr, key=errors.__getitem__)
 
@@ -92,10 +110,10 @@ class Study:
         plan, sae = self.plan.upgrades[name], load(teacher / "sae")
         config = plan.config(seed, self.scale)
         start, about = initial(sae, self.source, config)
+        out = self.work / f"{teacher.name}-{digest(config)}"
         if rate := plan.settings.get("per_latent"):
-            start = per_latent(start, rate)
-        new = self.work / f"{teacher.name}-{digest(config)}-{rate}"
-        rational = tuning(start, config), new, start
+            start, out = per_latent(start, rate), out.with_name(f"{out.name}-{rate:g}")
+        rational = tuning(start, config), out, start
         own = replace(tuning(sae, config), activation=own_objective(sae, about["calibration_l0"]))
         unchanged = own, self.work / f"{teacher.name}-{digest(own)}", sae
         return self.metrics(*rational), self.metrics(*unchanged)
@@ -155,8 +173,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smollm", type=Path, default=Path("smol"), help="SmolLM2's activations (default: smol)")
     add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: all)")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="training seeds (default: 0 to 4)")
-    add("--known", type=Path, metavar="FILE", help="results.json whose runs are not made again "
-        "(default: none)")  # fmt: skip
+    add("--known", type=Path, metavar="FILE", help="results.json whose runs are not made again, "
+        "unless a missing upgrade starts from them (default: none)")  # fmt: skip
     add("--steps", type=int, default=Scale.steps, help="training steps (default: 300)")
     add("--minutes", type=float, default=math.inf, help="when to begin no more (default: never)")
     add("--out", type=Path, default=out, help="where results go (default: bench/results/study)")

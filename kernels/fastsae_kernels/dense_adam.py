@@ -84,7 +84,8 @@ def _row_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: Ada
 
 def _fused_adam_(weight: Tensor, g: Tensor, first: Tensor, second: Tensor, at: AdamStep) -> None:
     """torch.optim.Adam(fused=True)."""
-    assert g.stride() == weight.stride(), "torch's operator walks through memory, not indices"
+    if g.stride() != weight.stride():  # torch's operator walks through memory, not indices
+        g = torch.empty_like(weight).copy_(g)
     lr, step = at.lr, None
     if at.scalars is not None:
         lr, step = at.scalars.view(torch.float32)[2:4].unbind()

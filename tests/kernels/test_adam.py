@@ -17,7 +17,7 @@ from fastsae_kernels.adam import (
     adam_,
     flush_,
 )
-from fastsae_kernels.dense_adam import adam_reference, stochastic_bf16
+from fastsae_kernels.dense_adam import adam_reference, dense_adam_, stochastic_bf16
 from fastsae_kernels.float8 import quantize_rows
 from fastsae_kernels.latent_major import latent_major
 from fastsae_kernels.sparse import scatter_outer_reference
@@ -243,6 +243,17 @@ def test_gradients_of_any_strides(device):
         g = RowGradients(runs, v, e, d_v, seen, (more[0], more[1], more[2]))
         found.append((*adam_(decoder, encoder, g, AdamStep(1, LR)), *decoder[:3], *encoder[:3]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_dense_gradient_of_any_strides(device, per_row):
+    gradient, found = torch.randn(F, D, device=device), []
+    for g in (gradient, gradient.T.contiguous().T):
+        weight, first = torch.ones(2, F, D, device=device)
+        second = torch.zeros(F, 1 if per_row else D, device=device)
+        dense_adam_(weight, g, first, second, AdamStep(1, LR))
+        found.append((weight, first, second))
+    assert all(map(torch.allclose, *found)) and not torch.equal(found[0][0], torch.ones_like(g))
 
 
 def test_nan_stays_where_it_is(device):
