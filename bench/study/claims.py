@@ -63,6 +63,8 @@ CELLS = [
 CLAIMS = [
     *(Claim(ABS, "better", f"AbsTopK, {cell}", f"TopK, {cell}", metric)
       for metric in ("fvu", "ce recovered", "recovery", "pursuit gap") for cell in CELLS),
+    *(Claim(ABS, "better", f"BatchAbsTopK, {cell}", f"BatchTopK, {cell}")
+      for cell in (at(*cell) for cell in plan.BATCHWISE)),
     *(Claim(RT, "better", f"{name}, untied, {label}", f"{other}, untied, {label}", metric)
       for name in ("RT dense", "RT support") for other in ("TopK", "TopK with aux-k")
       for metric in ("dead", "utilization", "pcr", "components", "fvu") for label in ROOM),

@@ -87,10 +87,12 @@ class Data(NamedTuple):
 
 USUAL = 32, 4.0
 """k and expansion for which the learning rate of AbsTopK and TopK is chosen."""
-MAP = (128, 4.0), (32, 0.5), (64, 4.0), (32, 1.0)
+MAP = [(k, x) for x in (4.0, 0.5, 1.0, 16.0) for k in (128, 32, 64, 16, 192) if (k, x) != USUAL]
 """More k and expansions, at the default rate."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
+BATCHWISE = USUAL, (128, 4.0), (32, 0.5)
+"""Where a batch shares its active latents out, too."""
 TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
 """A tenth and a third of SmolLM2's width; as many as are active in planted data."""
 ROOM = {"lr x7.5": 7.5, "lr x1": 1.0, "lr x6": 6.0, "lr x4": 4.0}
@@ -140,10 +142,10 @@ def tied(options: dict[str, str], **changes: Any) -> dict[str, Method]:
     return {name: Method(f"--encoder tied {o}", **changes) for name, o in options.items()}
 
 
-def abs_top_k(*cells: tuple[int, float], **changes: Any) -> dict[str, Method]:
+def abs_top_k(*cells: tuple[int, float], batch: str = "", **changes: Any) -> dict[str, Method]:
     methods = {}
     for k, x in cells:
-        for name in ("TopK", "AbsTopK"):
+        for name in (f"{batch}TopK", f"{batch}AbsTopK"):
             options = f"--activation {name.lower()} --k {k} --encoder tied"
             methods[f"{name}, {at(k, x)}"] = Method(options, x, **changes)
     return methods
@@ -188,8 +190,8 @@ def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
 DATA = {
     "MiniLM layer 3": Data(
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
-        abs_top_k(USUAL, lr=TUNED) | abs_top_k(*MAP[:2]) | tied(TEACHERS) | tied(VARIATIONAL)
-        | ROTATION | relative(USUAL[0]) | abs_top_k(*MAP[2:], WIDE),
+        abs_top_k(USUAL, lr=TUNED) | tied(TEACHERS) | tied(VARIATIONAL) | ROTATION
+        | relative(USUAL[0]) | abs_top_k(*BATCHWISE, batch="Batch") | abs_top_k(*MAP, WIDE),
         upgrades(PATHS | PER_LATENT, *TEACHERS),
     ),
     "SmolLM2 layer 15": smollm(
