@@ -157,7 +157,7 @@ def test_a_function_per_latent(gate, degree):
     """It starts as the shared one, whose gradient is the sum of theirs; then each is its own."""
     k = 4 if gate == "topk" else None
     sae = SAE(8, 24, Rational(gate=gate, k=k, degree=degree))
-    sae.activation.change.data.normal_(std=0.1)
+    sae.get_parameter("activation.change").data.normal_(std=0.1)
     each, x = per_latent(sae, 2.0), torch.randn(50, 8)
     codes = [one.encode(x).to_dense() for one in (sae, each)]
     torch.testing.assert_close(*codes)
@@ -168,10 +168,10 @@ def test_a_function_per_latent(gate, degree):
         if isinstance(shared, torch.nn.Parameter):
             assert own.shape == (24, *shared.shape)
             torch.testing.assert_close(own.grad.sum(0) / rate, shared.grad, rtol=1e-4, atol=1e-5)
-    each.activation.change.data.normal_(std=0.1)
+    changes = each.get_parameter("activation.change").data.normal_(std=0.1)
     found = each.encode(x).to_dense()
-    for latent, change in enumerate(each.activation.change):
-        sae.activation.change.data.copy_(2.0 * change)
+    for latent, change in enumerate(changes):
+        sae.get_parameter("activation.change").data.copy_(2.0 * change)
         torch.testing.assert_close(found[:, latent], sae.encode(x).to_dense()[:, latent])
     with pytest.raises(ValueError, match='needs support "teacher"'):
         per_latent(SAE(8, 24, Rational(gate=gate, k=k, support="none")), 1.0)

@@ -35,7 +35,7 @@ class PerLatentConfig(RationalConfig):
 class PerLatent(Rational, config=PerLatentConfig):
     """A rational function per latent."""
 
-    cfg: PerLatentConfig
+    cfg: PerLatentConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def build(self, d_in: int, d_sae: int) -> None:
         super().build(d_in, d_sae)
