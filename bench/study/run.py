@@ -2,12 +2,13 @@
 
 Methods use the same batches in the same order. Some take the best of three learning rates, on a
 seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
-MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate three
+MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate four
 hours on two cores, and minutes on a GPU.
 
 Every SAE has a run directory in --work, with its metrics in study.json: the same command continues
 an interrupted study and skips what is done. The results of what was measured, which after --minutes
-need not be all, go to bench/results/study, as results.json, results.md and claims.png.
+need not be all, go to bench/results/study, as results.json, results.md and claims.png. With --known
+results.json, such results are added to.
 """
 
 import argparse
