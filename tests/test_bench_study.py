@@ -112,7 +112,7 @@ def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch)
     methods = {"tuned": Method(options, lr=(0.1, 1.0)), "fixed": Method(options)}
     methods["relu"] = Method("--activation relu --target-l0 4")
     upgrades = {"copy": Upgrade("relu", {}), "paper": Upgrade("relu", {"path": "paper"})}
-    upgrades["per latent"] = Upgrade("relu", {"per_latent": 50.0})
+    upgrades["per latent"] = Upgrade("relu", {}, 50.0)
     made = Data(lambda _: source, methods, upgrades)
     monkeypatch.setitem(DATA, "made", made)
     assert Study("made", tmp_path, tmp_path, Scale(), -math.inf).runs([0], {}) == {}, "no time"

@@ -63,14 +63,15 @@ class Upgrade(NamedTuple):
 
     teacher: str
     settings: dict[str, Any]
-    """Of UpgradeConfig; per_latent, if each latent has a function, is PerLatentConfig's rate."""
+    """Of UpgradeConfig."""
+    rate: float | None = None
+    """That of PerLatentConfig, if each latent has a function."""
 
     def config(self, seed: int, scale: Scale) -> UpgradeConfig:
         """The upgrade's configuration, with checkpoints only at its end."""
         steps = scale.tune_steps
         run: dict[str, Any] = {"steps": steps, "batch_size": scale.batch_size, "seed": seed}
-        run |= {name: value for name, value in self.settings.items() if name != "per_latent"}
-        return UpgradeConfig(lr=2e-4, checkpoint_every=10 * steps, **run)
+        return UpgradeConfig(lr=2e-4, checkpoint_every=10 * steps, **run, **self.settings)
 
 
 class Data(NamedTuple):
@@ -125,10 +126,10 @@ PATHS: dict[str, dict[str, Any]] = {
     "RSAE, paper's path, of": {"path": "paper"},
     "scale and shift of": {"degree": (1, 0)},
 }
-PER_LATENT: dict[str, dict[str, Any]] = {
-    "RSAE per latent of": {"per_latent": 1.0},
-    "RSAE per latent, 50 x rate, of": {"per_latent": 50.0},
-    "scale and shift per latent, 50 x rate, of": {"degree": (1, 0), "per_latent": 50.0},
+PER_LATENT: dict[str, tuple[dict[str, Any], float]] = {
+    "RSAE per latent of": ({}, 1.0),
+    "RSAE per latent, 50 x rate, of": ({}, 50.0),
+    "scale and shift per latent, 50 x rate, of": ({"degree": (1, 0)}, 50.0),
 }
 """A function for each latent, with PerLatentConfig's rate."""
 
@@ -151,8 +152,12 @@ def abs_top_k(*cells: tuple[int, float], batch: str = "", **changes: Any) -> dic
     return methods
 
 
-def upgrades(paths: dict[str, dict[str, Any]], *teachers: str) -> dict[str, Upgrade]:
-    return {f"{path} {t}": Upgrade(t, paths[path]) for t in teachers for path in paths}
+def upgrades(*teachers: str) -> dict[str, Upgrade]:
+    return {f"{path} {t}": Upgrade(t, PATHS[path]) for t in teachers for path in PATHS}
+
+
+def upgrades_per_latent(*teachers: str) -> dict[str, Upgrade]:
+    return {f"{path} {t}": Upgrade(t, *PER_LATENT[path]) for t in teachers for path in PER_LATENT}
 
 
 def relative(k: int) -> dict[str, Method]:
@@ -192,11 +197,11 @@ DATA = {
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
         abs_top_k(USUAL, lr=TUNED) | tied(TEACHERS) | tied(VARIATIONAL) | ROTATION
         | relative(USUAL[0]) | abs_top_k(*BATCHWISE, batch="Batch") | abs_top_k(*MAP, WIDE),
-        upgrades(PATHS | PER_LATENT, *TEACHERS),
+        upgrades(*TEACHERS) | upgrades_per_latent(*TEACHERS),
     ),
     "SmolLM2 layer 15": smollm(
         "model.layers.15", abs_top_k(THIRD), tied({"ReLU": TEACHERS["ReLU"]}), relative(TENTH[0]),
-        upgrades=upgrades(PATHS, "ReLU"),
+        upgrades=upgrades("ReLU"),
     ),
     "SmolLM2 layer 10": smollm("model.layers.10"),
     "SmolLM2 layer 20": smollm("model.layers.20"),

@@ -112,8 +112,8 @@ class Study:
         config = plan.config(seed, self.scale)
         start, about = initial(sae, self.source, config)
         out = self.work / f"{teacher.name}-{digest(config)}"
-        if rate := plan.settings.get("per_latent"):
-            start, out = per_latent(start, rate), out.with_name(f"{out.name}-{rate:g}")
+        if plan.rate is not None:
+            start, out = per_latent(start, plan.rate), out.with_name(f"{out.name}-{plan.rate:g}")
         rational = tuning(start, config), out, start
         own = replace(tuning(sae, config), activation=own_objective(sae, about["calibration_l0"]))
         unchanged = own, self.work / f"{teacher.name}-{digest(own)}", sae
