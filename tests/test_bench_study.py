@@ -12,12 +12,12 @@ from bench.record import RESULTS, ROOT
 from bench.study.claims import CLAIMS, T95, Claim, difference
 from bench.study.measure import pursuit
 from bench.study.per_latent import per_latent
-from bench.study.plan import DATA, PATHS, Data, Method, Scale, Upgrade
+from bench.study.plan import DATA, PATHS, TUNING_SEED, Data, Method, Scale, Upgrade
 from bench.study.report import report
 from bench.study.run import Study, known_runs
 from fastsae import SAE, AbsTopK
 from fastsae.data import Synthetic
-from fastsae.files import write_json
+from fastsae.files import read_json, write_json
 from fastsae.nn import init_from_data
 from fastsae.nn.rational import Rational
 
@@ -109,7 +109,7 @@ def test_every_method_is_valid_and_every_claim_can_be_measured():
 
 def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch):
     options, source = "--k 4 --encoder tied", Synthetic(d_in=16, n_latents=32, active=4, noise=0.1)
-    methods = {"tuned": Method(options, lr=(0.1, 1.0)), "fixed": Method(options)}
+    methods = {"tuned": Method(options, lr=None), "fixed": Method(options)}
     methods["relu"] = Method("--activation relu --target-l0 4")
     upgrades = {"copy": Upgrade("relu", {}), "paper": Upgrade("relu", {"path": "paper"})}
     upgrades["per latent"] = Upgrade("relu", {}, 50.0)
@@ -123,10 +123,16 @@ def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch)
     }
     errors = {runs[name]["0"]["fvu"] for name in upgrades}
     assert len(errors) == 3, "they start from other functions, or each latent's is trained"
-    assert runs["tuned"] == runs["fixed"], "the better rate of the two is the default"
+    factor = runs["tuned"]["0"]["lr"]
+    errors = {
+        read_json(file.with_name("config.json"))["config"]["optimizer"]["lr"]: read_json(file)["fvu"]
+        for file in tmp_path.glob("made/*/tuning.json")
+    }
+    best = methods["tuned"].config(16, TUNING_SEED, scale, factor).optimizer.lr
+    assert min(errors, key=errors.__getitem__) == best and min(errors) < best < max(errors)
+    shared = factor == 1
     assert runs["fixed"]["0"]["fvu"] != runs["fixed"]["1"]["fvu"]
-    assert len([*tmp_path.glob("made/*/tuning.json")]) == 2
-    assert len([*tmp_path.glob("made/*/study.json")]) == 12, "of each seed, one is shared"
+    assert len([*tmp_path.glob("made/*/study.json")]) == 14 - 2 * shared
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert Study("made", tmp_path, tmp_path, scale).runs([0, 1], {}) == runs
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}

@@ -16,8 +16,6 @@ from fastsae.train.optim import default_lr
 from fastsae.upgrade import UpgradeConfig
 
 SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
-TUNED = 0.5, 1.0, 2.0
-"""Factors of the default learning rate of which a method takes its best, on TUNING_SEED."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Method(NamedTuple):
     """Options of `fastsae train`."""
     expansion: float = 4.0
     """Latents per dimension of the data."""
-    lr: tuple[float, ...] = (1.0,)
-    """Factors of the default learning rate to choose from."""
+    lr: float | None = 1.0
+    """Factor of the default learning rate; None for the best one, as TUNING_SEED finds it."""
 
     def config(self, d_in: int, seed: int, scale: Scale, factor: float) -> TrainConfig:
         """The run's configuration, with this factor on the learning rate; checkpoints only its end.
@@ -87,9 +85,9 @@ class Data(NamedTuple):
 # --- methods by the claim that they settle --------------------------------------------------
 
 USUAL = 32, 4.0
-"""k and expansion for which the learning rate of AbsTopK and TopK is chosen."""
+"""k and expansion."""
 MAP = [(k, x) for x in (4.0, 0.5, 1.0, 16.0) for k in (128, 32, 64, 16, 192) if (k, x) != USUAL]
-"""More k and expansions, at the default rate."""
+"""More of them."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
 BATCHWISE = USUAL, (128, 4.0), (32, 0.5)
@@ -143,12 +141,13 @@ def tied(options: dict[str, str], **changes: Any) -> dict[str, Method]:
     return {name: Method(f"--encoder tied {o}", **changes) for name, o in options.items()}
 
 
-def abs_top_k(*cells: tuple[int, float], batch: str = "", **changes: Any) -> dict[str, Method]:
+def abs_top_k(*cells: tuple[int, float], batch: str = "") -> dict[str, Method]:
+    """AbsTopK and TopK, each at its best learning rate."""
     methods = {}
     for k, x in cells:
         for name in (f"{batch}TopK", f"{batch}AbsTopK"):
             options = f"--activation {name.lower()} --k {k} --encoder tied"
-            methods[f"{name}, {at(k, x)}"] = Method(options, x, **changes)
+            methods[f"{name}, {at(k, x)}"] = Method(options, x, None)
     return methods
 
 
@@ -161,11 +160,11 @@ def upgrades_per_latent(*teachers: str) -> dict[str, Upgrade]:
 
 
 def relative(k: int) -> dict[str, Method]:
-    return tied({"TopK, log_fvu": f"--k {k}", "TopK, fvu": f"--k {k} --error fvu"}, lr=TUNED)
+    return tied({"TopK, log_fvu": f"--k {k}", "TopK, fvu": f"--k {k} --error fvu"}, lr=None)
 
 
 ROTATION = {
-    f"{name}, untied, {label}": Method(f"{UNTIED} {options}", 4 / 3, (factor,))
+    f"{name}, untied, {label}": Method(f"{UNTIED} {options}", 4 / 3, factor)
     for label, factor in ROOM.items()
     for name, options in ROTATIONS.items()
 }
@@ -183,7 +182,7 @@ class Planted(Synthetic):
 
 
 def planted(signed: float) -> Data:
-    return Data(lambda _: Planted(**PLANTED, signed=signed), abs_top_k(EIGHT, lr=TUNED))
+    return Data(lambda _: Planted(**PLANTED, signed=signed), abs_top_k(EIGHT))
 
 
 def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
@@ -195,7 +194,7 @@ def smollm(hookpoint: str, *methods: dict[str, Method], **others: Any) -> Data:
 DATA = {
     "MiniLM layer 3": Data(
         lambda _: demo_shards(hookpoint="encoder.layer.2"),
-        abs_top_k(USUAL, lr=TUNED) | tied(TEACHERS) | tied(VARIATIONAL) | ROTATION
+        abs_top_k(USUAL) | tied(TEACHERS) | tied(VARIATIONAL) | ROTATION
         | relative(USUAL[0]) | abs_top_k(*BATCHWISE, batch="Batch") | abs_top_k(*MAP, WIDE),
         upgrades(*TEACHERS) | upgrades_per_latent(*TEACHERS),
     ),

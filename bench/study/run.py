@@ -1,7 +1,7 @@
 """Trains methods in the regimes that decide the papers' claims, from several seeds (plan.py).
 
-Methods use the same batches in the same order. Some take the best of three learning rates, on a
-seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
+Methods use the same batches in the same order. Some take the best learning rate, which is found on
+a seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
 MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate four
 hours on two cores, and minutes on a GPU.
 
@@ -89,14 +89,24 @@ class Study:
         config_of: Callable[..., TrainConfig],
         known: dict[str, dict[str, Any]],
     ) -> float:
-        """The factor of the learning rate of known runs, or the best one."""
+        """The factor of the learning rate of known runs, the method's own, or else the best one.
+
+        From the default learning rate on, it is doubled, then halved, as long as the error falls.
+        """
         if known:
             return next(iter(known.values()))["lr"]
-        if len(method.lr) == 1:
-            return method.lr[0]
-        configs = {f: config_of(seed=TUNING_SEED, factor=f) for f in method.lr}
-        errors = {f: self.train(c, tuning=True)[1]["fvu"] for f, c in configs.items()}
-        return min(method.lr, key=errors.__getitem__)
+        if method.lr is not None:
+            return method.lr
+
+        def error(factor: float) -> float:
+            config = config_of(seed=TUNING_SEED, factor=factor)
+            return self.train(config, tuning=True)[1]["fvu"]
+
+        best = 1.0
+        for step in (2.0, 0.5):
+            while error(step * best) < error(best):
+                best *= step
+        return best
 
     def train(self, config: TrainConfig, tuning: bool = False) -> tuple[Path, dict[str, Any]]:
         """The run directory of an SAE, which methods with equal settings share, and its metrics."""

@@ -1,13 +1,17 @@
-"""Writes English text that Python comes with: `python -m bench.study.text FOLDER`.
+"""Writes English text from Python and its packages, a file per document.
 
-It has the topics of the documentation, and the docstrings of each module of the standard library:
-about half a million tokens, which depend on Python's version alone.
+    python -m bench.study.text FOLDER [PACKAGE ...]
+
+It has the topics of Python's documentation, and the docstrings of each module of the standard
+library and of the packages: about half a million tokens without packages, which depend on Python's
+version alone.
 """
 
+import argparse
 import ast
-import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -16,15 +20,16 @@ from fastsae.data.demo import NOT_SOURCES
 DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 
-def documents() -> Iterator[tuple[str, str]]:
+def documents(packages: list[Path]) -> Iterator[tuple[str, str]]:
     """Name and text of each document."""
     for name, text in topics.items():
         yield f"topic-{name}", text
     library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        name = path.relative_to(library)
-        if NOT_SOURCES.isdisjoint(name.parts) and (text := docstrings(path)):
-            yield "-".join(name.with_suffix("").parts), text
+    for folder, root in [(library, library), *((p, p.parent) for p in packages)]:
+        for path in sorted(folder.rglob("*.py")):
+            name = path.relative_to(root)
+            if NOT_SOURCES.isdisjoint(name.parts) and (text := docstrings(path)):
+                yield "-".join(name.with_suffix("").parts), text
 
 
 def docstrings(path: Path) -> str:
@@ -34,8 +39,23 @@ def docstrings(path: Path) -> str:
     return "\n\n".join(text for text in found if text)
 
 
+def package(name: str) -> Path:
+    """The folder of an installed package, for argparse."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise argparse.ArgumentTypeError(f"no package {name!r} is installed")
+    return Path(spec.submodule_search_locations[0])
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True)
-    for name, text in documents():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.study.text",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="a new folder, for the texts")
+    parser.add_argument("packages", nargs="*", type=package, help="names of installed packages")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    for name, text in documents(arguments.packages):
+        (arguments.folder / f"{name}.txt").write_text(text, encoding="utf-8")
