@@ -90,6 +90,14 @@ def test_a_report(tmp_path):
     assert (tmp_path / "results.md").read_text() == text
 
 
+def test_the_map_of_signed_codes(tmp_path):
+    runs = {"TopK, k=32, x4": results([0.2, 0.2]), "AbsTopK, k=32, x4": results([0.1, 0.1])}
+    assert "against TopK's by k" not in report(Scale(), {"MiniLM layer 3": runs}, tmp_path)
+    runs |= {"TopK, k=16, x1": results([0.2]), "AbsTopK, k=16, x1": results([0.3])}
+    text = report(Scale(), {"MiniLM layer 3": runs}, tmp_path)
+    assert "| 1 | +50.0 % | – |\n| 4 | – | **-50.0 ± 0.0 %** |\n" in text
+
+
 def test_every_method_is_valid_and_every_claim_can_be_measured():
     names = set()
     for data in DATA.values():
@@ -190,6 +198,8 @@ def test_differences_in_the_documentation_are_results():
         shown = re.findall(r"[+-][\d.]+ ± [\d.]+ (?:%|points)", (ROOT / page).read_text())
         assert len(shown) > 5
         assert not [difference for difference in shown if f" {difference} " not in results], page
+    signed = results.partition("FVU of AbsTopK against TopK's by k, on MiniLM layer 3:\n\n")[2]
+    assert signed.partition("\n\n")[0] in (ROOT / "docs" / "study.md").read_text()
 
 
 @pytest.mark.parametrize("by", ["value", "abs"])

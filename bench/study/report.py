@@ -6,8 +6,8 @@ from statistics import mean, stdev
 
 from bench.record import markdown
 
-from .claims import CLAIMS, FRACTIONS, Claim, Runs, difference
-from .plan import DATA, Scale, teachers
+from .claims import ABS, CLAIMS, FRACTIONS, Claim, Difference, Runs, difference
+from .plan import DATA, MAP, USUAL, Scale, at, teachers
 
 COLUMNS = {"lr": 2, "fvu": 4, "l0": 1, "dead": 3, "utilization": 3, "pcr": 4, "components": 0}
 COLUMNS |= {"pursuit gap": 3, "ce recovered": 4, "recovery": 3}
@@ -28,6 +28,8 @@ def report(scale: Scale, data: dict[str, Runs], folder: Path) -> str:
         planned = DATA[name].methods, DATA[name].upgrades, teachers(DATA[name])
         measured = f"{len(runs)} of {sum(map(len, planned))} methods were measured."
         parts += [f"## {name}", measured, table(runs)]
+        if signed := signed_map(runs):
+            parts += [f"FVU of AbsTopK against TopK's by k, on {name}:", signed]
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)
     return text
@@ -38,14 +40,36 @@ def claim_row(claim: Claim, name: str, runs: Runs) -> list[str] | None:
     if (found := difference(claim, runs)) is None:
         return None
     unit = " points" if claim.metric in FRACTIONS else " %"
-    half = f" ± {found.half * 100:.1f}" if isfinite(found.half) else ""
-    change = f"{found.center * 100:+.1f}{half}{unit}" + ("" if half else " (one seed)")
+    change = interval(found) + unit + ("" if isfinite(found.half) else " (one seed)")
     if claim.metric == "pcr":
         change += f" (at most {1 / found.theirs - 1:+.1%})"
     digits = COLUMNS[claim.metric]
     values = f"{found.ours:.{digits}f} vs. {found.theirs:.{digits}f}"
     *words, metric = claim
     return [*words, name, metric, values, change, found.verdict]
+
+
+def interval(found: Difference) -> str:
+    """A difference in hundredths, with its interval unless it is of one seed."""
+    half = f" ± {found.half * 100:.1f}" if isfinite(found.half) else ""
+    return f"{found.center * 100:+.1f}{half}"
+
+
+def signed_map(runs: Runs) -> str:
+    """AbsTopK's FVU relative to TopK's by k and latents per dimension, bold where it is better; ""
+    unless several were measured."""
+    cells: dict[tuple[int, float], str] = {}
+    for cell in (USUAL, *MAP):
+        claim = Claim(ABS, "better", f"AbsTopK, {at(*cell)}", f"TopK, {at(*cell)}")
+        if (found := difference(claim, runs)) is not None:
+            bold = "**" * (found.verdict == "better")
+            cells[cell] = f"{bold}{interval(found)} %{bold}"
+    if len(cells) < 2:
+        return ""
+    sizes, expansions = (sorted(set(numbers)) for numbers in zip(*cells, strict=True))
+    titles = ["latents per dimension", *(f"k = {k}" for k in sizes)]
+    rows = [[f"{x:g}", *(cells.get((k, x), "–") for k in sizes)] for x in expansions]
+    return markdown(titles, rows)
 
 
 def table(runs: Runs) -> str:

@@ -9,6 +9,7 @@ version alone.
 
 import argparse
 import ast
+import sys
 import sysconfig
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -33,9 +34,14 @@ def documents(packages: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def docstrings(path: Path) -> str:
-    """The docstrings of a file, a blank line between any two."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace")))
-    found = (ast.get_docstring(node) for node in nodes if isinstance(node, DOCUMENTED))
+    """The docstrings of a file, a blank line between any two; "" if it is not of this Python."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+    except SyntaxError as error:
+        print(f"skipping {path}: {error}", file=sys.stderr)
+        return ""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+    found = (ast.get_docstring(node) for node in nodes)
     return "\n\n".join(text for text in found if text)
 
 
@@ -56,6 +62,9 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="a new folder, for the texts")
     parser.add_argument("packages", nargs="*", type=package, help="names of installed packages")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True)
+    try:
+        arguments.folder.mkdir(parents=True)
+    except FileExistsError:
+        parser.error(f"{arguments.folder} is there already")
     for name, text in documents(arguments.packages):
         (arguments.folder / f"{name}.txt").write_text(text, encoding="utf-8")
