@@ -15,6 +15,7 @@ from bench.study.per_latent import per_latent
 from bench.study.plan import DATA, PATHS, TUNING_SEED, Data, Method, Scale, Upgrade
 from bench.study.report import report
 from bench.study.run import Study, known_runs
+from bench.study.text import documents
 from fastsae import SAE, AbsTopK
 from fastsae.data import Synthetic
 from fastsae.files import read_json, write_json
@@ -132,10 +133,10 @@ def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch)
     errors = {runs[name]["0"]["fvu"] for name in upgrades}
     assert len(errors) == 3, "they start from other functions, or each latent's is trained"
     factor = runs["tuned"]["0"]["lr"]
-    errors = {
-        read_json(file.with_name("config.json"))["config"]["optimizer"]["lr"]: read_json(file)["fvu"]
-        for file in tmp_path.glob("made/*/tuning.json")
-    }
+    errors = {}
+    for file in tmp_path.glob("made/*/tuning.json"):
+        config = read_json(file.with_name("config.json"))["config"]
+        errors[config["optimizer"]["lr"]] = read_json(file)["fvu"]
     best = methods["tuned"].config(16, TUNING_SEED, scale, factor).optimizer.lr
     assert min(errors, key=errors.__getitem__) == best and min(errors) < best < max(errors)
     shared = factor == 1
@@ -225,3 +226,14 @@ def test_the_more_corrections_the_lower_the_error():
         values = [part[metric] for part in found]
         assert values == sorted(values, reverse=True), metric
         assert values[-1] < values[0], metric
+
+
+def test_the_text_of_packages(tmp_path, capsys):
+    (tmp_path / "own" / "tests").mkdir(parents=True)
+    (tmp_path / "own" / "words.py").write_text('"""One."""\ndef f():\n    """Two."""\n')
+    (tmp_path / "own" / "later.py").write_text("x = = 1\n")
+    (tmp_path / "own" / "tests" / "left.py").write_text('"""Out."""\n')
+    found = dict(documents([tmp_path / "own"]))
+    assert found["own-words"] == "One.\n\nTwo." and not {"own-later", "own-tests-left"} & {*found}
+    assert "later.py" in capsys.readouterr().err
+    assert "topic-lambda" in found and "json-decoder" in found

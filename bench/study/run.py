@@ -1,7 +1,7 @@
 """Trains methods in the regimes that decide the papers' claims, from several seeds (plan.py).
 
-Methods use the same batches in the same order. Some take the best learning rate, which is found on
-a seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
+Methods use the same batches in the same order. Some take the best learning rate, as it is for a
+seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
 MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate four
 hours on two cores, and minutes on a GPU.
 
