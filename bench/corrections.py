@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastsae
-from bench.study.measure import PURSUIT_K, PURSUIT_TOKENS, pursuit
+from bench.study.measure import PURSUIT_TOKENS, pursuit_gap
 from fastsae import SAE
 from fastsae.cli.eval import eval_data
 from fastsae.data import StoredActivations
@@ -36,15 +35,11 @@ def corrections(sae: SAE, data: StoredActivations, tokens: int) -> dict[str, Any
     """The metrics of the SAE on the first tokens of data by its number of corrections."""
     cfg = sae.activation.cfg
     x, found, encoders = data.sample(TIMED_TOKENS), {}, {}
-    few = x[:PURSUIT_TOKENS]
-    best = None
-    if cfg.k <= PURSUIT_K:
-        best = squared_error(few, pursuit(few - sae.b_dec, sae.W_dec, cfg.k, cfg.by) + sae.b_dec)
     for number in NUMBERS:
         sae.activation = replace(cfg, corrections=number).build()
         sae.eval()
         metrics = reconstruction(sae, data, max_tokens=tokens, pc_ranks=())
-        gap = squared_error(few, sae(few)) / best - 1 if best else None
+        gap = pursuit_gap(sae, x[:PURSUIT_TOKENS])
         found[str(number)] = {"fvu": metrics.fvu, "l0": metrics.l0, "pursuit gap": gap}
         encoders[str(number)] = sae.activation
     for _ in range(ROUNDS):  # interleaved; of the process, which others then do not slow down
@@ -54,10 +49,6 @@ def corrections(sae: SAE, data: StoredActivations, tokens: int) -> dict[str, Any
             seconds = time.process_time() - start
             found[number]["encode s"] = min(seconds, found[number].get("encode s", seconds))
     return found
-
-
-def squared_error(x: Tensor, recon: Tensor) -> float:
-    return float((x - recon).double().square().sum())
 
 
 def main() -> None:

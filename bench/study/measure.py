@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
+from torch.linalg import solve_triangular
+from torch.nn.functional import nll_loss, normalize
 
 from fastsae import SAE
 from fastsae.data import ActivationShards, ActivationSource, Synthetic
@@ -21,7 +22,7 @@ from fastsae.nn.init import active_subspace
 
 from .plan import Scale
 
-PURSUIT_TOKENS, PURSUIT_K = 256, 64
+PURSUIT_TOKENS = 256
 
 
 class CrossEntropy:
@@ -83,12 +84,8 @@ def measure(
     with torch.no_grad():
         result["components"] = len(active_subspace(sae(x).cpu()))
     cfg = sae.activation.cfg
-    if isinstance(sae.activation, TopK) and cfg.k <= PURSUIT_K and cfg.gradient != "rotation":
-        x = x[:PURSUIT_TOKENS].to(sae.W_dec)
-        with torch.no_grad():
-            centered, error = x - sae.b_dec, (x - sae(x)).square().sum()
-            best = (centered - pursuit(centered, sae.W_dec, cfg.k, cfg.by)).square().sum()
-        result["pursuit gap"] = float(error / best) - 1
+    if isinstance(sae.activation, TopK) and cfg.gradient != "rotation":
+        result["pursuit gap"] = pursuit_gap(sae, x[:PURSUIT_TOKENS])
     if effect is not None:
         result["ce recovered"] = effect.recovered(sae)
     if isinstance(source, Synthetic):
@@ -96,22 +93,33 @@ def measure(
     return result
 
 
+@torch.no_grad()
+def pursuit_gap(sae: SAE, x: Tensor) -> float:
+    """How much more error a TopK SAE leaves of tokens [N, D] than pursuit with its decoder."""
+    x, cfg = x.to(sae.W_dec), sae.activation.cfg
+    centered = (x - sae.b_dec).double()
+    least = (centered - pursuit(centered, sae.W_dec, cfg.k, cfg.by)).square().sum()
+    return float((x - sae(x)).double().square().sum() / least) - 1
+
+
 def pursuit(x: Tensor, rows: Tensor, k: int, by: str) -> Tensor:
     """What orthogonal matching pursuit reconstructs of tokens [N, D] with k of the rows [F, D].
 
     Ranked by value, negative coefficients are set to 0 at the end. An encoder could do as well.
     """
-
     rows, x = rows.double(), x.double()
-    chosen, left = torch.empty(len(x), 0, dtype=torch.long, device=x.device), x
-    values = x.new_zeros(len(x), 0, 1)
-    for _ in range(k):
+    chosen = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+    basis, left = x.new_empty(len(x), k, x.shape[1]), x  # of the chosen rows' span, orthonormal
+    for j in range(k):
         match = left @ rows.T
         match = (match.abs() if by == "abs" else match).scatter(1, chosen, -torch.inf)
         chosen = torch.cat([chosen, match.argmax(1, keepdim=True)], 1)
-        atoms = rows[chosen]  # [N, j, D]
-        gram = atoms @ atoms.mT + 1e-9 * torch.eye(chosen.shape[1]).to(atoms)
-        values = torch.linalg.solve(gram, atoms @ x[:, :, None])
-        left = x - (values * atoms).sum(1)
+        new, before = rows[chosen[:, -1]], basis[:, :j]
+        for _ in range(2):  # the second time removes what rounding left
+            new = new - ((before @ new[:, :, None]) * before).sum(1)
+        basis[:, j] = normalize(new, dim=1)
+        left = left - (left * basis[:, j]).sum(1, keepdim=True) * basis[:, j]
+    atoms = rows[chosen]  # triangular in the basis
+    values = solve_triangular(basis @ atoms.mT, basis @ x[:, :, None], upper=True)
     values = values if by == "abs" else values.clamp_min(0)
-    return (values * rows[chosen]).sum(1)
+    return (values * atoms).sum(1)
