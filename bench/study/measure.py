@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
-from torch.nn.functional import nll_loss, normalize
+from torch.nn.functional import nll_loss
 
 from fastsae import SAE
 from fastsae.data import ActivationShards, ActivationSource, Synthetic
@@ -105,7 +105,8 @@ def pursuit_gap(sae: SAE, x: Tensor) -> float:
 def pursuit(x: Tensor, rows: Tensor, k: int, by: str) -> Tensor:
     """What orthogonal matching pursuit reconstructs of tokens [N, D] with k of the rows [F, D].
 
-    Ranked by value, negative coefficients are set to 0 at the end. An encoder could do as well.
+    The rows should have norm 1. Ranked by value, negative coefficients are set to 0 at the end, without a new fit. An encoder
+    could do as well. Rows that the chosen ones span add nothing.
     """
     rows, x = rows.double(), x.double()
     chosen = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
@@ -114,12 +115,17 @@ def pursuit(x: Tensor, rows: Tensor, k: int, by: str) -> Tensor:
         match = left @ rows.T
         match = (match.abs() if by == "abs" else match).scatter(1, chosen, -torch.inf)
         chosen = torch.cat([chosen, match.argmax(1, keepdim=True)], 1)
-        new, before = rows[chosen[:, -1]], basis[:, :j]
+        row, before = rows[chosen[:, -1]], basis[:, :j]
+        new = row
         for _ in range(2):  # the second time removes what rounding left
             new = new - ((before @ new[:, :, None]) * before).sum(1)
-        basis[:, j] = normalize(new, dim=1)
+        length = new.norm(dim=1, keepdim=True)
+        spanned = length <= 1e-9 * row.norm(dim=1, keepdim=True)
+        basis[:, j] = (new / length).masked_fill(spanned, 0.0)
         left = left - (left * basis[:, j]).sum(1, keepdim=True) * basis[:, j]
-    atoms = rows[chosen]  # triangular in the basis
-    values = solve_triangular(basis @ atoms.mT, basis @ x[:, :, None], upper=True)
+    atoms = rows[chosen]
+    triangle = basis @ atoms.mT
+    spanned = torch.diag_embed((basis == 0).all(2).double())  # whose values are then 0
+    values = solve_triangular(triangle + spanned, basis @ x[:, :, None], upper=True)
     values = values if by == "abs" else values.clamp_min(0)
     return (values * atoms).sum(1)

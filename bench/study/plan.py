@@ -41,7 +41,7 @@ class Method(NamedTuple):
     expansion: float = 4.0
     """Latents per dimension of the data."""
     lr: float | None = 1.0
-    """Factor of the default learning rate; None for the best one, as TUNING_SEED finds it."""
+    """Factor of the default learning rate; None for the best power of 2 on TUNING_SEED."""
 
     def config(self, d_in: int, seed: int, scale: Scale, factor: float) -> TrainConfig:
         """The run's configuration, with this factor on the learning rate; checkpoints only its end.
@@ -85,9 +85,9 @@ class Data(NamedTuple):
 # --- methods by the claim that they settle --------------------------------------------------
 
 USUAL = 32, 4.0
-"""k and expansion."""
+"""The usual k and latents per dimension."""
 MAP = [(k, x) for x in (4.0, 0.5, 1.0, 16.0) for k in (128, 32, 64, 16, 192) if (k, x) != USUAL]
-"""More of them."""
+"""The other cells of the map."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
 BATCHWISE = USUAL, (128, 4.0), (32, 0.5)

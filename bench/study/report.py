@@ -28,8 +28,8 @@ def report(scale: Scale, data: dict[str, Runs], folder: Path) -> str:
         planned = DATA[name].methods, DATA[name].upgrades, teachers(DATA[name])
         measured = f"{len(runs)} of {sum(map(len, planned))} methods were measured."
         parts += [f"## {name}", measured, table(runs)]
-        if signed := signed_map(runs):
-            parts += [f"FVU of AbsTopK against TopK's by k, on {name}:", signed]
+        if signed := abs_top_k_map(runs):
+            parts += [f"AbsTopK's FVU relative to TopK's, by k, on {name}:", signed]
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)
     return text
@@ -55,15 +55,16 @@ def interval(found: Difference) -> str:
     return f"{found.center * 100:+.1f}{half}"
 
 
-def signed_map(runs: Runs) -> str:
-    """AbsTopK's FVU relative to TopK's by k and latents per dimension, bold where it is better; ""
-    unless several were measured."""
+def abs_top_k_map(runs: Runs) -> str:
+    """AbsTopK's FVU relative to TopK's by k and latents per dimension, bold where it is better and
+    with "?" where not comparable; "" unless several were measured."""
     cells: dict[tuple[int, float], str] = {}
     for cell in (USUAL, *MAP):
         claim = Claim(ABS, "better", f"AbsTopK, {at(*cell)}", f"TopK, {at(*cell)}")
         if (found := difference(claim, runs)) is not None:
             bold = "**" * (found.verdict == "better")
-            cells[cell] = f"{bold}{interval(found)} %{bold}"
+            doubt = " ?" * found.verdict.startswith("not comparable")
+            cells[cell] = f"{bold}{interval(found)} %{bold}{doubt}"
     if len(cells) < 2:
         return ""
     sizes, expansions = (sorted(set(numbers)) for numbers in zip(*cells, strict=True))

@@ -1,8 +1,8 @@
 """Trains methods in the regimes that decide the papers' claims, from several seeds (plan.py).
 
-Methods use the same batches in the same order. Some take the best learning rate, as it is for a
-seed of its own. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
-MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate four
+Methods use the same batches in the same order. Some take the best learning rate, chosen on a
+separate seed. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
+MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate five
 hours on two cores, and minutes on a GPU.
 
 Every SAE has a run directory in --work, with its metrics in study.json: the same command continues
@@ -91,7 +91,7 @@ class Study:
     ) -> float:
         """The factor of the learning rate of known runs, the method's own, or else the best one.
 
-        From the default learning rate on, it is doubled, then halved, as long as the error falls.
+        From the default rate on, it is doubled, or else halved, as long as the error falls.
         """
         if known:
             return next(iter(known.values()))["lr"]

@@ -3,8 +3,8 @@
     python -m bench.study.text FOLDER [PACKAGE ...]
 
 It has the topics of Python's documentation, and the docstrings of each module of the standard
-library and of the packages: about half a million tokens without packages, which depend on Python's
-version alone.
+library and of the packages. Without packages, these are about half a million tokens and depend on
+Python's version alone.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def docstrings(path: Path) -> str:
     """The docstrings of a file, a blank line between any two; "" if it is not of this Python."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:  # ValueError for null bytes
         print(f"skipping {path}: {error}", file=sys.stderr)
         return ""
     nodes = (node for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
@@ -47,7 +47,7 @@ def docstrings(path: Path) -> str:
 
 def package(name: str) -> Path:
     """The folder of an installed package, for argparse."""
-    spec = find_spec(name)
+    spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise argparse.ArgumentTypeError(f"no package {name!r} is installed")
     return Path(spec.submodule_search_locations[0])
