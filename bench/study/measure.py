@@ -105,8 +105,8 @@ def pursuit_gap(sae: SAE, x: Tensor) -> float:
 def pursuit(x: Tensor, rows: Tensor, k: int, by: str) -> Tensor:
     """What orthogonal matching pursuit reconstructs of tokens [N, D] with k of the rows [F, D].
 
-    The rows should have norm 1. Ranked by value, negative coefficients are set to 0 at the end, without a new fit. An encoder
-    could do as well. Rows that the chosen ones span add nothing.
+    The rows should have norm 1. Ranked by value, negative coefficients are set to 0 at the end,
+    without a new fit. An encoder could do as well. Rows that the chosen ones span add nothing.
     """
     rows, x = rows.double(), x.double()
     chosen = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
