@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fastsae
-from bench.study.measure import PURSUIT_TOKENS, pursuit_gap
+from bench.study.measure import PURSUIT_TOKENS, pursuit_error, squared_error
 from fastsae import SAE
 from fastsae.cli.eval import eval_data
 from fastsae.data import StoredActivations
@@ -35,11 +35,13 @@ def corrections(sae: SAE, data: StoredActivations, tokens: int) -> dict[str, Any
     """The metrics of the SAE on the first tokens of data by its number of corrections."""
     cfg = sae.activation.cfg
     x, found, encoders = data.sample(TIMED_TOKENS), {}, {}
+    few = x[:PURSUIT_TOKENS]
+    least = pursuit_error(sae, few)
     for number in NUMBERS:
         sae.activation = replace(cfg, corrections=number).build()
         sae.eval()
         metrics = reconstruction(sae, data, max_tokens=tokens, pc_ranks=())
-        gap = pursuit_gap(sae, x[:PURSUIT_TOKENS])
+        gap = squared_error(sae, few) / least - 1
         found[str(number)] = {"fvu": metrics.fvu, "l0": metrics.l0, "pursuit gap": gap}
         encoders[str(number)] = sae.activation
     for _ in range(ROUNDS):  # interleaved; of the process, which others then do not slow down

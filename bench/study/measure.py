@@ -85,7 +85,8 @@ def measure(
         result["components"] = len(active_subspace(sae(x).cpu()))
     cfg = sae.activation.cfg
     if isinstance(sae.activation, TopK) and cfg.gradient != "rotation":
-        result["pursuit gap"] = pursuit_gap(sae, x[:PURSUIT_TOKENS])
+        few = x[:PURSUIT_TOKENS].to(sae.W_dec)
+        result["pursuit gap"] = squared_error(sae, few) / pursuit_error(sae, few) - 1
     if effect is not None:
         result["ce recovered"] = effect.recovered(sae)
     if isinstance(source, Synthetic):
@@ -94,12 +95,16 @@ def measure(
 
 
 @torch.no_grad()
-def pursuit_gap(sae: SAE, x: Tensor) -> float:
-    """How much more error a TopK SAE leaves of tokens [N, D] than pursuit with its decoder."""
-    x, cfg = x.to(sae.W_dec), sae.activation.cfg
-    centered = (x - sae.b_dec).double()
-    least = (centered - pursuit(centered, sae.W_dec, cfg.k, cfg.by)).square().sum()
-    return float((x - sae(x)).double().square().sum() / least) - 1
+def squared_error(sae: SAE, x: Tensor) -> float:
+    """What an SAE leaves of tokens [N, D]: the sum of squares."""
+    return float((x - sae(x)).double().square().sum())
+
+
+@torch.no_grad()
+def pursuit_error(sae: SAE, x: Tensor) -> float:
+    """What pursuit with a TopK SAE's decoder leaves of tokens [N, D]: the sum of squares."""
+    centered, cfg = (x - sae.b_dec).double(), sae.activation.cfg
+    return float((centered - pursuit(centered, sae.W_dec, cfg.k, cfg.by)).square().sum())
 
 
 def pursuit(x: Tensor, rows: Tensor, k: int, by: str) -> Tensor:
@@ -109,6 +114,7 @@ def pursuit(x: Tensor, rows: Tensor, k: int, by: str) -> Tensor:
     without a new fit. An encoder could do as well. Rows that the chosen ones span add nothing.
     """
     rows, x = rows.double(), x.double()
+    rounding = torch.finfo(x.dtype).eps ** 0.5  # far above it, far below what a new row adds
     chosen = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
     basis, left = x.new_empty(len(x), k, x.shape[1]), x  # of the chosen rows' span, orthonormal
     for j in range(k):
@@ -120,7 +126,7 @@ def pursuit(x: Tensor, rows: Tensor, k: int, by: str) -> Tensor:
         for _ in range(2):  # the second time removes what rounding left
             new = new - ((before @ new[:, :, None]) * before).sum(1)
         length = new.norm(dim=1, keepdim=True)
-        spanned = length <= 1e-9 * row.norm(dim=1, keepdim=True)
+        spanned = length <= rounding * row.norm(dim=1, keepdim=True)
         basis[:, j] = (new / length).masked_fill(spanned, 0.0)
         left = left - (left * basis[:, j]).sum(1, keepdim=True) * basis[:, j]
     atoms = rows[chosen]
