@@ -15,6 +15,7 @@ from fastsae.train.standardization import replace_rows
 
 from .conftest import train_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SMALL = {"d_sae": 64, "batch_size": 200, "lr": 3e-3, "log_every": 5, "steps": 30}
 KINDS = {
     "topk": {"k": 4},
