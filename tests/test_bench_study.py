@@ -2,6 +2,7 @@
 
 import math
 import re
+import sysconfig
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from fastsae.files import read_json, write_json
 from fastsae.nn import init_from_data
 from fastsae.nn.rational import Rational
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 LOWER = Claim("paper", "better", "new", "old")
 STAMP = {"cpu": "none", "torch": "0", "commit": "0"}
 
@@ -97,6 +99,10 @@ def test_the_map_of_signed_codes(tmp_path):
     runs |= {"TopK, k=16, x1": results([0.2]), "AbsTopK, k=16, x1": results([0.3])}
     text = report(Scale(), {"MiniLM layer 3": runs}, tmp_path)
     assert "| 1 | +50.0 % | – |\n| 4 | – | **-50.0 ± 0.0 %** |\n" in text
+    assert "BatchTopK's, by k" not in text
+    batch = {f"Batch{name}": seeds for name, seeds in runs.items()}
+    text = report(Scale(), {"MiniLM layer 3": batch}, tmp_path)
+    assert "BatchAbsTopK's FVU relative to BatchTopK's, by k" in text and "+50.0 % | – |" in text
 
 
 def test_every_method_is_valid_and_every_claim_can_be_measured():
@@ -117,7 +123,8 @@ def test_every_method_is_valid_and_every_claim_can_be_measured():
 
 
 def test_a_study_trains_equal_settings_once_and_continues(tmp_path, monkeypatch):
-    options, source = "--k 4 --encoder tied", Synthetic(d_in=16, n_latents=32, active=4, noise=0.1)
+    options = "--k 4 --encoder tied"
+    source = Synthetic(d_in=16, n_latents=32, active=4, n_tokens=4000, noise=0.1)
     methods = {"tuned": Method(options, lr=None), "fixed": Method(options)}
     methods["relu"] = Method("--activation relu --target-l0 4")
     upgrades = {"copy": Upgrade("relu", {}), "paper": Upgrade("relu", {"path": "paper"})}
@@ -199,8 +206,9 @@ def test_differences_in_the_documentation_are_results():
         shown = re.findall(r"[+-][\d.]+ ± [\d.]+ (?:%|points)", (ROOT / page).read_text())
         assert len(shown) > 5
         assert not [difference for difference in shown if f" {difference} " not in results], page
-    _, found, rest = results.partition("TopK's, by k, on MiniLM layer 3:\n\n")
-    assert found and rest.partition("\n\n")[0] in (ROOT / "docs" / "study.md").read_text()
+    maps = re.findall(r"TopK's, by k, on .*:\n\n((?:\|.*\n)+)", results)
+    assert len(maps) == 2, "by token and by batch"
+    assert all(one in (ROOT / "docs" / "study.md").read_text() for one in maps)
 
 
 @pytest.mark.parametrize("by", ["value", "abs"])
@@ -246,7 +254,11 @@ def test_the_more_corrections_the_lower_the_error():
         assert values[-1] < values[0], metric
 
 
-def test_the_text_of_packages(tmp_path, capsys):
+def test_the_text_of_packages(tmp_path, capsys, monkeypatch):
+    library = tmp_path / "library"
+    (library / "json").mkdir(parents=True)
+    (library / "json" / "decoder.py").write_text('"""Zero."""\n')
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": library}.__getitem__)
     (tmp_path / "own" / "tests").mkdir(parents=True)
     (tmp_path / "own" / "words.py").write_text('"""One."""\ndef f():\n    """Two."""\n')
     (tmp_path / "own" / "later.py").write_text("x = = 1\n")
@@ -254,4 +266,4 @@ def test_the_text_of_packages(tmp_path, capsys):
     found = dict(documents([tmp_path / "own"]))
     assert found["own-words"] == "One.\n\nTwo." and not {"own-later", "own-tests-left"} & {*found}
     assert "later.py" in capsys.readouterr().err
-    assert "topic-lambda" in found and "json-decoder" in found
+    assert "topic-lambda" in found and found["json-decoder"] == "Zero."

@@ -90,8 +90,8 @@ MAP = [(k, x) for x in (4.0, 0.5, 1.0, 16.0) for k in (128, 32, 64, 16, 192) if 
 """The other cells of the map."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
-BATCHWISE = USUAL, (128, 4.0), (32, 0.5)
-"""Where a batch shares its active latents out, too."""
+BATCHWISE = [(k, x) for x in (4.0, 0.5, 1.0, 16.0) for k in (32, 128)]
+"""Cells in which a batch shares its active latents out, too."""
 TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
 """A tenth and a third of SmolLM2's width; as many as are active in planted data."""
 ROOM = {"lr x7.5": 7.5, "lr x1": 1.0, "lr x6": 6.0, "lr x4": 4.0}

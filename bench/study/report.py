@@ -28,8 +28,10 @@ def report(scale: Scale, data: dict[str, Runs], folder: Path) -> str:
         planned = DATA[name].methods, DATA[name].upgrades, teachers(DATA[name])
         measured = f"{len(runs)} of {sum(map(len, planned))} methods were measured."
         parts += [f"## {name}", measured, table(runs)]
-        if signed := abs_top_k_map(runs):
-            parts += [f"AbsTopK's FVU relative to TopK's, by k, on {name}:", signed]
+        for batch in ("", "Batch"):
+            if signed := abs_top_k_map(runs, batch):
+                parts += [f"{batch}AbsTopK's FVU relative to {batch}TopK's, by k, on {name}:"]
+                parts += [signed]
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)
     return text
@@ -55,12 +57,14 @@ def interval(found: Difference) -> str:
     return f"{found.center * 100:+.1f}{half}"
 
 
-def abs_top_k_map(runs: Runs) -> str:
+def abs_top_k_map(runs: Runs, batch: str) -> str:
     """AbsTopK's FVU relative to TopK's by k and latents per dimension, bold where it is better and
-    with "?" where not comparable; "" unless several were measured."""
+    with "?" where not comparable; "" unless several were measured. `batch` is "Batch" for
+    BatchAbsTopK and BatchTopK, else ""."""
     cells: dict[tuple[int, float], str] = {}
     for cell in (USUAL, *MAP):
-        claim = Claim(ABS, "better", f"AbsTopK, {at(*cell)}", f"TopK, {at(*cell)}")
+        ours, theirs = (f"{batch}{name}, {at(*cell)}" for name in ("AbsTopK", "TopK"))
+        claim = Claim(ABS, "better", ours, theirs)
         if (found := difference(claim, runs)) is not None:
             bold = "**" * (found.verdict == "better")
             doubt = " ?" * found.verdict.startswith("not comparable")
