@@ -86,11 +86,12 @@ class Data(NamedTuple):
 
 USUAL = 32, 4.0
 """The usual k and latents per dimension."""
-MAP = [(k, x) for x in (4.0, 0.5, 1.0, 16.0) for k in (128, 32, 64, 16, 192) if (k, x) != USUAL]
+EXPANSIONS = 4.0, 0.5, 1.0, 16.0
+MAP = [(k, x) for x in EXPANSIONS for k in (128, 32, 64, 16, 192) if (k, x) != USUAL]
 """The other cells of the map."""
 WIDE = 38, 16.0
 """The paper's own: a tenth of the width, and 16 latents per dimension."""
-BATCHWISE = [(k, x) for x in (4.0, 0.5, 1.0, 16.0) for k in (32, 128)]
+BATCHWISE = [(k, x) for x in EXPANSIONS for k in (32, 128)]
 """Cells in which a batch shares its active latents out, too."""
 TENTH, THIRD, EIGHT = (58, 4.0), (192, 4.0), (8, 4.0)
 """A tenth and a third of SmolLM2's width; as many as are active in planted data."""

@@ -28,10 +28,10 @@ def report(scale: Scale, data: dict[str, Runs], folder: Path) -> str:
         planned = DATA[name].methods, DATA[name].upgrades, teachers(DATA[name])
         measured = f"{len(runs)} of {sum(map(len, planned))} methods were measured."
         parts += [f"## {name}", measured, table(runs)]
-        for batch in ("", "Batch"):
-            if signed := abs_top_k_map(runs, batch):
-                parts += [f"{batch}AbsTopK's FVU relative to {batch}TopK's, by k, on {name}:"]
-                parts += [signed]
+        for prefix in ("", "Batch"):
+            if found := abs_top_k_map(runs, prefix):
+                title = f"{prefix}AbsTopK's FVU relative to {prefix}TopK's, by k, on {name}:"
+                parts += [title, found]
     text = "\n\n".join(parts) + "\n"
     (folder / "results.md").write_text(text)
     return text
@@ -57,13 +57,12 @@ def interval(found: Difference) -> str:
     return f"{found.center * 100:+.1f}{half}"
 
 
-def abs_top_k_map(runs: Runs, batch: str) -> str:
+def abs_top_k_map(runs: Runs, prefix: str) -> str:
     """AbsTopK's FVU relative to TopK's by k and latents per dimension, bold where it is better and
-    with "?" where not comparable; "" unless several were measured. `batch` is "Batch" for
-    BatchAbsTopK and BatchTopK, else ""."""
+    with "?" where not comparable; "" unless several were measured. The prefix is "" or "Batch"."""
     cells: dict[tuple[int, float], str] = {}
     for cell in (USUAL, *MAP):
-        ours, theirs = (f"{batch}{name}, {at(*cell)}" for name in ("AbsTopK", "TopK"))
+        ours, theirs = (f"{prefix}{name}, {at(*cell)}" for name in ("AbsTopK", "TopK"))
         claim = Claim(ABS, "better", ours, theirs)
         if (found := difference(claim, runs)) is not None:
             bold = "**" * (found.verdict == "better")

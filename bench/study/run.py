@@ -2,7 +2,7 @@
 
 Methods use the same batches in the same order. Some take the best learning rate, chosen on a
 separate seed. Some trained SAEs are also upgraded to rational ones. Data sets are activations of
-MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate five
+MiniLM and SmolLM2, and planted codes, positive and signed. With the defaults, we estimate six
 hours on two cores, and minutes on a GPU.
 
 Every SAE has a run directory in --work, with its metrics in study.json: the same command continues
