@@ -87,6 +87,7 @@ class Data(NamedTuple):
 USUAL = 32, 4.0
 """The usual k and latents per dimension."""
 EXPANSIONS = 4.0, 0.5, 1.0, 16.0
+"""Latents per dimension in the map, the usual ones first."""
 MAP = [(k, x) for x in EXPANSIONS for k in (128, 32, 64, 16, 192) if (k, x) != USUAL]
 """The other cells of the map."""
 WIDE = 38, 16.0
